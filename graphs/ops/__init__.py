@@ -1,0 +1,29 @@
+"""The grouped output projection ``wo_a``: weights, paths, operators, one module. Importing it touches no device."""
+
+from graphs.ops import wo_a as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
+from graphs.ops.projection import LEGAL_PATHS, GroupedProjection
+from graphs.ops.weights import (
+    PATHS,
+    GroupedWeight,
+    PreparedWeight,
+    fp8_dtype,
+    from_safetensors,
+    from_state_dict,
+    load,
+    path_bytes,
+    prepare,
+)
+
+__all__ = [
+    "LEGAL_PATHS",
+    "PATHS",
+    "GroupedProjection",
+    "GroupedWeight",
+    "PreparedWeight",
+    "fp8_dtype",
+    "from_safetensors",
+    "from_state_dict",
+    "load",
+    "path_bytes",
+    "prepare",
+]

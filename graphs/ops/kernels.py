@@ -1,0 +1,176 @@
+"""Triton kernels of the quantised paths: the only file of this package that imports triton.
+
+All shapes are those of :mod:`graphs.ops.wo_a`; ``o`` may have any strides, weights, scales and results are contiguous. Sums are
+kept in float32 and every 128-wide partial product is scaled before it is added. Rows beyond M are masked, so M is free; K and N
+are multiples of 128.
+
+NaN and Inf in ``o`` make every result of their token and group non-finite. A NaN goes through the scale, because a conversion to
+FP8 may clamp it to a number; an Inf makes its group's scale infinite, which turns it into NaN.
+
+Triton's interpreter converts to FP8 without rounding to nearest and cannot multiply bfloat16 matrices. Under it (and only then)
+values are rounded before the conversion and ``tl.dot`` gets float32 operands, so the checks there are as tight as on a device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphs.ops.reference import FP8_MAX
+from graphs.ops.tiles import Tile, quantise_rows
+
+GROUP = tl.constexpr(128)
+AMAX_FLOOR = tl.constexpr(1e-10)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)  # what the fused kernel multiplies
+
+
+@triton.jit
+def _max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _round_e4m3(x):
+    """Nearest e4m3 value, ties to even, as float32: adding 1.5 * 2**23 quanta leaves no bits below the quantum."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    quantum = tl.maximum(exponent - 3, 127 - 9)  # 2**-9 is the smallest e4m3fn subnormal; e4m3fnuz is finer by one, unused here
+    magic = ((quantum + 23) << 23).to(tl.float32, bitcast=True) * 1.5
+    return (x + magic) - magic
+
+
+@triton.jit
+def _quantise(x, FP8_LIMIT: tl.constexpr, FP8: tl.constexpr):
+    """Rows of ``x`` (float32 ``[R, 128]``) as FP8 and their scales. ``|x| <= amax``, so the cast has nothing to saturate."""
+    scale = tl.maximum(tl.reduce(tl.abs(x), 1, _max_nan), AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL) / FP8_LIMIT
+    q = x / scale[:, None]
+    if INTERPRETED:
+        q = _round_e4m3(q)
+    return q.to(FP8), scale
+
+
+@triton.jit
+def wo_a_bmm_kernel(
+    o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """One scale for the whole weight; activations are quantised as they are read. Grid (N tiles, M tiles, G)."""
+    g = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, GROUP)
+    o_tile = o + g * stride_og + rows.to(tl.int64)[:, None] * stride_om + k[None, :] * stride_ok
+    w_tile = weight + g * N * K + cols[None, :] * K + k[:, None]
+    live = (rows < M)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, GROUP):
+        w = tl.load(w_tile + start)
+        x = tl.load(o_tile + start * stride_ok, mask=live, other=0.0).to(tl.float32)
+        q, s = _quantise(x, FP8_LIMIT, weight.dtype.element_ty)
+        acc += tl.dot(q, w) * s[:, None]
+    acc *= tl.load(scale)
+    out = y + (rows.to(tl.int64)[:, None] * tl.num_programs(2) + g) * N + cols[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def wo_a_quantise_kernel(o, q, scale, M, K, stride_om, stride_og, stride_ok, ROWS: tl.constexpr, FP8_LIMIT: tl.constexpr):
+    """Activations to FP8 ``[G, M, K]`` and scales ``[G, M, K/128]``. Grid (M, G, K/128/ROWS); ROWS groups per program."""
+    m = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
+    groups = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    k = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    live = groups < K // GROUP
+    x = tl.load(o + m * stride_om + g * stride_og + k * stride_ok, mask=live[:, None], other=0.0).to(tl.float32)
+    values, s = _quantise(x, FP8_LIMIT, q.dtype.element_ty)
+    row = g * M + m
+    tl.store(q + row * K + k, values, mask=live[:, None])
+    tl.store(scale + row * (K // GROUP) + groups, s, mask=live)
+
+
+@triton.jit(do_not_specialize=["g"])
+def wo_a_block_gemm_kernel(q, q_scale, weight, scale, y, g, G, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Group ``g``: quantised activations times a weight with 128x128 block scales. Grid (N tiles, M tiles).
+
+    BLOCK_N divides 128, so a program sees one weight scale per 128 features.
+    """
+    group = g.to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, GROUP)
+    row = group * M + rows
+    q_tile = q + row[:, None] * K + k[None, :]
+    s_tile = q_scale + row * (K // GROUP)
+    w_tile = weight + group * N * K + cols[None, :] * K + k[:, None]
+    w_scale = scale + (group * (N // GROUP) + tl.program_id(0) * BLOCK_N // GROUP) * (K // GROUP)
+    live = rows < M
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(K // GROUP):
+        w = tl.load(w_tile + block * GROUP)
+        x = tl.load(q_tile + block * GROUP, mask=live[:, None], other=0.0)
+        s = tl.load(s_tile + block, mask=live, other=0.0) * tl.load(w_scale + block)
+        acc += tl.dot(x, w) * s[:, None]
+    out = y + (rows.to(tl.int64)[:, None] * G + group) * N + cols[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def wo_a_fused_kernel(
+    o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """FP8 weight widened to bfloat16 (exact) times bfloat16 activations, block scales on the partial sums. Grid as ``bmm``."""
+    g = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, GROUP)
+    o_tile = o + g * stride_og + rows.to(tl.int64)[:, None] * stride_om + k[None, :] * stride_ok
+    w_tile = weight + g * N * K + cols[None, :] * K + k[:, None]
+    w_scale = scale + (g * (N // GROUP) + tl.program_id(0) * BLOCK_N // GROUP) * (K // GROUP)
+    live = (rows < M)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(K // GROUP):
+        w = tl.load(w_tile + block * GROUP)
+        x = tl.load(o_tile + block * GROUP * stride_ok, mask=live, other=0.0)
+        acc += tl.dot(x.to(OPERAND), w.to(OPERAND)) * tl.load(w_scale + block)
+    out = y + (rows.to(tl.int64)[:, None] * tl.num_programs(2) + g) * N + cols[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=live)
+
+
+def launch_bmm(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
+    """One launch. ``o [M, G, K]``, ``weight [G, N, K]`` FP8, ``scale [1]`` float32, ``y [M, G, N]`` written."""
+    m, g, k = o.shape
+    n = weight.shape[1]
+    wo_a_bmm_kernel[(n // tile.block_n, triton.cdiv(m, tile.block_m), g)](
+        o, weight, scale, y, m, n, k, *o.stride(), tile.block_m, tile.block_n, FP8_MAX[weight.dtype],
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch_fused(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
+    """One launch. ``scale [G, N/128, K/128]`` float32, the rest as :func:`launch_bmm`."""
+    m, g, k = o.shape
+    n = weight.shape[1]
+    wo_a_fused_kernel[(n // tile.block_n, triton.cdiv(m, tile.block_m), g)](
+        o, weight, scale, y, m, n, k, *o.stride(), tile.block_m, tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
+    """1 + G launches: one that quantises ``o``, then one block-scaled GEMM per group. ``scale [G, N/128, K/128]`` float32."""
+    m, g, k = o.shape
+    n, blocks = weight.shape[1], k // 128
+    q = torch.empty((g, m, k), dtype=weight.dtype, device=o.device)
+    q_scale = torch.empty((g, m, blocks), dtype=torch.float32, device=o.device)
+    rows = quantise_rows(blocks)
+    wo_a_quantise_kernel[(m, g, triton.cdiv(blocks, rows))](
+        o, q, q_scale, m, k, *o.stride(), rows, FP8_MAX[weight.dtype], num_warps=4, enable_fp_fusion=True
+    )
+    grid = (n // tile.block_n, triton.cdiv(m, tile.block_m))
+    for group in range(g):
+        wo_a_block_gemm_kernel[grid](
+            q, q_scale, weight, scale, y, group, g, m, n, k, tile.block_m, tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip

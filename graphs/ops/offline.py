@@ -1,0 +1,138 @@
+"""Compile every kernel for chips that are not here, and read registers, spills, shared memory and matrix instructions off.
+
+Triton carries compilers for both vendors, so this needs no GPU and no ROCm. ``python -m graphs.ops.offline`` prints the table;
+with a path it also writes it there as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graphs.ops import tiles
+from graphs.ops.wo_a import kernels
+
+TARGETS = {  # name -> (Triton back end, its architecture, warp width, arch for the tile choice, FP8 type)
+    "gfx942": ("hip", "gfx942", 64, tiles.Arch("hip", 9, 4), "fp8e4b8"),
+    "gfx950": ("hip", "gfx950", 64, tiles.Arch("hip", 9, 5), "fp8e4nv"),
+    "sm_90": ("cuda", 90, 32, tiles.Arch("cuda", 9, 0), "fp8e4nv"),
+    "sm_100": ("cuda", 100, 32, tiles.Arch("cuda", 10, 0), "fp8e4nv"),
+}
+SHARED_LIMIT = {"gfx942": 65536, "gfx950": 163840, "sm_90": 232448, "sm_100": 232448}  # bytes a workgroup may use
+SHAPE = (2, 1024, 4096)  # G, N, K of the tile choice
+MATRIX = re.compile(r"v_mfma\w+|wgmma\.mma_async\S*?f32\.\w+\.\w+|mma\.sync\S+|tcgen05\.mma\S*?kind::\w+")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one chip. ``registers`` per lane, ``spills`` in registers (AMD) or bytes (NVIDIA), ``shared`` bytes."""
+
+    kernel: str
+    tokens: int
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, the Triton types of its arguments, its constants and its launch options, as a step of ``tokens`` rows uses them."""
+
+    kernel: str
+    tokens: int
+    types: dict[str, str]
+    constants: dict[str, Any]
+    tile: tiles.Tile
+
+
+def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
+    """Every kernel as it is launched on ``target`` for each number of tokens."""
+    *_, arch, fp8 = TARGETS[target]
+    limit = 240.0 if fp8 == "fp8e4b8" else 448.0
+    gemm = {"o": "*bf16", "weight": "*" + fp8, "scale": "*fp32", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
+    strides = {"stride_om": "i32", "stride_og": "i32", "stride_ok": "constexpr"}
+    block = {"q": "*" + fp8, "q_scale": "*fp32", "weight": "*" + fp8, "scale": "*fp32", "y": "*bf16", "g": "i32", "G": "i32"}
+    for m in tokens:
+        bmm, gloop = tiles.quantised_gemm(m, *SHAPE, arch), tiles.quantised_gemm(m, 1, *SHAPE[1:], arch)
+        fused = tiles.fused(m, *SHAPE, arch)
+        yield Case("wo_a_bmm_kernel", m, gemm | strides, _blocks(bmm) | {"stride_ok": 1, "FP8_LIMIT": limit}, bmm)
+        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(fused) | {"stride_ok": 1}, fused)
+        yield Case("wo_a_block_gemm_kernel", m, block | {"M": "i32", "N": "i32", "K": "i32"}, _blocks(gloop), gloop)
+    quantise = {"o": "*bf16", "q": "*" + fp8, "scale": "*fp32", "M": "i32", "K": "i32"} | strides
+    rows = tiles.quantise_rows(SHAPE[2] // 128)
+    yield Case(
+        "wo_a_quantise_kernel", tokens[0], quantise, {"stride_ok": 1, "ROWS": rows, "FP8_LIMIT": limit}, tiles.Tile(0, 0, 4, 1)
+    )
+
+
+def compile_case(case: Case, target: str) -> Resources:
+    """Compile one kernel for one chip and read its resources off the assembly."""
+    triton = kernels().triton
+    vendor, arch, width, *_ = TARGETS[target]
+    function = getattr(kernels(), case.kernel)
+    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ("N", "K", "stride_om", "stride_og")
+    }
+    source = triton.compiler.ASTSource(function, signature, case.constants, aligned)
+    chip = triton.backends.compiler.GPUTarget(vendor, arch, width)
+    options = {"num_warps": case.tile.num_warps, "num_stages": case.tile.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=chip, options=options)
+    text = compiled.asm["amdgcn" if vendor == "hip" else "ptx"]
+    registers, spills = _amd_registers(text) if vendor == "hip" else _nvidia_registers(compiled.asm["cubin"])
+    matrix = tuple(sorted(set(MATRIX.findall(text))))
+    return Resources(case.kernel, case.tokens, target, registers, spills, compiled.metadata.shared, matrix)
+
+
+def table(target: str) -> list[Resources]:
+    """Every kernel on one chip."""
+    return [compile_case(case, target) for case in cases(target)]
+
+
+def _blocks(tile: tiles.Tile) -> dict[str, Any]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+
+
+def _amd_registers(text: str) -> tuple[int, int]:
+    count, spills = (re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
+    assert count and spills, "the assembly carries no kernel metadata"
+    return int(count[1]), int(spills[1])
+
+
+def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    from triton.backends.nvidia import compiler
+
+    tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main(arguments: list[str]) -> None:
+    rows = [row for target in TARGETS for row in table(target)]
+    print(f"{'kernel':24} {'M':>3} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instruction")
+    for row in rows:
+        print(
+            f"{row.kernel:24} {row.tokens:3} {row.target:7} {row.registers:4} {row.spills:5} {row.shared:7}  {' '.join(row.matrix)}"
+        )
+    if arguments:
+        Path(arguments[0]).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

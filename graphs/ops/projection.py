@@ -1,0 +1,123 @@
+"""The grouped output projection as a module: a weight prepared once, one operator per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from graphs.errors import ConfigError
+from graphs.ops import auto, weights, wo_a
+from graphs.ops.weights import BLOCK, PATHS, GroupedWeight
+
+LEGAL_PATHS = (*PATHS, "auto")
+BUFFERS = {  # path -> names of the buffers that hold its weight and its scale; gloop and fused share theirs
+    "einsum": ("weight", ""),
+    "bmm": ("weight_single", "scale_single"),
+    "gloop": ("weight_blocks", "scale_blocks"),
+    "fused": ("weight_blocks", "scale_blocks"),
+}
+
+
+class GroupedProjection(nn.Module):
+    """``y[m, g, n] = sum_k o[m, g, k] * w[g, n, k]`` with ``w`` held as one path wants it.
+
+    Args:
+        weight: ``[G, N, K]``, or ``[G*N, K]`` with ``groups``, bfloat16 or float8_e4m3fn; or the result of
+            :func:`graphs.ops.from_state_dict` and its kin.
+        scale: for FP8, one float32 or UE8M0 factor per 128x128 block, ``[G, N/128, K/128]`` or ``[G*N/128, K/128]``.
+        path: ``einsum``, ``bmm``, ``gloop``, ``fused`` or ``auto``; ``None`` takes the configured default, which is read now and
+            never again. ``auto`` picks per call from the table of the device and keeps the weights its choices need; a bfloat16
+            weight, or one whose N or K is no multiple of 128, it always gives to ``einsum``.
+        groups: ``G`` of a two-dimensional weight.
+
+    Attributes:
+        path: the path as given (or configured).
+        paths: the paths whose weights are held: one, or several under ``auto``.
+        weight_bytes: bytes of weights and scales held.
+
+    Raises:
+        ConfigError: no such path.
+        WeightError: a weight or scale of wrong shape, dtype or values, or a path this device cannot run.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | GroupedWeight,
+        scale: Tensor | None = None,
+        path: str | None = None,
+        *,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        if path is None:
+            from graphs.config import wo_a_path
+
+            path = wo_a_path()
+        if path not in LEGAL_PATHS:
+            raise ConfigError("path", path, LEGAL_PATHS)
+        loaded = weight if isinstance(weight, GroupedWeight) else weights.load(weight, scale, groups)
+        device = loaded.data.device
+        self.path = path
+        self.groups, self.n, self.k = loaded.data.shape
+        self.paths = _paths_to_hold(path, loaded, device)
+        self._key = auto.device_key(device)
+        for held in self.paths:
+            self._hold(held, loaded, device)
+
+    def forward(self, o: Tensor) -> Tensor:
+        """``o [M, G, K]`` bfloat16 gives ``[M, G, N]``."""
+        path = self.choice(o.shape[0])
+        data, scale = BUFFERS[path]
+        if path == "einsum":
+            return torch.ops.graphs.wo_a_einsum(o, getattr(self, data))
+        return getattr(torch.ops.graphs, "wo_a_" + path)(o, getattr(self, data), getattr(self, scale))
+
+    def choice(self, tokens: int) -> str:
+        """The path a call with ``tokens`` rows takes."""
+        if len(self.paths) == 1:
+            return self.paths[0]
+        path = auto.choose(self._key, self.groups, tokens)
+        return path if path in self.paths else self.paths[-1]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights and scales held."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"G={self.groups}, N={self.n}, K={self.k}, path={self.path!r}, weight_bytes={self.weight_bytes}"
+
+    def _hold(self, path: str, loaded: GroupedWeight, device: torch.device) -> None:
+        data_name, scale_name = BUFFERS[path]
+        if hasattr(self, data_name):
+            return
+        fp8 = weights.fp8_dtype(device)
+        if device.type == "cuda" and path != "einsum":
+            wo_a.arch_of(device.index, path, fp8)
+        prepared = weights.prepare(loaded, path, fp8)
+        self.register_buffer(data_name, prepared.data)
+        if prepared.scale is not None:
+            self.register_buffer(scale_name, prepared.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedProjection:
+        """Move between devices, keep every dtype: ``module.bfloat16()`` must not widen FP8 data or round scales."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._key = auto.device_key(next(self.buffers()).device)
+        return self
+
+
+def _paths_to_hold(path: str, loaded: GroupedWeight, device: torch.device) -> tuple[str, ...]:
+    """The paths to prepare. ``auto`` quantises nothing: a bfloat16 weight, or one of an odd size, goes to ``einsum``."""
+    if path != "auto":
+        return (path,)
+    _, n, k = loaded.data.shape
+    if loaded.scale is None or n % BLOCK or k % BLOCK:
+        return ("einsum",)
+    return auto.candidates(auto.device_key(device), loaded.data.shape[0])

@@ -1,0 +1,210 @@
+"""The operators ``graphs::wo_a_*``: schemas, fakes, CPU reference, device kernels.
+
+======================  ============================  ==========================================  ========
+operator                weight                        scale                                       launches
+======================  ============================  ==========================================  ========
+``wo_a_einsum``         ``[G, N, K]`` as ``o``        none                                        1
+``wo_a_bmm``            ``[G, N, K]`` FP8             float32 ``[1]``                             1
+``wo_a_gloop``          ``[G, N, K]`` FP8             float32 ``[G, N/128, K/128]``               1 + G
+``wo_a_fused``          ``[G, N, K]`` FP8             float32 ``[G, N/128, K/128]``               1
+======================  ============================  ==========================================  ========
+
+``o [M, G, K]`` is bfloat16 with any strides, the result ``[M, G, N]`` is contiguous and has ``o``'s dtype. An operator raises
+:class:`WeightError` for a wrong shape, dtype or device before it launches anything, under fake tensors as well. Values of
+scales are checked where weights are loaded, not here: reading them would stop the host and could not be recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from graphs.errors import MissingDependency, WeightError
+from graphs.ops import reference, tiles
+from graphs.ops.reference import BLOCK, FP8_MAX
+
+SCHEMAS = {
+    "wo_a_einsum": "(Tensor o, Tensor weight) -> Tensor",
+    "wo_a_bmm": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
+    "wo_a_gloop": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
+    "wo_a_fused": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
+}
+
+library = torch.library.Library("graphs", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def check(path: str, o: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Raise WeightError unless the operands of ``wo_a_{path}`` fit together. Reads metadata only."""
+    if o.dim() != 3 or weight.dim() != 3 or o.shape[1] != weight.shape[0] or o.shape[2] != weight.shape[2]:
+        raise _shape_error(path, o, weight)
+    if scale is None:
+        if o.dtype != weight.dtype or not o.dtype.is_floating_point or o.dtype in FP8_MAX:
+            raise WeightError(
+                f"wo_a_{path}: o is {o.dtype}, weight is {weight.dtype}; both must be torch.bfloat16 (or one float dtype)"
+            )
+    else:
+        _check_quantised(path, o, weight, scale)
+    if weight.device != o.device or (scale is not None and scale.device != o.device):
+        where = "" if scale is None else f", scale on {scale.device}"
+        raise WeightError(f"wo_a_{path}: o is on {o.device}, weight on {weight.device}{where}; all must be on the device of o")
+
+
+def _check_quantised(path: str, o: Tensor, weight: Tensor, scale: Tensor) -> None:
+    g, n, k = weight.shape
+    if o.dtype != torch.bfloat16:
+        raise WeightError(f"wo_a_{path}: o is {o.dtype}; legal is torch.bfloat16")
+    if weight.dtype not in FP8_MAX:
+        raise WeightError(f"wo_a_{path}: the weight is {weight.dtype}; legal are torch.float8_e4m3fn and torch.float8_e4m3fnuz")
+    if scale.dtype != torch.float32:
+        raise WeightError(f"wo_a_{path}: the scale is {scale.dtype}; legal is torch.float32 (UE8M0 bytes are restated at load)")
+    if n % BLOCK or k % BLOCK:
+        raise WeightError(f"wo_a_{path}: N = {n}, K = {k}; both must be multiples of {BLOCK}, or use wo_a_einsum")
+    legal = (1,) if path == "bmm" else (g, n // BLOCK, k // BLOCK)
+    if scale.shape != legal:
+        raise WeightError(f"wo_a_{path}: the scale has shape {tuple(scale.shape)}; legal is {tuple(legal)}")
+    if not (weight.is_contiguous() and scale.is_contiguous()):
+        raise WeightError(f"wo_a_{path}: weight and scale must be contiguous; got strides {weight.stride()} and {scale.stride()}")
+
+
+def _shape_error(path: str, o: Tensor, weight: Tensor) -> WeightError:
+    return WeightError(
+        f"wo_a_{path}: o has shape {tuple(o.shape)}, the weight {tuple(weight.shape)}; legal are o [M, G, K] and weight [G, N, K] "
+        "with the same G and K"
+    )
+
+
+def _result(o: Tensor, weight: Tensor) -> Tensor:
+    return o.new_empty((o.shape[0], o.shape[1], weight.shape[1]))
+
+
+def _fake_einsum(o: Tensor, weight: Tensor) -> Tensor:
+    check("einsum", o, weight, None)
+    return _result(o, weight)
+
+
+def _fake_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("bmm", o, weight, scale)
+    return _result(o, weight)
+
+
+def _fake_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("gloop", o, weight, scale)
+    return _result(o, weight)
+
+
+def _fake_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("fused", o, weight, scale)
+    return _result(o, weight)
+
+
+def _cpu_einsum(o: Tensor, weight: Tensor) -> Tensor:
+    check("einsum", o, weight, None)
+    with torch._C._AutoDispatchBelowAutograd():
+        return reference.project(o, weight).contiguous()
+
+
+def _cpu_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("bmm", o, weight, scale)
+    with torch._C._AutoDispatchBelowAutograd():
+        return reference.project_quantised(o, weight, scale)
+
+
+def _cpu_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("gloop", o, weight, scale)
+    with torch._C._AutoDispatchBelowAutograd():
+        return reference.project_quantised(o, weight, scale)
+
+
+def _cpu_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("fused", o, weight, scale)
+    with torch._C._AutoDispatchBelowAutograd():
+        return reference.project_blocks(o, weight, scale).contiguous()
+
+
+def _cuda_einsum(o: Tensor, weight: Tensor) -> Tensor:
+    """One batched library GEMM that writes ``[M, G, N]`` in place: no transposed copy of the result."""
+    check("einsum", o, weight, None)
+    y = _result(o, weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.bmm(o.transpose(0, 1), weight.transpose(1, 2), out=y.transpose(0, 1))
+    return y
+
+
+def _cuda_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("bmm", o, weight, scale)
+    y = _result(o, weight)
+    if o.shape[0]:
+        arch = arch_of(o.device.index, "bmm", weight.dtype)
+        g, n, k = weight.shape
+        kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm(o.shape[0], g, n, k, arch))
+    return y
+
+
+def _cuda_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("gloop", o, weight, scale)
+    y = _result(o, weight)
+    if o.shape[0]:
+        arch = arch_of(o.device.index, "gloop", weight.dtype)
+        _, n, k = weight.shape
+        kernels().launch_gloop(o, weight, scale, y, tiles.quantised_gemm(o.shape[0], 1, n, k, arch))
+    return y
+
+
+def _cuda_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check("fused", o, weight, scale)
+    y = _result(o, weight)
+    if o.shape[0]:
+        arch = arch_of(o.device.index, "fused", weight.dtype)
+        g, n, k = weight.shape
+        kernels().launch_fused(o, weight, scale, y, tiles.fused(o.shape[0], g, n, k, arch))
+    return y
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The Triton kernels, imported at first use. Raises MissingDependency where triton is absent."""
+    try:
+        from graphs.ops import kernels as module
+    except ImportError as e:
+        if e.name is None or e.name.split(".")[0] != "triton":
+            raise
+        raise MissingDependency("triton", "the wo_a paths bmm, gloop and fused on a GPU", "pip install triton") from e
+    return module
+
+
+@functools.cache
+def arch_of(index: int, path: str, fp8: torch.dtype) -> tiles.Arch:
+    """The architecture of device ``index``, asked once. Raises WeightError where it cannot run ``path`` with this format."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if not torch.version.hip:
+        if (major, minor) < (8, 9) or fp8 != torch.float8_e4m3fn:
+            raise WeightError(
+                f"wo_a_{path}: a device of compute capability {major}.{minor} does not multiply {fp8} (needs 8.9 or newer and "
+                "torch.float8_e4m3fn); use path 'einsum'"
+            )
+        return tiles.Arch("cuda", major, minor)
+    name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    if (name.startswith("gfx94")) != (fp8 == torch.float8_e4m3fnuz) or not name.startswith(("gfx94", "gfx95", "gfx12")):
+        raise WeightError(
+            f"wo_a_{path}: {name} does not multiply {fp8}; gfx942 takes torch.float8_e4m3fnuz, gfx950 torch.float8_e4m3fn: prepare "
+            "the weight on the device it runs on, or use path 'einsum'"
+        )
+    return tiles.Arch("hip", major, minor)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "wo_a_einsum": (_cpu_einsum, _cuda_einsum, _fake_einsum),
+    "wo_a_bmm": (_cpu_bmm, _cuda_bmm, _fake_bmm),
+    "wo_a_gloop": (_cpu_gloop, _cuda_gloop, _fake_gloop),
+    "wo_a_fused": (_cpu_fused, _cuda_fused, _fake_fused),
+}
+for _name, (_cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
+    library.impl(_name, _cpu, "CPU")
+    library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"graphs::{_name}", _fake, lib=library)

@@ -1,0 +1,152 @@
+"""Every wo_a path on real hardware: right, recordable, and poisoned buffers to prove that every element is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphs.errors import WeightError
+from graphs.ops import GroupedProjection, reference, weights
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)
+
+DEVICE = torch.device("cuda", torch.cuda.current_device())
+PATHS = ("einsum", "bmm", "gloop", "fused")
+TOLERANCE = {"einsum": 0.003, "fused": 0.003, "bmm": 0.03, "gloop": 0.03}
+N, K = 256, 1024
+
+
+def projection(path: str, g: int, n: int = N, k: int = K) -> tuple[GroupedProjection, torch.Tensor]:
+    """A module and the float64 weight its stored tensors stand for."""
+    generator = torch.Generator(DEVICE).manual_seed(g)
+    data = reference.round_fp8(torch.randn(g, n, k, device=DEVICE, generator=generator) * 60)
+    scale = torch.exp2(torch.randint(-12, -6, (g, n // 128, k // 128), device=DEVICE, generator=generator).float())
+    loaded = weights.load(data, scale)
+    prepared = weights.prepare(loaded, path, weights.fp8_dtype(DEVICE))
+    exact = prepared.data.double()
+    if prepared.scale is not None:
+        exact = exact * (prepared.scale if path == "bmm" else reference.expand_blocks(prepared.scale)).double()
+    return GroupedProjection(loaded, path=path), exact
+
+
+def activations(m: int, g: int, layout: str, k: int = K, seed: int = 0) -> torch.Tensor:
+    """``o [m, g, k]``: contiguous, stored group-major, or a slice of wider rows."""
+    generator = torch.Generator(DEVICE).manual_seed(seed + m)
+    if layout == "transposed":
+        return torch.randn(g, m, k, device=DEVICE, generator=generator).bfloat16().transpose(0, 1)
+    if layout == "sliced":
+        return torch.randn(m, g, k + 64, device=DEVICE, generator=generator).bfloat16()[..., 64:]
+    return torch.randn(m, g, k, device=DEVICE, generator=generator).bfloat16()
+
+
+def poison(shape: tuple[int, ...]) -> None:
+    """Leave NaN in the memory that the next result of this shape is likely to get."""
+    torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("g", [1, 2, 16])
+@pytest.mark.parametrize("m", [1, 3, 16, 64, 257])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_against_float64(path: str, g: int, m: int, layout: str) -> None:
+    module, exact_weight = projection(path, g)
+    o = activations(m, g, layout)
+    poison((m, g, N))
+    y = module(o)
+    assert y.shape == (m, g, N) and y.is_contiguous() and y.isfinite().all()
+    assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("m", [1, 4, 64, 4096])
+def test_the_shape_of_the_model(path: str, m: int) -> None:
+    module, exact_weight = projection(path, 2, 1024, 4096)
+    o = activations(m, 2, "contiguous", 4096)
+    poison((m, 2, 1024))
+    assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("m", [1, 16, 257])
+def test_the_same_input_gives_the_same_bits(path: str, m: int) -> None:
+    module, _ = projection(path, 2)
+    o = activations(m, 2, "contiguous")
+    first = module(o)
+    assert all(torch.equal(module(o), first) for _ in range(10))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_recorded_and_replayed_with_new_data(path: str, m: int) -> None:
+    module, exact_weight = projection(path, 2)
+    o = activations(m, 2, "contiguous")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        module(o)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = module(o)
+    for seed in (1, 2, 3):
+        o.copy_(activations(m, 2, "contiguous", seed=seed))
+        y.fill_(float("nan"))
+        graph.replay()
+        replayed = y.clone()
+        assert torch.equal(replayed, module(o)), "the replay and an eager call agree bit for bit"
+        assert reference.relative_error(replayed, reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
+
+
+@pytest.mark.parametrize("path", ["bmm", "gloop", "fused"])
+def test_many_recordings_do_not_share_scratch_memory(path: str) -> None:
+    """Two graphs replayed at once on two streams: neither may write what the other reads."""
+    runs = []
+    for seed in (1, 2):
+        module, _ = projection(path, 2)
+        o = activations(16, 2, "contiguous", seed=seed)
+        expected = module(o).clone()
+        torch.cuda.synchronize()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream):
+            ys = [module(o) for _ in range(20)]
+        runs.append((graph, stream, ys, expected))
+    for _ in range(10):
+        for graph, stream, _, _ in runs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for _, _, ys, expected in runs for y in ys)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_odd_values_stay_odd_and_stay_in_their_row(path: str, value: float) -> None:
+    module, _ = projection(path, 2)
+    o = activations(5, 2, "contiguous")
+    o[2, 1, 700] = value
+    finite = module(o).isfinite()
+    assert not finite[2, 1].any()
+    finite[2, 1] = True
+    assert finite.all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_zeros_and_extreme_magnitudes(path: str) -> None:
+    module, exact_weight = projection(path, 2)
+    assert module(torch.zeros(3, 2, K, dtype=torch.bfloat16, device=DEVICE)).abs().max() == 0
+    for exponent in (-20, 60):
+        o = activations(3, 2, "contiguous") * 2.0**exponent
+        assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
+
+
+def test_operands_on_two_devices_are_named() -> None:
+    module, _ = projection("gloop", 2)
+    with pytest.raises(WeightError, match="o is on cpu, weight on cuda"):
+        torch.ops.graphs.wo_a_gloop(torch.zeros(1, 2, K).bfloat16(), module.weight_blocks, module.scale_blocks)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_compiles_into_one_graph(path: str) -> None:
+    module, _ = projection(path, 2)
+    o = activations(4, 2, "contiguous")
+    assert torch.equal(torch.compile(module, fullgraph=True)(o), module(o))

@@ -1,0 +1,85 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, compiled for four chips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted or compiled")
+
+from graphs.ops import offline, tiles
+
+SCRIPT = Path(__file__).with_name("interpret_kernels.py")
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("path", ["bmm", "gloop", "fused"])
+@pytest.mark.parametrize("case", [1, 5, 17, "fnuz"])
+def test_interpreted_kernel_agrees_with_the_reference(interpreted: dict, path: str, case: object) -> None:
+    errors = interpreted[f"{path}-{case}"]
+    assert errors["reference"] < 1e-5
+    assert errors["exact"] < (1e-5 if path == "fused" else 0.03)
+
+
+@pytest.mark.parametrize("path", ["bmm", "gloop", "fused"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_interpreted_kernel_keeps_odd_values_in_their_row(interpreted: dict, path: str, value: str) -> None:
+    assert interpreted[f"{path}-{value}"] == {"propagates": True, "elsewhere_finite": True}
+
+
+@pytest.mark.parametrize("path", ["bmm", "gloop", "fused"])
+def test_interpreted_kernel_maps_zeros_to_zeros(interpreted: dict, path: str) -> None:
+    assert interpreted[f"{path}-zeros"] == 0
+
+
+@pytest.fixture(scope="module", params=offline.TARGETS)
+def compiled(request: pytest.FixtureRequest) -> list[offline.Resources]:
+    return offline.table(request.param)
+
+
+def test_no_kernel_spills_registers(compiled: list[offline.Resources]) -> None:
+    assert [row for row in compiled if row.spills] == []
+
+
+def test_shared_memory_fits_the_chip(compiled: list[offline.Resources]) -> None:
+    assert [row for row in compiled if row.shared > offline.SHARED_LIMIT[row.target]] == []
+
+
+EXPECTED = {  # kernels with FP8 activations, chip -> matrix instruction (any of)
+    "gfx942": ("v_mfma_f32_16x16x32_fp8_fp8", "v_mfma_f32_32x32x16_fp8_fp8"),
+    "gfx950": ("v_mfma_f32_16x16x128_f8f6f4", "v_mfma_f32_32x32x64_f8f6f4"),
+    "sm_90": ("wgmma", "mma.sync"),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+}
+
+
+def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
+    for row in compiled:
+        if row.kernel == "wo_a_quantise_kernel":
+            assert row.matrix == ()
+        elif row.kernel == "wo_a_fused_kernel":
+            assert row.matrix and all("bf16" in name or "kind::f16" in name for name in row.matrix), row
+        else:
+            assert row.matrix and all(name.startswith(EXPECTED[row.target]) for name in row.matrix), row
+
+
+def test_tiles_divide_every_legal_size_and_depend_on_nothing_else() -> None:
+    for arch in (tiles.Arch("cuda", 9, 0), tiles.Arch("hip", 9, 5)):
+        for m in (1, 16, 17, 64, 65, 4096):
+            for g, n in ((1, 128), (2, 1024), (16, 1024)):
+                for pick in (tiles.quantised_gemm, tiles.fused):
+                    tile = pick(m, g, n, 4096, arch)
+                    assert tile == pick(m, g, n, 4096, arch) and 128 % tile.block_n == 0 and tile.block_m >= 16

@@ -1,0 +1,83 @@
+"""GroupedProjection: one preparation, one operator per call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from graphs.errors import ConfigError, WeightError
+from graphs.ops import GroupedProjection, auto, load, path_bytes, reference
+
+G, N, K = 2, 128, 256
+
+
+def fp8() -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.quantise_blocks(torch.randn(G, N, K, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("path", ["einsum", "bmm", "gloop", "fused", "auto"])
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "loaded"])
+def test_every_path_projects_every_kind_of_weight(path: str, kind: str) -> None:
+    data, scale = fp8()
+    exact_weight = reference.dequantise_blocks(data, scale, torch.float64)
+    arguments = {"fp8": (data, scale), "bf16": (exact_weight.bfloat16(),), "loaded": (load(data, scale),)}[kind]
+    module = GroupedProjection(*arguments, path=path)
+    o = torch.randn(5, G, K).bfloat16()
+    y = module(o)
+    assert y.shape == (5, G, N) and y.dtype == torch.bfloat16
+    quantised = path in ("bmm", "gloop") or (path == "fused" and kind == "bf16")
+    assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) < (0.05 if quantised else 0.004)
+    assert module.weight_bytes == path_bytes(G, N, K)["einsum" if path == "auto" else path]
+    assert module.path == path and f"path={path!r}" in repr(module)
+
+
+@pytest.mark.parametrize("path", ["einsum", "bmm", "gloop", "fused", "auto"])
+def test_compiles_copies_and_reloads(path: str) -> None:
+    module, o = GroupedProjection(*fp8(), path=path), torch.randn(3, G, K).bfloat16()
+    expected = module(o)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(o), expected)
+    assert torch.equal(copy.deepcopy(module)(o), expected)
+    other = GroupedProjection(torch.zeros(G, N, K).bfloat16(), path=path)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(o), expected)
+
+
+def test_moving_or_casting_the_module_keeps_the_formats() -> None:
+    module, o = GroupedProjection(*fp8(), path="gloop"), torch.randn(3, G, K).bfloat16()
+    expected = module(o)
+    assert torch.equal(module.bfloat16().to("cpu", torch.float16)(o), expected)
+
+
+def test_two_dimensional_weights_need_groups() -> None:
+    data, scale = fp8()
+    flat = data.reshape(G * N, K), scale.reshape(-1, K // 128)
+    assert GroupedProjection(*flat, path="gloop", groups=G).groups == G
+    with pytest.raises(WeightError, match="needs groups"):
+        GroupedProjection(*flat, path="gloop")
+
+
+def test_wrong_path_names_the_legal_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'cutlass' is not legal; it must be one of 'einsum', 'bmm', 'gloop', 'fused', 'auto'"):
+        GroupedProjection(*fp8(), path="cutlass")
+
+
+def test_auto_gives_odd_sizes_to_einsum() -> None:
+    module = GroupedProjection(torch.randn(2, 100, 60).bfloat16(), path="auto")
+    assert module(torch.randn(1, 2, 60).bfloat16()).shape == (1, 2, 100)
+
+
+def test_auto_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (auto.Rule(max_groups=4, max_tokens=16, path="gloop"), auto.Rule(max_groups=16, max_tokens=2, path="bmm"))
+    monkeypatch.setitem(auto.TABLE, "cpu", rules)
+    module = GroupedProjection(*fp8(), path="auto")
+    assert module.paths == ("gloop", "bmm", "einsum")
+    assert [module.choice(m) for m in (1, 16, 17)] == ["gloop", "gloop", "einsum"]
+    assert auto.choose("cpu", 8, 2) == "bmm" and auto.choose("sm_0", 1, 1) == auto.FALLBACK
+    o = torch.randn(16, G, K).bfloat16()
+    assert torch.equal(module(o), GroupedProjection(*fp8(), path="gloop")(o))
+
+
+def test_device_key_of_the_host_touches_no_device() -> None:
+    assert auto.device_key("cpu") == "cpu"
