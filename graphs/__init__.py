@@ -1,0 +1,9 @@
+"""Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
+
+from graphs.capture import CapturedModule, capture, eager
+from graphs.contract.padding import Padding, sentinel
+from graphs.errors import GraphsError, Refusal
+from graphs.report import CaptureReport
+
+__all__ = ["CaptureReport", "CapturedModule", "GraphsError", "Padding", "Refusal", "capture", "eager", "sentinel"]
+__version__ = "0.1.0"

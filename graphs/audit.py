@@ -1,0 +1,311 @@
+"""Watching one step run: every operator, host syncs, host constants, what it reads in place and what it writes.
+
+Two modes see everything on any device and need no driver: a dispatch mode sees operators, a function mode sees the
+conversions that never reach the dispatcher on CPU tensors (``tolist``, ``numpy``, ``cpu``, ``print``). The watched run
+is an ordinary eager run: its outputs and effects are real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.state import TensorState
+from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, OpaqueKernel, Refusal, Site
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+_LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, os.path.dirname(contextlib.__file__) + os.sep)
+_TO_HOST = {
+    getattr(Tensor, name): name for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__")
+}
+_MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+_ITEM = aten._local_scalar_dense.default
+_COPIES = (aten._to_copy.default, aten.copy_.default)
+
+
+def user_site(frame: FrameType | None = None) -> Site:
+    """The innermost line on the stack that belongs neither to torch nor to this package."""
+    frame = frame or sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARY) and not name.startswith("<"):
+            return Site(name, frame.f_lineno, linecache.getline(name, frame.f_lineno).strip())
+        frame = frame.f_back  # type: ignore[assignment]
+    return Site()
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operator call: constants by value, tensors by shape, dtype, strides and where they come from."""
+
+    func: OpOverload
+    arguments: tuple[Any, ...]
+    frame: tuple[str, int]
+
+    @property
+    def site(self) -> Site:
+        file, line = self.frame
+        return Site(file, line, linecache.getline(file, line).strip())
+
+
+@dataclass
+class Trace:
+    """What one watched run did.
+
+    Attributes:
+        operations: the operators in order.
+        findings: what cannot be recorded, in order, one per source line and operator.
+        externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
+        written: externals and arguments that were written in place, saved before the first write.
+        uses_rng: whether a random number generator was consumed.
+        generators: generators named explicitly by an operator.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    findings: list[Refusal] = field(default_factory=list)
+    externals: dict[int, Tensor] = field(default_factory=dict)
+    written: TensorState = field(default_factory=TensorState)
+    uses_rng: bool = False
+    generators: list[torch.Generator] = field(default_factory=list)
+
+    def found(self, refusal: Refusal) -> None:
+        """Add a finding unless the same line has reported it."""
+        if all(refusal.signature != other.signature for other in self.findings):
+            self.findings.append(refusal)
+
+
+class _Watch(TorchDispatchMode):
+    """Fills a `Trace` with what reaches the dispatcher."""
+
+    def __init__(self, trace: Trace, arguments: list[Tensor]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.inside = False
+        self.function: list[Any] = []
+        self.origins: dict[int, tuple[str, int]] = {}
+        for index, tensor in enumerate(arguments):
+            self.origins[storage_id(tensor)] = ("argument", index)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            tensors = self._before(func, args, kwargs, _user_frame(sys._getframe(1)))
+        self.inside = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside = False
+        with torch._C.DisableTorchFunction():
+            self._after(result, tensors)
+        return result
+
+    def _before(self, func: OpOverload, args: Any, kwargs: Any, frame: tuple[str, int]) -> list[Tensor]:
+        trace, tensors = self.trace, list[Tensor]()
+        described = self._describe((*args, *kwargs.items()), tensors)
+        if func is aten.lift_fresh.default and tensors[0].numel() <= 64:
+            described = (*described, str(tensors[0].tolist()))
+        operation = Operation(func, described, frame)
+        refusal = _finding(func, args, kwargs, tensors, self.function)
+        if refusal is not None:
+            trace.found(refusal(operator=str(func), site=operation.site))
+        trace.operations.append(operation)
+        for tensor in written_tensors(func, args, kwargs):
+            if self._origin(tensor)[0] != "operation":
+                trace.written.save(tensor)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            trace.uses_rng = True
+        return tensors
+
+    def _after(self, result: Any, tensors: list[Tensor]) -> None:
+        """Remember the operation as the origin of every new storage; views keep the origin of their base."""
+        index = len(self.trace.operations) - 1
+        for tensor in tensors_in(result):
+            if not _aliases(tensor, tensors):
+                self.origins[storage_id(tensor)] = ("operation", index)
+
+    def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return (tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
+        if isinstance(value, (tuple, list)):
+            return tuple(self._describe(item, tensors) for item in value)
+        if isinstance(value, torch.Generator):
+            self.trace.generators.append(value)
+            return "generator"
+        return value
+
+    def _origin(self, tensor: Tensor) -> tuple[str, int]:
+        storage = storage_id(tensor)
+        origin = self.origins.get(storage)
+        if origin is None:
+            self.trace.externals[storage] = tensor
+            origin = self.origins[storage] = ("external", storage)
+        return origin
+
+
+class _Conversions(TorchFunctionMode):
+    """Reports conversions to host objects, and tells the dispatch mode which Python function is running."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _TO_HOST.get(func)
+        if name is not None and args and isinstance(args[0], Tensor):
+            site = user_site(sys._getframe(1))
+            self.watch.trace.found(HostSync(f"Tensor.{name}() copies a tensor to the host", operator=f"Tensor.{name}", site=site))
+        self.watch.function.append(func)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.watch.function.pop()
+
+
+def _user_frame(frame: FrameType | None) -> tuple[str, int]:
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARY) and not name.startswith("<"):
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
+
+
+def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
+    storage = storage_id(tensor)
+    return any(storage_id(other) == storage for other in others)
+
+
+def _finding(
+    func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
+) -> Callable[..., Refusal] | None:
+    """The class and text of what is wrong with an operator call, or None."""
+    if func is _ITEM or (torch.Tag.data_dependent_output in func.tags and func._schema.returns):
+        return _with(HostSync, "the host waits for a value of a tensor")
+    if func in _MASKED:
+        masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+        return _with(DataDependentShape, "indexing with a boolean mask counts its true elements on the host") if masks else None
+    if torch.Tag.dynamic_output_shape in func.tags:
+        return _with(DataDependentShape, "the size of the result depends on the data")
+    if func is aten.lift_fresh.default:
+        if function and getattr(function[-1], "__name__", "") == "__setitem__":
+            return None  # a Python number written to an element: a kernel argument, not an upload
+        return _with(HostConstant, "a tensor is made from host data")
+    return _device_finding(func, args, kwargs, tensors)
+
+
+def _device_finding(func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor]) -> Callable[..., Refusal] | None:
+    kinds = {tensor.device.type for tensor in tensors}
+    if func is aten._to_copy.default and kwargs.get("device") is not None:
+        kinds.add(torch.device(kwargs["device"]).type)
+    if len(kinds) == 1 or not kinds:
+        return None
+    if func in _COPIES:
+        source = args[0] if func is aten._to_copy.default else args[1]
+        if source.device.type == "cpu":
+            return _with(HostConstant, "a host tensor is copied to the device")
+        return _with(HostSync, "a device tensor is copied to the host")
+    return _with(MixedDevices, "an operator mixes a host tensor with device tensors: its value would be frozen")
+
+
+def _with(kind: type[Refusal], detail: str) -> Callable[..., Refusal]:
+    return lambda **where: kind(detail, **where)
+
+
+@contextlib.contextmanager
+def _raw_launches(watch: _Watch) -> Iterator[None]:
+    """Report Triton kernels that are launched outside any operator: no schema says what they write."""
+    triton = sys.modules.get("triton")
+    if triton is None:
+        yield
+        return
+
+    def launched(metadata: Any) -> None:
+        if not watch.inside:
+            name = metadata.get()["name"] if hasattr(metadata, "get") else "triton kernel"
+            watch.trace.found(OpaqueKernel("a Triton kernel is launched directly", operator=str(name), site=user_site(sys._getframe(1))))
+
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(launched)
+    try:
+        yield
+    finally:
+        hooks.remove(launched)
+
+
+def watch_step(fn: Callable[[], Any], arguments: list[Tensor]) -> tuple[Any, Trace]:
+    """Run ``fn`` once, eagerly and for real, and return its output with the trace.
+
+    Args:
+        fn: the step with its arguments bound.
+        arguments: the tensor arguments, so that they are not taken for externals.
+    """
+    trace = Trace()
+    watch = _Watch(trace, arguments)
+    with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
+        output = fn()
+    return output, trace
+
+
+def compare_traces(first: Trace, second: Trace) -> Refusal | None:
+    """The first operator or value that differs between two consecutive steps, as a refusal, or None."""
+    for index, (a, b) in enumerate(zip(first.operations, second.operations, strict=False)):
+        if a.func is not b.func:
+            return ChangingValue(f"operation {index} was {a.func}, then {b.func}", operator=str(b.func), site=b.site)
+        difference = _difference(a.arguments, b.arguments)
+        if difference:
+            return ChangingValue(f"an argument of the operator {difference}", operator=str(b.func), site=b.site)
+    if len(first.operations) != len(second.operations):
+        extra = max(first.operations, second.operations, key=len)[min(len(first.operations), len(second.operations))]
+        detail = f"one step ran {len(first.operations)} operators, the next {len(second.operations)}"
+        return ChangingValue(detail, operator=str(extra.func), site=extra.site)
+    return None
+
+
+def _difference(a: Any, b: Any) -> str:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        if len(a) == len(b) == 2 and a[0] == b[0] == "external":
+            return "" if a[1] == b[1] else "reads another tensor in place than in the step before"
+        if len(a) != len(b):
+            return f"had {len(a)} parts, then {len(b)}"
+        return next((text for x, y in zip(a, b, strict=True) if (text := _difference(x, y))), "")
+    if type(a) is type(b) and (a is b or a == b or (isinstance(a, float) and a != a and b != b)):
+        return ""
+    return f"was {a!r}, then {b!r}"
+
+
+class _LastOperator(TorchDispatchMode):
+    """Remembers the operator that runs now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operator = ""
+        self.site = Site()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operator, self.site = str(func), user_site(sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+
+def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], _LastOperator]:
+    """``body`` run so that, when it raises, the second result names the operator and line it had reached."""
+    mode = _LastOperator()
+
+    def watched(tensors: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"), mode:
+            return body(tensors)
+
+    return watched, mode

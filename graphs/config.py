@@ -1,0 +1,118 @@
+"""Frozen settings of a capture, and the only reader of ``GRAPHS_*`` variables.
+
+An argument beats the environment, the environment beats the default. Every bad value raises `ConfigError` with the
+legal ones listed, before any device work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from graphs.contract.padding import Padding, as_padding
+from graphs.errors import ConfigError
+
+MODES = ("graph", "eager")
+VERIFY = ("capture", "always", "off")
+OUTPUTS = ("owned", "borrowed")
+WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``legal``, else raise `ConfigError`."""
+    if value not in legal:
+        raise ConfigError(name, value, legal)
+    return str(value)
+
+
+def _env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
+    return choice(variable, os.environ.get(variable, default), legal)
+
+
+def _env_flag(variable: str, default: bool) -> bool:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if text.lower() not in _TRUE + _FALSE:
+        raise ConfigError(variable, text, _TRUE + _FALSE)
+    return text.lower() in _TRUE
+
+
+def _env_buckets(variable: str) -> tuple[int, ...] | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        return as_buckets([int(part) for part in text.split(",")])
+    except ValueError as error:
+        raise ConfigError(variable, text, "positive integers separated by commas, for example 1,2,4,8") from error
+
+
+def _env_count(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(variable, text, "a positive integer")
+    return int(text)
+
+
+def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Validated bucket sizes in ascending order, or None for exact sizes."""
+    if buckets is None:
+        return None
+    sizes = tuple(buckets)
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise ConfigError("buckets", sizes, "a non-empty sequence of positive integers")
+    return tuple(sorted(set(sizes)))
+
+
+def wo_a_path() -> str:
+    """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
+    return _env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Everything `graphs.capture` can be told; see there for the meaning of each field."""
+
+    mode: str = "graph"
+    buckets: tuple[int, ...] | None = None
+    batch_dims: Mapping[str, int] | None = None
+    static: tuple[str, ...] = ()
+    padding: Mapping[str, Padding] = field(default_factory=dict)
+    outputs: str = "owned"
+    verify: str = "capture"
+    strict: bool = False
+    max_recordings: int = 64
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        mode: str | None,
+        buckets: Iterable[int] | None,
+        batch_dims: Mapping[str, int] | None,
+        static: Iterable[str],
+        padding: Mapping[str, Padding | str] | None,
+        outputs: str,
+        verify: str | None,
+        strict: bool | None,
+        max_recordings: int | None,
+    ) -> CaptureConfig:
+        """Combine arguments with the environment and validate the result."""
+        if isinstance(static, str):
+            raise ConfigError("static", static, "a sequence of argument names")
+        if max_recordings is not None and (type(max_recordings) is not int or max_recordings < 1):
+            raise ConfigError("max_recordings", max_recordings, "a positive integer")
+        return cls(
+            mode=choice("mode", mode, MODES) if mode is not None else _env_choice("GRAPHS_MODE", "graph", MODES),
+            buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),
+            batch_dims=dict(batch_dims) if batch_dims is not None else None,
+            static=tuple(static),
+            padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},
+            outputs=choice("outputs", outputs, OUTPUTS),
+            verify=choice("verify", verify, VERIFY) if verify is not None else _env_choice("GRAPHS_VERIFY", "capture", VERIFY),
+            strict=strict if strict is not None else _env_flag("GRAPHS_STRICT", False),
+            max_recordings=max_recordings if max_recordings is not None else _env_count("GRAPHS_MAX_RECORDINGS", 64),
+        )

@@ -1,0 +1,1 @@
+"""The contract between a caller and a recording: arguments, slots, buckets, padding, static tensors, state."""

@@ -1,0 +1,134 @@
+"""The template of a step's output: which leaves a replay produces, and how the structure is put back together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphs.contract.arguments import map_leaves, pytree_children
+from graphs.errors import ChangingValue, Refusal, UnsupportedOutput
+
+Tensor = torch.Tensor
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class _Leaf:
+    """A tensor that the replay produces, by position."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Argument:
+    """A leaf handed through from the caller: ``opaque`` argument, or tensor argument, by position."""
+
+    __slots__ = ("index", "opaque")
+
+    def __init__(self, index: int, opaque: bool) -> None:
+        self.index, self.opaque = index, opaque
+
+
+@dataclass(frozen=True)
+class OutputTemplate:
+    """Structure of an output with holes.
+
+    Attributes:
+        structure: the output with `_Leaf` and `_Argument` in place of what changes from call to call.
+        single: True when the output is one tensor that the replay produces: nothing has to be rebuilt.
+    """
+
+    structure: Any
+    single: bool
+
+    def fill(self, produced: Sequence[Tensor], tensors: Sequence[Tensor], opaques: Sequence[Any]) -> Any:
+        """The caller's output: ``produced`` by the replay, ``tensors`` and ``opaques`` of this call handed through."""
+        if self.single:
+            return produced[0]
+
+        def leaf(value: Any) -> Any:
+            if type(value) is _Leaf:
+                return produced[value.index]
+            if type(value) is _Argument:
+                return (opaques if value.opaque else tensors)[value.index]
+            return value
+
+        return map_leaves(self.structure, leaf)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same view of the same storage."""
+    return (
+        a is b
+        or a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
+
+
+def output_template(
+    output: Any, tensors: Sequence[Tensor], opaques: Sequence[Any], externals: Sequence[Tensor] = ()
+) -> tuple[OutputTemplate, list[Tensor]]:
+    """Split an output into a template and the tensors that a replay has to produce.
+
+    A leaf that is an argument, the same tensor or the same object, is handed through and not copied; so is one of
+    ``externals``, the tensors that the step reads in place (a cache that it also returns).
+
+    Raises:
+        UnsupportedOutput: a leaf is neither a tensor, a constant, nor an argument.
+    """
+    produced: list[Tensor] = []
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for index, tensor in enumerate(tensors):
+                if value.numel() and same_memory(value, tensor):
+                    return _Argument(index, opaque=False)
+            static = next((tensor for tensor in externals if value.numel() and same_memory(value, tensor)), None)
+            if static is not None:
+                return static
+            produced.append(value)
+            return _Leaf(len(produced) - 1)
+        for index, item in enumerate(opaques):
+            if value is item:
+                return _Argument(index, opaque=True)
+        if isinstance(value, _CONSTANTS):
+            return value
+        raise UnsupportedOutput(f"the output holds a {type(value).__name__}, made anew by each call")
+
+    structure = map_leaves(output, leaf)
+    return OutputTemplate(structure, type(structure) is _Leaf), produced
+
+
+def compare_templates(first: Any, second: Any) -> Refusal | None:
+    """The first constant or structural difference between the templates of two consecutive steps."""
+    if type(first) is not type(second):
+        return ChangingValue(f"the output was a {type(first).__name__}, then a {type(second).__name__}", operator="output")
+    if isinstance(first, _Leaf):
+        return None
+    if isinstance(first, _Argument):
+        if (first.index, first.opaque) != (second.index, second.opaque):
+            return ChangingValue("the output handed through another argument", operator="output")
+        return None
+    a, b = _children(first), _children(second)
+    if a is None or b is None:
+        if first is second or first == second or repr(first) == repr(second):
+            return None
+        return ChangingValue(f"a constant in the output was {first!r}, then {second!r}", operator="output")
+    if len(a) != len(b):
+        return ChangingValue(f"the output had {len(a)} parts, then {len(b)}", operator="output")
+    return next((refusal for x, y in zip(a, b, strict=True) if (refusal := compare_templates(x, y))), None)
+
+
+def _children(value: Any) -> list[Any] | None:
+    if type(value) is dict:
+        return [list(value), *value.values()]
+    if type(value) in (tuple, list):
+        return list(value)
+    return pytree_children(value)[0]

@@ -1,0 +1,203 @@
+"""The catalogue: every error this project raises and every reason a step is not recorded.
+
+A refusal is an exception object used as a value. The capture path builds one, counts it, warns once and runs the
+call eagerly; with ``strict=True`` it raises the same object. Each names the operator, the user's source line and what
+to change, and its message ends in the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class GraphsError(Exception):
+    """Base class of every error raised on purpose by this project."""
+
+
+class ConfigError(GraphsError, ValueError):
+    """A setting, argument or ``GRAPHS_*`` variable has a value that is not legal."""
+
+    def __init__(self, name: str, value: object, legal: Iterable[object] | str) -> None:
+        choices = legal if isinstance(legal, str) else "one of " + ", ".join(repr(v) for v in legal)
+        super().__init__(f"{name} = {value!r} is not legal; it must be {choices}.")
+        self.name, self.value = name, value
+
+
+class WeightError(GraphsError, ValueError):
+    """A weight, scale or activation of a grouped projection has the wrong shape, dtype, device or values."""
+
+
+class MissingDependency(GraphsError, ImportError):
+    """An optional package is needed and absent; the message says what to install."""
+
+    def __init__(self, package: str, needed_for: str, install: str) -> None:
+        super().__init__(f"{needed_for} needs the package {package!r}, which cannot be imported here. Install it with: {install}")
+        self.package = package
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A line of the user's program. ``file`` is empty where no Python frame is known."""
+
+    file: str = ""
+    line: int = 0
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else "an unknown line"
+
+
+class Refusal(GraphsError):
+    """Why a step is not recorded.
+
+    Attributes:
+        reason: stable slug of the class of failure, for counting and for tests.
+        operator: the operator or value at fault, for example ``aten._local_scalar_dense``.
+        site: the user's source line.
+        detail: what was seen.
+        remedy: what to change.
+    """
+
+    reason = "refused"
+    remedy = ""
+
+    def __init__(self, detail: str, *, operator: str = "", site: Site | None = None, remedy: str | None = None) -> None:
+        self.detail = detail
+        self.operator = operator
+        self.site = site or Site()
+        if remedy is not None:
+            self.remedy = remedy
+        where = f" at {self.site}" if self.site.file else ""
+        quoted = f"\n    {self.site.source}" if self.site.source else ""
+        named = f" [{operator}]" if operator else ""
+        super().__init__(f"{self.reason}{where}{named}: {detail}{quoted}\n  Remedy: {self.remedy}")
+
+    @property
+    def signature(self) -> tuple[str, str, str, int]:
+        """What makes two refusals the same one for counting: reason, operator, file and line."""
+        return self.reason, self.operator, self.site.file, self.site.line
+
+
+class HostSync(Refusal):
+    """The step turns a device value into a Python value, or waits for one."""
+
+    reason = "host-sync"
+    remedy = "keep the value on the device (index with the tensor, torch.where), or pass what the host already knows as an argument"
+
+
+class DataDependentShape(Refusal):
+    """An operator whose output shape depends on data."""
+
+    reason = "data-dependent-shape"
+    remedy = "give the result a static size and a mask, for example torch.nonzero_static(x, size=bound)"
+
+
+class HostConstant(Refusal):
+    """A tensor is built from host data inside the step: an upload that a device graph cannot hold."""
+
+    reason = "host-constant"
+    remedy = "build the tensor once, outside the step (a buffer), or pass it as an argument"
+
+
+class ChangingValue(Refusal):
+    """A Python value that differs between two consecutive steps would be frozen by a recording."""
+
+    reason = "changing-value"
+    remedy = "keep the value in a tensor that the step updates in place, or pass it as an argument"
+
+
+class MovedStaticTensor(Refusal):
+    """A tensor that a recording reads in place is no longer where it was."""
+
+    reason = "moved-static-tensor"
+    remedy = "update weights and caches in place (copy_), or call invalidate() on the captured module after replacing them"
+
+
+class MixedDevices(Refusal):
+    """Tensor arguments live on more than one device."""
+
+    reason = "mixed-devices"
+    remedy = "move every tensor argument to the device of the model before the call"
+
+
+class AutogradInput(Refusal):
+    """Gradients are being recorded for this call."""
+
+    reason = "autograd"
+    remedy = "call the step under torch.no_grad() or torch.inference_mode(), or detach its inputs and parameters"
+
+
+class UnsupportedArgument(Refusal):
+    """An argument can neither be a slot nor a part of a key."""
+
+    reason = "unsupported-argument"
+    remedy = "pass tensors, numbers, strings, or containers of them"
+
+
+class UnsupportedOutput(Refusal):
+    """The step returns something that a replay cannot produce."""
+
+    reason = "unsupported-output"
+    remedy = "return tensors, or containers of tensors and constants"
+
+
+class OpaqueKernel(Refusal):
+    """A kernel was launched that no operator schema describes, so what it writes is unknown."""
+
+    reason = "opaque-kernel"
+    remedy = "register the kernel with torch.library.custom_op or triton_op, naming what it mutates"
+
+
+class UnsupportedOperator(Refusal):
+    """An operator that this recorder cannot replay."""
+
+    reason = "unsupported-operator"
+    remedy = "move the operator out of the step, or run this step in eager mode"
+
+
+class CaptureFailed(Refusal):
+    """The device refused the recording."""
+
+    reason = "capture-failed"
+    remedy = "see the driver's message; graphs.capture(..., verify='off') changes nothing about it"
+
+
+class VerifyMismatch(Refusal):
+    """The first replay of a recording disagreed with eager on the same inputs and state."""
+
+    reason = "verify-mismatch"
+    remedy = "look for an operator without a schema, or hidden state; the recording was dropped and this key runs eagerly"
+
+
+class AboveLargestBucket(Refusal):
+    """A batch larger than every bucket."""
+
+    reason = "above-largest-bucket"
+    remedy = "add a larger bucket, or split the batch"
+
+
+class TooManyKeys(Refusal):
+    """More distinct keys than ``max_recordings`` allows."""
+
+    reason = "too-many-keys"
+    remedy = "declare buckets=, pass changing numbers as tensors, or raise max_recordings"
+
+
+class RowsInteract(Refusal):
+    """Padding a batch would change its real rows, so the step is recorded at exact sizes instead."""
+
+    reason = "rows-interact"
+    remedy = "nothing has to change; to pad anyway, make rows independent, or give index inputs padding={name: graphs.sentinel(row)}"
+
+    def __init__(self, detail: str, *, unproved: bool = False) -> None:
+        super().__init__(detail, operator="padding")
+        self.unproved = unproved
+        """True where this call could prove nothing; a later one with other data may."""
+
+
+class NestedCapture(Refusal):
+    """The call happens while another graph is being recorded on the current stream."""
+
+    reason = "nested-capture"
+    remedy = "record either the whole program or the step, not one inside the other"

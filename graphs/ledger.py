@@ -1,0 +1,73 @@
+"""Counting what happened to calls, and warning once per reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+from graphs.errors import Refusal
+from graphs.report import CaptureReport, KeyReport, RefusalCount
+from graphs.trial import Entry
+
+
+class NotReplayed(UserWarning):
+    """A call ran eagerly although graph mode was asked for."""
+
+
+class Ledger:
+    """Counts of one captured module."""
+
+    def __init__(self) -> None:
+        self.eager_calls = 0
+        self._replays_dropped = 0
+        self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
+
+    def refused(self, refusal: Refusal, *, eager: bool = True) -> None:
+        """Count a refusal; warn the first time its reason, operator and line are seen."""
+        known = self._refusals.get(refusal.signature)
+        if known is None:
+            site = refusal.site
+            known = RefusalCount(refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0)
+            outcome = "this call runs eagerly" if eager else "the step is recorded at its exact sizes"
+            warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=4)
+        self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
+
+    def dropped(self, entry: Entry) -> None:
+        """Keep the replays of a recording that is being dropped."""
+        self._replays_dropped += entry.replays
+
+    def report(self, device: str, mode: str, entries: list[Entry]) -> CaptureReport:
+        """The report of everything counted so far."""
+        return CaptureReport(
+            device=device,
+            mode=mode,
+            recordings=len(entries),
+            replays=self._replays_dropped + sum(entry.replays for entry in entries),
+            eager_calls=self.eager_calls,
+            refusals=tuple(self._refusals.values()),
+            keys=tuple(_key_report(entry) for entry in entries),
+        )
+
+
+def _key_report(entry: Entry) -> KeyReport:
+    eager, replay, rows = entry.eager, entry.replay, entry.contract.rows
+    saved = _cost(eager) - _cost(replay) if eager is not None and replay is not None else 0.0
+    return KeyReport(
+        key=entry.key,
+        rows=rows,
+        replays=entry.replays,
+        eager_host_us=eager.host_us if eager is not None else None,
+        eager_device_us=eager.device_us if eager is not None else None,
+        replay_host_us=replay.host_us if replay is not None else None,
+        replay_device_us=replay.device_us if replay is not None else None,
+        capture_seconds=entry.capture_seconds,
+        pool_bytes=entry.recording.pool_bytes,
+        device_free_delta=entry.device_free_delta,
+        padding_waste=1 - entry.real_rows / (rows * entry.replays) if rows is not None and entry.replays else 0.0,
+        break_even_calls=int(entry.capture_seconds * 1e6 / saved) + 1 if saved > 0 else None,
+    )
+
+
+def _cost(time: object) -> float:
+    """What one call takes: the longer of host and device time, microseconds."""
+    return max(getattr(time, "host_us", 0.0), getattr(time, "device_us", None) or 0.0)

@@ -1,0 +1,219 @@
+"""Inputs in and outputs out as part of the recorded graph: no launch of their own, no work on the host but addresses.
+
+The first kernel of a recording copies the caller's tensors into the slots, the last copies the static outputs into
+tensors that the caller owns. Both find the addresses in a table in pinned host memory, which the host fills before each
+replay:
+
+    table[turn % RING] = [real rows, address of input 0, .., address of output 0, ..]
+
+``turn`` is counted on the device by the last kernel and on the host by the caller, so a row of the table is not written
+again until the replay that read it is known to be over: see `AddressTable.claim`. Padding and the slicing-off of padding
+are part of the two kernels, so a captured call launches one graph and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphs.contract.padding import Padding
+from graphs.errors import MissingDependency
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise MissingDependency("triton", "recording a step on a GPU", "pip install triton") from error
+
+Tensor = torch.Tensor
+RING = 512
+HALF = RING // 2
+_HEADER = 3  # ring, width, first address column
+_FIELDS = 8  # static address, outer, rows, inner, unit, padding kind, fill bits, has a batch dimension
+_KINDS = {"repeat": 0, "zero": 1, "sentinel": 1, "keep": 2}
+_BLOCK = 1024
+
+
+@triton.jit
+def _move_units(target, source, outer, target_rows, source_rows, inner, real, kind, fill, start, stride, BLOCK: tl.constexpr):
+    """Copy ``outer x rows x inner`` units between tensors that differ in their rows; rows from ``real`` on are padding."""
+    total = outer * target_rows * inner
+    for first in range(start * BLOCK, total, stride * BLOCK):
+        unit = first + tl.arange(0, BLOCK)
+        column = unit % inner
+        row = (unit // inner) % target_rows
+        plane = unit // (inner * target_rows)
+        inside = unit < total
+        from_source = (row < real) | (kind == 0)
+        value = tl.load(
+            source + (plane * source_rows + tl.minimum(row, real - 1)) * inner + column, mask=inside & from_source, other=0
+        )
+        value = tl.where(from_source, value, fill.to(value.dtype))
+        tl.store(target + unit, value, mask=inside & (from_source | (kind != 2)))
+
+
+@triton.jit
+def move_rows(table, cursor, current, fields, INBOUND: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy every input into its slot (INBOUND) or every static output into the caller's tensor.
+
+    Args:
+        table: int64 ``[ring, width]`` in pinned host memory; cursor: int64 ``[1]``, the turn; current: int64 ``[width]``,
+            this turn's row on the device; fields: int64, the header and one line per tensor.
+    """
+    entry = tl.program_id(0)
+    ring = tl.load(fields)
+    width = tl.load(fields + 1)
+    column = tl.load(fields + 2) + entry
+    turn = tl.load(cursor)
+    if INBOUND:
+        row = table + (turn % ring) * width
+        if (entry == 0) & (tl.program_id(1) == 0):
+            for index in range(width):
+                tl.store(current + index, tl.load(row + index, volatile=True))
+    else:
+        row = current
+        if (entry == 0) & (tl.program_id(1) == 0):
+            tl.store(cursor, turn + 1)
+    real = tl.load(row, volatile=True).to(tl.int32)
+    caller = tl.load(row + column, volatile=True)
+    line = fields + HEADER + entry * FIELDS
+    static = tl.load(line)
+    outer = tl.load(line + 1).to(tl.int32)
+    rows = tl.load(line + 2).to(tl.int32)
+    inner = tl.load(line + 3).to(tl.int32)
+    unit = tl.load(line + 4)
+    kind = tl.load(line + 5).to(tl.int32)
+    fill = tl.load(line + 6)
+    if tl.load(line + 7) == 0:
+        real = rows
+    if INBOUND:
+        target, source, target_rows, source_rows = static, caller, rows, real
+    else:
+        target, source, target_rows, source_rows = caller, static, real, rows
+    block = tl.program_id(1)
+    blocks = tl.num_programs(1)
+    if unit == 8:
+        t8 = target.to(tl.pointer_type(tl.int64))
+        s8 = source.to(tl.pointer_type(tl.int64))
+        _move_units(t8, s8, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+    elif unit == 4:
+        t4 = target.to(tl.pointer_type(tl.int32))
+        s4 = source.to(tl.pointer_type(tl.int32))
+        _move_units(t4, s4, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+    elif unit == 2:
+        t2 = target.to(tl.pointer_type(tl.int16))
+        s2 = source.to(tl.pointer_type(tl.int16))
+        _move_units(t2, s2, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+    else:
+        t1 = target.to(tl.pointer_type(tl.int8))
+        s1 = source.to(tl.pointer_type(tl.int8))
+        _move_units(t1, s1, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One static tensor (a slot's buffer or a static output, dense) and how rows of it are copied."""
+
+    static: Tensor
+    batch_dim: int | None
+    padding: Padding
+
+    def fields(self) -> list[int]:
+        """The line of the table of fields that `move_rows` reads."""
+        tensor, size = self.static, self.static.element_size()
+        if self.batch_dim is None:
+            outer, rows, inner = 1, 1, tensor.numel() * size
+        else:
+            outer = _product(tensor.shape[: self.batch_dim])
+            rows = tensor.shape[self.batch_dim]
+            inner = _product(tensor.shape[self.batch_dim + 1 :]) * size
+        unit = next(width for width in (8, 4, 2, 1) if inner % width == 0)
+        kind, fill = _KINDS[self.padding.kind], self.padding.fill_bits(tensor.dtype)
+        return [tensor.data_ptr(), outer, rows, inner // unit, unit, kind, fill, int(self.batch_dim is not None)]
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+class AddressTable:
+    """The pinned table of addresses, with the host's side of the turn counter."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.width = 1 + columns
+        self.turn = 0
+        with torch.inference_mode(False):
+            self.pinned = torch.zeros(RING * self.width, dtype=torch.int64, pin_memory=True)
+            self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+            self.current = torch.zeros(self.width, dtype=torch.int64, device=device)
+        self._words = (ctypes.c_int64 * (RING * self.width)).from_address(self.pinned.data_ptr())
+        self._ends: list[torch.cuda.Event | None] = [None, None]
+
+    def claim(self, row: list[int]) -> None:
+        """Write the next turn's row; waits only when the device is more than half a ring behind."""
+        turn = self.turn % RING
+        if turn % HALF == 0 and self.turn:
+            self._pace(turn // HALF)
+        start = turn * self.width
+        self._words[start : start + self.width] = row
+
+    def _pace(self, half: int) -> None:
+        """Mark the end of the half just used up, and wait for the replays that last read the half about to be used."""
+        ended = torch.cuda.Event()
+        ended.record()
+        self._ends[1 - half] = ended
+        before = self._ends[half]
+        if before is not None:
+            before.synchronize()
+
+
+class Copier:
+    """One of the two copying kernels of a recording.
+
+    The line of fields per tensor is uploaded outside the capture, since a capture cannot copy from the host; the static
+    outputs are known only inside it. So: `bind` (anywhere), `launch` (inside the capture), `upload` (outside).
+    """
+
+    def __init__(self, count: int, table: AddressTable, first_column: int, *, inbound: bool) -> None:
+        self._table, self._inbound = table, inbound
+        self._fields = [RING, table.width, first_column, *[0] * (_FIELDS * max(count, 1))]
+        self._grid = (max(count, 1), 1)
+        with torch.inference_mode(False):
+            self._on_device = torch.zeros(len(self._fields), dtype=torch.int64, device=table.cursor.device)
+
+    def bind(self, moves: Sequence[Move]) -> None:
+        """Set the tensors that are copied. They must stay where they are; this object does not hold them."""
+        units = 1
+        for index, move in enumerate(moves):
+            line = move.fields()
+            units = max(units, line[1] * line[2] * line[3])
+            self._fields[_HEADER + index * _FIELDS : _HEADER + (index + 1) * _FIELDS] = line
+        if not moves:  # nothing to copy; the kernel still carries the turn
+            self._fields[_HEADER:] = [0, 0, 1, 1, 1, 0, 0, 0]
+        self._grid = (self._grid[0], min(-(-units // _BLOCK), 264))
+
+    def upload(self) -> None:
+        """Bring the fields to the device."""
+        self._on_device.copy_(torch.tensor(self._fields, dtype=torch.int64))
+
+    def launch(self) -> None:
+        """Launch on the current stream; inside a capture this becomes a node of the graph."""
+        table = self._table
+        kernel: Any = move_rows
+        kernel[self._grid](
+            table.pinned,
+            table.cursor,
+            table.current,
+            self._on_device,
+            INBOUND=self._inbound,
+            HEADER=_HEADER,
+            FIELDS=_FIELDS,
+            BLOCK=_BLOCK,
+        )

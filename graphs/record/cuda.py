@@ -1,0 +1,239 @@
+"""The recorder for CUDA and HIP, through ``torch.cuda.CUDAGraph``.
+
+One pool and one recording stream per captured module. A capture neither synchronises the device nor empties the
+allocator's cache; the garbage collector is paused, since a finaliser inside a capture can break it. All that a replay
+does on the host is written in `CudaRecording.replay`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from graphs.contract.padding import Padding
+from graphs.contract.slots import Contract
+from graphs.errors import CaptureFailed, Refusal
+from graphs.record.copies import AddressTable, Copier, Move
+from graphs.record.policy import current_policy
+from graphs.record.step import Body
+
+Tensor = torch.Tensor
+_raw_stream = torch._C._cuda_getCurrentRawStream
+_KEEP = Padding("keep")
+
+
+class StreamOrder:
+    """The stream that last replayed any recording of a module; they share a pool, so they must not overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.current_stream(device)
+        self.raw = self.stream.cuda_stream
+
+    def enter(self) -> None:
+        """Make the current stream wait for the last one."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self.stream)
+        self.stream, self.raw = stream, stream.cuda_stream
+
+
+class CudaRecording:
+    """A device graph with its slots, address table and output shapes."""
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        contract: Contract,
+        table: AddressTable,
+        outputs: list[Tensor],
+        order: StreamOrder,
+        keep: tuple[object, ...],
+        *,
+        owned: bool,
+    ) -> None:
+        self.graph = graph
+        self.contract = contract
+        self.outputs: list[Tensor] | None = None if owned else outputs
+        self.pool_bytes = 0
+        self._replay = graph.replay
+        self._table = table
+        self._order = order
+        self._keep = keep
+        self._sources = tuple(slot.index for slot in contract.slots)
+        self._device = order.device
+        self._index = order.device.index
+        self._layouts = [(tuple(o.shape), o.stride(), o.dtype, dim) for o, dim in zip(outputs, contract.output_dims, strict=True)]
+        self._layouts_at: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]] = {}
+        self._owned = owned
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """One graph launch; see `graphs.record.step.Recording`. Inputs may be freed as soon as this returns."""
+        if _raw_stream(self._index) != self._order.raw:
+            self._order.enter()
+        row = [rows]
+        keep = []
+        for index in self._sources:
+            tensor = tensors[index]
+            if not tensor.is_contiguous() or tensor.data_ptr() & 15:
+                tensor = tensor.clone(memory_format=torch.contiguous_format)  # the kernel copies aligned, dense memory
+                keep.append(tensor)
+            row.append(tensor.data_ptr())
+        outputs = self._new_outputs(rows) if self.outputs is None else _sliced(self.outputs, self._layouts, rows)
+        if self._owned:
+            row += [out.data_ptr() for out in outputs]
+        table = self._table
+        table.claim(row)
+        self._replay()
+        table.turn += 1
+        return outputs
+
+    def _new_outputs(self, rows: int) -> list[Tensor]:
+        layouts = self._layouts_at.get(rows)
+        if layouts is None:
+            layouts = self._layouts_at[rows] = [
+                (shape, stride, dtype) if dim is None else (*_contiguous(shape, dim, rows), dtype)
+                for shape, stride, dtype, dim in self._layouts
+            ]
+        device = self._device
+        return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in layouts]
+
+    def __del__(self) -> None:
+        """Wait for replays in flight: they read the address table and the slots, which are freed with this object."""
+        if getattr(self, "_table", None) is not None and self._table.turn and not torch.cuda.is_current_stream_capturing():
+            self._order.stream.synchronize()
+
+
+def _contiguous(shape: tuple[int, ...], dim: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    sizes = (*shape[:dim], rows, *shape[dim + 1 :])
+    return sizes, torch.empty(sizes, device="meta").stride()
+
+
+def _sliced(outputs: list[Tensor], layouts: Sequence[tuple[object, object, object, int | None]], rows: int) -> list[Tensor]:
+    return [o if line[3] is None else o.narrow(line[3], 0, rows) for o, line in zip(outputs, layouts, strict=True)]
+
+
+def _dense(tensor: Tensor, sliced: bool) -> Tensor:
+    """``tensor``, or a contiguous copy where its memory has holes or overlaps (or has to be sliced by rows)."""
+    if tensor.is_contiguous():
+        return tensor
+    dense = torch._prims_common.is_non_overlapping_and_dense(tensor)
+    return tensor if dense and not sliced else tensor.contiguous()
+
+
+class CudaRecorder:
+    """Records steps of one captured module on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.policy = current_policy()
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.order = StreamOrder(self.device)
+        self._primed = False
+
+    def run(self, fn: Callable[[], object]) -> object:
+        """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there."""
+        with self._on_stream():
+            return fn()
+
+    def refuses(self, operator: str) -> str | None:
+        """Why an operator cannot be recorded here; see `DevicePolicy`."""
+        return self.policy.refuses(operator)
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        outer = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outer)
+        with torch.cuda.stream(self.stream):
+            yield
+        outer.wait_stream(self.stream)
+
+    def _prime(self) -> None:
+        """Compile and load the copying kernels: a module load on a capturing stream fails."""
+        if self._primed:
+            return
+        table = AddressTable(0, self.device)
+        for inbound in (True, False):
+            copier = Copier(0, table, 1, inbound=inbound)
+            copier.bind(())
+            copier.upload()
+            copier.launch()
+        self.stream.synchronize()  # the table is about to be freed
+        self._primed = True
+
+    def record(
+        self,
+        body: Body,
+        contract: Contract,
+        tensors: Sequence[Tensor],
+        *,
+        owned: bool,
+        generators: Sequence[torch.Generator] = (),
+    ) -> CudaRecording:
+        """Record ``body``; nothing of it runs on the device. The caller restores what its Python changed.
+
+        Raises:
+            CaptureFailed: the driver refused. The stream, the pool and the allocator are usable afterwards.
+        """
+        before = torch.cuda.memory_reserved(self.device)
+        with self._on_stream():
+            self._prime()
+            buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
+            results = len(contract.output_dims) if owned else 0
+            table = AddressTable(len(buffers) + results, self.device)
+            inbound = Copier(len(buffers), table, 1, inbound=True)
+            outbound = Copier(results, table, 1 + len(buffers), inbound=False)
+            inbound.bind([Move(b, slot.batch_dim, slot.padding) for slot, b in zip(contract.slots, buffers, strict=True)])
+            inbound.upload()
+            graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with _paused_collector(), torch.no_grad(), self._capturing(graph):
+                inbound.launch()
+                produced = body(contract.arrange(buffers, tensors))
+                outputs = [_dense(o, dim is not None) for o, dim in zip(produced, contract.output_dims, strict=True)]
+                outbound.bind([Move(o, dim, _KEEP) for o, dim in zip(outputs, contract.output_dims, strict=True)] if owned else [])
+                outbound.launch()
+            outbound.upload()
+        recording = CudaRecording(graph, contract, table, outputs, self.order, (buffers, inbound, outbound), owned=owned)
+        recording.pool_bytes = max(torch.cuda.memory_reserved(self.device) - before, 0)
+        return recording
+
+    @contextlib.contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        graph.capture_begin(pool=self.pool, capture_error_mode=self.policy.capture_error_mode)
+        try:
+            yield
+            if self.policy.poll_capture and not torch.cuda.is_current_stream_capturing():
+                raise CaptureFailed("the device dropped the capture without an error")
+            graph.capture_end()
+        except Exception as error:
+            self._abandon(graph)
+            if isinstance(error, Refusal):
+                raise
+            raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a broken capture, so that the stream, the pool and the allocator can be used again.
+
+        Both calls fail when the thing they end is over already, which is what this wants: a capture that the driver
+        invalidated is ended by the failing call itself, but then the allocator is not told.
+        """
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.order.device.index, self.pool)
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,61 @@
+"""Where CUDA and HIP differ for a recorder: one frozen object, chosen once; nothing else asks for the vendor."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DevicePolicy:
+    """How a vendor's graphs are recorded.
+
+    Attributes:
+        vendor: ``"cuda"`` or ``"hip"``, for reports.
+        capture_error_mode: which other threads' calls may break a capture. Thread-local on both: the watchdogs of
+            NCCL and RCCL poll events while a step is recorded.
+        poll_capture: ask the stream whether it is still capturing before ending a capture. HIP before ROCm 7.14
+            invalidates a capture without an error at the call that broke it.
+        refused_operators: operators that record and then fault on a later replay, with the reason.
+        bytes_per_graph: driver memory outside the pool, per graph; 0 where it is not known.
+    """
+
+    vendor: str
+    capture_error_mode: str = "thread_local"
+    poll_capture: bool = False
+    refused_operators: tuple[tuple[str, str], ...] = ()
+    bytes_per_graph: int = 0
+
+    def refuses(self, operator: str) -> str | None:
+        """Why ``operator`` (``aten.topk.default``) cannot be recorded, or None."""
+        return next((why for name, why in self.refused_operators if operator.startswith(name)), None)
+
+
+CUDA = DevicePolicy("cuda")
+HIP = DevicePolicy(
+    "hip",
+    poll_capture=True,
+    refused_operators=(("aten.topk", "topk inside a HIP graph faults on its second replay with torch >= 2.13"),),
+    bytes_per_graph=4 << 20,
+)
+
+
+def choose_policy(hip: str | None, has_faulting_topk: bool) -> DevicePolicy:
+    """The policy for a build of torch.
+
+    Args:
+        hip: ``torch.version.hip``.
+        has_faulting_topk: whether this build carries the sort that faults; see `HIP`.
+    """
+    if hip is None:
+        return CUDA
+    return HIP if has_faulting_topk else DevicePolicy("hip", poll_capture=True, bytes_per_graph=HIP.bytes_per_graph)
+
+
+@functools.cache
+def current_policy() -> DevicePolicy:
+    """The policy of this process. The faulting ``topk`` arrived with ``check_input_liveness``, which is probed for."""
+    has_faulting_topk = "check_input_liveness" in (torch.cuda.CUDAGraph.capture_begin.__doc__ or "")
+    return choose_policy(torch.version.hip, has_faulting_topk)

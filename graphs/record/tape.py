@@ -1,0 +1,194 @@
+"""The CPU recorder: a tape of ATen operators with fixed storage for every intermediate.
+
+Like a device graph it freezes host values, takes no Python branch and reads fixed addresses. Views are made once, since
+their base never moves; operators that compute run again, through their ``out=`` overload where there is one, so that
+nothing is allocated. What depends on nothing that changes is computed once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.slots import Contract
+from graphs.errors import UnsupportedOperator
+from graphs.record.step import Body
+
+Tensor = torch.Tensor
+_NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
+_RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
+
+
+@dataclass
+class _Instruction:
+    """One operator of the tape and the storages it reads and writes."""
+
+    call: Callable[[], Any]
+    reads: set[int]
+    writes: set[int]
+    creates: bool
+    func: OpOverload
+    keep: tuple[Any, ...] = field(repr=False, default=())
+
+
+@functools.cache
+def out_overload(func: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
+    """The ``out=`` overload with the same arguments, and the names of its outputs; None where there is none."""
+    returns = func._schema.returns
+    if not returns or any(str(result.type) != "Tensor" for result in returns):
+        return None
+    wanted = {(a.name, str(a.type)) for a in func._schema.arguments if a.name not in _NOT_OF_OUT}
+    packet = func._overloadpacket
+    for name in packet.overloads():
+        candidate = getattr(packet, name)
+        arguments = candidate._schema.arguments
+        outs = tuple(a.name for a in arguments if a.is_out)
+        plain = {(a.name, str(a.type)) for a in arguments if not a.is_out}
+        if len(outs) == len(returns) and plain - {p for p in plain if p[0] in _NOT_OF_OUT} == wanted:
+            return candidate, outs
+    return None
+
+
+class _TapeMode(TorchDispatchMode):
+    """Writes the tape while the step runs for real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instructions: list[_Instruction] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _RESIZING:
+            raise UnsupportedOperator("the tape holds tensors at fixed storage and cannot resize them", operator=str(func))
+        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self._append(func, args, kwargs, result)
+        return result
+
+    def _append(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
+        reads = {storage_id(tensor) for tensor in inputs}
+        fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
+        written = written_tensors(func, args, kwargs)
+        if written or not outputs:
+            bound = functools.partial(func._op, *args, **kwargs)
+            self.instructions.append(_Instruction(bound, reads, {storage_id(t) for t in written}, False, func, (args, kwargs, result)))
+        elif fresh:
+            if len(fresh) != len(outputs):
+                raise UnsupportedOperator("some outputs are views and some are new", operator=str(func))
+            call = _functional_call(func, args, kwargs, result)
+            self.instructions.append(_Instruction(call, reads, {storage_id(t) for t in fresh}, True, func, (args, kwargs, result)))
+
+    def program(self, volatile: set[int]) -> list[_Instruction]:
+        """The instructions that have to run at each replay.
+
+        An operator that reads only what replays never change, and whose results nothing else writes, has its results
+        in place already. ``volatile`` are the storages that may change between replays: slots and externals.
+        """
+        writers = Counter(storage for instruction in self.instructions for storage in instruction.writes)
+        created = {storage for instruction in self.instructions if instruction.creates for storage in instruction.writes}
+        changing = volatile | {s for i in self.instructions for s in i.reads if s not in created}  # weights and caches
+        kept = []
+        for instruction in self.instructions:
+            seeded = torch.Tag.nondeterministic_seeded in instruction.func.tags
+            overwritten = any(writers[storage] > 1 for storage in instruction.writes)
+            if seeded or overwritten or instruction.reads & changing or not instruction.writes:
+                kept.append(instruction)
+                changing |= instruction.writes
+        return kept
+
+
+def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
+    found = out_overload(func)
+    if found is not None:
+        overload, names = found
+        outputs = tensors_in(result)
+        plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
+        return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
+
+    def call_and_copy() -> None:
+        for target, value in zip(tensors_in(result), tensors_in(func._op(*args, **kwargs)), strict=True):
+            target.copy_(value)
+
+    return call_and_copy
+
+
+@functools.cache
+def _accepts(overload: OpOverload, name: str) -> bool:
+    return any(argument.name == name for argument in overload._schema.arguments)
+
+
+class TapeRecording:
+    """A tape with its slots and static outputs."""
+
+    def __init__(
+        self, program: list[_Instruction], contract: Contract, buffers: list[Tensor], outputs: list[Tensor], owned: bool
+    ) -> None:
+        self.contract = contract
+        self.buffers = buffers
+        self.outputs = outputs
+        self._owned = owned
+        self._program = program
+        self._calls = [instruction.call for instruction in program]
+        self._slots = list(zip(contract.slots, buffers, strict=True))
+        self.pool_bytes = sum(
+            storage.nbytes()
+            for storage in {
+                s._cdata: s for i in program for t in tensors_in(i.keep[2]) for s in [t.untyped_storage()] if s._cdata in i.writes
+            }.values()
+        )
+
+    @property
+    def operators(self) -> list[str]:
+        """The operators that a replay runs, in order."""
+        return [str(instruction.func) for instruction in self._program]
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """Run the tape on the slots of ``tensors``; see `graphs.record.step.Recording`."""
+        with torch.inference_mode():
+            for slot, buffer in self._slots:
+                slot.fill(buffer, tensors[slot.index])
+            for call in self._calls:
+                call()
+        outputs = [
+            out if dim is None else out.narrow(dim, 0, rows)
+            for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
+        ]
+        return [out.clone() for out in outputs] if self._owned else outputs
+
+
+class TapeRecorder:
+    """Records on the CPU by watching the dispatcher."""
+
+    def run(self, fn: Callable[[], object]) -> object:
+        """Run ``fn``; nothing has to be prepared on a CPU."""
+        return fn()
+
+    def refuses(self, operator: str) -> str | None:
+        """No operator is refused by name; what a tape cannot hold raises `UnsupportedOperator` while recording."""
+        return None
+
+    def record(
+        self,
+        body: Body,
+        contract: Contract,
+        tensors: Sequence[Tensor],
+        *,
+        owned: bool,
+        generators: Sequence[torch.Generator] = (),
+    ) -> TapeRecording:
+        """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
+        buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
+        mode = _TapeMode()
+        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
+            outputs = body(contract.arrange(buffers, tensors))
+        volatile = {storage_id(buffer) for buffer in buffers}
+        return TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)

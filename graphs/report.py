@@ -1,0 +1,104 @@
+"""What a captured module did, as plain data: printable, and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RefusalCount:
+    """One reason why calls ran eagerly, and how many did."""
+
+    reason: str
+    operator: str
+    file: str
+    line: int
+    detail: str
+    remedy: str
+    count: int
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """One recording.
+
+    Attributes:
+        key: shapes of the tensor arguments at the recorded size.
+        rows: the bucket, or None for exact sizes.
+        replays: calls served.
+        eager_host_us, replay_host_us: time on the host of one call, microseconds, median of a few.
+        eager_device_us, replay_device_us: time from the first to the last device work of one call, with the host ahead;
+            None on a CPU, where the host does the work.
+        capture_seconds: everything that preceded the first replay: audit, warm-up, recording, verification.
+        pool_bytes: memory the recording added to the module's pool (tape: fixed storage of intermediates).
+        device_free_delta: free device memory before minus after, bytes; includes the driver's own.
+        padding_waste: share of the replayed rows that were padding.
+        break_even_calls: calls after which the capture has paid for itself; None when a replay is not faster.
+    """
+
+    key: str
+    rows: int | None
+    replays: int
+    eager_host_us: float | None
+    eager_device_us: float | None
+    replay_host_us: float | None
+    replay_device_us: float | None
+    capture_seconds: float
+    pool_bytes: int
+    device_free_delta: int
+    padding_waste: float
+    break_even_calls: int | None
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """Counts of a captured module since it was made.
+
+    Attributes:
+        device: device of the recordings, or ``"none"``.
+        mode: ``"graph"`` or ``"eager"``, as set now.
+        recordings: recordings made and kept.
+        replays: calls served by a recording.
+        eager_calls: calls served by the model itself: refused, switched off, or the observed first call of a key.
+        refusals: why calls were not replayed.
+        keys: one entry per recording.
+    """
+
+    device: str
+    mode: str
+    recordings: int
+    replays: int
+    eager_calls: int
+    refusals: tuple[RefusalCount, ...]
+    keys: tuple[KeyReport, ...]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as a JSON object with the attribute names as keys."""
+        return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    def __str__(self) -> str:
+        lines = [
+            f"graphs: {self.recordings} recording(s) on {self.device}, {self.replays} replay(s), "
+            f"{self.eager_calls} eager call(s), mode {self.mode}"
+        ]
+        for key in self.keys:
+            lines += _key_lines(key)
+        for refusal in self.refusals:
+            where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
+            lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
+            lines.append(f"      remedy: {refusal.remedy}")
+        return "\n".join(lines)
+
+
+def _key_lines(key: KeyReport) -> list[str]:
+    rows = "exact sizes" if key.rows is None else f"bucket {key.rows}, {key.padding_waste:.0%} padding"
+    even = "never pays" if key.break_even_calls is None else f"pays after {key.break_even_calls} calls"
+    lines = [f"  {key.key} ({rows}): {key.replays} replays, recorded in {key.capture_seconds:.2f} s, {even}"]
+    if key.eager_host_us is not None and key.replay_host_us is not None:
+        text = f"      host {key.eager_host_us:.0f} us eager, {key.replay_host_us:.0f} us replayed"
+        if key.eager_device_us is not None and key.replay_device_us is not None:
+            text += f"; device {key.eager_device_us:.0f} us eager, {key.replay_device_us:.0f} us replayed"
+        lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
+    return lines
