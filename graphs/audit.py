@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import linecache
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,8 @@ from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostS
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-_LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, os.path.dirname(contextlib.__file__) + os.sep)
+_LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
+_OWN = frozenset(("audit", "trial", "capture", "record", "contract", "measure"))
 _TO_HOST = {
     getattr(Tensor, name): name for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__")
 }
@@ -36,15 +36,19 @@ _ITEM = aten._local_scalar_dense.default
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 
 
-def user_site(frame: FrameType | None = None) -> Site:
-    """The innermost line on the stack that belongs neither to torch nor to this package."""
-    frame = frame or sys._getframe(1)
+def _user_frame(frame: FrameType | None) -> tuple[str, int]:
+    """File and line of the innermost frame that belongs neither to a library below the model nor to this package."""
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARY) and not name.startswith("<"):
-            return Site(name, frame.f_lineno, linecache.getline(name, frame.f_lineno).strip())
-        frame = frame.f_back  # type: ignore[assignment]
-    return Site()
+        package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+        library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] in _OWN)
+        if not library and not frame.f_code.co_filename.startswith("<"):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
+
+
+def _site(place: tuple[str, int]) -> Site:
+    return Site(*place, linecache.getline(*place).strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,7 @@ class Operation:
 
     @property
     def site(self) -> Site:
-        file, line = self.frame
-        return Site(file, line, linecache.getline(file, line).strip())
+        return _site(self.frame)
 
 
 @dataclass
@@ -166,22 +169,13 @@ class _Conversions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _TO_HOST.get(func)
         if name is not None and args and isinstance(args[0], Tensor):
-            site = user_site(sys._getframe(1))
+            site = _site(_user_frame(sys._getframe(1)))
             self.watch.trace.found(HostSync(f"Tensor.{name}() copies a tensor to the host", operator=f"Tensor.{name}", site=site))
         self.watch.function.append(func)
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.watch.function.pop()
-
-
-def _user_frame(frame: FrameType | None) -> tuple[str, int]:
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARY) and not name.startswith("<"):
-            return name, frame.f_lineno
-        frame = frame.f_back
-    return "", 0
 
 
 def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -236,7 +230,11 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
     def launched(metadata: Any) -> None:
         if not watch.inside:
             name = metadata.get()["name"] if hasattr(metadata, "get") else "triton kernel"
-            watch.trace.found(OpaqueKernel("a Triton kernel is launched directly", operator=str(name), site=user_site(sys._getframe(1))))
+            watch.trace.found(
+                OpaqueKernel(
+                    "a Triton kernel is launched directly", operator=str(name), site=_site(_user_frame(sys._getframe(1)))
+                )
+            )
 
     hooks = triton.knobs.runtime.launch_enter_hook
     hooks.add(launched)
@@ -296,7 +294,7 @@ class _LastOperator(TorchDispatchMode):
         self.site = Site()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operator, self.site = str(func), user_site(sys._getframe(1))
+        self.operator, self.site = str(func), _site(_user_frame(sys._getframe(1)))
         return func(*args, **(kwargs or {}))
 
 

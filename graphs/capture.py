@@ -45,7 +45,22 @@ Model = TypeVar("Model", bound=Callable[..., Any])
 _forced_eager: ContextVar[bool] = ContextVar("graphs_forced_eager", default=False)
 _recording = threading.RLock()  # one trial at a time in a process: a capture shares allocator and generator state
 _SELF_RETURNING = frozenset(
-    "eval train to cuda cpu half float double bfloat16 type requires_grad_ apply share_memory to_empty".split()
+    [
+        "eval",
+        "train",
+        "to",
+        "cuda",
+        "cpu",
+        "half",
+        "float",
+        "double",
+        "bfloat16",
+        "type",
+        "requires_grad_",
+        "apply",
+        "share_memory",
+        "to_empty",
+    ]
 )
 _MAX_DEFERRALS = 3
 
@@ -157,8 +172,8 @@ class CapturedModule(Generic[Model]):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self._graphs_state.routes.get(call.signature)
-        if type(route) is tuple:
-            return self._replay(*route, call, args, kwargs)
+        if isinstance(route, tuple):
+            return self._replay(route[0], route[1], call, args, kwargs)
         if route is not None:
             return self._refuse(route, args, kwargs)
         return self._unknown(call, args, kwargs)
@@ -180,8 +195,8 @@ class CapturedModule(Generic[Model]):
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
         """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
-        for reference, opaque in zip(entry.opaques, call.opaques, strict=True):
-            if reference() is not opaque:
+        for position, opaque in enumerate(call.opaques):
+            if entry.opaques[position]() is not opaque:
                 return _Outdated("an argument of the recording is gone and its identity was reused")
         if not entry.statics.unchanged(call.tensors):
             return entry.statics.moved(call.tensors)
@@ -219,7 +234,7 @@ class CapturedModule(Generic[Model]):
             except AboveLargestBucket as too_large:
                 state.routes[call.signature] = [too_large]
                 return self._refuse([too_large], args, kwargs)
-        return self._replay(*found, call, args, kwargs)
+        return self._replay(found[0], found[1], call, args, kwargs)
 
     def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
@@ -231,8 +246,7 @@ class CapturedModule(Generic[Model]):
             if entry is None:
                 try:
                     step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
-                    with eager():  # a captured module inside this one is recorded as a part of it
-                        entry = run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
+                    entry = self._try(step)
                 except RowsInteract as reason:
                     state.ledger.refused(reason, eager=False)
                     plan = state.batch.reject(plan, call, for_good=not reason.unproved)
@@ -240,6 +254,11 @@ class CapturedModule(Generic[Model]):
                 state.entries[plan.key] = entry
             state.routes[call.signature] = (entry, plan.real)
             return entry, plan.real
+
+    def _try(self, step: Step) -> Entry:
+        config = self._graphs_config
+        with eager():  # a captured module inside this one is recorded as a part of it
+            return run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
 
     def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         config = self._graphs_config
@@ -280,7 +299,9 @@ class CapturedModule(Generic[Model]):
             return NestedCapture("the current stream is being recorded by somebody else", operator="record")
         state, limit = self._graphs_state, self._graphs_config.max_recordings
         if len(state.entries) >= limit or len(state.routes) >= 16 * limit:
-            return TooManyKeys(f"{len(state.entries)} recordings for {len(state.routes)} keys (max_recordings={limit})", operator="key")
+            return TooManyKeys(
+                f"{len(state.entries)} recordings for {len(state.routes)} keys (max_recordings={limit})", operator="key"
+            )
         return None
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -296,7 +317,7 @@ class CapturedModule(Generic[Model]):
     def _drop(self, entry: Entry) -> None:
         state = self._graphs_state
         state.entries = {key: other for key, other in state.entries.items() if other is not entry}
-        state.routes = {s: r for s, r in state.routes.items() if not (type(r) is tuple and r[0] is entry)}
+        state.routes = {s: r for s, r in state.routes.items() if not (isinstance(r, tuple) and r[0] is entry)}
         state.ledger.dropped(entry)
 
     def _verify(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -365,7 +386,9 @@ class CapturedModule(Generic[Model]):
                     refused.undo()
                     raise refused.refusals[0] from refused
                 except Deferred as deferred:
-                    raise ChangingValue(f"the step initialises {deferred}; call it once first", operator=str(deferred)) from deferred
+                    raise ChangingValue(
+                        f"the step initialises {deferred}; call it once first", operator=str(deferred)
+                    ) from deferred
 
     def invalidate(self) -> None:
         """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""
@@ -428,7 +451,8 @@ def _ambient(model: Any) -> tuple[Any, ...]:
 
 
 def _stream_is_capturing(call: Call) -> bool:
-    return bool(call.tensors) and call.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    tensors = call.tensors
+    return bool(tensors) and tensors[0].is_cuda and torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _device_of(call: Call, model: Any) -> torch.device:

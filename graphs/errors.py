@@ -83,7 +83,9 @@ class HostSync(Refusal):
     """The step turns a device value into a Python value, or waits for one."""
 
     reason = "host-sync"
-    remedy = "keep the value on the device (index with the tensor, torch.where), or pass what the host already knows as an argument"
+    remedy = (
+        "keep the value on the device (index with the tensor, torch.where), or pass what the host already knows as an argument"
+    )
 
 
 class DataDependentShape(Refusal):
@@ -188,7 +190,9 @@ class RowsInteract(Refusal):
     """Padding a batch would change its real rows, so the step is recorded at exact sizes instead."""
 
     reason = "rows-interact"
-    remedy = "nothing has to change; to pad anyway, make rows independent, or give index inputs padding={name: graphs.sentinel(row)}"
+    remedy = (
+        "nothing has to change; to pad anyway, make rows independent, or give index inputs padding={name: graphs.sentinel(row)}"
+    )
 
     def __init__(self, detail: str, *, unproved: bool = False) -> None:
         super().__init__(detail, operator="padding")

@@ -190,9 +190,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     return entry
 
 
-def _compare_consecutive(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace, output: Any, initialised: bool
-) -> None:
+def _compare_consecutive(step: Step, recorder: Recorder, start: Checkpoint, first: Trace, output: Any, initialised: bool) -> None:
     """Run B: the next step from the same tensors, with Python state one step further."""
     start.restore()
     trace, second, error = Trace(), None, None
@@ -223,9 +221,7 @@ def _compare_consecutive(
         raise refusal
 
 
-def _record(
-    step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, output: Any, *, owned: bool, check: bool
-) -> Entry:
+def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, output: Any, *, owned: bool, check: bool) -> Entry:
     """R, the recording, V and P. Raises a `Refusal`; the caller restores the state."""
     tensors, externals = step.call.tensors, list(trace.externals.values())
     written = {storage_id(whole) for whole in trace.written.tensors}

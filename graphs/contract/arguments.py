@@ -38,10 +38,18 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], prefix: tuple[An
     opaques: list[Any] = []
     signature: list[Any] = list(prefix)
     for value in args:
-        _flatten(value, tensors, opaques, signature)
+        if type(value) is Tensor:
+            tensors.append(value)
+            signature += (Tensor, value.shape, value.stride(), value.dtype, value.get_device())
+        else:
+            _flatten(value, tensors, opaques, signature)
     for name, value in kwargs.items():
         signature.append(name)
-        _flatten(value, tensors, opaques, signature)
+        if type(value) is Tensor:
+            tensors.append(value)
+            signature += (Tensor, value.shape, value.stride(), value.dtype, value.get_device())
+        else:
+            _flatten(value, tensors, opaques, signature)
     return Call(tensors, opaques, tuple(signature))
 
 

@@ -62,9 +62,8 @@ class OutputTemplate:
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of the same storage."""
-    return (
-        a is b
-        or a.data_ptr() == b.data_ptr()
+    return a is b or (
+        a.data_ptr() == b.data_ptr()
         and a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype

@@ -27,8 +27,8 @@ class Padding:
 
     def fill_bits(self, dtype: torch.dtype) -> int:
         """The pad value as the bits of one element of ``dtype``, repeated to fill a signed 64-bit word."""
-        element = torch.tensor(self.value if self.kind == "sentinel" else 0, dtype=dtype)
-        raw = bytes(element.view(torch.uint8).reshape(-1).tolist())
+        element = torch.tensor([self.value if self.kind == "sentinel" else 0], dtype=dtype)
+        raw = bytes(element.view(torch.uint8).tolist())
         return int(struct.unpack("<q", (raw * 8)[:8])[0])
 
 

@@ -62,9 +62,8 @@ class _Place:
             container.clear()
             container |= content
         else:
-            container[:] = content if not isinstance(container, deque) else ()
-            if isinstance(container, deque):
-                container.extend(content)
+            container.clear()
+            container.extend(content)
 
 
 class _SlotView:
@@ -152,7 +151,7 @@ class PythonState:
         seen: set[int] = set()
         while pending:
             path, value = pending.pop()
-            if isinstance(value, _LEAVES) or isinstance(value, _SKIPPED) or id(value) in seen:
+            if isinstance(value, (*_LEAVES, *_SKIPPED)) or id(value) in seen:
                 continue
             if len(seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -257,9 +256,7 @@ class PythonState:
                 changed = before != after
             else:
                 old, new = list(_entries(before)), list(_entries(after))
-                changed = len(old) != len(new) or any(
-                    k != m or not _same(v, w) for (k, v), (m, w) in zip(old, new, strict=True)
-                )
+                changed = len(old) != len(new) or any(k != m or not _same(v, w) for (k, v), (m, w) in zip(old, new, strict=True))
             if changed:
                 place.restore()
         for _, array, copy in self._arrays:
@@ -268,7 +265,8 @@ class PythonState:
 
 def _enterable(value: Any) -> bool:
     """Whether a global can hold state of the step: functions of other modules and classes cannot be its own."""
-    return not isinstance(value, (*_SKIPPED, types.FunctionType)) and not callable(value) or isinstance(value, torch.nn.Module)
+    opaque = isinstance(value, (*_SKIPPED, types.FunctionType)) or callable(value)
+    return not opaque or isinstance(value, torch.nn.Module)
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
@@ -333,7 +331,8 @@ def _whole(tensor: Tensor) -> Tensor:
     count = storage.nbytes() // tensor.element_size()
     dense = base.is_contiguous() and base.dtype == tensor.dtype and base.numel() == count
     with torch.inference_mode(False):
-        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, base.shape if dense else (count,))
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
+        return flat.view(base.shape) if dense else flat
 
 
 def _copy(whole: Tensor) -> Tensor:
@@ -354,5 +353,6 @@ class RandomState:
             self._restore.append(functools.partial(torch.cuda.set_rng_state, state, device))
 
     def restore(self) -> None:
+        """Put the generators back."""
         for put_back in self._restore:
             put_back()

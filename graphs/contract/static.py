@@ -59,7 +59,9 @@ class StaticTensors:
         owners: the places where tensors hang, from `PythonState`; those of other tensors are ignored.
     """
 
-    def __init__(self, arguments: Sequence[tuple[int, str, Tensor]], externals: Sequence[Tensor], owners: Sequence[Owner]) -> None:
+    def __init__(
+        self, arguments: Sequence[tuple[int, str, Tensor]], externals: Sequence[Tensor], owners: Sequence[Owner]
+    ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.tensor) in used]
@@ -96,15 +98,17 @@ class StaticTensors:
         """The refusal for a call whose static tensors changed: names the first."""
         for index, name, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
-                return MovedStaticTensor(f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}", operator=name)
+                return MovedStaticTensor(
+                    f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}", operator=name
+                )
         for owner in [*self._attributes, *self._registered]:
             if _at(owner) is not owner.tensor:
                 return MovedStaticTensor("the attribute holds another tensor than the one recorded", operator=owner.path)
         names = {id(owner.tensor): owner.path for owner in [*self._attributes, *self._registered]}
-        for tensor, pointer in zip(self._tensors, self._pointers, strict=True):
-            if tensor.data_ptr() != pointer:
+        for tensor, recorded in zip(self._tensors, self._pointers, strict=True):
+            if tensor.data_ptr() != recorded:
                 name = names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
-                return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {pointer:#x}", operator=name)
+                return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
 
 

@@ -57,7 +57,9 @@ def _move_units(target, source, outer, target_rows, source_rows, inner, real, ki
 
 
 @triton.jit
-def move_rows(table, cursor, current, fields, INBOUND: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+def move_rows(
+    table, cursor, current, fields, INBOUND: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Copy every input into its slot (INBOUND) or every static output into the caller's tensor.
 
     Args:
@@ -162,7 +164,7 @@ class AddressTable:
         if turn % HALF == 0 and self.turn:
             self._pace(turn // HALF)
         start = turn * self.width
-        self._words[start : start + self.width] = row
+        self._words[start : start + self.width] = row  # type: ignore[assignment]
 
     def _pace(self, half: int) -> None:
         """Mark the end of the half just used up, and wait for the replays that last read the half about to be used."""

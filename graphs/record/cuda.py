@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch._prims_common import is_non_overlapping_and_dense
 
 from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract
@@ -22,6 +23,8 @@ from graphs.record.step import Body
 
 Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
+_current_device = torch._C._cuda_getDevice
+_fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
 _KEEP = Padding("keep")
 
 
@@ -77,10 +80,12 @@ class CudaRecording:
         keep = []
         for index in self._sources:
             tensor = tensors[index]
-            if not tensor.is_contiguous() or tensor.data_ptr() & 15:
+            pointer = tensor.data_ptr()
+            if pointer & 15 or not tensor.is_contiguous():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)  # the kernel copies aligned, dense memory
                 keep.append(tensor)
-            row.append(tensor.data_ptr())
+                pointer = tensor.data_ptr()
+            row.append(pointer)
         outputs = self._new_outputs(rows) if self.outputs is None else _sliced(self.outputs, self._layouts, rows)
         if self._owned:
             row += [out.data_ptr() for out in outputs]
@@ -97,6 +102,8 @@ class CudaRecording:
                 (shape, stride, dtype) if dim is None else (*_contiguous(shape, dim, rows), dtype)
                 for shape, stride, dtype, dim in self._layouts
             ]
+        if _fast_empty is not None and _current_device() == self._index:
+            return [_fast_empty(shape, stride, dtype) for shape, stride, dtype in layouts]
         device = self._device
         return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in layouts]
 
@@ -119,7 +126,7 @@ def _dense(tensor: Tensor, sliced: bool) -> Tensor:
     """``tensor``, or a contiguous copy where its memory has holes or overlaps (or has to be sliced by rows)."""
     if tensor.is_contiguous():
         return tensor
-    dense = torch._prims_common.is_non_overlapping_and_dense(tensor)
+    dense = is_non_overlapping_and_dense(tensor)
     return tensor if dense and not sliced else tensor.contiguous()
 
 
@@ -132,7 +139,7 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)
-        self._primed = False
+        self._keeper: torch.cuda.CUDAGraph | None = None
 
     def run(self, fn: Callable[[], object]) -> object:
         """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there."""
@@ -152,8 +159,12 @@ class CudaRecorder:
         outer.wait_stream(self.stream)
 
     def _prime(self) -> None:
-        """Compile and load the copying kernels: a module load on a capturing stream fails."""
-        if self._primed:
+        """Make the copying kernels and the pool ready.
+
+        A module load on a capturing stream fails, so the kernels are launched once. A pool is gone for good when its
+        last graph is (another capture into it is an internal error of torch), so a graph of one node keeps it.
+        """
+        if self._keeper is not None:
             return
         table = AddressTable(0, self.device)
         for inbound in (True, False):
@@ -162,7 +173,9 @@ class CudaRecorder:
             copier.upload()
             copier.launch()
         self.stream.synchronize()  # the table is about to be freed
-        self._primed = True
+        self._keeper = torch.cuda.CUDAGraph()
+        with _paused_collector(), self._capturing(self._keeper):
+            table.current.zero_()
 
     def record(
         self,
@@ -195,7 +208,9 @@ class CudaRecorder:
                 inbound.launch()
                 produced = body(contract.arrange(buffers, tensors))
                 outputs = [_dense(o, dim is not None) for o, dim in zip(produced, contract.output_dims, strict=True)]
-                outbound.bind([Move(o, dim, _KEEP) for o, dim in zip(outputs, contract.output_dims, strict=True)] if owned else [])
+                outbound.bind(
+                    [Move(o, dim, _KEEP) for o, dim in zip(outputs, contract.output_dims, strict=True)] if owned else []
+                )
                 outbound.launch()
             outbound.upload()
         recording = CudaRecording(graph, contract, table, outputs, self.order, (buffers, inbound, outbound), owned=owned)
@@ -217,15 +232,12 @@ class CudaRecorder:
             raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a broken capture, so that the stream, the pool and the allocator can be used again.
-
-        Both calls fail when the thing they end is over already, which is what this wants: a capture that the driver
-        invalidated is ended by the failing call itself, but then the allocator is not told.
-        """
-        with contextlib.suppress(RuntimeError):
+        """End a broken capture, so that the stream, the pool, the allocators and the generators can be used again."""
+        try:
             graph.capture_end()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.order.device.index, self.pool)
+        except RuntimeError:  # the driver dropped the capture; see begin_empty_capture
+            self.policy.begin_empty_capture(self.stream.cuda_stream)
+            graph.capture_end()
 
 
 @contextlib.contextmanager

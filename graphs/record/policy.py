@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ class DevicePolicy:
             NCCL and RCCL poll events while a step is recorded.
         poll_capture: ask the stream whether it is still capturing before ending a capture. HIP before ROCm 7.14
             invalidates a capture without an error at the call that broke it.
+        driver: library and symbol that begin a stream capture, ``int (stream, mode)``; see `begin_empty_capture`.
         refused_operators: operators that record and then fault on a later replay, with the reason.
         bytes_per_graph: driver memory outside the pool, per graph; 0 where it is not known.
     """
@@ -25,6 +28,7 @@ class DevicePolicy:
     vendor: str
     capture_error_mode: str = "thread_local"
     poll_capture: bool = False
+    driver: tuple[str, str] = ("libcuda.so.1", "cuStreamBeginCapture_v2")
     refused_operators: tuple[tuple[str, str], ...] = ()
     bytes_per_graph: int = 0
 
@@ -32,11 +36,26 @@ class DevicePolicy:
         """Why ``operator`` (``aten.topk.default``) cannot be recorded, or None."""
         return next((why for name, why in self.refused_operators if operator.startswith(name)), None)
 
+    def begin_empty_capture(self, stream: int) -> None:
+        """Begin a capture on a raw stream, behind torch's back.
+
+        ``CUDAGraph.capture_end`` tells the allocators and the random generators that the capture is over only if the
+        driver ends it without an error. After the driver has dropped a capture there is nothing to end: an empty one
+        lets ``capture_end`` do all its work (torch 2.11 to 2.15).
+        """
+        library, symbol = self.driver
+        status = getattr(ctypes.CDLL(library), symbol)(ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
+        if status != 0:
+            raise RuntimeError(f"{symbol} failed with status {status}: the stream cannot be used for another capture")
+
+
+_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal, hipStreamCaptureModeThreadLocal
 
 CUDA = DevicePolicy("cuda")
 HIP = DevicePolicy(
     "hip",
     poll_capture=True,
+    driver=("libamdhip64.so", "hipStreamBeginCapture"),
     refused_operators=(("aten.topk", "topk inside a HIP graph faults on its second replay with torch >= 2.13"),),
     bytes_per_graph=4 << 20,
 )
@@ -51,7 +70,7 @@ def choose_policy(hip: str | None, has_faulting_topk: bool) -> DevicePolicy:
     """
     if hip is None:
         return CUDA
-    return HIP if has_faulting_topk else DevicePolicy("hip", poll_capture=True, bytes_per_graph=HIP.bytes_per_graph)
+    return HIP if has_faulting_topk else dataclasses.replace(HIP, refused_operators=())
 
 
 @functools.cache

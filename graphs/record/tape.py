@@ -80,12 +80,16 @@ class _TapeMode(TorchDispatchMode):
         written = written_tensors(func, args, kwargs)
         if written or not outputs:
             bound = functools.partial(func._op, *args, **kwargs)
-            self.instructions.append(_Instruction(bound, reads, {storage_id(t) for t in written}, False, func, (args, kwargs, result)))
+            self.instructions.append(
+                _Instruction(bound, reads, {storage_id(t) for t in written}, False, func, (args, kwargs, result))
+            )
         elif fresh:
             if len(fresh) != len(outputs):
                 raise UnsupportedOperator("some outputs are views and some are new", operator=str(func))
             call = _functional_call(func, args, kwargs, result)
-            self.instructions.append(_Instruction(call, reads, {storage_id(t) for t in fresh}, True, func, (args, kwargs, result)))
+            self.instructions.append(
+                _Instruction(call, reads, {storage_id(t) for t in fresh}, True, func, (args, kwargs, result))
+            )
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
         """The instructions that have to run at each replay.
