@@ -61,6 +61,7 @@ class Operation:
 
     @property
     def site(self) -> Site:
+        """The user's line that called the operator."""
         return _site(self.frame)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,7 +31,7 @@ class Slot:
     dtype: torch.dtype
     device: torch.device
     batch_dim: int | None = None
-    padding: Padding = Padding()
+    padding: Padding = field(default_factory=Padding)
 
     @property
     def rows(self) -> int:

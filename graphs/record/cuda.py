@@ -12,7 +12,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch._prims_common import is_non_overlapping_and_dense
 
 from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract
@@ -126,7 +125,10 @@ def _dense(tensor: Tensor, sliced: bool) -> Tensor:
     """``tensor``, or a contiguous copy where its memory has holes or overlaps (or has to be sliced by rows)."""
     if tensor.is_contiguous():
         return tensor
-    dense = is_non_overlapping_and_dense(tensor)
+    expected, dense = 1, True
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        dense = dense and (size == 1 or stride == expected)
+        expected *= size
     return tensor if dense and not sliced else tensor.contiguous()
 
 
