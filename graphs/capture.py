@@ -45,8 +45,7 @@ Model = TypeVar("Model", bound=Callable[..., Any])
 _forced_eager: ContextVar[bool] = ContextVar("graphs_forced_eager", default=False)
 _recording = threading.RLock()  # one trial at a time in a process: a capture shares allocator and generator state
 _SELF_RETURNING = frozenset(
-    ("eval", "train", "to", "cuda", "cpu", "half", "float", "double", "bfloat16", "type")
-    + ("requires_grad_", "apply", "share_memory", "to_empty")
+    "eval train to cuda cpu half float double bfloat16 type requires_grad_ apply share_memory to_empty".split()  # noqa: SIM905
 )
 _MAX_DEFERRALS = 3
 

@@ -1,0 +1,81 @@
+"""Host constants are uploaded once.
+
+Before::
+
+    %c : get_attr[target=_tensor_constant0]               # made from host data by the step
+    %d : call_function[target=aten._to_copy.default](args = (%c,), kwargs = {device: cuda:0})
+
+After::
+
+    %_hoisted_constant_0 : get_attr[target=_hoisted_constant_0]   # on the device already
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+_MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
+
+_TRACED = ("_tensor_constant", "lifted_tensor_", "_hoisted_constant_")  # names given by make_fx, by export, and here
+
+
+def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
+    """Evaluate copies, casts and uploads of constant tensors now, and keep the result as a buffer.
+
+    Parameters and buffers are left alone, since they may be updated, and so is a constant that the step writes to: each call needs
+    its fresh copy.
+    """
+    changes = []
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in _MOVES or _is_written(node):
+            continue
+        constant = _constant(module, node.args[0])
+        if constant is None:
+            continue
+        before = node.format_node() or str(node)
+        name = _fresh_name(module)
+        with torch.no_grad():
+            module.register_buffer(name, node.target(constant, *node.args[1:], **node.kwargs), persistent=False)
+        with module.graph.inserting_before(node):
+            hoisted = module.graph.get_attr(name)
+        hoisted.meta = dict(node.meta)
+        node.replace_all_uses_with(hoisted)
+        module.graph.erase_node(node)
+        changes.append((before, hoisted.format_node() or str(hoisted)))
+    return changes
+
+
+def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
+    """The tensor behind a ``get_attr`` node that a tracer made for host data; None for a model's own tensors."""
+    if not isinstance(node, Node) or node.op != "get_attr" or _is_written(node):
+        return None
+    *path, name = str(node.target).split(".")
+    if not name.startswith(_TRACED):
+        return None
+    owner: object = module
+    for part in path:
+        owner = getattr(owner, part)
+    value = getattr(owner, name)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_written(node: Node) -> bool:
+    """Whether a user of ``node``, or of a view of it, writes to it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        for position, argument in enumerate(schema.arguments):
+            value = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
+            if value is node and argument.alias_info is not None and (argument.alias_info.is_write or _is_written(user)):
+                return True
+    return False
+
+
+def _fresh_name(module: GraphModule) -> str:
+    index = 0
+    while hasattr(module, f"_hoisted_constant_{index}"):
+        index += 1
+    return f"_hoisted_constant_{index}"

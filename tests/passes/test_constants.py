@@ -1,0 +1,75 @@
+"""Golden graphs of `passes.hoist_constants`, and the pipeline around it."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import passes
+
+
+def printed(module: torch.fx.GraphModule) -> list[str]:
+    return [node.format_node() for node in module.graph.nodes if node.op != "output"]
+
+
+def test_copies_and_casts_of_a_host_constant_become_one_buffer():
+    def step(x):
+        return x * torch.tensor([1.0, 2.0]).to(torch.float64)
+
+    module = make_fx(step)(torch.ones(2))
+    x = torch.randn(2)
+    expected = module(x)
+    changes = passes.run(module)
+    assert [line.split(" : ")[0] + " " + line.split("target=")[1].split("]")[0] for line in printed(module)] == [
+        "%x_1 x_1",
+        "%_hoisted_constant_1 _hoisted_constant_1",
+        "%mul aten.mul.Tensor",
+    ]
+    assert [change.by for change in changes] == ["hoist_constants"] * 2
+    assert "lift_fresh" in changes[0].before and "_to_copy" in changes[1].before
+    assert torch.equal(module(x), expected)
+
+
+def test_a_constant_that_the_step_writes_is_left_alone():
+    def step(x):
+        return torch.zeros(2).copy_(torch.tensor([1.0, 2.0]).add_(x))
+
+    module = make_fx(step)(torch.ones(2))
+    before = printed(module)
+    assert passes.run(module) == []
+    assert printed(module) == before
+    assert torch.equal(module(torch.ones(2)), module(torch.ones(2)))
+
+
+def test_a_parameter_is_no_constant():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.register_buffer("scale", torch.ones(2))
+
+        def forward(self, x):
+            return x * self.weight.clone() * self.scale.clone()
+
+    module = torch.export.export(Model(), (torch.ones(2),)).run_decompositions().module()
+    before = printed(module)
+    assert any("weight" in line for line in before)
+    passes.run(module)
+    assert printed(module) == before
+
+
+def test_a_graph_without_findings_is_not_touched():
+    module = make_fx(lambda x: x.sin() + 1)(torch.ones(2))
+    code, nodes = module.code, list(module.graph.nodes)
+    assert passes.run(module) == []
+    assert module.code == code and list(module.graph.nodes) == nodes
+
+
+def test_an_ill_formed_graph_is_not_let_through():
+    def broken(module):
+        nodes = list(module.graph.nodes)
+        nodes[-2].append(nodes[0])  # a placeholder after its user
+        return [("a", "b")]
+
+    module = make_fx(lambda x: x.sin() + 1)(torch.ones(2))
+    with pytest.raises(RuntimeError):
+        passes.run(module, [broken])
