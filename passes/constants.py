@@ -24,8 +24,8 @@ _TRACED = ("_tensor_constant", "lifted_tensor_", "_hoisted_constant_")  # names 
 def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
     """Evaluate copies, casts and uploads of constant tensors now, and keep the result as a buffer.
 
-    Parameters and buffers are left alone, since they may be updated, and so is a constant that the step writes to: each call needs
-    its fresh copy.
+    Parameters and buffers are left alone, since they may be updated, and so is a constant that the step writes to: each
+    call needs its fresh copy.
     """
     changes = []
     for node in list(module.graph.nodes):

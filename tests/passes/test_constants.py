@@ -22,7 +22,7 @@ def test_copies_and_casts_of_a_host_constant_become_one_buffer():
     assert [line.split(" : ")[0] + " " + line.split("target=")[1].split("]")[0] for line in printed(module)] == [
         "%x_1 x_1",
         "%_hoisted_constant_1 _hoisted_constant_1",
-        "%mul aten.mul.Tensor",
+        "%mul torch.ops.aten.mul.Tensor",
     ]
     assert [change.by for change in changes] == ["hoist_constants"] * 2
     assert "lift_fresh" in changes[0].before and "_to_copy" in changes[1].before
