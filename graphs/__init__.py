@@ -3,7 +3,18 @@
 from graphs.capture import CapturedModule, capture, eager
 from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
+from graphs.ops import GroupedProjection
 from graphs.report import CaptureReport
 
-__all__ = ["CaptureReport", "CapturedModule", "GraphsError", "Padding", "Refusal", "capture", "eager", "sentinel"]
+__all__ = [
+    "CaptureReport",
+    "CapturedModule",
+    "GraphsError",
+    "GroupedProjection",
+    "Padding",
+    "Refusal",
+    "capture",
+    "eager",
+    "sentinel",
+]
 __version__ = "0.1.0"

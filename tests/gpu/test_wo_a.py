@@ -109,13 +109,13 @@ def test_many_recordings_do_not_share_scratch_memory(path: str) -> None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph, stream=stream):
             ys = [module(o) for _ in range(20)]
-        runs.append((graph, stream, ys, expected))
+        runs.append((graph, stream, ys, expected, module, o))  # a graph does not keep what it reads alive
     for _ in range(10):
-        for graph, stream, _, _ in runs:
+        for graph, stream, *_ in runs:
             with torch.cuda.stream(stream):
                 graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(y, expected) for _, _, ys, expected in runs for y in ys)
+    assert all(torch.equal(y, expected) for _, _, ys, expected, _, _ in runs for y in ys)
 
 
 @pytest.mark.parametrize("path", PATHS)
