@@ -124,8 +124,9 @@ Route = tuple[Entry, int] | list[Refusal]
 class _State:
     """Everything of a captured module that is not the model's."""
 
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, model: Callable[..., Any], config: CaptureConfig) -> None:
+        # verifying a replay is a trial of its own, so it needs the lock of trials, and from the start of the call
+        self.lock = _recording if config.verify == "always" else threading.RLock()
         self.ledger = Ledger()
         self.routes: dict[tuple[Any, ...], Route] = {}
         self.entries: dict[tuple[Any, ...], Entry] = {}
@@ -147,7 +148,7 @@ class CapturedModule(Generic[Model]):
         object.__setattr__(self, "_graphs_model", model)
         object.__setattr__(self, "_graphs_config", config)
         object.__setattr__(self, "_graphs_mode", config.mode)
-        object.__setattr__(self, "_graphs_state", _State(model))
+        object.__setattr__(self, "_graphs_state", _State(model, config))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
@@ -307,7 +308,7 @@ class CapturedModule(Generic[Model]):
 
     def _verify(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._step(call, args, kwargs)
-        with _recording, eager():
+        with eager():
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
             self._drop(entry)
