@@ -120,7 +120,10 @@ def wo_a_block_gemm_kernel(q, q_scale, weight, scale, y, g, G, M, N, K, BLOCK_M:
 def wo_a_fused_kernel(
     o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """FP8 weight widened to bfloat16 (exact) times bfloat16 activations, block scales on the partial sums. Grid as ``bmm``."""
+    """FP8 weight widened to bfloat16 (exact) times bfloat16 activations, block scales on the partial sums. Grid as ``bmm``.
+
+    The weight goes by way of float32: the direct conversion is a quarter-rate instruction on sm_90.
+    """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,7 +136,7 @@ def wo_a_fused_kernel(
     for block in range(K // GROUP):
         w = tl.load(w_tile + block * GROUP)
         x = tl.load(o_tile + block * GROUP * stride_ok, mask=live, other=0.0)
-        acc += tl.dot(x.to(OPERAND), w.to(OPERAND)) * tl.load(w_scale + block)
+        acc += tl.dot(x.to(OPERAND), w.to(tl.float32).to(OPERAND)) * tl.load(w_scale + block)
     out = y + (rows.to(tl.int64)[:, None] * tl.num_programs(2) + g) * N + cols[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=live)
 

@@ -32,7 +32,7 @@ MATRIX = re.compile(r"v_mfma\w+|wgmma\.mma_async\S*?f32\.\w+\.\w+|mma\.sync\S+|t
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on one chip. ``registers`` per lane, ``spills`` in registers (AMD) or bytes (NVIDIA), ``shared`` bytes."""
+    """What one kernel takes on one chip: registers per lane, spills in registers (AMD) or bytes (NVIDIA), bytes shared."""
 
     kernel: str
     tokens: int
@@ -45,7 +45,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, the Triton types of its arguments, its constants and its launch options, as a step of ``tokens`` rows uses them."""
+    """A kernel, the Triton types of its arguments, its constants and launch options, as a step of ``tokens`` rows uses it."""
 
     kernel: str
     tokens: int
@@ -90,7 +90,7 @@ def compile_case(case: Case, target: str) -> Resources:
     options = {"num_warps": case.tile.num_warps, "num_stages": case.tile.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=chip, options=options)
     text = compiled.asm["amdgcn" if vendor == "hip" else "ptx"]
-    registers, spills = _amd_registers(text) if vendor == "hip" else _nvidia_registers(compiled.asm["cubin"])
+    registers, spills = amd_registers(text) if vendor == "hip" else nvidia_registers(compiled.asm["cubin"])
     matrix = tuple(sorted(set(MATRIX.findall(text))))
     return Resources(case.kernel, case.tokens, target, registers, spills, compiled.metadata.shared, matrix)
 
@@ -104,13 +104,15 @@ def _blocks(tile: tiles.Tile) -> dict[str, Any]:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
 
 
-def _amd_registers(text: str) -> tuple[int, int]:
+def amd_registers(text: str) -> tuple[int, int]:
+    """Vector registers and spilled registers, from the metadata at the end of AMD assembly."""
     count, spills = (re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
     assert count and spills, "the assembly carries no kernel metadata"
     return int(count[1]), int(spills[1])
 
 
-def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+def nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread of an NVIDIA binary (the stack is where spills go)."""
     from triton.backends.nvidia import compiler
 
     tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
@@ -124,12 +126,12 @@ def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> None:
+    """Print the table; ``arguments`` may hold one path to write it to."""
     rows = [row for target in TARGETS for row in table(target)]
     print(f"{'kernel':24} {'M':>3} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instruction")
     for row in rows:
-        print(
-            f"{row.kernel:24} {row.tokens:3} {row.target:7} {row.registers:4} {row.spills:5} {row.shared:7}  {' '.join(row.matrix)}"
-        )
+        figures = f"{row.registers:4} {row.spills:5} {row.shared:7}"
+        print(f"{row.kernel:24} {row.tokens:3} {row.target:7} {figures}  {' '.join(row.matrix)}")
     if arguments:
         Path(arguments[0]).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -87,6 +87,7 @@ class GroupedProjection(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def extra_repr(self) -> str:
+        """Sizes, path and bytes, for ``repr``."""
         return f"G={self.groups}, N={self.n}, K={self.k}, path={self.path!r}, weight_bytes={self.weight_bytes}"
 
     def _hold(self, path: str, loaded: GroupedWeight, device: torch.device) -> None:

@@ -37,7 +37,7 @@ def quantised_gemm(m: int, g: int, n: int, k: int, arch: Arch) -> Tile:
 
 
 def fused(m: int, g: int, n: int, k: int, arch: Arch) -> Tile:
-    """Tile of the ``fused`` kernel: as the quantised GEMM, a stage less at 128 columns because bfloat16 rows are twice as wide."""
+    """Tile of the ``fused`` kernel: the quantised GEMM's, a stage less at 128 columns because bfloat16 rows are twice as wide."""
     tile = quantised_gemm(m, g, n, k, arch)
     return tile._replace(num_stages=min(tile.num_stages, 3)) if tile.block_n == 128 else tile
 

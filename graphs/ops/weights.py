@@ -166,7 +166,7 @@ def path_bytes(groups: int, n: int, k: int) -> dict[str, int]:
 def from_state_dict(state: Mapping[str, Tensor], name: str, groups: int | None = None) -> GroupedWeight:
     """Load ``{name}.weight`` and its scale from a state dict.
 
-    The scale is looked for under ``weight_scale_inv``, ``weight_scale`` and ``scale``. Raises WeightError if the weight is absent.
+    The scale is looked for under ``weight_scale_inv``, ``weight_scale`` and ``scale``. Raises WeightError without a weight.
     """
     key = f"{name}.weight" if name else "weight"
     if key not in state:
@@ -222,7 +222,8 @@ def _block_scales(scale: Tensor, data: Tensor) -> Tensor:
     grouped, flat = (g, n // BLOCK, k // BLOCK), (g * n // BLOCK, k // BLOCK)
     if tuple(scale.shape) not in (grouped, flat):
         raise WeightError(
-            f"the scale has shape {tuple(scale.shape)}; for a weight {list(data.shape)} legal are {list(grouped)} and {list(flat)}"
+            f"the scale has shape {tuple(scale.shape)}; for a weight {list(data.shape)} legal are {list(grouped)} and "
+            f"{list(flat)}"
         )
     if scale.dtype not in (torch.float32, torch.uint8, E8M0):
         raise WeightError(f"the scale is {scale.dtype}; legal are torch.float32, torch.uint8 (UE8M0) and torch.float8_e8m0fnu")

@@ -74,8 +74,8 @@ def _check_quantised(path: str, o: Tensor, weight: Tensor, scale: Tensor) -> Non
 
 def _shape_error(path: str, o: Tensor, weight: Tensor) -> WeightError:
     return WeightError(
-        f"wo_a_{path}: o has shape {tuple(o.shape)}, the weight {tuple(weight.shape)}; legal are o [M, G, K] and weight [G, N, K] "
-        "with the same G and K"
+        f"wo_a_{path}: o has shape {tuple(o.shape)}, the weight {tuple(weight.shape)}; legal are o [M, G, K] and weight "
+        "[G, N, K] with the same G and K"
     )
 
 
@@ -192,8 +192,8 @@ def arch_of(index: int, path: str, fp8: torch.dtype) -> tiles.Arch:
     name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     if (name.startswith("gfx94")) != (fp8 == torch.float8_e4m3fnuz) or not name.startswith(("gfx94", "gfx95", "gfx12")):
         raise WeightError(
-            f"wo_a_{path}: {name} does not multiply {fp8}; gfx942 takes torch.float8_e4m3fnuz, gfx950 torch.float8_e4m3fn: prepare "
-            "the weight on the device it runs on, or use path 'einsum'"
+            f"wo_a_{path}: {name} does not multiply {fp8}; gfx942 takes torch.float8_e4m3fnuz, gfx950 torch.float8_e4m3fn: "
+            "prepare the weight on the device it runs on, or use path 'einsum'"
         )
     return tiles.Arch("hip", major, minor)
 

@@ -27,7 +27,7 @@ def operands(path: str, m: int, fp8: torch.dtype) -> tuple[torch.Tensor, torch.T
 
 
 def run(path: str, o: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The kernel's result, in float32 (the interpreter truncates to bfloat16): a buffer full of NaN, one row longer than is written."""
+    """The result in float32 (the interpreter truncates to bfloat16), in a buffer of NaN one row longer than is written."""
     m = o.shape[0]
     y = torch.full((m + 1, GROUPS, N), float("nan"), dtype=torch.float32)
     LAUNCH[path](o, weight, scale, y[:m], Tile(16, 32, 4, 2))

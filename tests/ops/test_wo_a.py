@@ -177,6 +177,6 @@ def test_a_device_that_cannot_multiply_the_format_names_the_path_to_use(monkeypa
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     wo_a.arch_of.cache_clear()
-    with pytest.raises(WeightError, match="capability 8.0 does not multiply .*use path 'einsum'"):
+    with pytest.raises(WeightError, match=r"capability 8\.0 does not multiply .*use path 'einsum'"):
         wo_a.arch_of(0, "bmm", torch.float8_e4m3fn)
     wo_a.arch_of.cache_clear()
