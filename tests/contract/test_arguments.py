@@ -1,0 +1,109 @@
+"""Arguments: what is part of the key, and arguments that share memory."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphs
+from graphs.ledger import NotReplayed
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReplayed)
+        yield
+
+
+def second(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y
+
+
+def write_then_read(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x.add_(1)
+    return y * 2
+
+
+def test_one_tensor_given_twice_is_another_call_than_two_tensors() -> None:
+    step = graphs.capture(second)
+    a, b = torch.zeros(3), torch.ones(3)
+    assert step(a, a) is a
+    assert step(a, b) is b
+    assert step(b, a) is a
+
+
+def test_a_written_argument_given_twice_is_read_after_the_write() -> None:
+    step = graphs.capture(write_then_read)
+    x, y = torch.zeros(3), torch.zeros(3)
+    step(x, y)
+    step(x, y)
+    assert step(x, x).tolist() == [6, 6, 6]
+
+
+def test_an_argument_that_is_a_view_of_a_written_one_is_read_after_the_write() -> None:
+    step = graphs.capture(write_then_read)
+    x = torch.zeros(2, 3)
+    step(x[0], torch.zeros(3))
+    assert step(x[0], x.view(-1)[:3]).tolist() == [4, 4, 4]
+
+
+def test_an_argument_that_is_the_steps_own_state_is_read_after_the_write() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("h", torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.h.add_(1)
+            return x * 2
+
+    model = Step()
+    step = graphs.capture(model)
+    step(torch.zeros(3))
+    step(torch.zeros(3))
+    assert step(model.h).tolist() == [6, 6, 6]
+
+
+def test_a_step_that_reads_its_argument_by_strides_sees_the_callers_layout() -> None:
+    def diagonal_like(x: torch.Tensor) -> torch.Tensor:
+        return torch.as_strided(x, (3,), (2,)) * 1
+
+    step = graphs.capture(diagonal_like)
+    for _ in range(3):
+        x = torch.randn(3, 3).t()
+        assert torch.equal(step(x), diagonal_like(x))
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def mkldnn() -> torch.Tensor:
+    return torch.ones(2, 2).to_mkldnn()
+
+
+@pytest.mark.parametrize("make", [nested, mkldnn, lambda: torch.eye(2).to_sparse(), lambda: torch.ones(2, device="meta")])
+def test_an_unusual_tensor_runs_eagerly_with_a_reason(make: Callable[[], torch.Tensor]) -> None:
+    step = graphs.capture(lambda x: x)
+    tensor = make()
+    assert step(tensor) is tensor
+    assert [refusal.reason for refusal in step.report().refusals] == ["unsupported-argument"]
+
+
+def test_a_meta_tensor_does_not_take_the_recording_of_a_cpu_tensor() -> None:
+    step = graphs.capture(lambda x: x * 2)
+    step(torch.ones(3))
+    assert step(torch.ones(3, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("constant", [lambda: slice(0, 2), lambda: torch.Size([2]), lambda: range(2)])
+def test_equal_constants_share_a_recording(constant: Callable[[], Any]) -> None:
+    step = graphs.capture(lambda x, c: x * 2)
+    made = [constant() for _ in range(4)]
+    for value in made:
+        step(torch.ones(3), value)
+    assert step.report().recordings == 1
