@@ -1,0 +1,123 @@
+"""The bars that involve ``torch.compile``: one Llama step, captured eager and captured compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import graphs
+from graphs.bench.bare import OTHER_KERNELS, bare_step, same_output
+from graphs.bench.llama import Decoding
+from graphs.bench.machine import describe_machine
+from graphs.bench.progress import Progress
+from graphs.bench.rows import BarRow, WrongResult
+from graphs.bench.sampling import Spread, Variant, ratios, time_variants, wall_variants
+from graphs.bench.settings import BenchSettings
+
+STEPS = 32  # steps issued back to back between two waits
+HOST_LIMIT = 10.0
+WALL_LIMIT = 1.03
+_FIRST_CALLS = 5  # compiling, and the recordings of reduce-overhead, take the first few
+_WARM_UP = 3
+
+
+def measure_bars(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings, progress: Progress) -> list[BarRow]:
+    """Both bars; each compiles the model once."""
+    bars = []
+    for bar in (wall_bar, host_bar):
+        torch.compiler.reset()
+        bars.append(bar(model, decoding, settings, progress))
+    torch.compiler.reset()
+    return bars
+
+
+def wall_bar(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings, progress: Progress) -> BarRow:
+    """Wall time per step of the captured compiled model, against the bare replay of a graph of the compiled model."""
+    compiled = torch.compile(model)
+    _compile(compiled, model, decoding, progress, "torch.compile")
+    step = graphs.capture(compiled)
+    decoding.reset()
+    decoding.same_step(step, 3)
+    _replayed(step)
+    graph = bare_step(compiled, decoding)
+    back_to_back = {
+        "captured": Variant(functools.partial(decoding.same_step, step, STEPS), decoding.reset),
+        "bare": Variant(functools.partial(_repeat, graph.replay, STEPS), decoding.reset),
+    }
+    synced = {
+        "captured": Variant(functools.partial(decoding.first_step, step), decoding.reset),
+        "bare": Variant(graph.replay, decoding.reset),
+    }
+    with progress.case(f"captured compiled Llama step and its bare replay, {STEPS} at a time", 4 * (settings.runs + 1)) as tick:
+        times = wall_variants(back_to_back, settings.device, runs=settings.runs, tick=tick)
+        waits = wall_variants(synced, settings.device, runs=settings.runs, tick=tick)
+    sides = {name: Spread.of(seconds, 1e6 / STEPS) for name, seconds in times.items()}
+    sides |= {f"{name}, waited for": Spread.of(seconds, 1e6) for name, seconds in waits.items()}
+    return BarRow(
+        name=f"captured torch.compile step over bare replay, wall time per step (batch {decoding.batch})",
+        bar=f"at most {WALL_LIMIT:g}x",
+        unit="x",
+        measured=Spread.of(ratios(times["captured"], times["bare"])),
+        limit=WALL_LIMIT,
+        at_least=False,
+        sides=sides,
+        device=describe_machine(settings.device).device,
+    )
+
+
+def host_bar(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings, progress: Progress) -> BarRow:
+    """Host time per step of ``torch.compile(mode="reduce-overhead")`` against the captured eager model."""
+    step = graphs.capture(model)
+    decoding.reset()
+    decoding.same_step(step, 3)
+    _replayed(step)
+    reduced = torch.compile(model, mode="reduce-overhead")
+    _compile(reduced, model, decoding, progress, "torch.compile(mode='reduce-overhead')")
+    variants = {
+        "reduce-overhead": Variant(functools.partial(decoding.first_step, reduced), functools.partial(_next_step, decoding)),
+        "captured": Variant(functools.partial(decoding.first_step, step), decoding.reset),
+    }
+    with progress.case("Llama step, reduce-overhead and captured", 2 * (settings.runs + _WARM_UP)) as tick:
+        times = time_variants(variants, settings.device, runs=settings.runs, warm_up=_WARM_UP, tick=tick)
+    return BarRow(
+        name=f"reduce-overhead over captured eager Llama step, host (batch {decoding.batch})",
+        bar=f"at least {HOST_LIMIT:g}x",
+        unit="x",
+        measured=Spread.of(ratios(times["reduce-overhead"].host_us, times["captured"].host_us)),
+        limit=HOST_LIMIT,
+        at_least=True,
+        sides={name: Spread.of(samples.host_us) for name, samples in times.items()},
+        device=describe_machine(settings.device).device,
+    )
+
+
+def _compile(compiled: Callable[..., Any], model: torch.nn.Module, decoding: Decoding, progress: Progress, name: str) -> None:
+    """Call a compiled model until it has settled, and compare it with the model."""
+    decoding.reset()
+    expected = decoding.first_step(model)
+    with progress.case(f"compiling the Llama step with {name}", _FIRST_CALLS) as tick:
+        for _ in range(_FIRST_CALLS):
+            _next_step(decoding)
+            found = decoding.first_step(compiled).clone()
+            tick()
+    same_output(found, expected, name, OTHER_KERNELS)
+
+
+def _next_step(decoding: Decoding) -> None:
+    """Reset the cache and tell reduce-overhead that the outputs of the step before are not needed."""
+    torch.compiler.cudagraph_mark_step_begin()
+    decoding.reset()
+
+
+def _replayed(step: Any) -> None:
+    report = step.report()
+    if not report.replays or report.refusals:
+        raise WrongResult(f"the step was not replayed:\n{report}")
+
+
+def _repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()

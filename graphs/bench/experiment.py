@@ -1,0 +1,108 @@
+"""The whole run: measure, count, print, and leave a JSON file and a figure behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphs.bench.decode import measure_decode
+from graphs.bench.launches import count_launches
+from graphs.bench.llama import size_for
+from graphs.bench.machine import describe_machine
+from graphs.bench.overhead import measure_bars
+from graphs.bench.plot import draw_results
+from graphs.bench.progress import Progress, make_console
+from graphs.bench.rows import BenchRow, Case, Results
+from graphs.bench.settings import EXPERIMENTS, BenchSettings
+from graphs.bench.table import bars_table, results_table
+from graphs.bench.wo_a import measure_wo_a, projection_size_for
+from graphs.config import choice
+
+_CASES: dict[str, Callable[[BenchSettings, Progress], list[Case]]] = {"decode": measure_decode, "wo_a": measure_wo_a}
+
+
+def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any = None) -> Results:
+    """Run one experiment, or ``all``; print its tables and write ``results.json`` and ``results.png`` into ``out``.
+
+    A single experiment writes files of its own name. The JSON file is written after each part, so that a failure in
+    a later one loses nothing.
+
+    Raises:
+        ConfigError: no such experiment.
+        WrongResult: something to be timed computes another result than its reference.
+        MissingDependency: a package that the experiment needs is not installed.
+    """
+    choice("experiment", experiment, EXPERIMENTS)
+    console = console or make_console()
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / ("results" if experiment == "all" else experiment)
+    with _one_cpu_thread():
+        results = _measure(experiment, settings, Progress(console), stem)
+    written = [stem.with_suffix(".json").name]
+    if results.rows:
+        console.print(results_table(results))
+        draw_results(results, stem.with_suffix(".png"))
+        written.append(stem.with_suffix(".png").name)
+    if results.bars:
+        console.print(bars_table(results))
+    console.print(f"Written to {out}: {', '.join(written)}")
+    return results
+
+
+def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem: Path) -> Results:
+    """Everything that is asked for, written to the JSON file as it comes in."""
+    results = Results(describe_machine(settings.device), settings.runs, settings.quick, _notes(experiment, settings))
+    cases: list[Case] = []
+    for part, measure in _CASES.items():
+        if experiment in ("all", part):
+            cases += measure(settings, progress)
+            results = _kept(results, stem, rows=tuple(row for case in cases for row in case.rows))
+    if experiment in ("all", "overhead"):
+        results = _kept(results, stem, bars=tuple(measure_bars(settings, progress)))
+    return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
+
+
+def _kept(results: Results, stem: Path, **parts: Any) -> Results:
+    """``results`` with ``parts`` replaced, on disk as well."""
+    results = dataclasses.replace(results, **parts)
+    stem.with_suffix(".json").write_text(results.to_json())
+    return results
+
+
+@contextlib.contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """Operators on the CPU use one thread: toy sizes gain nothing from more, and their times would scatter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _count(cases: list[Case], settings: BenchSettings, progress: Progress) -> list[BenchRow]:
+    """The rows with their submissions: counted last, since a profiler can slow down the launches after it."""
+    rows = []
+    with progress.case("counting launches", sum(len(case.rows) for case in cases)) as tick:
+        for case in cases:
+            for row in case.rows:
+                rows.append(dataclasses.replace(row, launches=count_launches(case.calls[row.mode], settings.device)))
+                tick()
+    return rows
+
+
+def _notes(experiment: str, settings: BenchSettings) -> tuple[str, ...]:
+    """What was measured, and that it is smaller where it is."""
+    notes = []
+    if experiment in ("all", "decode"):
+        notes.append(size_for(settings.device).describe())
+    if experiment in ("all", "wo_a"):
+        notes.append(projection_size_for(settings).describe())
+    if settings.device.type != "cuda" and notes:
+        notes.append("No GPU was used: the model and the shapes are smaller than on a GPU, and graph mode is the operator tape.")
+    return tuple(notes)

@@ -1,0 +1,52 @@
+"""Counting what the host submits during one call.
+
+On a GPU: kernels, asynchronous copies and graph launches, from the profiler's record of driver calls. Profiling can
+leave a residue on later launches, so `graphs.bench.experiment` counts after everything has been timed. On a CPU: the
+operators that pass the dispatcher.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SUBMITTING = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(Launch(Cooperative)?Kernel|GraphLaunch|Mem(cpy|set)\w*Async)")
+
+
+class _OperatorCount(TorchDispatchMode):
+    """Counts the operators dispatched while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Submissions of one ``call``, after an uncounted one; None where the profiler recorded none."""
+    call()
+    if device.type != "cuda":
+        with _OperatorCount() as operators:
+            call()
+        return operators.count
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    names: dict[str, int] = {}
+    for _ in range(2):  # the first profile of a process can come back incomplete
+        torch.cuda.synchronize(device)
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize(device)
+        names = {event.key: event.count for event in profile.key_averages()}
+    return submissions(names) or None
+
+
+def submissions(counts: dict[str, int]) -> int:
+    """How many of the profiler's events, given as name -> count, hand work to the device."""
+    return sum(count for name, count in counts.items() if _SUBMITTING.match(name))

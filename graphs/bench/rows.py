@@ -1,0 +1,140 @@
+"""Results as plain frozen data, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphs.bench.sampling import Spread
+from graphs.errors import GraphsError
+
+SCHEMA = 1
+MODES = ("eager", "graph")
+
+
+class WrongResult(GraphsError):
+    """A variant about to be timed computed something else than its reference; nothing is reported for it."""
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One workload in one mode.
+
+    Attributes:
+        workload: ``decode`` or ``wo_a``.
+        case: the model, or the path.
+        rows: batch size of a decode step, or tokens of a projection.
+        mode: ``eager`` or ``graph``.
+        operations: what a call is divided by: 1 decode step, or the projections in one call.
+        host_us: host time per operation, microseconds.
+        device_us: device time per operation with the host ahead, microseconds; None on a CPU.
+        tokens_per_second: decode: of the whole greedy loop; ``wo_a``: rows over the longer of host and device time.
+        error: relative error against float64; None where tokens were compared instead.
+        launches: what the host submits in one call: kernels, copies and graphs; operators on a CPU. None if not counted.
+        capture_seconds, pool_bytes: cost of the recording; 0 in eager mode.
+        break_even_calls: calls until the recording has paid for ``capture_seconds``, by the medians of this run; None in
+            eager mode, or where it never does.
+    """
+
+    workload: str
+    case: str
+    rows: int
+    mode: str
+    operations: int
+    host_us: Spread
+    device_us: Spread | None
+    tokens_per_second: Spread
+    error: float | None = None
+    launches: int | None = None
+    capture_seconds: float = 0.0
+    pool_bytes: int = 0
+    break_even_calls: int | None = None
+
+    @property
+    def call_us(self) -> float:
+        """The longer of host and device time per operation: what it takes when calls follow each other."""
+        return max(self.host_us.median, self.device_us.median if self.device_us is not None else 0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: a row for each mode, and one call in each mode to count submissions of, later."""
+
+    rows: tuple[BenchRow, ...]
+    calls: Mapping[str, Callable[[], Any]]
+
+
+def with_capture_cost(eager: BenchRow, graph: BenchRow, capture_seconds: float, pool_bytes: int) -> tuple[BenchRow, BenchRow]:
+    """Both rows, the second with what its recording cost and when that is paid back."""
+    saved_us = (eager.call_us - graph.call_us) * graph.operations
+    calls = math.ceil(capture_seconds * 1e6 / saved_us) if saved_us > 0 else None
+    return eager, dataclasses.replace(graph, capture_seconds=capture_seconds, pool_bytes=pool_bytes, break_even_calls=calls)
+
+
+@dataclass(frozen=True)
+class BarRow:
+    """A figure with a limit.
+
+    Attributes:
+        name: what is compared.
+        bar: the limit as text.
+        unit: ``us`` or ``x`` (a ratio).
+        measured: median and quartiles over runs in which both sides took turns.
+        limit: the limit in ``unit``.
+        at_least: whether ``measured`` has to reach the limit, or stay under it.
+        sides: what was compared, microseconds.
+        device: where it was measured.
+    """
+
+    name: str
+    bar: str
+    unit: str
+    measured: Spread
+    limit: float
+    at_least: bool
+    sides: dict[str, Spread]
+    device: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the median keeps to the limit."""
+        return self.measured.median >= self.limit if self.at_least else self.measured.median <= self.limit
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what the results were measured."""
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    transformers: str
+    python: str
+    platform: str
+    threads: int
+    date: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything one run measured."""
+
+    machine: Machine
+    runs: int
+    quick: bool
+    notes: tuple[str, ...] = ()
+    rows: tuple[BenchRow, ...] = ()
+    bars: tuple[BarRow, ...] = ()
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        """A JSON object with the attribute names as keys; each bar also says whether it is ``met``."""
+        plain = dataclasses.asdict(self)
+        for bar, line in zip(self.bars, plain["bars"], strict=True):
+            line["met"] = bar.met
+        return json.dumps(plain, indent=2) + "\n"

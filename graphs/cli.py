@@ -1,0 +1,42 @@
+"""The command line: arguments to functions, no logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from graphs.errors import MissingDependency
+
+try:
+    import typer
+except ImportError as error:
+    raise MissingDependency("typer", "the command line", "pip install stepgraphs") from error
+
+from graphs.bench.settings import DEVICES, EXPERIMENTS, MIN_RUNS, BenchSettings
+
+app = typer.Typer(
+    name="graphs",
+    help="Record decode steps once and replay them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def graphs_command() -> None:
+    """Record decode steps once and replay them."""
+
+
+@app.command()
+def bench(
+    experiment: Annotated[str, typer.Argument(metavar=f"[{'|'.join(EXPERIMENTS)}]", help="What to measure.")] = "all",
+    out: Annotated[Path, typer.Option(help="Directory for the JSON file and the figure.")] = Path("results"),
+    runs: Annotated[int, typer.Option(help=f"Measured repetitions of everything, at least {MIN_RUNS}.")] = MIN_RUNS,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer batch sizes and shorter sequences.")] = False,
+    device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
+) -> None:
+    """Measure decode steps, the grouped projection and the overhead of a captured call, eager against graph."""
+    from graphs.bench import run_bench
+
+    run_bench(experiment, BenchSettings.resolve(device, runs, quick), out)
