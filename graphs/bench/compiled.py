@@ -95,7 +95,11 @@ def host_bar(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings
 
 
 def _compile(compiled: Callable[..., Any], model: torch.nn.Module, decoding: Decoding, progress: Progress, name: str) -> None:
-    """Call a compiled model until it has settled, and compare it with the model."""
+    """Call a compiled model until it has settled, and compare it with the model.
+
+    Raises:
+        WrongResult: it still compiles at each call (so its times would be those of eager), or its logits are wrong.
+    """
     decoding.reset()
     expected = decoding.first_step(model)
     with progress.case(f"compiling the Llama step with {name}", _FIRST_CALLS) as tick:
@@ -103,6 +107,12 @@ def _compile(compiled: Callable[..., Any], model: torch.nn.Module, decoding: Dec
             _next_step(decoding)
             found = decoding.first_step(compiled).clone()
             tick()
+    _next_step(decoding)
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            decoding.first_step(compiled)
+    except RuntimeError as error:
+        raise WrongResult(f"{name} compiles anew at each call: {error}") from error
     same_output(found, expected, name, OTHER_KERNELS)
 
 

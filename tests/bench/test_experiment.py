@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphs.bench import decode, experiment, run_bench, wo_a
+from graphs.bench.llama import LlamaSize
+from graphs.bench.optional import optional_module
+from graphs.bench.overhead import tape_bar
+from graphs.bench.progress import make_console
+from graphs.bench.rows import WrongResult
+from graphs.bench.settings import BenchSettings
+from graphs.errors import ConfigError, MissingDependency
+
+
+@pytest.fixture
+def small(tiny: LlamaSize, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiments at sizes of a test."""
+    monkeypatch.setattr(decode, "size_for", lambda device: tiny)
+    monkeypatch.setattr(decode, "batch_sizes", lambda settings: (2,))
+    monkeypatch.setattr(wo_a, "SMALL", wo_a.ProjectionSize("tiny", 2, 2, 128, 128, (1, 3)))
+    monkeypatch.setattr(experiment, "measure_bars", lambda settings, progress: [tape_bar(settings, progress, tiny)])
+
+
+@pytest.mark.usefixtures("small")
+def test_everything_leaves_tables_json_and_figure(settings: BenchSettings, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'stepgraphs[bench]'")
+    threads = torch.get_num_threads()
+    results = run_bench("all", settings, out)
+    printed = capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "results.png"]
+    found = json.loads((out / "results.json").read_text())
+    assert [(r["workload"], r["case"], r["rows"], r["mode"]) for r in found["rows"]][:3] == [
+        ("decode", "tiny Llama", 2, "eager"),
+        ("decode", "tiny Llama", 2, "graph"),
+        ("wo_a", "einsum", 1, "eager"),
+    ]
+    assert all(r["launches"] > 0 for r in found["rows"])
+    assert len(results.rows) == 2 + 2 * 3 * 2 and len(found["bars"]) == 1
+    for text in ("wo_a, gloop", "No GPU was used", "eager over tape replay", "decode, batch 2"):
+        assert text in printed
+
+
+@pytest.mark.usefixtures("small")
+def test_one_experiment_writes_files_of_its_own_name(settings: BenchSettings, out: Path) -> None:
+    results = run_bench("overhead", settings, out, make_console(quiet=True))
+    assert not results.rows and len(results.bars) == 1
+    assert [path.name for path in out.iterdir()] == ["overhead.json"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_failing_part_keeps_what_was_measured(settings: BenchSettings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise WrongResult("a test")
+
+    monkeypatch.setattr(experiment, "measure_bars", fail)
+    with pytest.raises(WrongResult):
+        run_bench("all", settings, out, make_console(quiet=True))
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 14
+
+
+def test_bad_settings_name_the_legal_ones(settings: BenchSettings, out: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'prefill'.*'all', 'decode', 'wo_a', 'overhead'"):
+        run_bench("prefill", settings, out)
+    with pytest.raises(ConfigError, match=r"'gpu'.*'auto', 'cpu', 'cuda'"):
+        BenchSettings.resolve("gpu")
+    with pytest.raises(ConfigError, match=r"19.*at least 20"):
+        BenchSettings.resolve("cpu", 19)
+
+
+def test_cuda_where_there_is_none_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no GPU"):
+        BenchSettings.resolve("cuda")
+    assert BenchSettings.resolve("auto").device.type == "cpu"
+
+
+def test_a_missing_package_names_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"drawing .* pip install 'stepgraphs\[bench\]'"):
+        optional_module("matplotlib.pyplot")

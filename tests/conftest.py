@@ -1,0 +1,19 @@
+"""What every test has in common: no settings from the environment, one thread, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cores
+
+
+@pytest.fixture(autouse=True)
+def _fixed_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the person who runs the tests do not reach them."""
+    for name in [name for name in os.environ if name.startswith("GRAPHS_")]:
+        monkeypatch.delenv(name)
+    torch.manual_seed(0)
