@@ -28,8 +28,8 @@ lint: .venv/.ready
 
 %/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_OPTIONS) $*
-	$*/bin/python -m pip install --quiet "$(TORCH)"
-	$*/bin/python -m pip install --quiet --editable ".[$(EXTRA)]"
+	$*/bin/python -m pip install -qq "$(TORCH)"
+	$*/bin/python -m pip install -qq --editable ".[$(EXTRA)]"
 	touch $@
 
 clean:
