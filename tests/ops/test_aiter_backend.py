@@ -192,7 +192,8 @@ def test_one_operator_with_a_fake(path: str) -> None:
 def interpreted() -> dict:
     if REAL is None:
         pytest.skip(f"amd-aiter is not installed ({aiter_backend.INSTALL}), so its operators cannot be interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    python_path = os.pathsep.join(filter(None, (str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
