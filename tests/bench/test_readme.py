@@ -28,4 +28,4 @@ def test_every_refusal_reason_is_in_the_table() -> None:
     def reasons(kind: type[Refusal]) -> set[str]:
         return {kind.reason}.union(*map(reasons, kind.__subclasses__())) - {"refused"}
 
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", README, flags=re.MULTILINE)) == reasons(Refusal)
+    assert reasons(Refusal) <= set(re.findall(r"^\| `([a-z-]+)` \|", README, flags=re.MULTILINE))
