@@ -21,15 +21,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
-from graphs.contract.state import TensorState
-from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, OpaqueKernel, Refusal, Site
+from graphs.contract.tensor_state import TensorState
+from graphs.errors import (
+    ChangingValue,
+    DataDependentShape,
+    HostConstant,
+    HostSync,
+    MixedDevices,
+    OpaqueKernel,
+    Refusal,
+    Site,
+    UndeclaredWrite,
+)
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
 _OWN = frozenset(("audit", "trial", "capture", "record", "contract", "measure"))
 _TO_HOST = {
-    getattr(Tensor, name): name for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__")
+    getattr(Tensor, name): name
+    for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__", "__dlpack__")
 }
 _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 _ITEM = aten._local_scalar_dense.default
@@ -74,16 +85,16 @@ class Trace:
         findings: what cannot be recorded, in order, one per source line and operator.
         externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
         written: externals and arguments that were written in place, saved before the first write.
-        uses_rng: whether a random number generator was consumed.
-        generators: generators named explicitly by an operator.
+        generators: generators named explicitly by an operator, with the states they had.
+        checksums: of each external when it was first seen.
     """
 
     operations: list[Operation] = field(default_factory=list)
     findings: list[Refusal] = field(default_factory=list)
     externals: dict[int, Tensor] = field(default_factory=dict)
     written: TensorState = field(default_factory=TensorState)
-    uses_rng: bool = False
-    generators: list[torch.Generator] = field(default_factory=list)
+    generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
+    checksums: dict[int, Tensor] = field(default_factory=dict)
 
     def found(self, refusal: Refusal) -> None:
         """Add a finding unless the same line has reported it."""
@@ -129,8 +140,6 @@ class _Watch(TorchDispatchMode):
         for tensor in written_tensors(func, args, kwargs):
             if self._origin(tensor)[0] != "operation":
                 trace.written.save(tensor)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            trace.uses_rng = True
         return tensors
 
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
@@ -147,7 +156,8 @@ class _Watch(TorchDispatchMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(item, tensors) for item in value)
         if isinstance(value, torch.Generator):
-            self.trace.generators.append(value)
+            if value not in self.trace.generators:
+                self.trace.generators[value] = value.get_state()
             return "generator"
         return value
 
@@ -156,6 +166,7 @@ class _Watch(TorchDispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
+            self.trace.checksums[storage] = _checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin
 
@@ -256,7 +267,20 @@ def watch_step(fn: Callable[[], Any], arguments: list[Tensor]) -> tuple[Any, Tra
     watch = _Watch(trace, arguments)
     with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
         output = fn()
+    for storage, before in trace.checksums.items():
+        tensor = trace.externals[storage]
+        if storage not in trace.written and not torch.equal(before, _checksum(tensor)):
+            trace.found(UndeclaredWrite(f"a tensor{tuple(tensor.shape)} changed though no operator says that it writes it"))
     return output, trace
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A sum over the bits of the whole storage: enough to notice that somebody wrote there."""
+    with torch.inference_mode(False), torch.no_grad():
+        storage = tensor.untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+        even = flat[: flat.numel() // 4 * 4].view(torch.int32)
+        return even.sum(dtype=torch.int64) + flat[even.numel() * 4 :].sum(dtype=torch.int64)
 
 
 def compare_traces(first: Trace, second: Trace) -> Refusal | None:

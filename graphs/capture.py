@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from graphs.config import MODES, CaptureConfig, choice
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
 from graphs.contract.padding import Padding
+from graphs.contract.python_state import Difference
 from graphs.errors import (
     AboveLargestBucket,
     AutogradInput,
@@ -37,23 +38,30 @@ from graphs.errors import (
 from graphs.ledger import Ledger
 from graphs.record.step import Recorder, recorder_for
 from graphs.report import CaptureReport
-from graphs.trial import Deferred, Entry, Refused, Step, compare_replay, run_trial
+from graphs.trial import Deferred, Entry, Refused, Step, compare_replay, reference_to, run_trial
 
 Tensor = torch.Tensor
 Model = TypeVar("Model", bound=Callable[..., Any])
 
-_forced_eager: ContextVar[bool] = ContextVar("graphs_forced_eager", default=False)
+_forced_eager: ContextVar[str] = ContextVar("graphs_forced_eager", default="")  # "", "caller" or "trial"
 _recording = threading.RLock()  # one trial at a time in a process: a capture shares allocator and generator state
 _SELF_RETURNING = frozenset(
     "eval train to cuda cpu half float double bfloat16 type requires_grad_ apply share_memory to_empty".split()  # noqa: SIM905
 )
 _MAX_DEFERRALS = 3
+_OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
     """Run captured modules eagerly inside the ``with`` block (in this thread or task)."""
-    token = _forced_eager.set(True)
+    with _forced("caller"):
+        yield
+
+
+@contextlib.contextmanager
+def _forced(by: str) -> Iterator[None]:
+    token = _forced_eager.set(by)
     try:
         yield
     finally:
@@ -117,7 +125,17 @@ def capture(
     return CapturedModule(model, config)
 
 
-Route = tuple[Entry, int] | list[Refusal]
+class _Refused(NamedTuple):
+    """Why the calls of a signature run eagerly, and the opaque arguments (weakly) that this holds for."""
+
+    refusals: list[Refusal]
+    opaques: list[Callable[[], Any]]
+
+    def serves(self, call: Call) -> bool:
+        return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
+
+
+Route = tuple[Entry, int] | _Refused
 """Where a signature leads: a recording and the rows of the call, or the reasons why not."""
 
 
@@ -154,21 +172,24 @@ class CapturedModule(Generic[Model]):
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
         if self._graphs_mode == "eager" or _forced_eager.get():
             return self._run_eagerly(args, kwargs)
-        call = flatten_call(args, kwargs, _ambient(self._graphs_model))
+        try:
+            call = flatten_call(args, kwargs, _ambient(self._graphs_model))
+        except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
+            return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self._graphs_state.routes.get(call.signature)
-        if isinstance(route, tuple):
-            return self._replay(route[0], route[1], call, args, kwargs)
-        if route is not None:
-            return self._refuse(route, args, kwargs)
-        return self._unknown(call, args, kwargs)
+        if route is None:
+            return self._unknown(call, args, kwargs)
+        if isinstance(route, _Refused):
+            return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
+        return self._replay(route[0], route[1], call, args, kwargs)
 
     def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check the contract, replay, and put the output together."""
         with self._graphs_state.lock:
             stale = self._stale(entry, call)
-            if not stale:
+            if stale is None:
                 if self._graphs_config.verify == "always":
                     self._verify(entry, rows, call, args, kwargs)
                 produced = entry.recording.replay(call.tensors, rows)
@@ -183,25 +204,29 @@ class CapturedModule(Generic[Model]):
         """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
         for position, opaque in enumerate(call.opaques):
             if entry.opaques[position]() is not opaque:
-                return _Outdated("an argument of the recording is gone and its identity was reused")
+                return _Outdated()
         if not entry.statics.unchanged(call.tensors):
             return entry.statics.moved(call.tensors)
+        changed = entry.steering.changed()
+        if changed is not None:
+            return _Outdated(changed)
         if _stream_is_capturing(call):
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         if entry.replays >= entry.recheck_at:
-            entry.recheck_at *= 2
-            changes = entry.python.differences()
+            unchecked, entry.recheck_at = entry.replays - entry.recheck_at // 2, entry.recheck_at * 2
+            changes = entry.python.differences(between_calls=True)
             if changes:
-                change = changes[0]
-                return _Outdated(f"{change.path} was {change.before} when recorded and is {change.after} now", change.path)
+                return _Outdated(changes[0], unchecked)
         return None
 
     def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Try to record an unknown key; replay it, or return what the model gave, with the reason counted."""
         state = self._graphs_state
         with _recording, state.lock:
-            if call.signature in state.routes:  # another thread was faster
-                return self(*args, **kwargs)
+            route = state.routes.get(call.signature)
+            if isinstance(route, tuple) and not isinstance(route, _Refused):  # another thread was faster
+                return self._replay(route[0], route[1], call, args, kwargs)
+            self._forget_the_dead()
             refusal = self._inadmissible(call)
             if refusal is not None:
                 return self._refuse([refusal], args, kwargs)
@@ -211,16 +236,42 @@ class CapturedModule(Generic[Model]):
                 state.attempts[call.signature] += 1
                 state.ledger.eager_calls += 1
                 if state.attempts[call.signature] > _MAX_DEFERRALS:
-                    state.routes[call.signature] = [ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))]
+                    self._remember(call, [ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))])
                 return deferred.output
             except Refused as refused:
-                state.routes[call.signature] = refused.refusals
-                self._count(refused.refusals, undo=refused.undo)
-                return refused.output
+                self._remember(call, refused.refusals)
+                return self._refused(refused, args, kwargs)
             except AboveLargestBucket as too_large:
-                state.routes[call.signature] = [too_large]
+                self._remember(call, [too_large])
                 return self._refuse([too_large], args, kwargs)
         return self._replay(found[0], found[1], call, args, kwargs)
+
+    def _refused(self, refused: Refused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a trial that ended in a refusal; computed once more where autograd is to record it."""
+        if refused.undo is None:
+            self._count(refused.refusals)
+            return refused.output
+        if torch.is_grad_enabled() or self._graphs_config.strict:
+            refused.undo()
+            return self._refuse(refused.refusals, args, kwargs)
+        self._count(refused.refusals)
+        return refused.output
+
+    def _remember(self, call: Call, refusals: list[Refusal]) -> None:
+        opaques = [reference_to(opaque) for opaque in call.opaques]
+        self._graphs_state.routes[call.signature] = _Refused(refusals, opaques)
+
+    def _forget_the_dead(self) -> None:
+        """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
+        state = self._graphs_state
+        for entry in list(state.entries.values()):
+            if any(reference() is None for reference in entry.opaques):
+                self._drop(entry)
+        state.routes = {
+            signature: route
+            for signature, route in state.routes.items()
+            if not (isinstance(route, _Refused) and any(reference() is None for reference in route.opaques))
+        }
 
     def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
@@ -234,7 +285,7 @@ class CapturedModule(Generic[Model]):
                     step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
                     entry = self._try(step)
                 except RowsInteract as reason:
-                    state.ledger.refused(reason, eager=False)
+                    state.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
                     plan = state.batch.reject(plan, call, for_good=not reason.unproved)
                     continue
                 state.entries[plan.key] = entry
@@ -242,9 +293,18 @@ class CapturedModule(Generic[Model]):
             return entry, plan.real
 
     def _try(self, step: Step) -> Entry:
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with _forced("trial"):  # a captured module inside this one is recorded as a part of it
+                return self._run_trial(step)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _run_trial(self, step: Step) -> Entry:
         config = self._graphs_config
-        with eager():  # a captured module inside this one is recorded as a part of it
-            return run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
+        return run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
 
     def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         config = self._graphs_config
@@ -291,33 +351,38 @@ class CapturedModule(Generic[Model]):
         return None
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Drop a recording that froze what has changed since; record anew once, then refuse by name."""
-        state = self._graphs_state
+        """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
+        state, change = self._graphs_state, why.change
         with _recording, state.lock:
             self._drop(entry)
-            state.attempts[call.signature] += 1
-            if why.name and state.attempts[call.signature] > 1:
-                state.routes[call.signature] = [ChangingValue(why.text, operator=why.name)]
+            if change is not None:
+                detail = f"{change.path} was {change.before} when recorded and is {change.after} now"
+                if why.unchecked:
+                    detail += f"; up to {why.unchecked} replays before this call may have used the old value"
+                refusal = ChangingValue(detail, operator=change.path)
+                state.ledger.refused(refusal, outcome="the step is recorded anew")
+                state.attempts[call.signature] += entry.replays < _OFTEN
+                if state.attempts[call.signature] > 1:
+                    self._remember(call, [refusal])
         return self(*args, **kwargs)
 
     def _drop(self, entry: Entry) -> None:
         state = self._graphs_state
         state.entries = {key: other for key, other in state.entries.items() if other is not entry}
-        state.routes = {s: r for s, r in state.routes.items() if not (isinstance(r, tuple) and r[0] is entry)}
+        state.routes = {s: r for s, r in state.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
         state.ledger.dropped(entry)
 
     def _verify(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._step(call, args, kwargs)
-        with eager():
+        with _forced("trial"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
             self._drop(entry)
             raise mismatch
 
-    def _count(self, refusals: list[Refusal], undo: Callable[[], None] = lambda: None) -> None:
+    def _count(self, refusals: list[Refusal]) -> None:
         """Count the reasons of one eager call, or raise the first in strict mode."""
         if self._graphs_config.strict:
-            undo()
             raise refusals[0]
         for refusal in refusals:
             self._graphs_state.ledger.refused(refusal)
@@ -328,7 +393,8 @@ class CapturedModule(Generic[Model]):
         return self._graphs_model(*args, **kwargs)
 
     def _run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._graphs_state.ledger.eager_calls += 1
+        if _forced_eager.get() != "trial":
+            self._graphs_state.ledger.eager_calls += 1
         return self._graphs_model(*args, **kwargs)
 
     @property
@@ -369,9 +435,11 @@ class CapturedModule(Generic[Model]):
                 try:
                     self._record(sized, sized_args, sized_kwargs)
                 except Refused as refused:
-                    refused.undo()
+                    if refused.undo is not None:
+                        refused.undo()
                     raise refused.refusals[0] from refused
                 except Deferred as deferred:
+                    deferred.undo()
                     raise ChangingValue(
                         f"the step initialises {deferred}; call it once first", operator=str(deferred)
                     ) from deferred
@@ -404,9 +472,15 @@ class CapturedModule(Generic[Model]):
             object.__setattr__(self, name, value)
         else:
             setattr(self._graphs_model, name, value)
+            self.invalidate()
 
     def __delattr__(self, name: str) -> None:
         delattr(self._graphs_model, name)
+        self.invalidate()
+
+    def __graphs_walk__(self) -> Any:
+        """What a walk over Python state enters in place of this object."""
+        return self._graphs_model
 
     def __dir__(self) -> list[str]:
         return sorted({*dir(self._graphs_model), *type(self).__dict__})
@@ -421,11 +495,16 @@ class CapturedModule(Generic[Model]):
         return CapturedModule, (self._graphs_model, self._graphs_config)
 
 
-class _Outdated:
-    """A recording whose frozen Python state is not the present one. ``name`` is empty where no value is to blame."""
+class _Outdated(NamedTuple):
+    """A recording whose frozen Python state is not the present one.
 
-    def __init__(self, text: str, name: str = "") -> None:
-        self.text, self.name = text, name
+    Attributes:
+        change: what differs; None where the object it was recorded for is gone and another took its identity.
+        unchecked: replays since the value was last known to be the recorded one.
+    """
+
+    change: Difference | None = None
+    unchecked: int = 0
 
 
 def _ambient(model: Any) -> tuple[Any, ...]:

@@ -27,6 +27,11 @@ def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
     return str(value)
 
 
+def _require(legal: bool, name: str, value: object, what: str) -> None:
+    if not legal:
+        raise ConfigError(name, value, what)
+
+
 def _env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
     return choice(variable, os.environ.get(variable, default), legal)
 
@@ -61,9 +66,12 @@ def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
     """Validated bucket sizes in ascending order, or None for exact sizes."""
     if buckets is None:
         return None
-    sizes = tuple(buckets)
+    try:
+        sizes = tuple(buckets)
+    except TypeError:
+        sizes = ()
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
-        raise ConfigError("buckets", sizes, "a non-empty sequence of positive integers")
+        raise ConfigError("buckets", buckets, "a non-empty sequence of positive integers")
     return tuple(sorted(set(sizes)))
 
 
@@ -101,10 +109,14 @@ class CaptureConfig:
         max_recordings: int | None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
-        if isinstance(static, str):
-            raise ConfigError("static", static, "a sequence of argument names")
-        if max_recordings is not None and (type(max_recordings) is not int or max_recordings < 1):
-            raise ConfigError("max_recordings", max_recordings, "a positive integer")
+        _require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
+        _require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
+        dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()
+        legal_dims = all(type(dim) is int and dim >= 0 for dim in dims)
+        _require(legal_dims, "batch_dims", batch_dims, "a mapping from argument names to dimensions, 0 or more")
+        _require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
+        positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
+        _require(positive, "max_recordings", max_recordings, "a positive integer")
         return cls(
             mode=choice("mode", mode, MODES) if mode is not None else _env_choice("GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),

@@ -151,6 +151,13 @@ class OpaqueKernel(Refusal):
     remedy = "register the kernel with torch.library.custom_op or triton_op, naming what it mutates"
 
 
+class UndeclaredWrite(Refusal):
+    """A tensor changed during the step though no operator's schema says that it writes it."""
+
+    reason = "undeclared-write"
+    remedy = "name what the operator writes: mutates_args= of torch.library.custom_op, or (a!) in its schema"
+
+
 class UnsupportedOperator(Refusal):
     """An operator that this recorder cannot replay."""
 

@@ -22,13 +22,12 @@ class Ledger:
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
 
-    def refused(self, refusal: Refusal, *, eager: bool = True) -> None:
+    def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly") -> None:
         """Count a refusal; warn the first time its reason, operator and line are seen."""
         known = self._refusals.get(refusal.signature)
         if known is None:
             site = refusal.site
             known = RefusalCount(refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0)
-            outcome = "this call runs eagerly" if eager else "the step is recorded at its exact sizes"
             warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=4)
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract
 
 Tensor = torch.Tensor
@@ -15,7 +14,7 @@ _FP8 = 0.13  # one step of a format with three mantissa bits
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest accepted deviation for ``dtype``, relative to the largest magnitude of the expected tensor.
+    """Largest accepted relative deviation for ``dtype``.
 
     Wide enough for another summation order (a compiled kernel, a GEMM at a padded size), far below the effect of a
     frozen value or a wrong row. Integers and booleans must agree exactly.
@@ -25,18 +24,26 @@ def tolerance(dtype: torch.dtype) -> float:
     return _RELATIVE.get(dtype, 1e-4 if dtype.is_complex else _FP8)
 
 
-def _deviation(expected: Tensor, actual: Tensor) -> tuple[Tensor, float]:
-    """Absolute deviation per element (infinite where only one side is finite) and the largest one accepted."""
+def _deviation(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute deviation per element, infinite between different kinds of non-finite values, and what is accepted.
+
+    Accepted is the tolerance relative to the element, or to the typical magnitude where that is larger: an element near
+    zero carries the rounding of its neighbours. Typical is the mean of the non-zero magnitudes, of which none counts for
+    more than ten medians, so that the fill value of a mask does not widen it.
+    """
     limit = tolerance(expected.dtype)
     if limit == 0.0:
-        return (expected != actual).double(), 0.0
-    a = expected.to(torch.complex128) if expected.dtype.is_complex else expected.double()
-    b = actual.to(a.dtype)
-    finite_a, finite_b = torch.isfinite(a), torch.isfinite(b)
-    both = finite_a & finite_b
-    error = torch.where(both, (a - b).abs(), torch.where(finite_a == finite_b, 0.0, float("inf")))
-    scale = float(torch.where(finite_a, a.abs(), 0.0).max()) if a.numel() else 0.0
-    return error, limit * scale
+        wrong = (expected != actual).double()
+        return wrong, torch.zeros_like(wrong)
+    a = torch.view_as_real(expected).double() if expected.dtype.is_complex else expected.double()
+    b = torch.view_as_real(actual).double() if expected.dtype.is_complex else actual.double()
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    error = torch.where(same, 0.0, torch.where(finite, (a - b).abs(), float("inf")))
+    magnitude = torch.where(torch.isfinite(a), a.abs(), 0.0)
+    sizes = magnitude[magnitude > 0]
+    typical = torch.minimum(sizes, 10 * sizes.median()).mean() if sizes.numel() else torch.zeros((), device=a.device)
+    return error, limit * torch.maximum(magnitude, typical.double())
 
 
 def difference(expected: Tensor, actual: Tensor) -> str:
@@ -49,10 +56,11 @@ def difference(expected: Tensor, actual: Tensor) -> str:
     if expected.dtype != actual.dtype:
         return f"has dtype {actual.dtype}, eager gave {expected.dtype}"
     error, limit = _deviation(expected, actual)
-    wrong = int((error > limit).sum())
-    if not wrong:
+    wrong = error > limit
+    count = int(wrong.sum())
+    if not count:
         return ""
-    return f"differs from eager in {wrong} of {error.numel()} elements, by up to {float(error.max()):.3g} (limit {limit:.3g})"
+    return f"differs from eager in {count} of {error.numel()} elements, by up to {float(error[wrong].max()):.3g}"
 
 
 def first_difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[int, str] | None:
@@ -73,35 +81,57 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
 
 
-def poisoned(contract: Contract, tensors: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """The tensor leaves at the recorded size with rows beyond the real ones poisoned, and whether anything was.
+def poisons(contract: Contract, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensor leaves at the recorded size with rows beyond the real ones poisoned, in several ways.
 
-    Floating-point rows become NaN. Integer rows cannot take any value (an index out of range kills the context), so
-    every positive element is lowered by one, which is legal wherever the element was. A slot with a sentinel or a kept
-    pad is left as it will be in production.
+    Floating-point rows become NaN (which no sum hides), then large and negative (which comparisons see); with each,
+    booleans are flipped, and positive integers lowered by one: an index out of range would kill the context, so they
+    cannot take any value. Last, the padding is real rows again, the first ones first, in every slot alike. A slot with
+    a sentinel or a kept pad is left as it will be in production. Ways that change nothing are left out.
     """
-    result = list(tensors)
-    changed = False
-    for slot in contract.slots:
-        tensor = tensors[slot.index]
-        if slot.batch_dim is None:
-            continue
-        filled = slot.fill(slot.allocate(), tensor)
-        real = tensor.shape[slot.batch_dim]
-        rest = filled.narrow(slot.batch_dim, real, slot.rows - real)
-        if rest.numel() and slot.padding.kind in ("repeat", "zero"):
-            before = rest.clone()
-            _poison(rest, slot.padding)
-            changed = changed or not bitwise_equal([before], [rest])
-        result[slot.index] = filled
-    return result, changed
+    plain = _padded(contract, tensors)
+    ways: list[Callable[[Tensor], object]] = [
+        lambda rest: _fill(rest, float("nan")),
+        lambda rest: _fill(rest, 1e3),
+        lambda rest: _fill(rest, -1e3),
+    ]
+    made = [_changed(contract, tensors, way) for way in ways] + [_rolled(contract, tensors)]
+    return [leaves for leaves in made if not bitwise_equal(plain, leaves)]
 
 
-def _poison(rest: Tensor, policy: Padding) -> None:
+def _padded(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return contract.arrange([slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots], tensors)
+
+
+def _poisonable(contract: Contract) -> list[tuple[int, int]]:
+    """Position and batch dimension of the slots whose padding may be anything."""
+    return [(s.index, s.batch_dim) for s in contract.slots if s.batch_dim is not None and s.padding.kind in ("repeat", "zero")]
+
+
+def _changed(contract: Contract, tensors: Sequence[Tensor], way: Callable[[Tensor], object]) -> list[Tensor]:
+    leaves = _padded(contract, tensors)
+    for index, dim in _poisonable(contract):
+        real = tensors[index].shape[dim]
+        way(leaves[index].narrow(dim, real, leaves[index].shape[dim] - real))
+    return leaves
+
+
+def _fill(rest: Tensor, value: float) -> None:
     if rest.dtype.is_floating_point or rest.dtype.is_complex:
-        rest.fill_(float("nan"))
-    elif rest.dtype is not torch.bool and policy.kind == "repeat":
+        rest.fill_(value)
+    elif rest.dtype is torch.bool:
+        rest.logical_not_()
+    else:
         rest.sub_((rest > 0).to(rest.dtype))
+
+
+def _rolled(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
+    leaves = _padded(contract, tensors)
+    for index, dim in _poisonable(contract):
+        real, rows = tensors[index].shape[dim], leaves[index].shape[dim]
+        order = torch.arange(rows - real, device=leaves[index].device) % real
+        leaves[index].narrow(dim, real, rows - real).copy_(tensors[index].index_select(dim, order))
+    return leaves
 
 
 def state_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int]) -> tuple[int, str] | None:
@@ -118,10 +148,11 @@ def state_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], senti
 
 def _only_in_row(expected: Tensor, actual: Tensor, row: int) -> bool:
     error, limit = _deviation(expected, actual)
-    for dim, size in enumerate(error.shape):
+    wrong = error > limit
+    for dim, size in enumerate(expected.shape):
         if -size <= row < size:
-            rest = error.clone()
+            rest = wrong.clone()
             rest.select(dim, row).zero_()
-            if not bool((rest > limit).any()):
+            if not bool(rest.any()):
                 return True
     return False

@@ -15,7 +15,21 @@ import torch
 from torch.utils import _pytree
 
 Tensor = torch.Tensor
-_CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
+_CONSTANTS = (
+    type(None),
+    bool,
+    int,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
+    type(Ellipsis),
+)
+
+_BY_VALUE = (enum.Enum, int, float, complex, str, range)
 
 
 class Call(NamedTuple):
@@ -40,14 +54,14 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], prefix: tuple[An
     for value in args:
         if type(value) is Tensor:
             tensors.append(value)
-            signature += (Tensor, value.shape, value.stride(), value.dtype, value.get_device())
+            signature += (Tensor, value.shape, value.stride(), value.dtype, value.device)
         else:
             _flatten(value, tensors, opaques, signature)
     for name, value in kwargs.items():
         signature.append(name)
         if type(value) is Tensor:
             tensors.append(value)
-            signature += (Tensor, value.shape, value.stride(), value.dtype, value.get_device())
+            signature += (Tensor, value.shape, value.stride(), value.dtype, value.device)
         else:
             _flatten(value, tensors, opaques, signature)
     return Call(tensors, opaques, tuple(signature))
@@ -57,7 +71,7 @@ def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: l
     kind = type(value)
     if kind is Tensor or isinstance(value, Tensor):
         tensors.append(value)
-        signature += (kind, value.shape, value.stride(), value.dtype, value.get_device())
+        signature += (kind, value.shape, value.stride(), value.dtype, value.device)
     elif kind in _CONSTANTS:
         signature += (kind, value)
     elif kind is float:
@@ -80,13 +94,19 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), len(children), _frozen(context))
         for item in children:
             _flatten(item, tensors, opaques, signature)
+    elif isinstance(value, slice) and not _has_tensor(value):
+        signature += (slice, repr(value))
     elif isinstance(value, enum.Enum):
         signature += (type(value), value.name)
-    elif isinstance(value, (int, float, complex, str)):  # numpy scalars and subclasses of numbers
+    elif isinstance(value, _BY_VALUE):  # numpy scalars and subclasses of numbers
         signature += (type(value), repr(value))
     else:
         opaques.append(value)
         signature += (type(value), id(value))
+
+
+def _has_tensor(value: slice) -> bool:
+    return any(isinstance(part, Tensor) for part in (value.start, value.stop, value.step))
 
 
 def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
@@ -156,7 +176,8 @@ def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None
     else:
         children, context = pytree_children(value)
         if children is None:
-            if type(value) not in (*_CONSTANTS, float) and not isinstance(value, (enum.Enum, int, float, complex, str)):
+            constant = type(value) in (*_CONSTANTS, float) or isinstance(value, _BY_VALUE)
+            if not constant and not (isinstance(value, slice) and not _has_tensor(value)):
                 opaques.append(path)
             return
         names = context if isinstance(context, (list, tuple)) and len(context) == len(children) else range(len(children))

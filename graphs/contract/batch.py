@@ -88,7 +88,7 @@ class BatchRule:
         structure, shapes = structure_of(call), [tuple(tensor.shape) for tensor in call.tensors]
         dims = _declared(names, shapes, declared) if declared is not None else self._infer(structure, shapes)
         real = batch_size(shapes, dims) if dims is not None else None
-        if dims is None or real is None or (structure, dims) in self._rejected:
+        if dims is None or not real or (structure, dims) in self._rejected:
             return self._exact(call)
         rows = bucket_for(real, buckets)
         if rows is None:

@@ -8,6 +8,7 @@ import torch
 from torch._ops import OpOverload
 
 Tensor = torch.Tensor
+_BATCH_NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -22,15 +23,25 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def written_tensors(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the operator's schema declares as written by this call."""
+    """The tensors written by this call: as the operator's schema declares, and what some schemas of ATen do not say."""
+    written = _undeclared(func, args, kwargs)
     if not func._schema.is_mutable:
-        return []
-    written: list[Tensor] = []
+        return written
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
             written += tensors_in(value)
     return written
+
+
+def _undeclared(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Running statistics of batch normalisation in training mode, which its older operators update silently."""
+    if func._schema.name not in _BATCH_NORMS:
+        return []
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    if not named.get("training", named.get("train", True)):
+        return []
+    return tensors_in([named.get("running_mean"), named.get("running_var")])
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -105,14 +105,17 @@ def output_template(
     return OutputTemplate(structure, type(structure) is _Leaf), produced
 
 
-def compare_templates(first: Any, second: Any) -> Refusal | None:
-    """The first constant or structural difference between the templates of two consecutive steps."""
+def compare_templates(first: Any, second: Any, *, arguments: bool = True) -> Refusal | None:
+    """The first constant or structural difference between two templates.
+
+    Without ``arguments``, which argument is handed through may differ: a caller who gave one tensor twice.
+    """
     if type(first) is not type(second):
         return ChangingValue(f"the output was a {type(first).__name__}, then a {type(second).__name__}", operator="output")
     if isinstance(first, _Leaf):
         return None
     if isinstance(first, _Argument):
-        if (first.index, first.opaque) != (second.index, second.opaque):
+        if arguments and (first.index, first.opaque) != (second.index, second.opaque):
             return ChangingValue("the output handed through another argument", operator="output")
         return None
     a, b = _children(first), _children(second)
@@ -122,7 +125,7 @@ def compare_templates(first: Any, second: Any) -> Refusal | None:
         return ChangingValue(f"a constant in the output was {first!r}, then {second!r}", operator="output")
     if len(a) != len(b):
         return ChangingValue(f"the output had {len(a)} parts, then {len(b)}", operator="output")
-    return next((refusal for x, y in zip(a, b, strict=True) if (refusal := compare_templates(x, y))), None)
+    return next((refusal for x, y in zip(a, b, strict=True) if (refusal := compare_templates(x, y, arguments=arguments))), None)
 
 
 def _children(value: Any) -> list[Any] | None:

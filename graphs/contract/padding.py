@@ -25,6 +25,11 @@ class Padding:
     kind: str = "repeat"
     value: int | float = 0
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for an unknown kind."""
+        if self.kind not in (*POLICIES, "sentinel"):
+            raise ConfigError("kind", self.kind, (*POLICIES, "sentinel"))
+
     def fill_bits(self, dtype: torch.dtype) -> int:
         """The pad value as the bits of one element of ``dtype``, repeated to fill a signed 64-bit word."""
         element = torch.tensor([self.value if self.kind == "sentinel" else 0], dtype=dtype)
@@ -41,7 +46,7 @@ def as_padding(name: str, policy: Padding | str) -> Padding:
     """Accept a policy by name."""
     if isinstance(policy, Padding):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ConfigError(f"padding[{name!r}]", policy, f"one of {POLICIES} or graphs.sentinel(value)")
     return Padding(policy)
 

@@ -1,14 +1,14 @@
 """Static tensors: what a recording reads in place has to be where it was.
 
-Three things can go wrong, and each call checks all three: a static argument is another tensor, an attribute (a cache's
-``keys``) was replaced, or the storage of a weight was exchanged under the same tensor (``param.data = ...``, ``.to()``).
-A parameter or buffer replaced by assignment announces itself through torch's registration hooks, so that a call need not
-look at every module: see `registrations`.
+Each call checks that static arguments are the same memory, that the whole way from the model or an opaque argument to
+every tensor is the same (``model.cache``, its ``layers``, their ``keys``), and that no storage was exchanged under a
+tensor (``param.data = ...``, ``.to()``). A parameter or submodule replaced by assignment announces itself through torch's
+registration hooks, so that a call need not look at every module: see `registrations`.
 """
 
 from __future__ import annotations
 
-import types
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules import module as _module
 
 from graphs.contract.operators import storage_id
-from graphs.contract.state import Owner
+from graphs.contract.python_state import Link
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
@@ -56,20 +56,30 @@ class StaticTensors:
     Args:
         arguments: position, name and tensor of the static arguments.
         externals: tensors read in place that are not arguments.
-        owners: the places where tensors hang, from `PythonState`; those of other tensors are ignored.
+        written: those of both that the step writes: another argument must not share their memory.
+        owners: links to tensors, from `PythonState`; those of other tensors are ignored.
     """
 
     def __init__(
-        self, arguments: Sequence[tuple[int, str, Tensor]], externals: Sequence[Tensor], owners: Sequence[Owner]
+        self,
+        arguments: Sequence[tuple[int, str, Tensor]],
+        externals: Sequence[Tensor],
+        written: Sequence[Tensor],
+        owners: Sequence[Link],
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
+        static = {index for index, _, _ in arguments}
+        self._written = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
+        self._starts = [start for start, _ in self._written]
+        self._static = static
         used = {storage_id(tensor) for tensor in externals}
-        hanging = [owner for owner in owners if storage_id(owner.tensor) in used]
-        self._registered = [owner for owner in hanging if owner.registered]
-        self._attributes = [owner for owner in hanging if not owner.registered]
-        self._places = [(o.container, o.key, o.tensor) for o in self._attributes if not isinstance(o.container, types.CellType)]
-        self._cells = [(o.container, o.tensor) for o in self._attributes if isinstance(o.container, types.CellType)]
-        self._tensors = list({id(t): t for t in [*externals, *(owner.tensor for owner in hanging)]}.values())
+        hanging = [owner for owner in owners if storage_id(owner.value) in used]
+        links = {(id(link.container), link.key): link for owner in hanging for link in _way(owner)}
+        self._registered = [link for link in links.values() if link.registered]
+        self._attributes = [link for link in links.values() if not link.registered]
+        self._places = [(link.container, link.key, link.value) for link in self._attributes]
+        self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
+        self._names = {id(owner.value): owner.path for owner in hanging}
         self._pointers: list[int | None] = [tensor.data_ptr() for tensor in self._tensors]
         self._indices = list(range(len(self._tensors)))
         self._registration = registrations.count
@@ -79,43 +89,54 @@ class StaticTensors:
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
+        if self._starts and self._overlapping(tensors) is not None:
+            return False
         try:
-            for container, key, tensor in self._places:
-                if container[key] is not tensor:
+            for container, key, value in self._places:
+                if container[key] is not value:
                     return False
-            for cell, tensor in self._cells:
-                if cell.cell_contents is not tensor:
-                    return False
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError):
             return False
         if registrations.count != self._registration:
-            if any(owner.container.get(owner.key) is not owner.tensor for owner in self._registered):
+            if not all(link.holds() for link in self._registered):
                 return False
             self._registration = registrations.count
         return _pointers_equal(self._tensors, self._pointers, self._indices)
+
+    def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
+        """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
+        starts, written, static = self._starts, self._written, self._static
+        for index, tensor in enumerate(tensors):
+            pointer = tensor.data_ptr()
+            before = bisect_right(starts, pointer) - 1
+            if before >= 0 and pointer < written[before][1] and index not in static and tensor.numel():
+                return index
+        return None
 
     def moved(self, tensors: Sequence[Tensor]) -> MovedStaticTensor:
         """The refusal for a call whose static tensors changed: names the first."""
         for index, name, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
-                return MovedStaticTensor(
-                    f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}", operator=name
-                )
-        for owner in [*self._attributes, *self._registered]:
-            if _at(owner) is not owner.tensor:
-                return MovedStaticTensor("the attribute holds another tensor than the one recorded", operator=owner.path)
-        names = {id(owner.tensor): owner.path for owner in [*self._attributes, *self._registered]}
+                text = f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}"
+                return MovedStaticTensor(text, operator=name)
+        shared = self._overlapping(tensors)
+        if shared is not None:
+            return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
+        for link in [*self._attributes, *self._registered]:
+            if not link.holds():
+                return MovedStaticTensor("it is another object than the one recorded", operator=link.path)
         for tensor, recorded in zip(self._tensors, self._pointers, strict=True):
             if tensor.data_ptr() != recorded:
-                name = names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
+                name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
 
 
-def _at(owner: Owner) -> Any:
-    try:
-        if isinstance(owner.container, types.CellType):
-            return owner.container.cell_contents
-        return owner.container[owner.key]
-    except (KeyError, IndexError, ValueError):
-        return None
+def _way(owner: Link) -> list[Link]:
+    """The links from a root to a tensor, last first."""
+    way: list[Link] = []
+    link: Link | None = owner
+    while link is not None:
+        way.append(link)
+        link = link.parent
+    return way

@@ -34,7 +34,7 @@ class _Instruction:
     call: Callable[[], Any]
     reads: set[int]
     writes: set[int]
-    creates: bool
+    creates: set[int]
     func: OpOverload
     keep: tuple[Any, ...] = field(repr=False, default=())
 
@@ -77,34 +77,32 @@ class _TapeMode(TorchDispatchMode):
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
-        written = written_tensors(func, args, kwargs)
-        if written or not outputs:
-            bound = functools.partial(func._op, *args, **kwargs)
-            self.instructions.append(
-                _Instruction(bound, reads, {storage_id(t) for t in written}, False, func, (args, kwargs, result))
-            )
+        written = {storage_id(tensor) for tensor in written_tensors(func, args, kwargs)}
+        made = {storage_id(tensor) for tensor in fresh}
+        if not written and outputs and not fresh:
+            return  # a view: made once, since its base never moves
+        if fresh and (written or len(fresh) != len(outputs)):
+            call = _copying_call(func, args, kwargs, result)
         elif fresh:
-            if len(fresh) != len(outputs):
-                raise UnsupportedOperator("some outputs are views and some are new", operator=str(func))
             call = _functional_call(func, args, kwargs, result)
-            self.instructions.append(
-                _Instruction(call, reads, {storage_id(t) for t in fresh}, True, func, (args, kwargs, result))
-            )
+        else:
+            call = functools.partial(func._op, *args, **kwargs)
+        self.instructions.append(_Instruction(call, reads, written | made, made, func, (args, kwargs, result)))
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
         """The instructions that have to run at each replay.
 
         An operator that reads only what replays never change, and whose results nothing else writes, has its results
-        in place already. ``volatile`` are the storages that may change between replays: slots and externals.
+        in place already. ``volatile`` are storages that may change between replays: slots, and outputs lent to callers.
         """
         writers = Counter(storage for instruction in self.instructions for storage in instruction.writes)
-        created = {storage for instruction in self.instructions if instruction.creates for storage in instruction.writes}
+        created = {storage for instruction in self.instructions for storage in instruction.creates}
         changing = volatile | {s for i in self.instructions for s in i.reads if s not in created}  # weights and caches
         kept = []
         for instruction in self.instructions:
             seeded = torch.Tag.nondeterministic_seeded in instruction.func.tags
             overwritten = any(writers[storage] > 1 for storage in instruction.writes)
-            if seeded or overwritten or instruction.reads & changing or not instruction.writes:
+            if seeded or overwritten or (instruction.reads | instruction.writes) & changing or not instruction.writes:
                 kept.append(instruction)
                 changing |= instruction.writes
         return kept
@@ -118,11 +116,26 @@ def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, 
         plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
         return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
 
+    return _copying_call(func, args, kwargs, result)
+
+
+def _copying_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
+    """Run the operator and copy what it returns to the storage that the recording knows; in-place results are there."""
+    targets = _leaves(result)
+
     def call_and_copy() -> None:
-        for target, value in zip(tensors_in(result), tensors_in(func._op(*args, **kwargs)), strict=True):
-            target.copy_(value)
+        for target, value in zip(targets, _leaves(func._op(*args, **kwargs)), strict=True):
+            if isinstance(target, Tensor) and isinstance(value, Tensor) and target.data_ptr() != value.data_ptr():
+                target.copy_(value)
 
     return call_and_copy
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What an operator returned, flat, undefined tensors included."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
 
 
 @functools.cache
@@ -150,6 +163,14 @@ class TapeRecording:
             }.values()
         )
 
+    def poison(self) -> None:
+        """Overwrite every intermediate that a replay computes, so that a result left over from recording is seen."""
+        with torch.inference_mode():
+            for instruction in self._program:
+                for tensor in tensors_in(instruction.keep[2]):
+                    if storage_id(tensor) in instruction.creates:
+                        _spoil(tensor)
+
     @property
     def operators(self) -> list[str]:
         """The operators that a replay runs, in order."""
@@ -167,6 +188,13 @@ class TapeRecording:
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
         ]
         return [out.clone() for out in outputs] if self._owned else outputs
+
+
+def _spoil(tensor: Tensor) -> None:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        tensor.fill_(float("nan"))
+    elif tensor.dtype is not torch.bool:
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 class TapeRecorder:
@@ -192,7 +220,9 @@ class TapeRecorder:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
         buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
         mode = _TapeMode()
-        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
             outputs = body(contract.arrange(buffers, tensors))
-        volatile = {storage_id(buffer) for buffer in buffers}
-        return TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)
+        volatile = {storage_id(tensor) for tensor in (buffers if owned else [*buffers, *outputs])}
+        recording = TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)
+        recording.poison()
+        return recording

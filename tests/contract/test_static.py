@@ -133,7 +133,7 @@ def test_a_weight_that_was_also_an_argument_is_still_checked() -> None:
     linear = nn.Linear(3, 3, bias=False)
     step = graphs.capture(lambda x: x @ linear.weight)
     with torch.no_grad():
-        step(linear.weight)
+        step(linear.weight.data)
         linear.weight.data = torch.full((3, 3), 5.0)
         x = torch.ones(3, 3)
         with pytest.warns(UserWarning, match="moved-static-tensor"):

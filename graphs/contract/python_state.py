@@ -1,0 +1,475 @@
+"""Python state that a step can read or change: found by walking, compared, restored.
+
+The walk starts at the model, its opaque arguments and, for functions, their closures, defaults and the globals they
+name. It enters containers, objects and the user's own classes and functions; of code that comes with Python or sits in
+site-packages it enters objects but not classes or functions. C objects are not entered.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import pickle
+import random
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
+_SKIPPED = (types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload)
+_ABSENT = object()
+_WALK_LIMIT = 500_000
+_LIBRARY_PATHS = tuple(
+    {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))} | {"<frozen"}
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A place whose content changed: ``path`` as the user would write it, ``before`` and ``after`` as text.
+
+    ``lasting`` is True where the change cannot be undone (an iterator that moved on).
+    """
+
+    path: str
+    before: str
+    after: str
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One step of the way to an object: ``container[key] is value``.
+
+    ``registered`` links are those of ``nn.Module`` to parameters and submodules, whose replacement announces itself.
+    """
+
+    path: str
+    container: Any
+    key: Any
+    value: Any
+    registered: bool
+    parent: Link | None
+
+    def holds(self) -> bool:
+        """Whether the value still hangs there."""
+        try:
+            return self.container[self.key] is self.value
+        except (KeyError, IndexError):
+            return False
+
+
+class _Cell:
+    """A closure cell as a mapping with one item."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._cell.cell_contents
+        except ValueError as error:  # empty
+            raise KeyError(key) from error
+
+    def read(self) -> dict[str, Any]:
+        try:
+            return {"": self._cell.cell_contents}
+        except ValueError:
+            return {}
+
+    def write(self, content: dict[str, Any]) -> None:
+        if content:
+            self._cell.cell_contents = content[""]
+
+
+class _Attributes:
+    """Some attributes of an object or class, or some names of a namespace, as a mapping."""
+
+    def __init__(self, owner: Any, names: Iterable[str]) -> None:
+        self._owner, self._names = owner, tuple(names)
+
+    def __getitem__(self, key: str) -> Any:
+        if isinstance(self._owner, dict):
+            return self._owner[key]
+        try:
+            return vars(self._owner)[key] if isinstance(self._owner, type) else getattr(self._owner, key)
+        except AttributeError as error:
+            raise KeyError(key) from error
+
+    def read(self) -> dict[str, Any]:
+        content = {}
+        for name in self._names:
+            try:
+                content[name] = self[name]
+            except KeyError:
+                continue
+        return content
+
+    def write(self, content: dict[str, Any]) -> None:
+        for name, value in content.items():
+            if isinstance(self._owner, dict):
+                self._owner[name] = value
+            elif isinstance(self._owner, type):
+                setattr(self._owner, name, value)
+            else:
+                object.__setattr__(self._owner, name, value)
+
+
+@dataclass(slots=True)
+class _Place:
+    """A mutable thing with a copy of its content, and how to read and write it."""
+
+    form: str  # path of an entry, with {} for its key
+    content: Any
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    transient: bool = False  # changes between calls are the caller's own affair
+    lasting: bool = False
+
+
+def _write_list(container: Any, content: list[Any]) -> None:
+    container.clear()
+    container.extend(content)
+
+
+def _write_mapping(container: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
+    container.clear()
+    container.update(content)
+
+
+def _write_set(container: Any, content: Any) -> None:
+    container.clear()
+    container |= content
+
+
+def same(a: Any, b: Any) -> bool:
+    """Identity, or equality of values of one immutable type (NaN equals itself)."""
+    if a is b:
+        return True
+    if isinstance(a, _LEAVES) and type(a) is type(b):
+        return bool(a == b or (a != a and b != b))
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return False
+
+
+def _text(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)} at {value.data_ptr():#x}"
+    return repr(value) if isinstance(value, _LEAVES) else f"a {type(value).__name__}"
+
+
+@functools.cache
+def _library_type(kind: Any) -> bool:
+    """Whether a class comes with Python or from site-packages."""
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    return kind.__module__ != "__main__" and (file is None or file.startswith(_LIBRARY_PATHS))
+
+
+def _library_code(function: types.FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(_LIBRARY_PATHS)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+def _position(iterator: Any) -> tuple[Any, ...]:
+    frame = getattr(iterator, "gi_frame", None)
+    hint = getattr(iterator, "__length_hint__", None)
+    return (frame.f_lasti if frame is not None else None, hint() if hint is not None else None, repr(iterator))
+
+
+class PythonState:
+    """A snapshot of everything mutable that is reachable from named roots.
+
+    Attributes:
+        owners: links to tensors.
+        complete: False when the walk gave up at half a million objects.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]], *, generators: bool = True) -> None:
+        self._places: list[_Place] = []
+        self._storages: list[tuple[str, Tensor, Tensor]] = []
+        self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
+        self._seen: set[int] = set()
+        self._steering: list[tuple[str, Any, Any, Any]] = []
+        self.owners: list[Link] = []
+        self.complete = True
+        named = list(roots)
+        self._roots = {id(root) for _, root in named}
+        if generators:
+            self._random_modules()
+        pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
+        while pending:
+            path, value, link = pending.pop()
+            if isinstance(value, (*_LEAVES, *_SKIPPED)) or id(value) in self._seen:
+                continue
+            if len(self._seen) >= _WALK_LIMIT:
+                self.complete = False
+                break
+            self._seen.add(id(value))
+            if id(value) not in self._roots:  # a recording must not keep a caller's cache alive
+                self._keep.append(value)
+            pending.extend(self._visit(path, value, link))
+        self._window = 0
+
+    @classmethod
+    def of_containers(cls, roots: Iterable[tuple[str, Any]]) -> PythonState:
+        """A snapshot of lists and dicts themselves, without what they hold."""
+        state = cls((), generators=False)
+        for path, container in roots:
+            for _ in state._container(path, container, None):
+                pass
+        return state
+
+    def _random_modules(self) -> None:
+        self._places.append(_Place("random.random(){}", random.getstate(), random.getstate, random.setstate, transient=True))
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            self._pickled("numpy.random", numpy.random.get_state, numpy.random.set_state)
+
+    def _pickled(self, path: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        """A place whose content is compared by its pickle: states of random generators, numpy arrays."""
+
+        def reading() -> bytes:
+            return pickle.dumps(read())
+
+        self._places.append(_Place(path + "{}", reading(), reading, lambda c: write(pickle.loads(c)), transient=True))
+
+    def _visit(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        walk = getattr(type(value), "__graphs_walk__", None)
+        if walk is not None:
+            yield path, walk(value), None
+        elif isinstance(value, Tensor):
+            return
+        elif isinstance(value, types.MethodType):
+            yield path, value.__self__, link
+            yield path, value.__func__, link
+        elif isinstance(value, types.FunctionType):
+            yield from self._function(path, value, link)
+        elif isinstance(value, functools.partial):
+            for name in ("func", "args", "keywords"):
+                yield path, getattr(value, name), link
+        elif isinstance(value, type):
+            yield from self._class(value)
+        elif isinstance(value, (tuple, frozenset, MutableMapping, list, deque, set, bytearray)):
+            yield from self._container(path, value, link)
+        elif isinstance(value, random.Random):
+            self._places.append(_Place(path + "{}", value.getstate(), value.getstate, value.setstate, transient=True))
+        elif type(value).__module__.partition(".")[0] == "numpy":
+            self._numpy(path, value)
+        elif hasattr(value, "__next__"):
+            read = functools.partial(_position, value)
+            self._places.append(_Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
+        else:
+            yield from self._object(path, value, link)
+
+    def _numpy(self, path: str, value: Any) -> None:
+        if hasattr(value, "bit_generator"):
+            bits = value.bit_generator
+            self._pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state))
+        elif hasattr(value, "set_state"):
+            self._pickled(path, value.get_state, value.set_state)
+        elif hasattr(value, "tobytes") and getattr(value, "flags", None) is not None and value.flags.writeable:
+            copy = value.copy()
+
+            def write(_: bytes) -> None:
+                value[...] = copy
+
+            self._places.append(_Place(path + "{}", value.tobytes(), value.tobytes, write))
+
+    def _entry(
+        self, path: str, container: Any, key: Any, item: Any, parent: Link | None, registered: bool = False
+    ) -> tuple[str, Any, Link]:
+        link = Link(path, container, key, item, registered, parent)
+        if isinstance(item, Tensor):
+            self.owners.append(link)
+            if item.layout == torch.strided and not item.is_inference():
+                self._storages.append((path, item, item.detach()))
+        return path, item, link
+
+    def _container(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        form = path + "[{!r}]"
+        if isinstance(value, MutableMapping):
+            self._places.append(_Place(form, dict(value), lambda: dict(value), functools.partial(_write_mapping, value)))
+            yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(value.items()))
+        elif isinstance(value, (set, bytearray)):
+            self._places.append(_Place(path + "{}", value.copy(), value.copy, functools.partial(_write_set, value)))
+        else:
+            if isinstance(value, (list, deque)):
+                self._places.append(_Place(form, list(value), lambda: list(value), functools.partial(_write_list, value)))
+            indexed = value if not isinstance(value, frozenset) else tuple(value)
+            yield from (self._entry(form.format(index), indexed, index, item, link) for index, item in enumerate(indexed))
+
+    def _object(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        module = isinstance(value, torch.nn.Module)
+        own = not _library_type(type(value))
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            form = path + ".{}"
+            self._places.append(
+                _Place(form, dict(attributes), lambda: dict(attributes), functools.partial(_write_mapping, attributes))
+            )
+            for key, item in list(attributes.items()):
+                if module and key in ("_parameters", "_buffers", "_modules"):
+                    yield from self._members(path, item, link, key != "_buffers")
+                    continue
+                if own and isinstance(item, _LEAVES):
+                    self._steering.append((form.format(key), attributes, key, item))
+                yield self._entry(form.format(key), attributes, key, item, link)
+        names = _slot_names(value)
+        if names:
+            view = _Attributes(value, names)
+            self._places.append(_Place(path + ".{}", view.read(), view.read, view.write))
+            yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
+        if module:
+            self._module_steering(path, value, own)
+        if own:
+            yield path, type(value), None
+
+    def _module_steering(self, path: str, module: torch.nn.Module, own: bool) -> None:
+        forward = getattr(type(module).forward, "__code__", None)
+        if not own and (forward is None or "training" in _global_names(forward)):
+            self._steering.append((f"{path}.training", vars(module), "training", module.training))
+        if own:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                self._steering.append((f"{path}'s hooks", _Length(hooks), "", len(hooks)))
+
+    def _members(
+        self, path: str, members: dict[str, Any], link: Link | None, registered: bool
+    ) -> Iterator[tuple[str, Any, Link | None]]:
+        self._places.append(
+            _Place(path + ".{}", dict(members), lambda: dict(members), functools.partial(_write_mapping, members))
+        )
+        self._keep.append(members)
+        for name, item in list(members.items()):
+            if item is not None:
+                yield self._entry(f"{path}.{name}", members, name, item, link, registered)
+
+    def _class(self, kind: type[Any]) -> Iterator[tuple[str, Any, Link | None]]:
+        for base in kind.__mro__:
+            if _library_type(base) or (id(base) in self._seen and base is not kind):
+                continue
+            self._seen.add(id(base))
+            state = [name for name, item in vars(base).items() if not name.startswith("__") and not _is_code(item)]
+            view = _Attributes(base, state)
+            self._places.append(_Place(base.__name__ + ".{}", view.read(), view.read, view.write))
+            for name, item in vars(base).items():
+                path = f"{base.__name__}.{name}"
+                if name in state:
+                    if isinstance(item, _LEAVES):
+                        self._steering.append((path, view, name, item))
+                    yield self._entry(path, view, name, item, None)
+                elif _is_code(item):
+                    yield path, getattr(item, "fget", None) or getattr(item, "__func__", item), None
+
+    def _function(self, path: str, function: types.FunctionType, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        yield path, getattr(function, "__wrapped__", None), link
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            yield f"{path}'s default", default, None
+        if function.__dict__:
+            yield f"{function.__name__}'s attributes", function.__dict__, None
+            self._steer(function.__name__ + ".{}", function.__dict__, function.__dict__)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            view = _Cell(cell)
+            self._places.append(_Place(name + "{}", view.read(), view.read, view.write))
+            for item in view.read().values():
+                if isinstance(item, _LEAVES):
+                    self._steering.append((name, view, "", item))
+                yield self._entry(name, view, "", item, None)
+        if _library_code(function):
+            return
+        space = function.__globals__
+        names = [name for name in dict.fromkeys(_global_names(function.__code__)) if name in space and _is_state(space[name])]
+        globals_ = _Attributes(space, names)
+        self._places.append(_Place("{}", globals_.read(), globals_.read, globals_.write))
+        self._steer("{}", space, {name: space[name] for name in names})
+        yield from (self._entry(name, globals_, name, item, None) for name, item in globals_.read().items())
+
+    def _steer(self, form: str, container: Any, items: Mapping[Any, Any]) -> None:
+        self._steering += [(form.format(key), container, key, item) for key, item in items.items() if isinstance(item, _LEAVES)]
+
+    def differences(self, *, between_calls: bool = False) -> list[Difference]:
+        """What changed since the snapshot; ``between_calls`` leaves out what callers may change, random generators."""
+        found: list[Difference] = []
+        for place in self._places:
+            if between_calls and place.transient:
+                continue
+            found += _place_differences(place)
+        for path, tensor, alias in self._storages:
+            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
+                found.append(Difference(path, _text(alias), _text(tensor)))
+        return found
+
+    def restore(self) -> None:
+        """Put back what the snapshot saw."""
+        for place in self._places:
+            if _place_differences(place):
+                place.write(place.content)
+        for _, tensor, alias in self._storages:
+            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
+                tensor.data = alias
+
+    def steering(self) -> list[tuple[str, Any, Any, Any]]:
+        """Numbers, strings and flags that code can branch on: path, container, key, value.
+
+        Attributes of the user's own objects and classes, closures, globals, training flags and the presence of hooks.
+        """
+        return self._steering
+
+
+class _Length:
+    """The number of items of a container, as a mapping with one item."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+
+    def __getitem__(self, key: str) -> int:
+        return len(self._container)
+
+
+def _place_differences(place: _Place) -> list[Difference]:
+    before, after = place.content, place.read()
+    if not isinstance(before, (dict, list)):
+        if before == after:
+            return []
+        return [Difference(place.form.format(""), "in another state", "advanced", place.lasting)]
+    old = before if isinstance(before, dict) else dict(enumerate(before))
+    new = after if isinstance(after, dict) else dict(enumerate(after))
+    pairs = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in [*old, *(k for k in new if k not in old)]]
+    return [Difference(place.form.format(key), _text(a), _text(b)) for key, a, b in pairs if not same(a, b)]
+
+
+def _slot_names(value: Any) -> list[str]:
+    names: list[str] = []
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+
+
+def _is_code(item: Any) -> bool:
+    return isinstance(item, (types.FunctionType, staticmethod, classmethod, property)) or hasattr(type(item), "__get__")
+
+
+def _is_state(item: Any) -> bool:
+    """Whether a global can be state of the step, or lead to it: not a module, nor a library's class or function."""
+    if isinstance(item, types.FunctionType):
+        return not _library_code(item)
+    if isinstance(item, type):
+        return not _library_type(item)
+    return not isinstance(item, _SKIPPED) and (not callable(item) or isinstance(item, torch.nn.Module))

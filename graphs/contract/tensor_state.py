@@ -1,0 +1,88 @@
+"""Tensors that a step writes, found by watching, and the generators it draws from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class TensorState:
+    """Copies of storages, each taken before its first write.
+
+    A copy goes to host memory when the device has no room for it: slower once, and never an out-of-memory error.
+    """
+
+    def __init__(self) -> None:
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __contains__(self, storage: int) -> bool:
+        return storage in self._saved
+
+    def save(self, tensor: Tensor) -> None:
+        """Copy the whole storage of ``tensor`` unless it is saved already."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._saved:
+            whole = _whole(tensor)
+            self._saved[storage._cdata] = (whole, _copy(whole))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The live tensors that were written, each whole: the full storage, not the view that was written."""
+        return [whole for whole, _ in self._saved.values()]
+
+    def copies(self) -> list[Tensor]:
+        """Copies of the live tensors as they are now."""
+        return [_copy(whole) for whole, _ in self._saved.values()]
+
+    def restore(self, copies: list[Tensor] | None = None) -> None:
+        """Write back the saved values, or ``copies`` made by `copies`."""
+        with torch.no_grad():
+            for index, (whole, saved) in enumerate(self._saved.values()):
+                whole.copy_(saved if copies is None else copies[index])
+
+    def release(self) -> None:
+        """Free the saved values and keep only which tensors were written."""
+        self._saved = {key: (whole, whole) for key, (whole, _) in self._saved.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole storage of ``tensor``, in the shape of its base where that is dense, else flat."""
+    base = tensor if tensor._base is None else tensor._base
+    storage = tensor.untyped_storage()
+    count = storage.nbytes() // tensor.element_size()
+    dense = base.is_contiguous() and base.dtype == tensor.dtype and base.numel() == count
+    with torch.inference_mode(False):
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
+        return flat.view(base.shape) if dense else flat
+
+
+def _copy(whole: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            return whole.clone()
+        except torch.OutOfMemoryError:
+            return whole.cpu()
+
+
+class RandomState:
+    """The states of the default generators of the CPU and of one device, and of generators that a step names."""
+
+    def __init__(self, device: torch.device, named: dict[torch.Generator, Tensor] | None = None) -> None:
+        self._restore: list[Callable[[], object]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+        if device.type == "cuda":
+            self._restore.append(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+        for generator, state in (named or {}).items():
+            self._restore.append(functools.partial(generator.set_state, state))
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        for put_back in self._restore:
+            put_back()
+
+    def also(self, named: dict[torch.Generator, Tensor]) -> None:
+        """Cover generators that were found later, with the states they had when they were found."""
+        self._restore += [functools.partial(generator.set_state, state) for generator, state in named.items()]
