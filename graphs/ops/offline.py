@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graphs.ops import tiles
-from graphs.ops.wo_a import kernels
+from graphs.ops.wo_a import hopper, kernels
 
 TARGETS = {  # name -> (Triton back end, its architecture, warp width, arch for the tile choice, FP8 type)
     "gfx942": ("hip", "gfx942", 64, tiles.Arch("hip", 9, 4), "fp8e4b8"),
@@ -72,20 +72,34 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     yield Case(
         "wo_a_quantise_kernel", tokens[0], quantise, {"stride_ok": 1, "ROWS": rows, "FP8_LIMIT": limit}, tiles.Tile(0, 0, 4, 1)
     )
+    special = hopper() if target == "sm_90" else None
+    if special is not None:
+        constants = {"N": SHAPE[1], "K": SHAPE[2], "SPLIT": special.WARPS, "OVERLAP": True} | special.layouts(special.WARPS)
+        for m in (8, 16):
+            tile = tiles.Tile(m, special.COLUMNS, special.WARPS, 1)
+            yield Case("wo_a_registers_kernel", m, gemm | strides | {"weight": "*i8"}, constants | {"BLOCK_M": m}, tile)
+
+
+def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any]) -> Any:
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(function, signature, constants, aligned)
+    return kernels().triton.compiler.ASTSource(function, signature, constants, aligned)
 
 
 def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    function = getattr(kernels(), case.kernel)
+    function = getattr(kernels(), case.kernel, None) or getattr(hopper(), case.kernel)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name in ("N", "K", "stride_om", "stride_og")
     }
-    source = triton.compiler.ASTSource(function, signature, case.constants, aligned)
+    source = _source(function, signature, case.constants, aligned)
     chip = triton.backends.compiler.GPUTarget(vendor, arch, width)
     options = {"num_warps": case.tile.num_warps, "num_stages": case.tile.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=chip, options=options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class GroupedProjection(nn.Module):
             never again. ``auto`` picks per call from the table of the device and keeps the weights its choices need; a bfloat16
             weight, or one whose N or K is no multiple of 128, it always gives to ``einsum``.
         groups: ``G`` of a two-dimensional weight.
+        overlap: path ``fused`` may request its weight while the kernel in front of it still runs. Right as long as no kernel
+            that writes the weight is still running when this is called: the module itself waits for such kernels when it is
+            built, moved or loaded. Pass ``False`` if you write its buffers in place from a kernel on the same stream.
 
     Attributes:
         path: the path as given (or configured).
@@ -49,6 +53,7 @@ class GroupedProjection(nn.Module):
         path: str | None = None,
         *,
         groups: int | None = None,
+        overlap: bool = True,
     ) -> None:
         super().__init__()
         if path is None:
@@ -59,12 +64,13 @@ class GroupedProjection(nn.Module):
             raise ConfigError("path", path, LEGAL_PATHS)
         loaded = weight if isinstance(weight, GroupedWeight) else weights.load(weight, scale, groups)
         device = loaded.data.device
-        self.path = path
+        self.path, self.overlap = path, overlap
         self.groups, self.n, self.k = loaded.data.shape
         self.paths = _paths_to_hold(path, loaded, device)
         self._key = auto.device_key(device)
         for held in self.paths:
             self._hold(held, loaded, device)
+        _settle(self)
 
     def forward(self, o: Tensor) -> Tensor:
         """``o [M, G, K]`` bfloat16 gives ``[M, G, N]``."""
@@ -72,6 +78,8 @@ class GroupedProjection(nn.Module):
         data, scale = BUFFERS[path]
         if path == "einsum":
             return torch.ops.graphs.wo_a_einsum(o, getattr(self, data))
+        if path == "fused":
+            return torch.ops.graphs.wo_a_fused(o, getattr(self, data), getattr(self, scale), self.overlap)
         return getattr(torch.ops.graphs, "wo_a_" + path)(o, getattr(self, data), getattr(self, scale))
 
     def choice(self, tokens: int) -> str:
@@ -102,6 +110,10 @@ class GroupedProjection(nn.Module):
         if prepared.scale is not None:
             self.register_buffer(scale_name, prepared.scale)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        _settle(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedProjection:
         """Move between devices, keep every dtype: ``module.bfloat16()`` must not widen FP8 data or round scales."""
 
@@ -111,7 +123,16 @@ class GroupedProjection(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         self._key = auto.device_key(next(self.buffers()).device)
+        _settle(self)
         return self
+
+
+def _settle(module: nn.Module) -> None:
+    """Wait for the kernels that wrote the weights: with ``overlap`` the first call must not meet them."""
+    devices = {buffer.device for buffer in module.buffers()}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _paths_to_hold(path: str, loaded: GroupedWeight, device: torch.device) -> tuple[str, ...]:

@@ -12,6 +12,10 @@ operator                weight                        scale                     
 ``o [M, G, K]`` is bfloat16 with any strides, the result ``[M, G, N]`` is contiguous and has ``o``'s dtype. An operator raises
 :class:`WeightError` for a wrong shape, dtype or device before it launches anything, under fake tensors as well. Values of
 scales are checked where weights are loaded, not here: reading them would stop the host and could not be recorded.
+
+``overlap=True`` lets ``wo_a_fused`` request its weight while the kernel in front of it still runs, where the device can do that
+(programmatic dependent launch). It asserts that no kernel still running writes the weight or its scales; ``o`` may be the
+result of the kernel in front.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ SCHEMAS = {
     "wo_a_einsum": "(Tensor o, Tensor weight) -> Tensor",
     "wo_a_bmm": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
     "wo_a_gloop": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
-    "wo_a_fused": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
+    "wo_a_fused": "(Tensor o, Tensor weight, Tensor scale, bool overlap=False) -> Tensor",
 }
 
 library = torch.library.Library("graphs", "FRAGMENT")
@@ -98,7 +102,7 @@ def _fake_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return _result(o, weight)
 
 
-def _fake_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _fake_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
     check("fused", o, weight, scale)
     return _result(o, weight)
 
@@ -121,7 +125,7 @@ def _cpu_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return reference.project_quantised(o, weight, scale)
 
 
-def _cpu_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _cpu_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
     check("fused", o, weight, scale)
     with torch._C._AutoDispatchBelowAutograd():
         return reference.project_blocks(o, weight, scale).contiguous()
@@ -156,13 +160,17 @@ def _cuda_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def _cuda_fused(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _cuda_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
     check("fused", o, weight, scale)
     y = _result(o, weight)
     if o.shape[0]:
         arch = arch_of(o.device.index, "fused", weight.dtype)
-        g, n, k = weight.shape
-        kernels().launch_fused(o, weight, scale, y, tiles.fused(o.shape[0], g, n, k, arch))
+        m, (g, n, k) = o.shape[0], weight.shape
+        special = hopper() if o.stride(2) == 1 and tiles.registers(m, g, n, k, arch) else None
+        if special is not None:
+            special.launch_registers(o, weight, scale, y, overlap)
+        else:
+            kernels().launch_fused(o, weight, scale, y, tiles.fused(m, g, n, k, arch))
     return y
 
 
@@ -175,6 +183,18 @@ def kernels() -> ModuleType:
         if e.name is None or e.name.split(".")[0] != "triton":
             raise
         raise MissingDependency("triton", "the wo_a paths bmm, gloop and fused on a GPU", "pip install triton") from e
+    return module
+
+
+@functools.cache
+def hopper() -> ModuleType | None:
+    """The Gluon kernels for compute capability 9.0, or None where the installed triton lacks what they are written with."""
+    try:
+        from graphs.ops import hopper as module
+
+        module.layouts(module.WARPS)
+    except (ImportError, AttributeError, TypeError):  # Gluon is experimental: names and arguments come and go
+        return None
     return module
 
 

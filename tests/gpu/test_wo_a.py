@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphs.errors import WeightError
-from graphs.ops import GroupedProjection, reference, weights
+from graphs.ops import GroupedProjection, reference, tiles, weights, wo_a
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)
@@ -150,3 +150,64 @@ def test_compiles_into_one_graph(path: str) -> None:
     module, _ = projection(path, 2)
     o = activations(4, 2, "contiguous")
     assert torch.equal(torch.compile(module, fullgraph=True)(o), module(o))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 257])
+def test_the_portable_kernel_is_right_here_too(m: int) -> None:
+    """Special kernels hide it on some devices."""
+    module, exact_weight = projection("fused", 2)
+    o = activations(m, 2, "transposed")
+    y = torch.full((m, 2, N), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    arch = wo_a.arch_of(DEVICE.index, "fused", module.weight_blocks.dtype)
+    wo_a.kernels().launch_fused(o, module.weight_blocks, module.scale_blocks, y, tiles.fused(m, 2, N, K, arch))
+    assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("m", [1, 8, 16, 64])
+def test_a_chain_reads_what_the_kernel_in_front_wrote(overlap: bool, m: int) -> None:
+    """Every projection's input is made by the projection before it: a launch that starts early must still wait for it."""
+    g, n = 2, 1024  # so that a result can be the next input
+    layers = [GroupedProjection(weights.load(*chain_weight(g, n, seed)), path="fused", overlap=overlap) for seed in range(8)]
+    x = activations(m, g, "contiguous", n)
+    stream = torch.cuda.Stream()
+
+    def run() -> list[torch.Tensor]:
+        results = [x]
+        for layer in layers:
+            results.append(layer(results[-1]))
+        return results
+
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = run()
+    for seed in range(1, 6):
+        x.copy_(activations(m, g, "contiguous", n, seed=seed))
+        for y in results[1:]:
+            y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for before, after, layer in zip(results, results[1:], layers, strict=False):
+            exact = layer.weight_blocks.double() * reference.expand_blocks(layer.scale_blocks).double()
+            assert reference.relative_error(after, reference.project_fp64(before, exact)) <= TOLERANCE["fused"]
+
+
+def chain_weight(g: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A square weight that keeps the size of its input."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return reference.quantise_blocks(torch.randn(g, n, n, device=DEVICE, generator=generator) / n**0.5)
+
+
+def test_a_loaded_weight_is_used_by_the_very_next_call() -> None:
+    other = GroupedProjection(weights.load(*chain_weight(2, K, 3)), path="fused")
+    state = other.state_dict()
+    o = activations(4, 2, "contiguous")
+    target = GroupedProjection(weights.load(*chain_weight(2, K, 4)), path="fused")
+    for _ in range(20):
+        target.load_state_dict(state)
+        assert torch.equal(target(o), other(o))
+        target.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+        assert not target(o).any()

@@ -70,7 +70,7 @@ def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
     for row in compiled:
         if row.kernel == "wo_a_quantise_kernel":
             assert row.matrix == ()
-        elif row.kernel == "wo_a_fused_kernel":
+        elif row.kernel in ("wo_a_fused_kernel", "wo_a_registers_kernel"):
             assert row.matrix and all("bf16" in name or "kind::f16" in name for name in row.matrix), row
         else:
             assert row.matrix and all(name.startswith(EXPECTED[row.target]) for name in row.matrix), row
@@ -83,3 +83,11 @@ def test_tiles_divide_every_legal_size_and_depend_on_nothing_else() -> None:
                 for pick in (tiles.quantised_gemm, tiles.fused):
                     tile = pick(m, g, n, 4096, arch)
                     assert tile == pick(m, g, n, 4096, arch) and 128 % tile.block_n == 0 and tile.block_m >= 16
+
+
+def test_the_register_kernel_runs_where_it_was_measured_to_be_faster() -> None:
+    hopper = tiles.Arch("cuda", 9, 0)
+    assert tiles.registers(1, 2, 1024, 4096, hopper) and tiles.registers(16, 2, 1024, 4096, hopper)
+    assert not tiles.registers(17, 2, 1024, 4096, hopper) and not tiles.registers(1, 16, 1024, 4096, hopper)
+    assert not tiles.registers(1, 2, 1024, 4096 + 128, hopper), "K is shared by eight warps in blocks of 128"
+    assert not any(tiles.registers(1, 2, 1024, 4096, tiles.Arch(v, 9, m)) for v, m in (("hip", 5), ("hip", 4), ("hip", 0)))

@@ -173,6 +173,20 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     wo_a.kernels.cache_clear()
 
 
+def test_without_gluon_the_portable_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "graphs.ops.hopper", raising=False)
+    monkeypatch.delattr("graphs.ops.hopper", raising=False)
+    wo_a.hopper.cache_clear()
+    assert wo_a.hopper() is None
+    wo_a.hopper.cache_clear()
+
+
+def test_overlap_changes_no_result() -> None:
+    o, weight, scale = operands("fused")
+    assert torch.equal(operator("fused")(o, weight, scale, True), operator("fused")(o, weight, scale))
+
+
 def test_a_device_that_cannot_multiply_the_format_names_the_path_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
