@@ -21,6 +21,7 @@ import torch
 from graphs.config import MODES, CaptureConfig, choice
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
+from graphs.contract.last_call import LastCall
 from graphs.contract.padding import Padding
 from graphs.contract.python_state import Difference
 from graphs.errors import (
@@ -149,6 +150,7 @@ class _State:
         self.routes: dict[tuple[Any, ...], Route] = {}
         self.entries: dict[tuple[Any, ...], Entry] = {}
         self.recorders: dict[torch.device, Recorder] = {}
+        self.last: tuple[LastCall, Entry, int] | None = None
         self.batch = BatchRule()
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.parameters = _parameter_names(model)
@@ -172,8 +174,12 @@ class CapturedModule(Generic[Model]):
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
         if self._graphs_mode == "eager" or _forced_eager.get():
             return self._run_eagerly(args, kwargs)
+        ambient = _ambient(self._graphs_model)
+        last = self._graphs_state.last
+        if last is not None and (like := last[0].match(args, kwargs, ambient)) is not None:
+            return self._replay(last[1], last[2], like, args, kwargs)
         try:
-            call = flatten_call(args, kwargs, _ambient(self._graphs_model))
+            call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
             return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
@@ -183,6 +189,8 @@ class CapturedModule(Generic[Model]):
             return self._unknown(call, args, kwargs)
         if isinstance(route, _Refused):
             return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
+        guard = LastCall.of(args, kwargs, ambient, call)
+        self._graphs_state.last = (guard, *route) if guard is not None else None
         return self._replay(route[0], route[1], call, args, kwargs)
 
     def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -368,6 +376,7 @@ class CapturedModule(Generic[Model]):
 
     def _drop(self, entry: Entry) -> None:
         state = self._graphs_state
+        state.last = None
         state.entries = {key: other for key, other in state.entries.items() if other is not entry}
         state.routes = {s: r for s, r in state.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
         state.ledger.dropped(entry)
@@ -450,7 +459,7 @@ class CapturedModule(Generic[Model]):
         with _recording, state.lock:
             for entry in list(state.entries.values()):
                 state.ledger.dropped(entry)
-            state.entries, state.routes, state.attempts = {}, {}, Counter()
+            state.entries, state.routes, state.attempts, state.last = {}, {}, Counter(), None
             state.batch = BatchRule()
 
     def __getattr__(self, name: str) -> Any:

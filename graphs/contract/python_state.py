@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 import pickle
 import random
 import sys
@@ -23,7 +24,10 @@ import torch
 
 Tensor = torch.Tensor
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
-_SKIPPED = (types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload)
+_SKIPPED = (
+    *(types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
+    *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
+)
 _ABSENT = object()
 _WALK_LIMIT = 500_000
 _LIBRARY_PATHS = tuple(
@@ -317,7 +321,7 @@ class PythonState:
 
     def _object(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         module = isinstance(value, torch.nn.Module)
-        own = not _library_type(type(value))
+        own = not _library_type(type(value))  # type: ignore[arg-type]
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             form = path + ".{}"

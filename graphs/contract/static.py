@@ -35,7 +35,8 @@ class _Registrations:
             register(self._registered)
 
     def _registered(self, *_: Any) -> None:
-        self.count += 1
+        if not torch.compiler.is_compiling():  # a traced count would recompile at every slice of a ModuleList
+            self.count += 1
 
 
 registrations = _Registrations()

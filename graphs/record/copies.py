@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 RING = 512
 HALF = RING // 2
 _HEADER = 3  # ring, width, first address column
-_FIELDS = 8  # static address, outer, rows, inner, unit, padding kind, fill bits, has a batch dimension
+_FIELDS = 7  # static address, outer, rows, bytes of a row, padding kind, fill bits, has a batch dimension
 _KINDS = {"repeat": 0, "zero": 1, "sentinel": 1, "keep": 2}
 _BLOCK = 1024
 
@@ -86,11 +86,10 @@ def move_rows(
     static = tl.load(line)
     outer = tl.load(line + 1).to(tl.int32)
     rows = tl.load(line + 2).to(tl.int32)
-    inner = tl.load(line + 3).to(tl.int32)
-    unit = tl.load(line + 4)
-    kind = tl.load(line + 5).to(tl.int32)
-    fill = tl.load(line + 6)
-    if tl.load(line + 7) == 0:
+    inner = tl.load(line + 3)
+    kind = tl.load(line + 4).to(tl.int32)
+    fill = tl.load(line + 5)
+    if tl.load(line + 6) == 0:
         real = rows
     if INBOUND:
         target, source, target_rows, source_rows = static, caller, rows, real
@@ -98,22 +97,23 @@ def move_rows(
         target, source, target_rows, source_rows = caller, static, real, rows
     block = tl.program_id(1)
     blocks = tl.num_programs(1)
-    if unit == 8:
+    ragged = inner | caller  # a row or an address that is no multiple of eight bytes is copied in smaller units
+    if (ragged & 7) == 0:
         t8 = target.to(tl.pointer_type(tl.int64))
         s8 = source.to(tl.pointer_type(tl.int64))
-        _move_units(t8, s8, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
-    elif unit == 4:
+        _move_units(t8, s8, outer, target_rows, source_rows, (inner // 8).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+    elif (ragged & 3) == 0:
         t4 = target.to(tl.pointer_type(tl.int32))
         s4 = source.to(tl.pointer_type(tl.int32))
-        _move_units(t4, s4, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
-    elif unit == 2:
+        _move_units(t4, s4, outer, target_rows, source_rows, (inner // 4).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+    elif (ragged & 1) == 0:
         t2 = target.to(tl.pointer_type(tl.int16))
         s2 = source.to(tl.pointer_type(tl.int16))
-        _move_units(t2, s2, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+        _move_units(t2, s2, outer, target_rows, source_rows, (inner // 2).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
     else:
         t1 = target.to(tl.pointer_type(tl.int8))
         s1 = source.to(tl.pointer_type(tl.int8))
-        _move_units(t1, s1, outer, target_rows, source_rows, inner, real, kind, fill, block, blocks, BLOCK)
+        _move_units(t1, s1, outer, target_rows, source_rows, inner.to(tl.int32), real, kind, fill, block, blocks, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,8 @@ class Move:
             outer = _product(tensor.shape[: self.batch_dim])
             rows = tensor.shape[self.batch_dim]
             inner = _product(tensor.shape[self.batch_dim + 1 :]) * size
-        unit = next(width for width in (8, 4, 2, 1) if inner % width == 0)
         kind, fill = _KINDS[self.padding.kind], self.padding.fill_bits(tensor.dtype)
-        return [tensor.data_ptr(), outer, rows, inner // unit, unit, kind, fill, int(self.batch_dim is not None)]
+        return [tensor.data_ptr(), outer, rows, inner, kind, fill, int(self.batch_dim is not None)]
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -195,10 +194,10 @@ class Copier:
         units = 1
         for index, move in enumerate(moves):
             line = move.fields()
-            units = max(units, line[1] * line[2] * line[3])
+            units = max(units, line[1] * line[2] * line[3] // 8)
             self._fields[_HEADER + index * _FIELDS : _HEADER + (index + 1) * _FIELDS] = line
         if not moves:  # nothing to copy; the kernel still carries the turn
-            self._fields[_HEADER:] = [0, 0, 1, 1, 1, 0, 0, 0]
+            self._fields[_HEADER:] = [0, 0, 1, 8, 0, 0, 0]
         self._grid = (self._grid[0], min(-(-units // _BLOCK), 264))
 
     def upload(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -60,7 +61,7 @@ class CudaRecording:
         self.contract = contract
         self.outputs: list[Tensor] | None = None if owned else outputs
         self.pool_bytes = 0
-        self._replay = graph.replay
+        self._replay = partial(torch._C._CUDAGraph.replay, graph)  # without the method that only calls it
         self._table = table
         self._order = order
         self._keep = keep
@@ -79,12 +80,10 @@ class CudaRecording:
         keep = []
         for index in self._sources:
             tensor = tensors[index]
-            pointer = tensor.data_ptr()
-            if pointer & 15 or not tensor.is_contiguous():
-                tensor = tensor.clone(memory_format=torch.contiguous_format)  # the kernel copies aligned, dense memory
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()  # the kernel copies dense memory
                 keep.append(tensor)
-                pointer = tensor.data_ptr()
-            row.append(pointer)
+            row.append(tensor.data_ptr())
         outputs = self._new_outputs(rows) if self.outputs is None else _sliced(self.outputs, self._layouts, rows)
         if self._owned:
             row += [out.data_ptr() for out in outputs]

@@ -1,0 +1,64 @@
+"""Recognising a call that is like the one before, which in a decode loop is almost every call.
+
+Flattening a call and hashing its signature takes about 2.8 us for four tensors on the host of an H200; asking torch's own
+tensor guards (one C++ call for all tensors) whether this call has the shapes, strides, dtypes, devices and dispatch keys
+of the last takes about 0.6. What they do not recognise goes the long way, so they decide nothing but speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphs.contract.arguments import Call, is_constant
+
+Tensor = torch.Tensor
+_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+
+class LastCall:
+    """The last call: its tensor guards, and its other arguments by value or identity."""
+
+    def __init__(
+        self, guards: Any, names: tuple[str, ...], leaves: tuple[Any, ...], ambient: tuple[Any, ...], call: Call
+    ) -> None:
+        self._check = guards.check
+        self._guards = guards
+        self._names = names
+        self._ambient = ambient
+        self._count = len(leaves)
+        self._signature = call.signature
+        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._tensors = None if len(tensors) == len(leaves) else tensors
+        self._constants = [(i, type(leaf), leaf) for i, leaf in enumerate(leaves) if is_constant(leaf)]
+        self._opaques = [(i, id(leaf)) for i, leaf in enumerate(leaves) if not is_constant(leaf) and not isinstance(leaf, Tensor)]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...], call: Call) -> LastCall | None:
+        """The guard of a call, or None for calls that only the long way understands: containers of tensors, floats."""
+        leaves = (*args, *kwargs.values())
+        simple = len(call.tensors) + len(call.opaques) + sum(map(is_constant, leaves)) == len(leaves)
+        plain = all(type(tensor) is Tensor for tensor in call.tensors)
+        if _Guards is None or not simple or not plain or any(type(leaf) is float for leaf in leaves):
+            return None
+        guards = _Guards(*call.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return cls(guards, tuple(kwargs), leaves, ambient, call)
+
+    def match(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...]) -> Call | None:
+        """The call, flattened, if it is like the last one."""
+        leaves = (*args, *kwargs.values()) if kwargs else args
+        if len(leaves) != self._count or ambient != self._ambient or (kwargs and tuple(kwargs) != self._names):
+            return None
+        if self._tensors is None:
+            return Call(list(leaves), [], self._signature) if self._check(*leaves) else None
+        for index, kind, value in self._constants:
+            if type(leaves[index]) is not kind or leaves[index] != value:
+                return None
+        for index, identity in self._opaques:
+            if id(leaves[index]) != identity:
+                return None
+        tensors = [leaves[index] for index in self._tensors]
+        if not all(isinstance(tensor, Tensor) for tensor in tensors) or not self._check(*tensors):
+            return None
+        return Call(tensors, [leaves[index] for index, _ in self._opaques], self._signature)
