@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 
 from graphs.contract.arguments import map_leaves, pytree_children
 from graphs.errors import ChangingValue, Refusal, UnsupportedOutput
@@ -33,31 +33,47 @@ class _Argument:
         self.index, self.opaque = index, opaque
 
 
-@dataclass(frozen=True)
+Parts = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]
+"""What an output is put together from: produced tensors, tensor arguments, opaque arguments."""
+
+
 class OutputTemplate:
     """Structure of an output with holes.
 
     Attributes:
         structure: the output with `_Leaf` and `_Argument` in place of what changes from call to call.
-        single: True when the output is one tensor that the replay produces: nothing has to be rebuilt.
     """
 
-    structure: Any
-    single: bool
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self._single = type(structure) is _Leaf
+        self._build = _builder(structure)
 
     def fill(self, produced: Sequence[Tensor], tensors: Sequence[Tensor], opaques: Sequence[Any]) -> Any:
         """The caller's output: ``produced`` by the replay, ``tensors`` and ``opaques`` of this call handed through."""
-        if self.single:
-            return produced[0]
+        return produced[0] if self._single else self._build((produced, tensors, opaques))
 
-        def leaf(value: Any) -> Any:
-            if type(value) is _Leaf:
-                return produced[value.index]
-            if type(value) is _Argument:
-                return (opaques if value.opaque else tensors)[value.index]
-            return value
 
-        return map_leaves(self.structure, leaf)
+def _builder(value: Any) -> Callable[[Parts], Any]:
+    """A function that builds an output of this structure: what `map_leaves` would find out at each call."""
+    kind = type(value)
+    if kind is _Leaf:
+        return lambda parts: parts[0][value.index]
+    if kind is _Argument:
+        return lambda parts: parts[2 if value.opaque else 1][value.index]
+    if kind is dict:
+        items = [(key, _builder(item)) for key, item in value.items()]
+        return lambda parts: {key: build(parts) for key, build in items}
+    children, context = (list(value), None) if kind in (tuple, list) else pytree_children(value)
+    if children is None:
+        return lambda parts: value
+    builders = [_builder(child) for child in children]
+    if kind in (tuple, list):
+        return lambda parts: kind([build(parts) for build in builders])
+    if hasattr(kind, "_fields") and isinstance(value, tuple):
+        return lambda parts: kind(*[build(parts) for build in builders])
+    unflatten = _pytree.SUPPORTED_NODES[kind].unflatten_fn
+    return lambda parts: unflatten([build(parts) for build in builders], context)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -102,7 +118,7 @@ def output_template(
         raise UnsupportedOutput(f"the output holds a {type(value).__name__}, made anew by each call")
 
     structure = map_leaves(output, leaf)
-    return OutputTemplate(structure, type(structure) is _Leaf), produced
+    return OutputTemplate(structure), produced
 
 
 def compare_templates(first: Any, second: Any, *, arguments: bool = True) -> Refusal | None:

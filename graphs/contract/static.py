@@ -2,8 +2,10 @@
 
 Each call checks that static arguments are the same memory, that the whole way from the model or an opaque argument to
 every tensor is the same (``model.cache``, its ``layers``, their ``keys``), and that no storage was exchanged under a
-tensor (``param.data = ...``, ``.to()``). A parameter or submodule replaced by assignment announces itself through torch's
-registration hooks, so that a call need not look at every module: see `registrations`.
+tensor (``param.data = ...``; ``.to()`` does it to all). Two things keep that cheap for large models. A parameter or
+submodule replaced by assignment announces itself through torch's registration hooks (`registrations`). And of more than
+`WINDOW` weights, each call looks at the storages of the next `WINDOW`: one weight exchanged alone is noticed within
+``weights / WINDOW`` calls, all of them exchanged at the next.
 """
 
 from __future__ import annotations
@@ -20,22 +22,25 @@ from graphs.contract.python_state import Link
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
+WINDOW = 64  # about 3 us per call
 
 
 class _Registrations:
-    """How many parameters, buffers and submodules were registered in this process."""
+    """How often a parameter or submodule was registered in one of the modules that recordings were made of."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.watched: set[int] = set()
         for register in (
             _module.register_module_parameter_registration_hook,
-            _module.register_module_buffer_registration_hook,
             _module.register_module_module_registration_hook,
         ):
             register(self._registered)
 
-    def _registered(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():  # a traced count would recompile at every slice of a ModuleList
+    def _registered(self, module: torch.nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a traced count would recompile at every slice of a ModuleList
+            return
+        if id(module._parameters) in self.watched or id(module._modules) in self.watched:
             self.count += 1
 
 
@@ -77,12 +82,16 @@ class StaticTensors:
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
         links = {(id(link.container), link.key): link for owner in hanging for link in _way(owner)}
         self._registered = [link for link in links.values() if link.registered]
+        registrations.watched.update(id(link.container) for link in self._registered)
         self._attributes = [link for link in links.values() if not link.registered]
         self._places = [(link.container, link.key, link.value) for link in self._attributes]
-        self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
         self._names = {id(owner.value): owner.path for owner in hanging}
+        tensors = {id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values()
+        weights = {id(link.value) for link in self._registered}
+        self._tensors = sorted(tensors, key=lambda tensor: id(tensor) in weights)  # caches first
         self._pointers: list[int | None] = [tensor.data_ptr() for tensor in self._tensors]
-        self._indices = list(range(len(self._tensors)))
+        self._windows = _windows(len(self._tensors), sum(id(tensor) not in weights for tensor in self._tensors))
+        self._window = 0
         self._registration = registrations.count
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
@@ -102,7 +111,9 @@ class StaticTensors:
             if not all(link.holds() for link in self._registered):
                 return False
             self._registration = registrations.count
-        return _pointers_equal(self._tensors, self._pointers, self._indices)
+        windows = self._windows
+        self._window = self._window + 1 if self._window + 1 < len(windows) else 0
+        return _pointers_equal(self._tensors, self._pointers, windows[self._window])
 
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
         """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
@@ -131,6 +142,12 @@ class StaticTensors:
                 name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
+
+
+def _windows(count: int, caches: int) -> list[list[int]]:
+    """Which tensors each call checks, in turn: all that are no weights, and up to `WINDOW` weights."""
+    starts = range(caches, max(count, caches + 1), WINDOW)
+    return [[*range(caches), *range(start, min(start + WINDOW, count))] for start in starts]
 
 
 def _way(owner: Link) -> list[Link]:

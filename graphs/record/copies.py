@@ -97,7 +97,7 @@ def move_rows(
         target, source, target_rows, source_rows = caller, static, real, rows
     block = tl.program_id(1)
     blocks = tl.num_programs(1)
-    ragged = inner | caller  # a row or an address that is no multiple of eight bytes is copied in smaller units
+    ragged = inner | caller | static  # a row or an address that is no multiple of eight bytes is copied in smaller units
     if (ragged & 7) == 0:
         t8 = target.to(tl.pointer_type(tl.int64))
         s8 = source.to(tl.pointer_type(tl.int64))

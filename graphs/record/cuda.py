@@ -137,15 +137,26 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.policy = current_policy()
-        self.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device):
+            self.stream = torch.cuda.ExternalStream(self.policy.create_stream(), device=self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)
         self._keeper: torch.cuda.CUDAGraph | None = None
 
     def run(self, fn: Callable[[], object]) -> object:
-        """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there."""
+        """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there.
+
+        It allocates from the recorder's pool: what a library keeps for the stream has to live as long as the graphs.
+        """
         with self._on_stream():
-            return fn()
+            self._prime()
+            index = self.device.index
+            torch._C._cuda_beginAllocateCurrentThreadToPool(index, self.pool)
+            try:
+                return fn()
+            finally:
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+                torch._C._cuda_releasePool(index, self.pool)
 
     def refuses(self, operator: str) -> str | None:
         """Why an operator cannot be recorded here; see `DevicePolicy`."""

@@ -20,7 +20,8 @@ class DevicePolicy:
             NCCL and RCCL poll events while a step is recorded.
         poll_capture: ask the stream whether it is still capturing before ending a capture. HIP before ROCm 7.14
             invalidates a capture without an error at the call that broke it.
-        driver: library and symbol that begin a stream capture, ``int (stream, mode)``; see `begin_empty_capture`.
+        driver: library, and its symbols that begin a stream capture, ``int (stream, mode)``, and create a stream,
+            ``int (stream*, flags)``; see `begin_empty_capture` and `create_stream`.
         refused_operators: operators that record and then fault on a later replay, with the reason.
         bytes_per_graph: driver memory outside the pool, per graph; 0 where it is not known.
     """
@@ -28,7 +29,7 @@ class DevicePolicy:
     vendor: str
     capture_error_mode: str = "thread_local"
     poll_capture: bool = False
-    driver: tuple[str, str] = ("libcuda.so.1", "cuStreamBeginCapture_v2")
+    driver: tuple[str, str, str] = ("libcuda.so.1", "cuStreamBeginCapture_v2", "cuStreamCreate")
     refused_operators: tuple[tuple[str, str], ...] = ()
     bytes_per_graph: int = 0
 
@@ -43,19 +44,35 @@ class DevicePolicy:
         driver ends it without an error. After the driver has dropped a capture there is nothing to end: an empty one
         lets ``capture_end`` do all its work (torch 2.11 to 2.15).
         """
-        library, symbol = self.driver
-        status = getattr(ctypes.CDLL(library), symbol)(ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
+        self._call(self.driver[1], ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
+
+    def create_stream(self) -> int:
+        """A raw stream that nobody else has, never destroyed.
+
+        Torch hands out 32 streams in turn, so one of its streams may have been used before, and then the BLAS library
+        has a workspace for it in ordinary memory. A recorded GEMM writes there for as long as its graph lives, but
+        whoever clears the workspaces (``torch.compile(mode="reduce-overhead")`` does) frees that memory to others.
+        The first use of a new stream is a warm-up, and its workspace comes from the recorder's own pool.
+        """
+        stream = ctypes.c_void_p()
+        self._call(self.driver[2], ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        assert stream.value is not None
+        return stream.value
+
+    def _call(self, symbol: str, *arguments: object) -> None:
+        status = getattr(ctypes.CDLL(self.driver[0]), symbol)(*arguments)
         if status != 0:
-            raise RuntimeError(f"{symbol} failed with status {status}: the stream cannot be used for another capture")
+            raise RuntimeError(f"{symbol} of {self.driver[0]} failed with status {status}")
 
 
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal, hipStreamCaptureModeThreadLocal
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, hipStreamNonBlocking
 
 CUDA = DevicePolicy("cuda")
 HIP = DevicePolicy(
     "hip",
     poll_capture=True,
-    driver=("libamdhip64.so", "hipStreamBeginCapture"),
+    driver=("libamdhip64.so", "hipStreamBeginCapture", "hipStreamCreateWithFlags"),
     refused_operators=(("aten.topk", "topk inside a HIP graph faults on its second replay with torch >= 2.13"),),
     bytes_per_graph=4 << 20,
 )

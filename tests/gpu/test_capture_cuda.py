@@ -397,3 +397,22 @@ def test_llama_decode_equals_eager(device):
         assert torch.equal(decode(model), decode(step))
         assert torch.equal(decode(model, 20), decode(step, 20))  # another cache: another key
     assert step.report().replays == 60
+
+
+def test_cleared_library_workspaces_do_not_pull_memory_from_under_a_graph(device):
+    """``torch.compile(mode="reduce-overhead")`` clears them; a recorded split-K GEMM still writes to its own."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(8192, 64, bias=False), torch.nn.Linear(64, 8192, bias=False)] * 4)
+    model = model.to(device, torch.bfloat16)
+    step = graphs.capture(model)
+    with torch.no_grad():
+        x = torch.randn(4, 8192, device=device, dtype=torch.bfloat16)
+        expected = model(x)
+        torch.testing.assert_close(step(x), expected)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        bystanders = [torch.ones(1 << 20, device=device) for _ in range(64)]  # whatever takes the freed memory
+        for _ in range(5):
+            torch.testing.assert_close(step(x), expected)
+        assert all(bool((bystander == 1).all()) for bystander in bystanders)
