@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,13 @@ from graphs.bench.llama import Decoding
 from graphs.bench.machine import describe_machine
 from graphs.bench.progress import Progress
 from graphs.bench.rows import BarRow, WrongResult
-from graphs.bench.sampling import Spread, Variant, ratios, time_variants, wall_variants
+from graphs.bench.sampling import Spread, Variant, ratios, wall_variants
 from graphs.bench.settings import BenchSettings
 
 STEPS = 32  # steps issued back to back between two waits
 HOST_LIMIT = 10.0
 WALL_LIMIT = 1.03
 _FIRST_CALLS = 5  # compiling, and the recordings of reduce-overhead, take the first few
-_WARM_UP = 3
 
 
 def measure_bars(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings, progress: Progress) -> list[BarRow]:
@@ -76,20 +76,24 @@ def host_bar(model: torch.nn.Module, decoding: Decoding, settings: BenchSettings
     _replayed(step)
     reduced = torch.compile(model, mode="reduce-overhead")
     _compile(reduced, model, decoding, progress, "torch.compile(mode='reduce-overhead')")
-    variants = {
-        "reduce-overhead": Variant(functools.partial(decoding.first_step, reduced), functools.partial(_next_step, decoding)),
-        "captured": Variant(functools.partial(decoding.first_step, step), decoding.reset),
-    }
-    with progress.case("Llama step, reduce-overhead and captured", 2 * (settings.runs + _WARM_UP)) as tick:
-        times = time_variants(variants, settings.device, runs=settings.runs, warm_up=_WARM_UP, tick=tick)
+    sides: dict[str, list[float]] = {"reduce-overhead": [], "captured": []}
+    with progress.case(f"Llama step, reduce-overhead and captured, {STEPS} in a row", 2 * (settings.runs + 1)) as tick:
+        for turn in range(settings.runs + 1):  # the first turn is the warm-up
+            for name, callee, before in (
+                ("reduce-overhead", reduced, torch.compiler.cudagraph_mark_step_begin),
+                ("captured", step, _nothing),
+            ):
+                found = statistics.median(decoding.host_microseconds(callee, STEPS, before))
+                sides[name] += [found] if turn else []
+                tick()
     return BarRow(
         name=f"reduce-overhead over captured eager Llama step, host (batch {decoding.batch})",
         bar=f"at least {HOST_LIMIT:g}x",
         unit="x",
-        measured=Spread.of(ratios(times["reduce-overhead"].host_us, times["captured"].host_us)),
+        measured=Spread.of(ratios(sides["reduce-overhead"], sides["captured"])),
         limit=HOST_LIMIT,
         at_least=True,
-        sides={name: Spread.of(samples.host_us) for name, samples in times.items()},
+        sides={name: Spread.of(samples) for name, samples in sides.items()},
         device=describe_machine(settings.device).device,
     )
 
@@ -120,6 +124,10 @@ def _next_step(decoding: Decoding) -> None:
     """Reset the cache and tell reduce-overhead that the outputs of the step before are not needed."""
     torch.compiler.cudagraph_mark_step_begin()
     decoding.reset()
+
+
+def _nothing() -> None:
+    """What has to be done between two captured steps."""
 
 
 def _replayed(step: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ def _measure_batch(
     with progress.case(f"decode, batch {batch}: {size.name}, {steps} tokens, {settings.runs} runs", ticks) as tick:
         times = time_variants(_variants(decoding, step, one), settings.device, runs=settings.runs, warm_up=_WARM_UP, tick=tick)
         loops = wall_variants(_variants(decoding, step, loop), settings.device, runs=settings.runs, tick=tick)
+    hosts = _host_times(decoding, step, steps, settings.runs)
+    times = {mode: Samples(hosts[mode], times[mode].device_us) for mode in MODES}
     key = step.report().keys[-1]
     eager, graph = (_row(size.name, batch, mode, times[mode], [batch * steps / s for s in loops[mode]]) for mode in MODES)
     rows = with_capture_cost(eager, graph, key.capture_seconds, key.pool_bytes)
@@ -77,6 +80,17 @@ def compare_tokens(decoding: Decoding, step: Any, steps: int) -> None:
 
 def _variants(decoding: Decoding, step: Any, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Variant]:
     return {mode: Variant(call, functools.partial(_prepare, decoding, step, mode)) for mode, call in calls.items()}
+
+
+def _host_times(decoding: Decoding, step: Any, steps: int, runs: int) -> dict[str, list[float]]:
+    """Host time per step in a decode loop: of each of ``runs`` loops, the median of its steps, the modes taking turns."""
+    result: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for turn in range(runs + 1):  # the first turn is the warm-up
+        for mode in MODES:
+            step.mode = mode
+            found = statistics.median(decoding.host_microseconds(step, steps))
+            result[mode] += [found] if turn else []
+    return result
 
 
 def _prepare(decoding: Decoding, step: Any, mode: str) -> None:

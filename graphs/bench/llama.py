@@ -6,6 +6,7 @@ fetched.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,22 @@ class Decoding:
         """``times`` decode steps on the same token, without looking at what comes out."""
         for index in range(times):
             self.forward(model, self.first, self._positions[index])
+
+    def host_microseconds(self, model: Forward, steps: int, before: Callable[[], None] = lambda: None) -> list[float]:
+        """Host time of each of ``steps`` decode steps in a row, as a decode loop issues them, from an idle device.
+
+        ``steps`` is small against the depth of the launch queue, so the host does not wait for the device.
+        """
+        self.reset()
+        if self.first.is_cuda:
+            torch.cuda.synchronize(self.first.device)
+        samples = []
+        for index in range(steps):
+            before()
+            start = time.perf_counter()
+            self.forward(model, self.first, self._positions[index])
+            samples.append((time.perf_counter() - start) * 1e6)
+        return samples
 
     def generate(self, model: Forward, steps: int) -> Tensor:
         """Decode ``steps`` tokens greedily; ids ``[batch, steps]``."""

@@ -142,6 +142,7 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)
         self._keeper: torch.cuda.CUDAGraph | None = None
+        self._primed: set[int] = set()
 
     def run(self, fn: Callable[[], object]) -> object:
         """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there.
@@ -170,24 +171,25 @@ class CudaRecorder:
             yield
         outer.wait_stream(self.stream)
 
-    def _prime(self) -> None:
-        """Make the copying kernels and the pool ready.
+    def _prime(self, columns: int = 0) -> None:
+        """Make the pool and the copying kernels for ``columns`` addresses ready.
 
         A module load on a capturing stream fails, so the kernels are launched once. A pool is gone for good when its
         last graph is (another capture into it is an internal error of torch), so a graph of one node keeps it.
         """
-        if self._keeper is not None:
-            return
-        table = AddressTable(0, self.device)
-        for inbound in (True, False):
-            copier = Copier(0, table, 1, inbound=inbound)
-            copier.bind(())
-            copier.upload()
-            copier.launch()
-        self.stream.synchronize()  # the table is about to be freed
-        self._keeper = torch.cuda.CUDAGraph()
-        with _paused_collector(), self._capturing(self._keeper):
-            table.current.zero_()
+        table = AddressTable(columns, self.device)
+        if table.padded_width not in self._primed:
+            for inbound in (True, False):
+                copier = Copier(0, table, 1, inbound=inbound)
+                copier.bind(())
+                copier.upload()
+                copier.launch()
+            self.stream.synchronize()  # the table is about to be freed
+            self._primed.add(table.padded_width)
+        if self._keeper is None:
+            self._keeper = torch.cuda.CUDAGraph()
+            with _paused_collector(), self._capturing(self._keeper):
+                table.current.zero_()
 
     def record(
         self,
@@ -205,9 +207,9 @@ class CudaRecorder:
         """
         before = torch.cuda.memory_reserved(self.device)
         with self._on_stream():
-            self._prime()
             buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
             results = len(contract.output_dims) if owned else 0
+            self._prime(len(buffers) + results)
             table = AddressTable(len(buffers) + results, self.device)
             inbound = Copier(len(buffers), table, 1, inbound=True)
             outbound = Copier(results, table, 1 + len(buffers), inbound=False)
