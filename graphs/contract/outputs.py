@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +75,35 @@ def _builder(value: Any) -> Callable[[Parts], Any]:
     if hasattr(kind, "_fields") and isinstance(value, tuple):
         return lambda parts: kind(*[build(parts) for build in builders])
     unflatten = _pytree.SUPPORTED_NODES[kind].unflatten_fn
+    if isinstance(value, OrderedDict) and dataclasses.is_dataclass(value):
+        mirrored = _mirrored_builder(value, builders, unflatten(children, context))
+        if mirrored is not None:
+            return mirrored
     return lambda parts: unflatten([build(parts) for build in builders], context)
+
+
+def _mirrored_builder(value: Any, builders: list[Callable[[Parts], Any]], made: Any) -> Callable[[Parts], Any] | None:
+    """A builder for a dataclass that is a dict of its own fields too, as the outputs of Hugging Face models are.
+
+    Their constructor takes 9 us; filling items and attributes takes 2. None unless that gives what the constructor gave
+    (``made``).
+    """
+    kind: Any = type(value)
+    names, attributes = list(value), dict(vars(made))
+
+    def build(parts: Parts) -> Any:
+        output = kind.__new__(kind)
+        fields = output.__dict__
+        fields.update(attributes)
+        for name, item in zip(names, builders, strict=True):
+            filled = fields[name] = item(parts)
+            OrderedDict.__setitem__(output, name, filled)
+        return output
+
+    fields = {name: getattr(value, name, None) for name in names}
+    same_items = list(made) == names and all(dict.__getitem__(made, name) is fields[name] for name in names)
+    same_fields = all(vars(made).get(name) is fields[name] for name in names)
+    return build if same_items and same_fields else None
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

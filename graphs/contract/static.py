@@ -4,14 +4,14 @@ Each call checks that static arguments are the same memory, that the whole way f
 every tensor is the same (``model.cache``, its ``layers``, their ``keys``), and that no storage was exchanged under a
 tensor (``param.data = ...``; ``.to()`` does it to all). Two things keep that cheap for large models. A parameter or
 submodule replaced by assignment announces itself through torch's registration hooks (`registrations`). And of more than
-`WINDOW` weights, each call looks at the storages of the next `WINDOW`: one weight exchanged alone is noticed within
-``weights / WINDOW`` calls, all of them exchanged at the next.
+`WINDOW` tensors, each call looks at the storages of the next `WINDOW`: one exchanged alone, under the same tensor, is
+noticed within ``tensors / WINDOW`` calls, all of them exchanged at the next call.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from graphs.contract.python_state import Link
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
-WINDOW = 64  # about 3 us per call
+WINDOW = 32  # about 2 us per call
 
 
 class _Registrations:
@@ -47,13 +47,7 @@ class _Registrations:
 registrations = _Registrations()
 
 
-def _pointers_equal_in_python(tensors: list[Tensor], pointers: list[int | None], indices: list[int]) -> bool:
-    return all(tensors[index].data_ptr() == pointers[index] for index in indices)
-
-
-_pointers_equal: Callable[[list[Tensor], list[int | None], list[int]], bool] = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", _pointers_equal_in_python
-)
+_data_ptr = Tensor.data_ptr
 
 
 class StaticTensors:
@@ -87,10 +81,12 @@ class StaticTensors:
         self._places = [(link.container, link.key, link.value) for link in self._attributes]
         self._names = {id(owner.value): owner.path for owner in hanging}
         tensors = {id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values()
-        weights = {id(link.value) for link in self._registered}
-        self._tensors = sorted(tensors, key=lambda tensor: id(tensor) in weights)  # caches first
-        self._pointers: list[int | None] = [tensor.data_ptr() for tensor in self._tensors]
-        self._windows = _windows(len(self._tensors), sum(id(tensor) not in weights for tensor in self._tensors))
+        self._tensors = list(tensors)
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._windows = [
+            (self._tensors[start : start + WINDOW], self._pointers[start : start + WINDOW])
+            for start in range(0, max(len(self._tensors), 1), WINDOW)
+        ]
         self._window = 0
         self._registration = registrations.count
 
@@ -113,7 +109,8 @@ class StaticTensors:
             self._registration = registrations.count
         windows = self._windows
         self._window = self._window + 1 if self._window + 1 < len(windows) else 0
-        return _pointers_equal(self._tensors, self._pointers, windows[self._window])
+        looked_at, pointers = windows[self._window]
+        return list(map(_data_ptr, looked_at)) == pointers
 
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
         """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
@@ -142,12 +139,6 @@ class StaticTensors:
                 name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
-
-
-def _windows(count: int, caches: int) -> list[list[int]]:
-    """Which tensors each call checks, in turn: all that are no weights, and up to `WINDOW` weights."""
-    starts = range(caches, max(count, caches + 1), WINDOW)
-    return [[*range(caches), *range(start, min(start + WINDOW, count))] for start in starts]
 
 
 def _way(owner: Link) -> list[Link]:
