@@ -49,6 +49,7 @@ _recording = threading.RLock()  # one trial at a time in a process: a capture sh
 _SELF_RETURNING = frozenset(
     "eval train to cuda cpu half float double bfloat16 type requires_grad_ apply share_memory to_empty".split()  # noqa: SIM905
 )
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 _MAX_DEFERRALS = 3
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
@@ -218,7 +219,7 @@ class CapturedModule(Generic[Model]):
         changed = entry.steering.changed()
         if changed is not None:
             return _Outdated(changed)
-        if _stream_is_capturing(call):
+        if call.tensors and call.tensors[0].is_cuda and _is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         if entry.replays >= entry.recheck_at:
             unchecked, entry.recheck_at = entry.replays - entry.recheck_at // 2, entry.recheck_at * 2
@@ -525,8 +526,7 @@ def _ambient(model: Any) -> tuple[Any, ...]:
 
 
 def _stream_is_capturing(call: Call) -> bool:
-    tensors = call.tensors
-    return bool(tensors) and tensors[0].is_cuda and torch._C._cuda_isCurrentStreamCapturing()
+    return bool(call.tensors) and call.tensors[0].is_cuda and _is_capturing()
 
 
 def _device_of(call: Call, model: Any) -> torch.device:

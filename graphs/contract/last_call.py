@@ -7,6 +7,7 @@ of the last takes about 0.6. What they do not recognise goes the long way, so th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from graphs.contract.arguments import Call, is_constant
 
 Tensor = torch.Tensor
 _Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_call = partial(tuple.__new__, Call)  # a third of the time of Call(...)
 
 
 class LastCall:
@@ -51,14 +53,15 @@ class LastCall:
         if len(leaves) != self._count or ambient != self._ambient or (kwargs and tuple(kwargs) != self._names):
             return None
         if self._tensors is None:
-            return Call(list(leaves), [], self._signature) if self._check(*leaves) else None
+            return _call((list(leaves), [], self._signature)) if self._check(*leaves) else None
         for index, kind, value in self._constants:
             if type(leaves[index]) is not kind or leaves[index] != value:
                 return None
+        opaques = []
         for index, identity in self._opaques:
-            if id(leaves[index]) != identity:
+            opaque = leaves[index]
+            if id(opaque) != identity:
                 return None
+            opaques.append(opaque)
         tensors = [leaves[index] for index in self._tensors]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors) or not self._check(*tensors):
-            return None
-        return Call(tensors, [leaves[index] for index, _ in self._opaques], self._signature)
+        return _call((tensors, opaques, self._signature)) if self._check(*tensors) else None
