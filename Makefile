@@ -30,6 +30,7 @@ lint: .venv/.ready
 	$(PYTHON) -m venv $(VENV_OPTIONS) $*
 	$*/bin/python -m pip install -qq "$(TORCH)"
 	$*/bin/python -m pip install -qq --editable ".[$(EXTRA)]"
+	if [ $(EXTRA) = dev ]; then $*/bin/python -m pip install -qq --no-deps amd-aiter; fi  # its Triton operators, interpreted
 	touch $@
 
 clean:

@@ -1,8 +1,9 @@
 """Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
 
-from graphs.capture import CapturedModule, capture, eager
+from graphs.capture import CapturedModule, capture
 from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
+from graphs.modes import eager
 from graphs.ops import GroupedProjection
 from graphs.report import CaptureReport
 

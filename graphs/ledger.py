@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 
+from graphs.entry import Entry
 from graphs.errors import Refusal
 from graphs.report import CaptureReport, KeyReport, RefusalCount
-from graphs.trial import Entry
 
 
 class NotReplayed(UserWarning):
     """A call ran eagerly although graph mode was asked for."""
+
+
+def _frames_of_our_own() -> int:
+    """The stack level of the caller's line: a warning shows where the step was called."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("graphs."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Ledger:
@@ -28,7 +37,7 @@ class Ledger:
         if known is None:
             site = refusal.site
             known = RefusalCount(refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0)
-            warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=4)
+            warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
 
     def dropped(self, entry: Entry) -> None:

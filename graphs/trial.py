@@ -13,26 +13,22 @@ Every run but the last is undone. The order of runs, each from the same state:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from graphs import verify
 from graphs.audit import Trace, compare_traces, last_operation, watch_step
-from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template
-from graphs.contract.python_state import Difference, PythonState
+from graphs.contract.places import Difference
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static import StaticTensors
 from graphs.contract.steering import Steering
-from graphs.contract.tensor_state import RandomState, TensorState
+from graphs.entry import Entry, reference_to, sliced
 from graphs.errors import (
     CaptureFailed,
     ChangingValue,
@@ -42,8 +38,10 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
-from graphs.measure import CallTime, time_call
+from graphs.measure import time_call
+from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
+from graphs.step import Checkpoint, Step
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -66,147 +64,6 @@ class Refused(Exception):
     def __init__(self, output: Any, refusals: Sequence[Refusal], undo: Callable[[], None] | None) -> None:
         super().__init__(str(refusals[0]))
         self.output, self.refusals, self.undo = output, list(refusals), undo
-
-
-@dataclass
-class Step:
-    """What a trial needs to know of the captured module and of one call.
-
-    Attributes:
-        model: the module or callable.
-        call, args, kwargs: the call, flattened and as given.
-        names, opaque_names: names of the tensor leaves and of the opaque leaves.
-        static: positions of tensor arguments declared static.
-        batch_dims: batch dimension of each tensor leaf; used when ``rows`` is not None.
-        rows: bucket to record at, or None for exact sizes.
-        real: rows of this call.
-    """
-
-    model: Callable[..., Any]
-    call: Call
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    names: list[str]
-    opaque_names: list[str]
-    static: tuple[int, ...]
-    padding: dict[str, Any]
-    device: torch.device
-    batch_dims: tuple[int | None, ...] = ()
-    rows: int | None = None
-    real: int = 1
-
-    def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
-        """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""
-        with torch.no_grad():
-            if tensors is None:
-                return self.model(*self.args, **self.kwargs)
-            args, kwargs = replace_tensors((self.args, self.kwargs), iter(tensors))
-            return self.model(*args, **kwargs)
-
-    def template(
-        self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
-    ) -> tuple[OutputTemplate, list[Tensor]]:
-        """The output as a template and the tensors that a replay has to produce."""
-        return output_template(output, tensors, self.call.opaques, externals)
-
-    def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
-        """Run at ``tensors`` and return the output tensors that a replay has to produce."""
-        return self.template(self.run(tensors), tensors, externals)[1]
-
-    def roots(self) -> list[tuple[str, Any]]:
-        """Where Python state of the step can hang: the model and the opaque arguments."""
-        model = getattr(self.model, "_orig_mod", self.model)  # a compiled module's own bookkeeping is not state
-        model = getattr(model, "_torchdynamo_orig_callable", model)
-        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True)]
-
-    def containers(self) -> list[tuple[str, Any]]:
-        """Lists and dicts among the arguments, which a step may fill."""
-        return [*_containers("argument", self.args), *_containers("argument", tuple(self.kwargs.values()))]
-
-
-def _containers(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield path, value
-        for key, item in value.items():
-            yield from _containers(f"{path}[{key!r}]", item)
-    elif isinstance(value, (tuple, list)):
-        if isinstance(value, list):
-            yield path, value
-        for index, item in enumerate(value):
-            yield from _containers(f"{path}[{index}]", item)
-
-
-@dataclass
-class Entry:
-    """A recording with everything a replay needs.
-
-    Attributes:
-        python: the Python state that the recording froze.
-        steering: the part of it that is compared with the present at every call.
-        opaques: weak references to the opaque arguments it was recorded with.
-        externals: tensors read in place that are not arguments.
-        written: the tensors that the step writes in place.
-        sentinels: padding rows that padded calls may write to.
-        replays, real_rows: calls served and the rows they had.
-        recheck_at: number of replays at which ``python`` is compared with the present again.
-    """
-
-    recording: Recording
-    contract: Contract
-    template: OutputTemplate
-    statics: StaticTensors
-    python: PythonState
-    steering: Steering
-    opaques: list[Callable[[], Any]]
-    externals: list[Tensor]
-    written: TensorState
-    key: str
-    device_free_delta: int = 0
-    eager: CallTime | None = None
-    replay: CallTime | None = None
-    capture_seconds: float = 0.0
-    replays: int = 0
-    real_rows: int = 0
-    recheck_at: int = 1
-
-    @property
-    def sentinels(self) -> list[int]:
-        """Rows that padding may write to."""
-        return [int(slot.padding.value) for slot in self.contract.slots if slot.padding.kind == "sentinel"]
-
-
-class Checkpoint:
-    """Python, random and tensor state at one moment; tensors as far as ``written`` covers them."""
-
-    def __init__(self, step: Step, trace: Trace | None = None) -> None:
-        self.python = PythonState(step.roots())
-        self._arguments = PythonState.of_containers(step.containers())
-        self._random = RandomState(step.device, {g: g.get_state() for g in trace.generators} if trace else None)
-        self._written = trace.written if trace else None
-        self._copies = trace.written.copies() if trace else None
-
-    def covers(self, trace: Trace) -> None:
-        """Take tensors and generators from ``trace``, which saved them before their first use."""
-        self._written, self._copies = trace.written, None
-        self._random.also(trace.generators)
-
-    def differences(self) -> list[Difference]:
-        """What Python state is not as it was."""
-        return [*self._arguments.differences(), *self.python.differences()]
-
-    def with_python_of(self, other: Checkpoint) -> Checkpoint:
-        """This checkpoint with the Python state of another."""
-        mixed = copy.copy(self)
-        mixed.python, mixed._arguments = other.python, other._arguments
-        return mixed
-
-    def restore(self) -> None:
-        """Put everything back."""
-        if self._written is not None:
-            self._written.restore(self._copies)
-        self._random.restore()
-        self._arguments.restore()
-        self.python.restore()
 
 
 def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> Entry:
@@ -308,7 +165,7 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange([slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots], tensors)
     externals, template = _stand_in_run(step, recorder, start, trace, stand_ins, output)
-    probe = _Probe(step, contract, start, trace, externals) if step.rows is not None else None
+    probe = Probe(step, contract, start, trace, externals) if step.rows is not None else None
     start.restore()
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
     state = trace.written.copies()
@@ -387,14 +244,6 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def reference_to(opaque: Any) -> Callable[[], Any]:
-    """A weak reference where the object allows one, so that a recording does not keep a cache alive."""
-    try:
-        return weakref.ref(opaque)
-    except TypeError:
-        return lambda: opaque
-
-
 def _recorded(
     step: Step,
     recorder: Recorder,
@@ -439,78 +288,6 @@ def _verify_first_replay(
     found = verify.first_difference(state, entry.written.tensors)
     if found is not None:
         raise VerifyMismatch(found[1], operator=f"state written by the step, tensor {found[0]}")
-
-
-def sliced(tensors: Sequence[Tensor], dims: Sequence[int | None], rows: int) -> list[Tensor]:
-    """Outputs at recorded size cut to their real rows."""
-    return [t if dim is None else t.narrow(dim, 0, rows) for t, dim in zip(tensors, dims, strict=True)]
-
-
-class _Probe:
-    """P: the same step with at least one row fewer than the bucket, run eagerly at its exact size.
-
-    It tells which output dimensions are the batch, and what the real rows have to be whatever the padding holds.
-    """
-
-    def __init__(self, step: Step, contract: Contract, start: Checkpoint, trace: Trace, externals: list[Tensor]) -> None:
-        assert step.rows is not None
-        self.rows, self._bucket, self._start = min(step.real, max(step.rows - 1, 1)), step.rows, start
-        self._tensors = sliced(step.call.tensors, step.batch_dims, self.rows)
-        start.restore()
-        try:
-            self._expected = [out.clone() for out in step.produced(self._tensors, externals)]
-        except Exception as error:  # for example a cache made for another batch size
-            raise RowsInteract(f"a run with {self.rows} rows raised {type(error).__name__}: {error}") from error
-        self._state = trace.written.copies()
-
-    def output_dims(self, padded: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """The batch dimension of each output: this many rows here, and the bucket's when padded."""
-        if len(padded) != len(self._expected):
-            raise RowsInteract(f"the step has {len(self._expected)} outputs at {self.rows} rows, {len(padded)} at {self._bucket}")
-        dims: list[int | None] = []
-        for a, b in zip(self._expected, padded, strict=True):
-            changed = [d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n]
-            if (
-                a.ndim != b.ndim
-                or len(changed) > 1
-                or any((a.shape[d], b.shape[d]) != (self.rows, self._bucket) for d in changed)
-            ):
-                raise RowsInteract(f"an output of shape {tuple(a.shape)} becomes {tuple(b.shape)} at {self._bucket} rows")
-            dims.append(changed[0] if changed else None)
-        return tuple(dims)
-
-    def prove(self, entry: Entry) -> None:
-        """Replay with padding and with poison; raises `RowsInteract` unless the real rows and the state stay what they are."""
-        if self.rows == self._bucket:
-            return
-        padded = self._replayed(entry, self._tensors, self.rows)
-        state = entry.written.copies()
-        self._compare(entry, self._expected, self._state, padded, "with padding")
-        poisons = verify.poisons(entry.contract, self._tensors)
-        if not poisons:
-            raise RowsInteract("no padded row could be poisoned: this call's rows are all zeros or sentinels", unproved=True)
-        for tensors in poisons:
-            outputs = sliced(self._replayed(entry, tensors, self._bucket), entry.contract.output_dims, self.rows)
-            if not verify.bitwise_equal(padded, outputs):
-                again = self._replayed(entry, self._tensors, self.rows)
-                if verify.bitwise_equal(padded, again):
-                    raise RowsInteract("the content of padded rows reaches the real rows of an output")
-                self._replayed(entry, tensors, self._bucket)  # the step is not deterministic: compare within tolerance
-            self._compare(entry, padded, state, outputs, "with poisoned padding")
-
-    def _compare(
-        self, entry: Entry, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
-    ) -> None:
-        found = verify.first_difference(expected, outputs)
-        if found is not None:
-            raise RowsInteract(f"{when}, the real rows of output {found[0]}: {found[1]}")
-        found = verify.state_difference(state, entry.written.tensors, entry.sentinels)
-        if found is not None:
-            raise RowsInteract(f"{when}, the state written by the step, tensor {found[0]}: {found[1]}")
-
-    def _replayed(self, entry: Entry, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        self._start.restore()
-        return [out.clone() for out in entry.recording.replay(tensors, rows)]
 
 
 def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:

@@ -7,7 +7,6 @@ site-packages it enters objects but not classes or functions. C objects are not 
 
 from __future__ import annotations
 
-import enum
 import functools
 import logging
 import pickle
@@ -22,30 +21,29 @@ from typing import Any
 
 import torch
 
+from graphs.contract.places import (
+    LEAVES,
+    AttributesView,
+    CellView,
+    Difference,
+    LengthView,
+    Place,
+    place_differences,
+    text_of,
+    write_list,
+    write_mapping,
+    write_set,
+)
+
 Tensor = torch.Tensor
-_LEAVES = (str, bytes, int, float, complex, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 _SKIPPED = (
     *(types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
     *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
 )
-_ABSENT = object()
 _WALK_LIMIT = 500_000
 _LIBRARY_PATHS = tuple(
     {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))} | {"<frozen"}
 )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A place whose content changed: ``path`` as the user would write it, ``before`` and ``after`` as text.
-
-    ``lasting`` is True where the change cannot be undone (an iterator that moved on).
-    """
-
-    path: str
-    before: str
-    after: str
-    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,108 +66,6 @@ class Link:
             return self.container[self.key] is self.value
         except (KeyError, IndexError):
             return False
-
-
-class _Cell:
-    """A closure cell as a mapping with one item."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self._cell = cell
-
-    def __getitem__(self, key: str) -> Any:
-        try:
-            return self._cell.cell_contents
-        except ValueError as error:  # empty
-            raise KeyError(key) from error
-
-    def read(self) -> dict[str, Any]:
-        try:
-            return {"": self._cell.cell_contents}
-        except ValueError:
-            return {}
-
-    def write(self, content: dict[str, Any]) -> None:
-        if content:
-            self._cell.cell_contents = content[""]
-
-
-class _Attributes:
-    """Some attributes of an object or class, or some names of a namespace, as a mapping."""
-
-    def __init__(self, owner: Any, names: Iterable[str]) -> None:
-        self._owner, self._names = owner, tuple(names)
-
-    def __getitem__(self, key: str) -> Any:
-        if isinstance(self._owner, dict):
-            return self._owner[key]
-        try:
-            return vars(self._owner)[key] if isinstance(self._owner, type) else getattr(self._owner, key)
-        except AttributeError as error:
-            raise KeyError(key) from error
-
-    def read(self) -> dict[str, Any]:
-        content = {}
-        for name in self._names:
-            try:
-                content[name] = self[name]
-            except KeyError:
-                continue
-        return content
-
-    def write(self, content: dict[str, Any]) -> None:
-        for name, value in content.items():
-            if isinstance(self._owner, dict):
-                self._owner[name] = value
-            elif isinstance(self._owner, type):
-                setattr(self._owner, name, value)
-            else:
-                object.__setattr__(self._owner, name, value)
-
-
-@dataclass(slots=True)
-class _Place:
-    """A mutable thing with a copy of its content, and how to read and write it."""
-
-    form: str  # path of an entry, with {} for its key
-    content: Any
-    read: Callable[[], Any]
-    write: Callable[[Any], None]
-    transient: bool = False  # changes between calls are the caller's own affair
-    lasting: bool = False
-
-
-def _write_list(container: Any, content: list[Any]) -> None:
-    container.clear()
-    container.extend(content)
-
-
-def _write_mapping(container: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
-    container.clear()
-    container.update(content)
-
-
-def _write_set(container: Any, content: Any) -> None:
-    container.clear()
-    container |= content
-
-
-def same(a: Any, b: Any) -> bool:
-    """Identity, or equality of values of one immutable type (NaN equals itself)."""
-    if a is b:
-        return True
-    if isinstance(a, _LEAVES) and type(a) is type(b):
-        return bool(a == b or (a != a and b != b))
-    if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return False
-
-
-def _text(value: Any) -> str:
-    if value is _ABSENT:
-        return "absent"
-    if isinstance(value, Tensor):
-        return f"tensor{tuple(value.shape)} at {value.data_ptr():#x}"
-    return repr(value) if isinstance(value, _LEAVES) else f"a {type(value).__name__}"
 
 
 @functools.cache
@@ -206,7 +102,7 @@ class PythonState:
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], *, generators: bool = True) -> None:
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         self._storages: list[tuple[str, Tensor, Tensor]] = []
         self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
         self._seen: set[int] = set()
@@ -220,7 +116,7 @@ class PythonState:
         pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
         while pending:
             path, value, link = pending.pop()
-            if isinstance(value, (*_LEAVES, *_SKIPPED)) or id(value) in self._seen:
+            if isinstance(value, (*LEAVES, *_SKIPPED)) or id(value) in self._seen:
                 continue
             if len(self._seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -241,7 +137,7 @@ class PythonState:
         return state
 
     def _random_modules(self) -> None:
-        self._places.append(_Place("random.random(){}", random.getstate(), random.getstate, random.setstate, transient=True))
+        self._places.append(Place("random.random(){}", random.getstate(), random.getstate, random.setstate, transient=True))
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             self._pickled("numpy.random", numpy.random.get_state, numpy.random.set_state)
@@ -252,7 +148,7 @@ class PythonState:
         def reading() -> bytes:
             return pickle.dumps(read())
 
-        self._places.append(_Place(path + "{}", reading(), reading, lambda c: write(pickle.loads(c)), transient=True))
+        self._places.append(Place(path + "{}", reading(), reading, lambda c: write(pickle.loads(c)), transient=True))
 
     def _visit(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         walk = getattr(type(value), "__graphs_walk__", None)
@@ -273,12 +169,12 @@ class PythonState:
         elif isinstance(value, (tuple, frozenset, MutableMapping, list, deque, set, bytearray)):
             yield from self._container(path, value, link)
         elif isinstance(value, random.Random):
-            self._places.append(_Place(path + "{}", value.getstate(), value.getstate, value.setstate, transient=True))
+            self._places.append(Place(path + "{}", value.getstate(), value.getstate, value.setstate, transient=True))
         elif type(value).__module__.partition(".")[0] == "numpy":
             self._numpy(path, value)
         elif hasattr(value, "__next__"):
             read = functools.partial(_position, value)
-            self._places.append(_Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
+            self._places.append(Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
         else:
             yield from self._object(path, value, link)
 
@@ -294,7 +190,7 @@ class PythonState:
             def write(_: bytes) -> None:
                 value[...] = copy
 
-            self._places.append(_Place(path + "{}", value.tobytes(), value.tobytes, write))
+            self._places.append(Place(path + "{}", value.tobytes(), value.tobytes, write))
 
     def _entry(
         self, path: str, container: Any, key: Any, item: Any, parent: Link | None, registered: bool = False
@@ -309,13 +205,13 @@ class PythonState:
     def _container(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         form = path + "[{!r}]"
         if isinstance(value, MutableMapping):
-            self._places.append(_Place(form, dict(value), lambda: dict(value), functools.partial(_write_mapping, value)))
+            self._places.append(Place(form, dict(value), lambda: dict(value), functools.partial(write_mapping, value)))
             yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(value.items()))
         elif isinstance(value, (set, bytearray)):
-            self._places.append(_Place(path + "{}", value.copy(), value.copy, functools.partial(_write_set, value)))
+            self._places.append(Place(path + "{}", value.copy(), value.copy, functools.partial(write_set, value)))
         else:
             if isinstance(value, (list, deque)):
-                self._places.append(_Place(form, list(value), lambda: list(value), functools.partial(_write_list, value)))
+                self._places.append(Place(form, list(value), lambda: list(value), functools.partial(write_list, value)))
             indexed = value if not isinstance(value, frozenset) else tuple(value)
             yield from (self._entry(form.format(index), indexed, index, item, link) for index, item in enumerate(indexed))
 
@@ -326,19 +222,19 @@ class PythonState:
         if isinstance(attributes, dict):
             form = path + ".{}"
             self._places.append(
-                _Place(form, dict(attributes), lambda: dict(attributes), functools.partial(_write_mapping, attributes))
+                Place(form, dict(attributes), lambda: dict(attributes), functools.partial(write_mapping, attributes))
             )
             for key, item in list(attributes.items()):
                 if module and key in ("_parameters", "_buffers", "_modules"):
                     yield from self._members(path, item, link, key != "_buffers")
                     continue
-                if own and isinstance(item, _LEAVES):
+                if own and isinstance(item, LEAVES):
                     self._steering.append((form.format(key), attributes, key, item))
                 yield self._entry(form.format(key), attributes, key, item, link)
         names = _slot_names(value)
         if names:
-            view = _Attributes(value, names)
-            self._places.append(_Place(path + ".{}", view.read(), view.read, view.write))
+            view = AttributesView(value, names)
+            self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
         if module:
             self._module_steering(path, value, own)
@@ -351,14 +247,12 @@ class PythonState:
             self._steering.append((f"{path}.training", vars(module), "training", module.training))
         if own:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                self._steering.append((f"{path}'s hooks", _Length(hooks), "", len(hooks)))
+                self._steering.append((f"{path}'s hooks", LengthView(hooks), "", len(hooks)))
 
     def _members(
         self, path: str, members: dict[str, Any], link: Link | None, registered: bool
     ) -> Iterator[tuple[str, Any, Link | None]]:
-        self._places.append(
-            _Place(path + ".{}", dict(members), lambda: dict(members), functools.partial(_write_mapping, members))
-        )
+        self._places.append(Place(path + ".{}", dict(members), lambda: dict(members), functools.partial(write_mapping, members)))
         self._keep.append(members)
         for name, item in list(members.items()):
             if item is not None:
@@ -370,12 +264,12 @@ class PythonState:
                 continue
             self._seen.add(id(base))
             state = [name for name, item in vars(base).items() if not name.startswith("__") and not _is_code(item)]
-            view = _Attributes(base, state)
-            self._places.append(_Place(base.__name__ + ".{}", view.read(), view.read, view.write))
+            view = AttributesView(base, state)
+            self._places.append(Place(base.__name__ + ".{}", view.read(), view.read, view.write))
             for name, item in vars(base).items():
                 path = f"{base.__name__}.{name}"
                 if name in state:
-                    if isinstance(item, _LEAVES):
+                    if isinstance(item, LEAVES):
                         self._steering.append((path, view, name, item))
                     yield self._entry(path, view, name, item, None)
                 elif _is_code(item):
@@ -389,23 +283,23 @@ class PythonState:
             yield f"{function.__name__}'s attributes", function.__dict__, None
             self._steer(function.__name__ + ".{}", function.__dict__, function.__dict__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            view = _Cell(cell)
-            self._places.append(_Place(name + "{}", view.read(), view.read, view.write))
+            view = CellView(cell)
+            self._places.append(Place(name + "{}", view.read(), view.read, view.write))
             for item in view.read().values():
-                if isinstance(item, _LEAVES):
+                if isinstance(item, LEAVES):
                     self._steering.append((name, view, "", item))
                 yield self._entry(name, view, "", item, None)
         if _library_code(function):
             return
         space = function.__globals__
         names = [name for name in dict.fromkeys(_global_names(function.__code__)) if name in space and _is_state(space[name])]
-        globals_ = _Attributes(space, names)
-        self._places.append(_Place("{}", globals_.read(), globals_.read, globals_.write))
+        globals_ = AttributesView(space, names)
+        self._places.append(Place("{}", globals_.read(), globals_.read, globals_.write))
         self._steer("{}", space, {name: space[name] for name in names})
         yield from (self._entry(name, globals_, name, item, None) for name, item in globals_.read().items())
 
     def _steer(self, form: str, container: Any, items: Mapping[Any, Any]) -> None:
-        self._steering += [(form.format(key), container, key, item) for key, item in items.items() if isinstance(item, _LEAVES)]
+        self._steering += [(form.format(key), container, key, item) for key, item in items.items() if isinstance(item, LEAVES)]
 
     def differences(self, *, between_calls: bool = False) -> list[Difference]:
         """What changed since the snapshot; ``between_calls`` leaves out what callers may change, random generators."""
@@ -413,16 +307,16 @@ class PythonState:
         for place in self._places:
             if between_calls and place.transient:
                 continue
-            found += _place_differences(place)
+            found += place_differences(place)
         for path, tensor, alias in self._storages:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
-                found.append(Difference(path, _text(alias), _text(tensor)))
+                found.append(Difference(path, text_of(alias), text_of(tensor)))
         return found
 
     def restore(self) -> None:
         """Put back what the snapshot saw."""
         for place in self._places:
-            if _place_differences(place):
+            if place_differences(place):
                 place.write(place.content)
         for _, tensor, alias in self._storages:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
@@ -434,28 +328,6 @@ class PythonState:
         Attributes of the user's own objects and classes, closures, globals, training flags and the presence of hooks.
         """
         return self._steering
-
-
-class _Length:
-    """The number of items of a container, as a mapping with one item."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-
-    def __getitem__(self, key: str) -> int:
-        return len(self._container)
-
-
-def _place_differences(place: _Place) -> list[Difference]:
-    before, after = place.content, place.read()
-    if not isinstance(before, (dict, list)):
-        if before == after:
-            return []
-        return [Difference(place.form.format(""), "in another state", "advanced", place.lasting)]
-    old = before if isinstance(before, dict) else dict(enumerate(before))
-    new = after if isinstance(after, dict) else dict(enumerate(after))
-    pairs = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in [*old, *(k for k in new if k not in old)]]
-    return [Difference(place.form.format(key), _text(a), _text(b)) for key, a, b in pairs if not same(a, b)]
 
 
 def _slot_names(value: Any) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphs.contract.python_state import Difference, same
+from graphs.contract.places import Difference, same
 
 WINDOW = 64  # about 3 us per call
 

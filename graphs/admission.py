@@ -1,0 +1,59 @@
+"""What can be said about a call before anything runs: settings that belong to its key, and reasons not to record it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from graphs.contract.arguments import Call
+from graphs.errors import MixedDevices, NestedCapture, Refusal, UnsupportedArgument
+
+Tensor = torch.Tensor
+is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+
+def inadmissible(call: Call) -> Refusal | None:
+    """Reasons that need no run to be seen."""
+    devices = {tensor.device for tensor in call.tensors}
+    if len(devices) > 1:
+        return MixedDevices(f"tensor arguments are on {sorted(map(str, devices))}", operator="arguments")
+    for tensor in call.tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            return UnsupportedArgument(f"a {type(tensor).__name__} with layout {tensor.layout}", operator="arguments")
+        if tensor.device.type not in ("cpu", "cuda"):
+            return UnsupportedArgument(f"a tensor on {tensor.device}", operator="arguments")
+    if _stream_is_capturing(call):
+        return NestedCapture("the current stream is being recorded by somebody else", operator="record")
+    return None
+
+
+def ambient_of(model: Any) -> tuple[Any, ...]:
+    """Settings outside the arguments that change what a step does: training mode and autocast."""
+    training = getattr(model, "training", None)
+    if torch._C._is_any_autocast_enabled():
+        return training, *((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ("cpu", "cuda"))
+    return (training,)
+
+
+def _stream_is_capturing(call: Call) -> bool:
+    return bool(call.tensors) and call.tensors[0].is_cuda and is_capturing()
+
+
+def device_of(call: Call, model: Any) -> torch.device:
+    """The device of a call: of its arguments, else of the model."""
+    if call.tensors:
+        return call.tensors[0].device
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def parameter_names(model: Any) -> list[str]:
+    """Names of the parameters of the model's call, as arguments are named by."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature: arguments are named by position
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -1,0 +1,73 @@
+"""A recording with everything a replay needs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphs.contract.outputs import OutputTemplate
+from graphs.contract.python_state import PythonState
+from graphs.contract.slots import Contract
+from graphs.contract.static import StaticTensors
+from graphs.contract.steering import Steering
+from graphs.contract.tensor_state import TensorState
+from graphs.measure import CallTime
+from graphs.record.step import Recording
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Entry:
+    """A recording with everything a replay needs.
+
+    Attributes:
+        python: the Python state that the recording froze.
+        steering: the part of it that is compared with the present at every call.
+        opaques: weak references to the opaque arguments it was recorded with.
+        externals: tensors read in place that are not arguments.
+        written: the tensors that the step writes in place.
+        sentinels: padding rows that padded calls may write to.
+        replays, real_rows: calls served and the rows they had.
+        recheck_at: number of replays at which ``python`` is compared with the present again.
+    """
+
+    recording: Recording
+    contract: Contract
+    template: OutputTemplate
+    statics: StaticTensors
+    python: PythonState
+    steering: Steering
+    opaques: list[Callable[[], Any]]
+    externals: list[Tensor]
+    written: TensorState
+    key: str
+    device_free_delta: int = 0
+    eager: CallTime | None = None
+    replay: CallTime | None = None
+    capture_seconds: float = 0.0
+    replays: int = 0
+    real_rows: int = 0
+    recheck_at: int = 1
+
+    @property
+    def sentinels(self) -> list[int]:
+        """Rows that padding may write to."""
+        return [int(slot.padding.value) for slot in self.contract.slots if slot.padding.kind == "sentinel"]
+
+
+def reference_to(opaque: Any) -> Callable[[], Any]:
+    """A weak reference where the object allows one, so that a recording does not keep a cache alive."""
+    try:
+        return weakref.ref(opaque)
+    except TypeError:
+        return lambda: opaque
+
+
+def sliced(tensors: Sequence[Tensor], dims: Sequence[int | None], rows: int) -> list[Tensor]:
+    """Outputs at recorded size cut to their real rows."""
+    return [t if dim is None else t.narrow(dim, 0, rows) for t, dim in zip(tensors, dims, strict=True)]

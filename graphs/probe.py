@@ -1,0 +1,83 @@
+"""Proving that padding does not reach the real rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphs import verify
+from graphs.audit import Trace
+from graphs.contract.slots import Contract
+from graphs.entry import Entry, sliced
+from graphs.errors import RowsInteract
+from graphs.step import Checkpoint, Step
+
+Tensor = torch.Tensor
+
+
+class Probe:
+    """P: the same step with at least one row fewer than the bucket, run eagerly at its exact size.
+
+    It tells which output dimensions are the batch, and what the real rows have to be whatever the padding holds.
+    """
+
+    def __init__(self, step: Step, contract: Contract, start: Checkpoint, trace: Trace, externals: list[Tensor]) -> None:
+        assert step.rows is not None
+        self.rows, self._bucket, self._start = min(step.real, max(step.rows - 1, 1)), step.rows, start
+        self._tensors = sliced(step.call.tensors, step.batch_dims, self.rows)
+        start.restore()
+        try:
+            self._expected = [out.clone() for out in step.produced(self._tensors, externals)]
+        except Exception as error:  # for example a cache made for another batch size
+            raise RowsInteract(f"a run with {self.rows} rows raised {type(error).__name__}: {error}") from error
+        self._state = trace.written.copies()
+
+    def output_dims(self, padded: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """The batch dimension of each output: this many rows here, and the bucket's when padded."""
+        if len(padded) != len(self._expected):
+            raise RowsInteract(f"the step has {len(self._expected)} outputs at {self.rows} rows, {len(padded)} at {self._bucket}")
+        dims: list[int | None] = []
+        for a, b in zip(self._expected, padded, strict=True):
+            changed = [d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n]
+            if (
+                a.ndim != b.ndim
+                or len(changed) > 1
+                or any((a.shape[d], b.shape[d]) != (self.rows, self._bucket) for d in changed)
+            ):
+                raise RowsInteract(f"an output of shape {tuple(a.shape)} becomes {tuple(b.shape)} at {self._bucket} rows")
+            dims.append(changed[0] if changed else None)
+        return tuple(dims)
+
+    def prove(self, entry: Entry) -> None:
+        """Replay with padding and with poison; raises `RowsInteract` unless the real rows and the state stay what they are."""
+        if self.rows == self._bucket:
+            return
+        padded = self._replayed(entry, self._tensors, self.rows)
+        state = entry.written.copies()
+        self._compare(entry, self._expected, self._state, padded, "with padding")
+        poisons = verify.poisons(entry.contract, self._tensors)
+        if not poisons:
+            raise RowsInteract("no padded row could be poisoned: this call's rows are all zeros or sentinels", unproved=True)
+        for tensors in poisons:
+            outputs = sliced(self._replayed(entry, tensors, self._bucket), entry.contract.output_dims, self.rows)
+            if not verify.bitwise_equal(padded, outputs):
+                again = self._replayed(entry, self._tensors, self.rows)
+                if verify.bitwise_equal(padded, again):
+                    raise RowsInteract("the content of padded rows reaches the real rows of an output")
+                self._replayed(entry, tensors, self._bucket)  # the step is not deterministic: compare within tolerance
+            self._compare(entry, padded, state, outputs, "with poisoned padding")
+
+    def _compare(
+        self, entry: Entry, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
+    ) -> None:
+        found = verify.first_difference(expected, outputs)
+        if found is not None:
+            raise RowsInteract(f"{when}, the real rows of output {found[0]}: {found[1]}")
+        found = verify.state_difference(state, entry.written.tensors, entry.sentinels)
+        if found is not None:
+            raise RowsInteract(f"{when}, the state written by the step, tensor {found[0]}: {found[1]}")
+
+    def _replayed(self, entry: Entry, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        self._start.restore()
+        return [out.clone() for out in entry.recording.replay(tensors, rows)]

@@ -1,0 +1,350 @@
+"""The recordings of one captured module, and the way of a call through them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from graphs.admission import ambient_of, device_of, inadmissible, is_capturing, parameter_names
+from graphs.config import CaptureConfig
+from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
+from graphs.contract.batch import BatchRule
+from graphs.contract.last_call import LastCall
+from graphs.contract.places import Difference
+from graphs.entry import Entry, reference_to
+from graphs.errors import (
+    AboveLargestBucket,
+    AutogradInput,
+    ChangingValue,
+    ConfigError,
+    NestedCapture,
+    Refusal,
+    RowsInteract,
+    TooManyKeys,
+    UnsupportedArgument,
+)
+from graphs.ledger import Ledger
+from graphs.modes import forced_by, forced_eager
+from graphs.record.step import Recorder, recorder_for
+from graphs.report import CaptureReport
+from graphs.step import Step
+from graphs.trial import Deferred, Refused, compare_replay, run_trial
+
+_recording = threading.RLock()  # one trial at a time in a process: a capture shares allocator and generator state
+_MAX_DEFERRALS = 3
+_OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
+
+
+class _Refused(NamedTuple):
+    """Why the calls of a signature run eagerly, and the opaque arguments (weakly) that this holds for."""
+
+    refusals: list[Refusal]
+    opaques: list[Callable[[], Any]]
+
+    def serves(self, call: Call) -> bool:
+        return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
+
+
+Route = tuple[Entry, int] | _Refused
+"""Where a signature leads: a recording and the rows of the call, or the reasons why not."""
+
+
+class _Outdated(NamedTuple):
+    """A recording whose frozen Python state is not the present one.
+
+    Attributes:
+        change: what differs; None where the object it was recorded for is gone and another took its identity.
+        unchecked: replays since the value was last known to be the recorded one.
+    """
+
+    change: Difference | None = None
+    unchecked: int = 0
+
+
+class Recordings:
+    """What was recorded and refused for one module, and the decision what a call gets.
+
+    `call` is the main path: recognise the call, check the contract, replay; else try to record, else run the model.
+    """
+
+    def __init__(self, model: Callable[..., Any], config: CaptureConfig) -> None:
+        self.model, self.config = model, config
+        # verifying a replay is a trial of its own, so it needs the lock of trials, and from the start of the call
+        self.lock = _recording if config.verify == "always" else threading.RLock()
+        self.ledger = Ledger()
+        self.routes: dict[tuple[Any, ...], Route] = {}
+        self.entries: dict[tuple[Any, ...], Entry] = {}
+        self.recorders: dict[torch.device, Recorder] = {}
+        self.last: tuple[LastCall, Entry, int] | None = None
+        self.batch = BatchRule()
+        self.attempts: Counter[tuple[Any, ...]] = Counter()
+        self.parameters = parameter_names(model)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
+        ambient = ambient_of(self.model)
+        last = self.last
+        if last is not None and (like := last[0].match(args, kwargs, ambient)) is not None:
+            return self._replay(last[1], last[2], like, args, kwargs)
+        try:
+            call = flatten_call(args, kwargs, ambient)
+        except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
+            return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+            return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
+        route = self.routes.get(call.signature)
+        if route is None:
+            return self._unknown(call, args, kwargs)
+        if isinstance(route, _Refused):
+            return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
+        guard = LastCall.of(args, kwargs, ambient, call)
+        self.last = (guard, *route) if guard is not None else None
+        return self._replay(route[0], route[1], call, args, kwargs)
+
+    def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Check the contract, replay, and put the output together."""
+        with self.lock:
+            stale = self._stale(entry, call)
+            if stale is None:
+                if self.config.verify == "always":
+                    self._verify(entry, rows, call, args, kwargs)
+                produced = entry.recording.replay(call.tensors, rows)
+                entry.replays += 1
+                entry.real_rows += rows
+                return entry.template.fill(produced, call.tensors, call.opaques)
+        if isinstance(stale, _Outdated):
+            return self._outdated(entry, stale, call, args, kwargs)
+        return self._refuse([stale], args, kwargs)
+
+    def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
+        """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
+        for position, opaque in enumerate(call.opaques):
+            if entry.opaques[position]() is not opaque:
+                return _Outdated()
+        if not entry.statics.unchanged(call.tensors):
+            return entry.statics.moved(call.tensors)
+        changed = entry.steering.changed()
+        if changed is not None:
+            return _Outdated(changed)
+        if call.tensors and call.tensors[0].is_cuda and is_capturing():
+            return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
+        if entry.replays >= entry.recheck_at:
+            unchecked, entry.recheck_at = entry.replays - entry.recheck_at // 2, entry.recheck_at * 2
+            changes = entry.python.differences(between_calls=True)
+            if changes:
+                return _Outdated(changes[0], unchecked)
+        return None
+
+    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Try to record an unknown key; replay it, or return what the model gave, with the reason counted."""
+        with _recording, self.lock:
+            route = self.routes.get(call.signature)
+            if isinstance(route, tuple) and not isinstance(route, _Refused):  # another thread was faster
+                return self._replay(route[0], route[1], call, args, kwargs)
+            self._forget_the_dead()
+            refusal = self._inadmissible(call)
+            if refusal is not None:
+                return self._refuse([refusal], args, kwargs)
+            try:
+                found = self._record(call, args, kwargs)
+            except Deferred as deferred:
+                self.attempts[call.signature] += 1
+                self.ledger.eager_calls += 1
+                if self.attempts[call.signature] > _MAX_DEFERRALS:
+                    self._remember(call, [ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))])
+                return deferred.output
+            except Refused as refused:
+                self._remember(call, refused.refusals)
+                return self._refused(refused, args, kwargs)
+            except AboveLargestBucket as too_large:
+                self._remember(call, [too_large])
+                return self._refuse([too_large], args, kwargs)
+        return self._replay(found[0], found[1], call, args, kwargs)
+
+    def _refused(self, refused: Refused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a trial that ended in a refusal; computed once more where autograd is to record it."""
+        if refused.undo is None:
+            self._count(refused.refusals)
+            return refused.output
+        if torch.is_grad_enabled() or self.config.strict:
+            refused.undo()
+            return self._refuse(refused.refusals, args, kwargs)
+        self._count(refused.refusals)
+        return refused.output
+
+    def _remember(self, call: Call, refusals: list[Refusal]) -> None:
+        opaques = [reference_to(opaque) for opaque in call.opaques]
+        self.routes[call.signature] = _Refused(refusals, opaques)
+
+    def _forget_the_dead(self) -> None:
+        """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
+        for entry in list(self.entries.values()):
+            if any(reference() is None for reference in entry.opaques):
+                self._drop(entry)
+        self.routes = {
+            signature: route
+            for signature, route in self.routes.items()
+            if not (isinstance(route, _Refused) and any(reference() is None for reference in route.opaques))
+        }
+
+    def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
+        """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
+        config = self.config
+        step = self._step(call, args, kwargs)
+        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
+        while True:
+            entry = self.entries.get(plan.key)
+            if entry is None:
+                try:
+                    step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
+                    entry = self._try(step)
+                except RowsInteract as reason:
+                    self.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
+                    plan = self.batch.reject(plan, call, for_good=not reason.unproved)
+                    continue
+                self.entries[plan.key] = entry
+            self.routes[call.signature] = (entry, plan.real)
+            return entry, plan.real
+
+    def _try(self, step: Step) -> Entry:
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
+                return self._run_trial(step)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _run_trial(self, step: Step) -> Entry:
+        config = self.config
+        return run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
+
+    def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        config = self.config
+        names, opaque_names = leaf_names(args, kwargs, self.parameters)
+        for setting, given in (("static", config.static), ("padding", config.padding), ("batch_dims", config.batch_dims or ())):
+            for name in given:
+                if name not in names and name.split(".")[0] not in self.parameters:
+                    raise ConfigError(setting, name, names)
+        return Step(
+            model=self.model,
+            call=call,
+            args=args,
+            kwargs=kwargs,
+            names=names,
+            opaque_names=opaque_names,
+            static=tuple(i for i, name in enumerate(names) if name in config.static),
+            padding=dict(config.padding),
+            device=device_of(call, self.model),
+        )
+
+    def _recorder(self, device: torch.device) -> Recorder:
+        recorders = self.recorders
+        if device not in recorders:
+            recorders[device] = recorder_for(device)
+        return recorders[device]
+
+    def _inadmissible(self, call: Call) -> Refusal | None:
+        limit = self.config.max_recordings
+        if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
+            detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
+            return TooManyKeys(detail, operator="key")
+        return inadmissible(call)
+
+    def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
+        change = why.change
+        with _recording, self.lock:
+            self._drop(entry)
+            if change is not None:
+                detail = f"{change.path} was {change.before} when recorded and is {change.after} now"
+                if why.unchecked:
+                    detail += f"; up to {why.unchecked} replays before this call may have used the old value"
+                refusal = ChangingValue(detail, operator=change.path)
+                self.ledger.refused(refusal, outcome="the step is recorded anew")
+                self.attempts[call.signature] += entry.replays < _OFTEN
+                if self.attempts[call.signature] > 1:
+                    self._remember(call, [refusal])
+        return self.call(args, kwargs)
+
+    def _drop(self, entry: Entry) -> None:
+        self.last = None
+        self.entries = {key: other for key, other in self.entries.items() if other is not entry}
+        self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
+        self.ledger.dropped(entry)
+
+    def _verify(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = self._step(call, args, kwargs)
+        with forced_eager("trial"):
+            mismatch = compare_replay(step, entry, rows)
+        if mismatch is not None:
+            self._drop(entry)
+            raise mismatch
+
+    def _count(self, refusals: list[Refusal]) -> None:
+        """Count the reasons of one eager call, or raise the first in strict mode."""
+        if self.config.strict:
+            raise refusals[0]
+        for refusal in refusals:
+            self.ledger.refused(refusal)
+        self.ledger.eager_calls += 1
+
+    def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._count(refusals)
+        return self.model(*args, **kwargs)
+
+    def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model, because the caller asked for it, or a trial of a module around this one did."""
+        if forced_by() != "trial":
+            self.ledger.eager_calls += 1
+        return self.model(*args, **kwargs)
+
+    def report(self, mode: str) -> CaptureReport:
+        """What was recorded, replayed and refused so far, and why."""
+        with self.lock:
+            devices = ", ".join(sorted(map(str, self.recorders))) or "no device"
+            return self.ledger.report(devices, mode, list(self.entries.values()))
+
+    def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.
+
+        The step's state is left as it was.
+
+        Raises:
+            ConfigError: there are no buckets, or the batch dimension is neither declared nor inferred yet.
+            Refusal: a bucket cannot be recorded.
+        """
+        config = self.config
+        call = flatten_call(args, kwargs, ambient_of(self.model))
+        step = self._step(call, args, kwargs)
+        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims, clamp=True)
+        if plan.rows is None or config.buckets is None:
+            raise ConfigError("batch_dims", config.batch_dims, "the batch dimension of each padded argument, with buckets= given")
+        for rows in sorted(config.buckets, reverse=True):
+            sized_args, sized_kwargs = replace_tensors((args, kwargs), iter(plan.resize(call.tensors, rows)))
+            sized = flatten_call(sized_args, sized_kwargs, ambient_of(self.model))
+            with _recording, self.lock:
+                try:
+                    self._record(sized, sized_args, sized_kwargs)
+                except Refused as refused:
+                    if refused.undo is not None:
+                        refused.undo()
+                    raise refused.refusals[0] from refused
+                except Deferred as deferred:
+                    deferred.undo()
+                    raise ChangingValue(
+                        f"the step initialises {deferred}; call it once first", operator=str(deferred)
+                    ) from deferred
+
+    def invalidate(self) -> None:
+        """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""
+        with _recording, self.lock:
+            for entry in list(self.entries.values()):
+                self.ledger.dropped(entry)
+            self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
+            self.batch = BatchRule()

@@ -1,0 +1,121 @@
+"""One step as a trial sees it: how to run it, and its state at one moment."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphs.audit import Trace
+from graphs.contract.arguments import Call, replace_tensors
+from graphs.contract.outputs import OutputTemplate, output_template
+from graphs.contract.places import Difference
+from graphs.contract.python_state import PythonState
+from graphs.contract.tensor_state import RandomState
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Step:
+    """What a trial needs to know of the captured module and of one call.
+
+    Attributes:
+        model: the module or callable.
+        call, args, kwargs: the call, flattened and as given.
+        names, opaque_names: names of the tensor leaves and of the opaque leaves.
+        static: positions of tensor arguments declared static.
+        batch_dims: batch dimension of each tensor leaf; used when ``rows`` is not None.
+        rows: bucket to record at, or None for exact sizes.
+        real: rows of this call.
+    """
+
+    model: Callable[..., Any]
+    call: Call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: list[str]
+    opaque_names: list[str]
+    static: tuple[int, ...]
+    padding: dict[str, Any]
+    device: torch.device
+    batch_dims: tuple[int | None, ...] = ()
+    rows: int | None = None
+    real: int = 1
+
+    def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
+        """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""
+        with torch.no_grad():
+            if tensors is None:
+                return self.model(*self.args, **self.kwargs)
+            args, kwargs = replace_tensors((self.args, self.kwargs), iter(tensors))
+            return self.model(*args, **kwargs)
+
+    def template(
+        self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
+    ) -> tuple[OutputTemplate, list[Tensor]]:
+        """The output as a template and the tensors that a replay has to produce."""
+        return output_template(output, tensors, self.call.opaques, externals)
+
+    def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
+        """Run at ``tensors`` and return the output tensors that a replay has to produce."""
+        return self.template(self.run(tensors), tensors, externals)[1]
+
+    def roots(self) -> list[tuple[str, Any]]:
+        """Where Python state of the step can hang: the model and the opaque arguments."""
+        model = getattr(self.model, "_orig_mod", self.model)  # a compiled module's own bookkeeping is not state
+        model = getattr(model, "_torchdynamo_orig_callable", model)
+        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True)]
+
+    def containers(self) -> list[tuple[str, Any]]:
+        """Lists and dicts among the arguments, which a step may fill."""
+        return [*_containers("argument", self.args), *_containers("argument", tuple(self.kwargs.values()))]
+
+
+def _containers(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield path, value
+        for key, item in value.items():
+            yield from _containers(f"{path}[{key!r}]", item)
+    elif isinstance(value, (tuple, list)):
+        if isinstance(value, list):
+            yield path, value
+        for index, item in enumerate(value):
+            yield from _containers(f"{path}[{index}]", item)
+
+
+class Checkpoint:
+    """Python, random and tensor state at one moment; tensors as far as ``written`` covers them."""
+
+    def __init__(self, step: Step, trace: Trace | None = None) -> None:
+        self.python = PythonState(step.roots())
+        self._arguments = PythonState.of_containers(step.containers())
+        self._random = RandomState(step.device, {g: g.get_state() for g in trace.generators} if trace else None)
+        self._written = trace.written if trace else None
+        self._copies = trace.written.copies() if trace else None
+
+    def covers(self, trace: Trace) -> None:
+        """Take tensors and generators from ``trace``, which saved them before their first use."""
+        self._written, self._copies = trace.written, None
+        self._random.also(trace.generators)
+
+    def differences(self) -> list[Difference]:
+        """What Python state is not as it was."""
+        return [*self._arguments.differences(), *self.python.differences()]
+
+    def with_python_of(self, other: Checkpoint) -> Checkpoint:
+        """This checkpoint with the Python state of another."""
+        mixed = copy.copy(self)
+        mixed.python, mixed._arguments = other.python, other._arguments
+        return mixed
+
+    def restore(self) -> None:
+        """Put everything back."""
+        if self._written is not None:
+            self._written.restore(self._copies)
+        self._random.restore()
+        self._arguments.restore()
+        self.python.restore()
