@@ -1,0 +1,119 @@
+"""Who may import whom, read from the source, and what importing the package brings along."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = {"triton", "aiter", "torch_mlir", "transformers", "matplotlib"}
+
+
+def modules(*packages: str) -> dict[str, Path]:
+    """Dotted names and files of the modules in ``packages``."""
+    found = {}
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; names taken from a package count as its modules too."""
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)}
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"a relative import in line {node.lineno}"
+        yield str(node.module)
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+MAIN_PATH = ["graphs.recordings", "graphs.capture"]
+TRIAL = ["graphs.trial", "graphs.probe", "graphs.audit", "graphs.verify"]
+ABOVE = [*MAIN_PATH, "graphs.bench", "graphs.cli"]
+FORBIDDEN = {
+    "graphs.errors": ["graphs", "passes", "torch"],
+    "graphs.report": ["graphs", "passes", "torch"],
+    "graphs.modes": ["graphs", "passes"],
+    "graphs.contract": ["graphs.record", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
+    "graphs.record": ["graphs.ledger", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
+    "graphs.ops": ["graphs.record", "graphs.contract", "passes", *TRIAL, *ABOVE],
+    "graphs.audit": ["graphs.trial", "graphs.record", *ABOVE],
+    "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
+    "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
+    "graphs.recordings": ["graphs.capture", "graphs.bench", "graphs.cli", "graphs.record.cuda", "graphs.record.tape"],
+    "graphs.capture": ["graphs.bench", "graphs.cli"],
+    "passes": ["graphs"],
+}
+
+
+def test_the_rules_name_what_exists() -> None:
+    names = set(modules("graphs", "passes"))
+    assert set(FORBIDDEN) <= names
+    assert {rule for rules in FORBIDDEN.values() for rule in rules} - {"torch"} <= names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_nothing_above_it(package: str) -> None:
+    found = [
+        f"{name} imports {imported}"
+        for name, path in modules("graphs", "passes").items()
+        if within(name, package)
+        for imported in imports(path)
+        for forbidden in FORBIDDEN[package]
+        if within(imported, forbidden)
+    ]
+    assert found == []
+
+
+def test_only_the_configuration_reads_settings_from_the_environment() -> None:
+    readers = {
+        name
+        for name, path in modules("graphs", "passes").items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Attribute, ast.Name))
+        and (getattr(node, "attr", "") or getattr(node, "id", "")) in ("environ", "getenv")
+    }
+    assert readers == {"graphs.config"}
+
+
+@pytest.mark.parametrize("package", sorted(OPTIONAL))
+def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
+    allowed = {
+        "triton": {"graphs.ops.kernels", "graphs.ops.hopper", "graphs.ops.offline", "graphs.record.copies"},
+        "aiter": {"graphs.ops.aiter_backend"},
+        "torch_mlir": {"passes.mlir"},
+        "transformers": {"graphs.bench.llama"},
+        "matplotlib": {"graphs.bench.plot"},
+    }
+    found = {
+        name for name, path in modules("graphs", "passes").items() if any(within(imported, package) for imported in imports(path))
+    }
+    assert found <= allowed[package]
+
+
+def test_importing_the_package_is_light_and_touches_no_device() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import graphs, passes;"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}));"
+        "print(torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    new, initialised = done.stdout.splitlines()
+    assert "graphs" in ast.literal_eval(new)
+    assert not OPTIONAL & set(ast.literal_eval(new))
+    assert initialised == "False"
