@@ -156,6 +156,19 @@ def test_padding_in_a_middle_dimension(device):
     assert step.report().keys[0].rows == 4
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_large_inputs_are_copied_ahead_of_the_graph(device, dim):
+    step = graphs.capture(lambda x, y: (x.float().sum(-1), y * 2), buckets=(8,), batch_dims={"x": dim, "y": 0})
+    for rows in (5, 8, 1):
+        shape = (rows, 3, 40000) if dim == 0 else (3, rows, 40000)
+        x = torch.randn(shape, device=device, dtype=torch.float16).transpose(0, 1).contiguous().transpose(0, 1)
+        y = torch.randn(rows, 4, device=device)
+        a, b = step(x, y)
+        torch.testing.assert_close(a, x.float().sum(-1))
+        assert torch.equal(b, y * 2)
+    assert step.report().keys[0].rows == 8
+
+
 def test_interacting_rows_are_recorded_at_exact_sizes(device):
     def model(x):
         return x - x.mean(0, keepdim=True)
