@@ -1,0 +1,116 @@
+"""The kernel that copies inputs in and outputs out: interpreted, and compiled for four chips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted or compiled")
+
+from graphs.contract.padding import Padding
+from graphs.ops import offline
+from graphs.record import copies
+from graphs.record.copies import Move, move_rows
+
+SCRIPT = Path(__file__).with_name("interpret_copies.py")
+ROOT = SCRIPT.parents[2]
+DTYPES = ["bool", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "complex64"]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, list[str]]]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_are_filled_and_padded_as_the_reference_does(interpreted: dict[str, Any], dtype: str) -> None:
+    assert interpreted[dtype]["inbound"] == []
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "complex128"])
+def test_outputs_are_cut_to_their_real_rows(interpreted: dict[str, Any], dtype: str) -> None:
+    assert interpreted[dtype]["outbound"] == []
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "complex128"])
+def test_nothing_beside_the_tensors_is_written(interpreted: dict[str, Any], dtype: str) -> None:
+    assert interpreted[dtype]["guards"] == []
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "complex128"])
+def test_the_turn_and_its_row_are_carried_across_the_end_of_the_ring(interpreted: dict[str, Any], dtype: str) -> None:
+    assert interpreted[dtype]["turn"] == []
+
+
+def test_a_recording_without_tensors_still_counts_its_turn(interpreted: dict[str, Any]) -> None:
+    assert interpreted["nothing"]["turn"] == ["8"]
+
+
+@pytest.mark.xfail(strict=True, reason="the fill word holds the first half of the element only")
+def test_a_sentinel_fills_elements_wider_than_a_word(interpreted: dict[str, Any]) -> None:
+    assert interpreted["complex128"]["inbound"] == []
+
+
+def compiled(target: str, inbound: bool, width: int = 32) -> tuple[Any, str]:
+    """The kernel compiled for a chip as it is launched there, and its assembly."""
+    triton = copies.triton
+    vendor, arch, warp, *_ = offline.TARGETS[target]
+    constants = {"INBOUND": inbound, "WIDTH": width, "HEADER": copies._HEADER, "FIELDS": copies._FIELDS, "BLOCK": copies._BLOCK}
+    signature = {name: "constexpr" if name in constants else "*i64" for name in move_rows.arg_names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind == "*i64"}
+    source = triton.compiler.ASTSource(move_rows, signature, constants, aligned)
+    chip = triton.backends.compiler.GPUTarget(vendor, arch, warp)
+    binary = triton.compile(source, target=chip, options={"enable_fp_fusion": True})
+    return binary, binary.asm["amdgcn" if vendor == "hip" else "ptx"]
+
+
+@pytest.mark.parametrize("inbound", [True, False], ids=["inbound", "outbound"])
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_the_kernel_compiles_without_spills(target: str, inbound: bool) -> None:
+    binary, text = compiled(target, inbound)
+    if offline.TARGETS[target][0] == "hip":
+        _, spills = offline.amd_registers(text)
+    else:
+        _, spills = offline.nvidia_registers(binary.asm["cubin"])
+    assert spills == 0
+    assert binary.metadata.shared <= 1024, "only a sum over one row of addresses goes through shared memory"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_table_in_host_memory_is_read_past_the_caches(target: str) -> None:
+    """A row is written anew by the host; only the kernel that reads it asks for volatile loads."""
+    assert "ld.volatile.global" in compiled(target, True)[1]
+    assert "ld.volatile.global" not in compiled(target, False)[1]
+
+
+def test_a_wide_table_compiles() -> None:
+    assert compiled("sm_90", True, width=256)[0].asm["cubin"]
+
+
+def test_fields_of_a_tensor_with_rows_in_the_middle() -> None:
+    static = torch.zeros(2, 4, 3, dtype=torch.int16)
+    address, *fields = Move(static, 1, Padding("sentinel", 3)).fields()
+    assert address == static.data_ptr()
+    assert fields == [2, 4, 6, 1, 0x0003_0003_0003_0003, 1]
+
+
+def test_fields_of_a_tensor_without_rows() -> None:
+    assert Move(torch.zeros(2, 3), None, Padding("repeat")).fields()[1:] == [1, 1, 24, 0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5])
+def test_a_fill_word_repeats_the_bits_of_one_element(value: float) -> None:
+    for dtype in (torch.int8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64):
+        word = torch.tensor([Padding("sentinel", value).fill_bits(dtype)])
+        assert torch.equal(word.view(dtype), torch.full((8 // dtype.itemsize,), value).to(dtype)), dtype
