@@ -105,9 +105,10 @@ class Trace:
 class _Watch(TorchDispatchMode):
     """Fills a `Trace` with what reaches the dispatcher."""
 
-    def __init__(self, trace: Trace, arguments: list[Tensor]) -> None:
+    def __init__(self, trace: Trace, arguments: list[Tensor], before: Trace | None) -> None:
         super().__init__()
         self.trace = trace
+        self.before = before
         self.inside = False
         self.function: list[Any] = []
         self.origins: dict[int, tuple[str, int]] = {}
@@ -138,7 +139,8 @@ class _Watch(TorchDispatchMode):
             trace.found(refusal(operator=str(func), site=operation.site))
         trace.operations.append(operation)
         for tensor in written_tensors(func, args, kwargs):
-            if self._origin(tensor)[0] != "operation":
+            saved = self.before is not None and storage_id(tensor) in self.before.written
+            if self._origin(tensor)[0] != "operation" and not saved:
                 trace.written.save(tensor)
         return tensors
 
@@ -166,7 +168,8 @@ class _Watch(TorchDispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
-            self.trace.checksums[storage] = _checksum(tensor)
+            if self.before is None:
+                self.trace.checksums[storage] = _checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin
 
@@ -256,22 +259,37 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
         hooks.remove(launched)
 
 
-def watch_step(fn: Callable[[], Any], arguments: list[Tensor]) -> tuple[Any, Trace]:
+def watch_step(fn: Callable[[], Any], arguments: list[Tensor], before: Trace | None = None) -> tuple[Any, Trace]:
     """Run ``fn`` once, eagerly and for real, and return its output with the trace.
 
     Args:
         fn: the step with its arguments bound.
         arguments: the tensor arguments, so that they are not taken for externals.
+        before: the trace of an earlier run of the same step. What it saved is not saved again, so `Trace.written` holds
+            only what is written in addition, and checksums are not taken.
     """
     trace = Trace()
-    watch = _Watch(trace, arguments)
+    watch = _Watch(trace, arguments, before)
     with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
         output = fn()
-    for storage, before in trace.checksums.items():
+    for storage, checksum in trace.checksums.items():
         tensor = trace.externals[storage]
-        if storage not in trace.written and not torch.equal(before, _checksum(tensor)):
-            trace.found(UndeclaredWrite(f"a tensor{tuple(tensor.shape)} changed though no operator says that it writes it"))
+        if storage not in trace.written and not torch.equal(checksum, _checksum(tensor)):
+            by = _last_reader(trace, storage)
+            detail = f"a tensor{tuple(tensor.shape)} changed though no operator says that it writes it"
+            trace.found(UndeclaredWrite(detail, operator=str(by.func), site=by.site))
     return output, trace
+
+
+def _last_reader(trace: Trace, storage: int) -> Operation:
+    """The operator that a write to an external is most likely to come from: the last that was given it, not ATen's."""
+    readers = [o for o in trace.operations if _mentions(o.arguments, ("external", storage))]
+    foreign = [o for o in readers if o.func.namespace != "aten"]
+    return (foreign or readers)[-1]
+
+
+def _mentions(value: Any, origin: tuple[str, int]) -> bool:
+    return value == origin or (isinstance(value, tuple) and any(_mentions(item, origin) for item in value))
 
 
 def _checksum(tensor: Tensor) -> Tensor:

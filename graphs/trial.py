@@ -124,7 +124,7 @@ def _compare_consecutive(
 
     Returns what the step initialised in its first run, or an empty string.
     """
-    second, changes, error, result = _again(step, recorder, start)
+    second, changes, error, result = _again(step, recorder, start, first)
     refusal = compare_traces(first, second)
     if changes:
         raise _changing(changes[0], refusal)
@@ -133,7 +133,7 @@ def _compare_consecutive(
     if changed:
         return changed[0].path
     if refusal is not None:
-        third, changes, error, _ = _again(step, recorder, start)
+        third, changes, error, _ = _again(step, recorder, start, first)
         if error is None and not changes and compare_traces(second, third) is None:
             return f"a value computed once, at {refusal.site}"  # behind a cache that cannot be seen from here
         raise refusal
@@ -145,11 +145,13 @@ def _compare_consecutive(
     return ""
 
 
-def _again(step: Step, recorder: Recorder, start: Checkpoint) -> tuple[Trace, list[Difference], Exception | None, Any]:
+def _again(
+    step: Step, recorder: Recorder, start: Checkpoint, first: Trace
+) -> tuple[Trace, list[Difference], Exception | None, Any]:
     start.restore()
     trace, result, error = Trace(), None, None
     try:
-        result, trace = recorder.run(lambda: watch_step(step.run, step.call.tensors))  # type: ignore[misc]
+        result, trace = recorder.run(lambda: watch_step(step.run, step.call.tensors, first))  # type: ignore[misc]
     except Exception as raised:  # the user's step may fail in its second run; the caller looks for the reason
         error = raised
     changes = start.differences()
@@ -206,12 +208,11 @@ def _stand_in_run(
     call's: the same operators must run, read and write the same.
     """
     start.restore()
-    result, trace = _guarded(step, lambda: recorder.run(lambda: watch_step(lambda: step.run(stand_ins), stand_ins)))
-    extra = [whole for whole in trace.written.tensors if storage_id(whole) not in first.written]
+    result, trace = _guarded(step, lambda: recorder.run(lambda: watch_step(lambda: step.run(stand_ins), stand_ins, first)))
     trace.written.restore()
     start.restore()
     differing = RowsInteract if step.rows is not None else ChangingValue
-    if extra:
+    if trace.written.tensors:
         raise differing("a tensor is written only when the arguments are copies or padded")
     if [o.func for o in trace.operations] != [o.func for o in first.operations]:
         raise differing("other operators run when the arguments are copies or padded")
@@ -266,6 +267,10 @@ def _recorded(
     generators = tuple(trace.generators)
     try:
         return recorder.record(body, contract, step.call.tensors, owned=owned, generators=generators)
+    except UnsupportedOperator as unsupported:
+        operation = next((o for o in trace.operations if str(o.func) == unsupported.operator), None)
+        site = operation.site if operation is not None else unsupported.site
+        raise UnsupportedOperator(unsupported.detail, operator=unsupported.operator, site=site) from unsupported
     except CaptureFailed as failure:
         start.restore()
         watched, last = last_operation(body)

@@ -41,7 +41,7 @@ class LastCall:
         """The guard of a call, or None for calls that only the long way understands: containers of tensors, floats."""
         leaves = (*args, *kwargs.values())
         simple = len(call.tensors) + len(call.opaques) + sum(map(is_constant, leaves)) == len(leaves)
-        plain = all(type(tensor) is Tensor for tensor in call.tensors)
+        plain = all(type(tensor) is Tensor and not tensor.requires_grad for tensor in call.tensors)
         if _Guards is None or not simple or not plain or any(type(leaf) is float for leaf in leaves):
             return None
         guards = _Guards(*call.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)

@@ -145,7 +145,7 @@ def output_template(
                 return _Argument(index, opaque=True)
         if isinstance(value, _CONSTANTS):
             return value
-        raise UnsupportedOutput(f"the output holds a {type(value).__name__}, made anew by each call")
+        raise UnsupportedOutput(f"the output holds a {type(value).__name__}, made anew by each call", operator="output")
 
     structure = map_leaves(output, leaf)
     return OutputTemplate(structure), produced

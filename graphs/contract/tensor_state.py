@@ -62,10 +62,16 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _copy(whole: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            return whole.clone()
-        except torch.OutOfMemoryError:
-            return whole.cpu()
+        return whole.clone() if _has_room(whole) else whole.cpu()
+
+
+def _has_room(whole: Tensor) -> bool:
+    """Whether the device can hold a copy and still run the step: a trial makes up to four, the step needs some too."""
+    if not whole.is_cuda:
+        return True
+    free, _ = torch.cuda.mem_get_info(whole.device)
+    cached = torch.cuda.memory_reserved(whole.device) - torch.cuda.memory_allocated(whole.device)
+    return 8 * whole.nbytes < free + cached
 
 
 class RandomState:

@@ -152,6 +152,7 @@ class CudaRecorder:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.policy = current_policy()
         with torch.cuda.device(self.device):
+            torch.cuda.mem_get_info(self.device)  # binds the device's context to a thread that has not used it yet
             self.stream = torch.cuda.ExternalStream(self.policy.create_stream(), device=self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)

@@ -20,8 +20,9 @@ class DevicePolicy:
             NCCL and RCCL poll events while a step is recorded.
         poll_capture: ask the stream whether it is still capturing before ending a capture. HIP before ROCm 7.14
             invalidates a capture without an error at the call that broke it.
-        driver: library, and its symbols that begin a stream capture, ``int (stream, mode)``, and create a stream,
-            ``int (stream*, flags)``; see `begin_empty_capture` and `create_stream`.
+        libraries: names of the driver's library, the first that can be loaded is used.
+        driver: its symbols that begin a stream capture, ``int (stream, mode)``, and create a stream, ``int (stream*,
+            flags)``; see `begin_empty_capture` and `create_stream`.
         refused_operators: operators that record and then fault on a later replay, with the reason.
         bytes_per_graph: driver memory outside the pool, per graph; 0 where it is not known.
     """
@@ -29,7 +30,8 @@ class DevicePolicy:
     vendor: str
     capture_error_mode: str = "thread_local"
     poll_capture: bool = False
-    driver: tuple[str, str, str] = ("libcuda.so.1", "cuStreamBeginCapture_v2", "cuStreamCreate")
+    libraries: tuple[str, ...] = ("libcuda.so.1",)
+    driver: tuple[str, str] = ("cuStreamBeginCapture_v2", "cuStreamCreate")
     refused_operators: tuple[tuple[str, str], ...] = ()
     bytes_per_graph: int = 0
 
@@ -44,7 +46,7 @@ class DevicePolicy:
         driver ends it without an error. After the driver has dropped a capture there is nothing to end: an empty one
         lets ``capture_end`` do all its work (torch 2.11 to 2.15).
         """
-        self._call(self.driver[1], ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
+        self._call(self.driver[0], ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
 
     def create_stream(self) -> int:
         """A raw stream that nobody else has, never destroyed.
@@ -55,14 +57,26 @@ class DevicePolicy:
         The first use of a new stream is a warm-up, and its workspace comes from the recorder's own pool.
         """
         stream = ctypes.c_void_p()
-        self._call(self.driver[2], ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        self._call(self.driver[1], ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
         assert stream.value is not None
         return stream.value
 
     def _call(self, symbol: str, *arguments: object) -> None:
-        status = getattr(ctypes.CDLL(self.driver[0]), symbol)(*arguments)
+        status = getattr(_load(self.libraries), symbol)(*arguments)
         if status != 0:
-            raise RuntimeError(f"{symbol} of {self.driver[0]} failed with status {status}")
+            raise RuntimeError(f"the driver's {symbol} failed with status {status}")
+
+
+@functools.cache
+def _load(libraries: tuple[str, ...]) -> ctypes.CDLL:
+    """The first of ``libraries`` that can be loaded; torch has loaded it already."""
+    errors = []
+    for name in libraries:
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            errors.append(str(error))
+    raise RuntimeError("the driver's library cannot be loaded: " + "; ".join(errors))
 
 
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal, hipStreamCaptureModeThreadLocal
@@ -72,7 +86,8 @@ CUDA = DevicePolicy("cuda")
 HIP = DevicePolicy(
     "hip",
     poll_capture=True,
-    driver=("libamdhip64.so", "hipStreamBeginCapture", "hipStreamCreateWithFlags"),
+    libraries=("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"),
+    driver=("hipStreamBeginCapture", "hipStreamCreateWithFlags"),
     refused_operators=(("aten.topk", "topk inside a HIP graph faults on its second replay with torch >= 2.13"),),
     bytes_per_graph=4 << 20,
 )
