@@ -205,7 +205,7 @@ def _stand_in_run(
     """Run C. Returns the tensors the recording reads in place, and the template of its output.
 
     Only here is an argument told apart from the step's own tensor that it happens to be, and a padded batch from the
-    call's: the same operators must run, read and write the same.
+    call's: the same tensors must be written, and at exact sizes by the same operators.
     """
     start.restore()
     result, trace = _guarded(step, lambda: recorder.run(lambda: watch_step(lambda: step.run(stand_ins), stand_ins, first)))
@@ -214,8 +214,8 @@ def _stand_in_run(
     differing = RowsInteract if step.rows is not None else ChangingValue
     if trace.written.tensors:
         raise differing("a tensor is written only when the arguments are copies or padded")
-    if [o.func for o in trace.operations] != [o.func for o in first.operations]:
-        raise differing("other operators run when the arguments are copies or padded")
+    if step.rows is None and [o.func for o in trace.operations] != [o.func for o in first.operations]:
+        raise ChangingValue("other operators run when the arguments are copies")  # padded, a copy may become a view
     scattered = any(not tensor.is_contiguous() for tensor in step.call.tensors)
     strided = next((o for o in trace.operations if o.func is aten.as_strided.default), None)
     if scattered and strided is not None:
@@ -268,8 +268,8 @@ def _recorded(
     try:
         return recorder.record(body, contract, step.call.tensors, owned=owned, generators=generators)
     except UnsupportedOperator as unsupported:
-        operation = next((o for o in trace.operations if str(o.func) == unsupported.operator), None)
-        site = operation.site if operation is not None else unsupported.site
+        found = [o.site for o in trace.operations if str(o.func) == unsupported.operator]
+        site = found[0] if found else unsupported.site
         raise UnsupportedOperator(unsupported.detail, operator=unsupported.operator, site=site) from unsupported
     except CaptureFailed as failure:
         start.restore()
