@@ -31,7 +31,13 @@ class Padding:
             raise ConfigError("kind", self.kind, (*POLICIES, "sentinel"))
 
     def fill_bits(self, dtype: torch.dtype) -> int:
-        """The pad value as the bits of one element of ``dtype``, repeated to fill a signed 64-bit word."""
+        """The pad value as the bits of one element of ``dtype``, repeated to fill a signed 64-bit word.
+
+        Raises:
+            ConfigError: a sentinel other than zero for elements wider than a word (complex128).
+        """
+        if self.kind == "sentinel" and self.value != 0 and dtype.itemsize > 8:
+            raise ConfigError("sentinel", self.value, f"0 for {dtype}")
         element = torch.tensor([self.value if self.kind == "sentinel" else 0], dtype=dtype)
         raw = bytes(element.view(torch.uint8).tolist())
         return int(struct.unpack("<q", (raw * 8)[:8])[0])
