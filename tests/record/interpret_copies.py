@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,7 +112,7 @@ def run(cases: list[Case], real: int, rows: int, turn: int) -> dict[str, list[st
     """Copy every case in and, in the other direction, out; returns what came out wrong."""
     wrong: dict[str, list[str]] = {"inbound": [], "outbound": [], "guards": [], "turn": []}
     sources = [case.values(real, 2 * i, guard=0) for i, case in enumerate(cases)]
-    slots = [case.values(rows, 2 * i + 1) for i, case in enumerate(cases)]
+    slots = [replace(case, displaced=case.displaced // 2).values(rows, 2 * i + 1) for i, case in enumerate(cases)]
     results = [case.values(real, 2 * i + 1) for i, case in enumerate(cases)]
     expected = []
     for case, source, slot in zip(cases, sources, slots, strict=True):
