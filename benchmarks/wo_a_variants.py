@@ -86,11 +86,13 @@ def generic(layer: Layer, tile: tiles.Tile | None = None) -> None:
     kernels.launch_fused(layer.o, layer.w, layer.scale, layer.y, tile or tiles.fused(m, g, N, K, H200))
 
 
-def quantised(layer: Layer, path: str, tile: tiles.Tile | None = None) -> None:
+def quantised(layer: Layer, path: str, tile: tiles.Tile | None = None, overlap: bool = True) -> None:
     m, g, _ = layer.o.shape
-    run = kernels.launch_bmm if path == "bmm" else kernels.launch_gloop
-    scale = layer.scale.flatten()[:1] if path == "bmm" else layer.scale
-    run(layer.o, layer.w, scale, layer.y, tile or tiles.quantised_gemm(m, g if path == "bmm" else 1, N, K, H200))
+    tile = tile or tiles.quantised_gemm(path, m, g if path == "bmm" else 1, N, K, H200)
+    if path == "bmm":
+        kernels.launch_bmm(layer.o, layer.w, layer.scale.flatten()[:1], layer.y, tile)
+    else:
+        kernels.launch_gloop(layer.o, layer.w, layer.scale, layer.y, tile, overlap)
 
 
 def registers(layer: Layer, overlap: bool) -> None:

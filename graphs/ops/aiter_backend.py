@@ -35,7 +35,11 @@ from graphs.ops.tiles import quantise_rows
 AMD_ONLY = frozenset({"waves_per_eu", "matrix_instr_nonkdim", "kpack"})  # launch options that only Triton's AMD compiler knows
 INSTALL = "pip install amd-aiter" if torch.version.hip else "pip install --no-deps amd-aiter"
 TRITON = Path("ops", "triton")  # where the package keeps its Triton operators
-TILINGS = ((16, 16, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4), (128, 128, 8, 3))  # rows, columns, warps, stages
+Tiling = tuple[int, int, int, int]  # rows, columns, warps, stages
+TILINGS: dict[str, tuple[tuple[int, Tiling], ...]] = {  # up to this many tokens: the best of a sweep on an H200 at G = 2
+    "bmm": ((1, (16, 32, 4, 4)), (16, (16, 16, 4, 4)), (64, (16, 64, 4, 4)), (512, (64, 64, 4, 4)), (2**31, (128, 128, 8, 3))),
+    "gloop": ((4, (16, 32, 4, 6)), (64, (64, 16, 4, 6)), (512, (64, 32, 4, 4)), (2**31, (64, 64, 4, 4))),
+}
 
 
 class Function(NamedTuple):
@@ -72,9 +76,11 @@ class LaunchOptions(dict[str, Any]):
             super().__setitem__(name, value)
 
 
-def default_config(m: int, n: int, k: int) -> dict[str, Any]:
-    """Launch options off AMD for ``m`` rows of one group: narrow columns while reading the weight is what takes the time."""
-    tile_m, tile_n, warps, stages = TILINGS[0 if m <= 16 else 1 if m <= 64 else 2 if m * n <= 2**19 else 3]
+def default_config(path: str, m: int, g: int, n: int, k: int) -> dict[str, Any]:
+    """Launch options off AMD for ``m`` tokens of ``g`` groups: narrow columns while reading the weight is what takes the time."""
+    tile_m, tile_n, warps, stages = next(tiling for tokens, tiling in TILINGS[path] if m <= tokens)
+    if path == "bmm" and m <= 16 and g * n > 4096:  # one launch for all groups: there are blocks enough
+        tile_n = 64
     tile = {"BLOCK_SIZE_M": tile_m, "BLOCK_SIZE_N": tile_n, "BLOCK_SIZE_K": BLOCK, "GROUP_SIZE_M": 1, "cache_modifier": ""}
     return tile | {"num_warps": warps, "num_stages": min(stages, max(k // BLOCK, 1)), "enable_fp_fusion": True}
 
@@ -191,12 +197,12 @@ def gloop(o: Tensor, weight: Tensor, scale: Tensor, *, config: Mapping[str, Any]
     return torch.ops.graphs.wo_a_aiter_gloop(o, weight, scale, json.dumps(dict(config)) if config else "")
 
 
-def _options(m: int, weight: Tensor, config: str, **extra: int) -> dict[str, Any] | None:
+def _options(path: str, m: int, weight: Tensor, config: str, **extra: int) -> dict[str, Any] | None:
     """Launch options, new for every call because the package writes into them. ``None`` lets it choose (ROCm)."""
     given: dict[str, Any] = json.loads(config) if config else {}
     if torch.version.hip:
         return given or None
-    return LaunchOptions({**default_config(m, *weight.shape[1:]), **extra, **given})
+    return LaunchOptions({**default_config(path, m, *weight.shape), **extra, **given})
 
 
 def _run(path: str, o: Tensor, weight: Tensor, scale: Tensor, config: str = "") -> Tensor:
@@ -213,14 +219,14 @@ def _run(path: str, o: Tensor, weight: Tensor, scale: Tensor, config: str = "") 
 
 
 def _launch_bmm(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, config: str) -> None:
-    options = _options(o.shape[0], weight, config)
+    options = _options("bmm", o.shape[0], weight, config)
     function("bmm")(o, weight, scale, BLOCK, dtype=o.dtype, YQ=y, transpose_bm=True, transpose_bm_in=True, config=options)
 
 
 def _launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, config: str) -> None:
     q, q_scale = _quantise(o, weight.dtype)
     for g in range(weight.shape[0]):
-        options = _options(o.shape[0], weight, config, NUM_KSPLIT=1)
+        options = _options("gloop", o.shape[0], weight, config, NUM_KSPLIT=1)
         function("gloop")(q[g], weight[g], q_scale[g], scale[g], dtype=o.dtype, y=y[:, g], config=options)
 
 

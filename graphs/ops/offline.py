@@ -62,11 +62,18 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     strides = {"stride_om": "i32", "stride_og": "i32", "stride_ok": "constexpr"}
     block = {"q": "*" + fp8, "q_scale": "*fp32", "weight": "*" + fp8, "scale": "*fp32", "y": "*bf16", "g": "i32", "G": "i32"}
     for m in tokens:
-        bmm, gloop = tiles.quantised_gemm(m, *SHAPE, arch), tiles.quantised_gemm(m, 1, *SHAPE[1:], arch)
+        bmm = tiles.quantised_gemm("bmm", m, *SHAPE, arch)
+        gloop = tiles.quantised_gemm("gloop", m, 1, *SHAPE[1:], arch)
         fused = tiles.fused(m, *SHAPE, arch)
         yield Case("wo_a_bmm_kernel", m, gemm | strides, _blocks(bmm) | {"stride_ok": 1, "FP8_LIMIT": limit}, bmm)
         yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(fused) | {"stride_ok": 1}, fused)
-        yield Case("wo_a_block_gemm_kernel", m, block | {"M": "i32", "N": "i32", "K": "i32"}, _blocks(gloop), gloop)
+        yield Case(
+            "wo_a_block_gemm_kernel",
+            m,
+            block | {"M": "i32", "N": "i32", "K": "i32"},
+            _blocks(gloop) | {"OVERLAP": tiles.overlaps(arch)},
+            gloop,
+        )
     quantise = {"o": "*bf16", "q": "*" + fp8, "scale": "*fp32", "M": "i32", "K": "i32"} | strides
     rows = tiles.quantise_rows(SHAPE[2] // 128)
     yield Case(

@@ -146,7 +146,7 @@ def _cuda_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if o.shape[0]:
         arch = arch_of(o.device.index, "bmm", weight.dtype)
         g, n, k = weight.shape
-        kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm(o.shape[0], g, n, k, arch))
+        kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm("bmm", o.shape[0], g, n, k, arch))
     return y
 
 
@@ -156,7 +156,9 @@ def _cuda_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if o.shape[0]:
         arch = arch_of(o.device.index, "gloop", weight.dtype)
         _, n, k = weight.shape
-        kernels().launch_gloop(o, weight, scale, y, tiles.quantised_gemm(o.shape[0], 1, n, k, arch))
+        kernels().launch_gloop(
+            o, weight, scale, y, tiles.quantised_gemm("gloop", o.shape[0], 1, n, k, arch), tiles.overlaps(arch)
+        )
     return y
 
 

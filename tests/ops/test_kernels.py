@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,13 +77,27 @@ def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
             assert row.matrix and all(name.startswith(EXPECTED[row.target]) for name in row.matrix), row
 
 
+PICKS = (partial(tiles.quantised_gemm, "bmm"), partial(tiles.quantised_gemm, "gloop"), tiles.fused)
+
+
 def test_tiles_divide_every_legal_size_and_depend_on_nothing_else() -> None:
-    for arch in (tiles.Arch("cuda", 9, 0), tiles.Arch("hip", 9, 5)):
-        for m in (1, 16, 17, 64, 65, 4096):
-            for g, n in ((1, 128), (2, 1024), (16, 1024)):
-                for pick in (tiles.quantised_gemm, tiles.fused):
+    for arch in (tiles.Arch("cuda", 9, 0), tiles.Arch("cuda", 10, 0), tiles.Arch("hip", 9, 5)):
+        for m in (1, 16, 17, 64, 65, 257, 4096):
+            for g, n in ((1, 128), (2, 1024), (8, 1024), (16, 1024)):
+                for pick in PICKS:
                     tile = pick(m, g, n, 4096, arch)
                     assert tile == pick(m, g, n, 4096, arch) and 128 % tile.block_n == 0 and tile.block_m >= 16
+
+
+def test_tiles_measured_on_one_chip_are_not_used_on_another() -> None:
+    hopper, other = tiles.Arch("cuda", 9, 0), tiles.Arch("cuda", 10, 0)
+    assert tiles.quantised_gemm("bmm", 64, 2, 1024, 4096, hopper) == tiles.Tile(16, 64, 4, 6)
+    assert tiles.quantised_gemm("gloop", 4, 1, 1024, 4096, hopper) == tiles.Tile(16, 16, 2, 6)
+    assert tiles.fused(4, 8, 1024, 4096, hopper) == tiles.Tile(16, 32, 4, 4)
+    assert (
+        tiles.quantised_gemm("bmm", 64, 2, 1024, 4096, other) == tiles.fused(64, 2, 1024, 4096, other) == tiles.Tile(64, 32, 4, 4)
+    )
+    assert tiles.quantised_gemm("bmm", 4, 16, 1024, 4096, hopper).block_n == 64, "narrow tiles are for few columns"
 
 
 def test_the_register_kernel_runs_where_it_was_measured_to_be_faster() -> None:
