@@ -1,0 +1,185 @@
+"""Several threads on one step and on several; every join has a limit, so that a deadlock is a failure and not a hang."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphs
+from graphs.ledger import NotReplayed
+
+LIMIT = 60  # seconds
+
+
+def together(*bodies: Callable[[], Any]) -> list[Any]:
+    """Run each body in a thread of its own, all starting at once; what they return, or the first error."""
+    barrier = threading.Barrier(len(bodies))
+    results: list[Any] = [None] * len(bodies)
+    failures: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            barrier.wait(LIMIT)
+            with torch.no_grad():
+                results[index] = bodies[index]()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    if failures:
+        raise failures[0]
+    return results
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.count.add_(1)
+        return x * 2 + 1, self.count * 1
+
+
+def calls(step: Any, first: float, number: int = 25) -> Callable[[], list[int]]:
+    """Calls with data of this thread's own; returns the counts seen."""
+
+    def body() -> list[int]:
+        seen = []
+        for index in range(number):
+            x = torch.full((3,), first + index)
+            doubled, count = step(x)
+            assert doubled.tolist() == [2 * (first + index) + 1] * 3
+            seen.append(int(count))
+        return seen
+
+    return body
+
+
+def in_order(seen: Sequence[Sequence[int]]) -> bool:
+    return all(list(counts) == sorted(set(counts)) for counts in seen)
+
+
+@pytest.mark.parametrize("verify", ["capture", "always", "off"])
+def test_threads_on_one_step_get_their_own_results_and_advance_state_once_per_call(verify: str) -> None:
+    model = Counter()
+    step = graphs.capture(model, verify=verify)
+    seen = together(*(calls(step, 1000.0 * thread) for thread in range(4)))
+    assert in_order(seen) and sorted(count for counts in seen for count in counts) == list(range(1, 101))
+    assert model.count.item() == 100
+    report = step.report()
+    assert (report.recordings, report.replays, report.eager_calls) == (1, 100, 0)
+
+
+@pytest.mark.parametrize("verify", ["capture", "always"])
+def test_threads_on_steps_of_their_own(verify: str) -> None:
+    steps = [graphs.capture(Counter(), verify=verify) for _ in range(3)]
+    seen = together(*(calls(step, 1000.0 * index) for index, step in enumerate(steps)))
+    assert seen == [list(range(1, 26))] * 3
+    assert [step.report().replays for step in steps] == [25] * 3
+
+
+def test_threads_that_cross_two_steps_do_not_lock_each_other_out() -> None:
+    one, other = (graphs.capture(Counter(), verify="always") for _ in range(2))
+
+    def crossing(first: Any, second: Any) -> Callable[[], None]:
+        def body() -> None:
+            for index in range(10):
+                first(torch.full((index % 3 + 1,), 1.0))
+                second(torch.full((index % 3 + 1,), 1.0))
+                first.report()
+
+        return body
+
+    together(crossing(one, other), crossing(other, one), crossing(one, other))
+    assert one.count.item() == other.count.item() == 30
+
+
+def test_a_verified_step_inside_a_verified_step_from_two_threads() -> None:
+    inner = graphs.capture(Counter(), verify="always")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[0] * 2
+
+    outers = [graphs.capture(Outer(), verify="always") for _ in range(2)]
+
+    def body(step: Any) -> Callable[[], None]:
+        def run() -> None:
+            for index in range(8):
+                assert step(torch.full((2,), float(index))).tolist() == [4.0 * index + 2] * 2
+                inner(torch.ones(2))
+
+        return run
+
+    together(*map(body, outers))
+    assert inner.count.item() == 32
+
+
+def test_threads_with_new_keys_record_each_once() -> None:
+    step = graphs.capture(lambda x: x * 2)
+
+    def body() -> None:
+        for size in range(1, 9):
+            assert step(torch.ones(size)).tolist() == [2.0] * size
+
+    together(body, body, body, body)
+    report = step.report()
+    assert (report.recordings, report.replays) == (8, 32)
+
+
+def test_recordings_dropped_while_others_replay() -> None:
+    model = Counter()
+    step = graphs.capture(model)
+
+    def dropping() -> None:
+        for _ in range(10):
+            step.invalidate()
+
+    together(calls(step, 0.0), calls(step, 1000.0), dropping)
+    assert model.count.item() == 50 and step.report().replays == 50
+
+
+def test_refusals_are_counted_from_every_thread() -> None:
+    step = graphs.capture(lambda x: x * x.sum().item())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReplayed)
+        together(*[lambda: [step(torch.ones(2)) for _ in range(10)]] * 3)
+    (refusal,) = step.report().refusals
+    assert refusal.count == step.report().eager_calls == 30
+
+
+def test_an_error_in_one_thread_leaves_the_step_to_the_others() -> None:
+    def picky(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 1:
+            raise ValueError("too short")
+        return x * 2
+
+    step = graphs.capture(picky)
+
+    def failing() -> None:
+        for _ in range(5):
+            with pytest.raises(ValueError, match="too short"):
+                step(torch.ones(1))
+
+    def working() -> None:
+        for _ in range(5):
+            assert step(torch.ones(2)).tolist() == [2, 2]
+
+    together(failing, working, failing, working)
+    assert step.report().replays == 10
