@@ -138,8 +138,8 @@ def pair_kernel(
             view(fs[b], [2 * BUFFERS, BT], FS).index(2 * slot + 1).store(inverses[b])
         if CHUNKS > 1:
             x = tiles(o_tile + (c + 1) * (CB * 128), live & (c + 1 < CHUNKS), CB)
+        fence_async_shared()  # by the threads that wrote, before the barrier that comes with the wait below
         async_copy.wait_group(STAGES - 1)
-        fence_async_shared()
         parts = ()
         for b in gl.static_range(CB):
             part = warpgroup_mma(
@@ -180,13 +180,14 @@ def pair_kernel(
         )  # fmt: skip
 
 
-def exchange(registers: int, ranks: int, threads: int) -> tuple[str, str, str]:
+def exchange(registers: int, ranks: int, threads: int, signal: bool) -> tuple[str, str, str]:
     """PTX that adds hi to lo and sums over a cluster: what to do first, what to do last, operand constraints of the last.
 
     A thread's ``registers`` accumulators are hi in the first half, lo in the second. Their sums fall into ``ranks`` runs; run j
-    of every thread of every block goes to block j, which adds in a fixed order. Data and the signal that it is there travel
-    together (``st.async``): a cluster barrier in its place costs a fence of all memory. No block leaves before all of its data
-    has come, so nobody writes to a block that is gone; the barrier at the start makes sure that all are there.
+    of every thread of every block goes to block j, which adds in a fixed order. With ``signal``, data and the news that it is
+    there travel together (``st.async``) and no block leaves before all of its data has come, so nobody writes to a block that
+    is gone; without, plain stores and a cluster barrier, which fences all memory. The barrier at the start is for both: nobody
+    may write to a block that is not there yet.
     """
     half = registers // 2
     run = half // ranks
@@ -199,12 +200,13 @@ def exchange(registers: int, ranks: int, threads: int) -> tuple[str, str, str]:
         joined = ", ".join(f"{prefix}{first + i}" for i in range(step))
         return "{" + joined + "}" if step > 1 else joined
 
+    expect = f"""@p mbarrier.init.shared::cta.b64 [base+{size}], 1;
+@p fence.mbarrier_init.release.cluster;
+@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [base+{size}], {size};"""
     begin = f""".shared .align 1024 .b8 exchanged[{reserved}];
 {{ .reg .pred p; .reg .b32 tid, base;
 mov.u32 tid, %tid.x; mov.u32 base, exchanged; setp.eq.u32 p, tid, 0;
-@p mbarrier.init.shared::cta.b64 [base+{size}], 1;
-@p fence.mbarrier_init.release.cluster;
-@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [base+{size}], {size};
+{expect if signal else ""}
 barrier.cluster.arrive.relaxed.aligned;
 mov.b32 $0, 0; }}"""
     lines = [
@@ -218,10 +220,12 @@ mov.b32 $0, 0; }}"""
         lines.append(f"mapa.shared::cluster.u32 remote, slot, {rank}; mapa.shared::cluster.u32 bar, signal, {rank};")
         for i in range(0, run, step):
             values = names("h", rank * run + i)
-            lines.append(
-                f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32 [remote+{i * 4}], {values}, [bar];"
-            )
-    lines += ["again:", "mbarrier.try_wait.parity.shared::cta.b64 p, [signal], 0;", "@!p bra again;"]
+            store = f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32 [remote+{i * 4}], {values}, [bar];"
+            lines.append(store if signal else f"st.shared::cluster{vector}.f32 [remote+{i * 4}], {values};")
+    if signal:
+        lines += ["again:", "mbarrier.try_wait.parity.shared::cta.b64 p, [signal], 0;", "@!p bra again;"]
+    else:
+        lines += ["barrier.cluster.arrive.aligned;", "barrier.cluster.wait.aligned;"]
     lines += [f"mov.f32 s{i}, 0f00000000;" for i in range(run)]
     for source in range(ranks):
         offset = source * threads * run * 4
@@ -234,11 +238,11 @@ mov.b32 $0, 0; }}"""
     return begin, "\n".join([*lines, "}"]), ",".join(["=&f"] * registers + ["f"] * registers)
 
 
-def layouts(c: int, bn: int, bt: int) -> dict[str, object]:
+def layouts(c: int, bn: int, bt: int, signal: bool = True) -> dict[str, object]:
     warps = bn // 16
     bits = c.bit_length() - 1
     cga, flat = [[0, 0]] * bits, [[0]] * bits
-    begin, end, constraints = exchange(bt, c, 32 * warps) if c > 1 else ("", "", "")
+    begin, end, constraints = exchange(bt, c, 32 * warps, signal) if c > 1 else ("", "", "")
     return {
         "COPY": gl.BlockedLayout([1, 16], [4, 8], [warps, 1], [1, 0], cga_layout=cga),
         "OL": gl.BlockedLayout([1, 8], [2, 16], [warps, 1], [1, 0], cga_layout=cga),

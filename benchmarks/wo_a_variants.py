@@ -110,12 +110,52 @@ def copy(layer: Layer, c: int, pdl: int = 0, barrier: bool = False) -> None:
     )  # fmt: skip
 
 
-def pair(layer: Layer, c: int, bn: int, bt: int, cb: int, stages: int, pdl: int = 0) -> None:
+def pair(layer: Layer, c: int, bn: int, bt: int, cb: int, stages: int, pdl: int = 0, signal: bool = True) -> None:
     m, g, k = layer.o.shape
     launch(
         wo_a_pair.pair_kernel, (N // bn, g), layer.o, layer.w, layer.scale, layer.y, m, N, k, layer.o.stride(0),
-        layer.o.stride(1), c, bn, bt, cb, stages, pdl, **wo_a_pair.layouts(c, bn, bt), num_warps=bn // 16, num_ctas=c,
+        layer.o.stride(1), c, bn, bt, cb, stages, pdl, **wo_a_pair.layouts(c, bn, bt, signal), num_warps=bn // 16, num_ctas=c,
         launch_pdl=pdl > 0,
+    )  # fmt: skip
+
+
+# ---- the portable kernel with K split over warps -------------------------------------------------------------------------------
+@triton.jit
+def split_kernel(
+    o, weight, scale, y, M, N: tl.constexpr, K: tl.constexpr, stride_om, stride_og,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """SPLIT blocks of 128 features per step, one per warp: fewer and longer steps, and no warp waits for another's product.
+
+    The weight is the left operand: eight tokens are enough for the right one.
+    """
+    g = tl.program_id(1).to(tl.int64)
+    n0 = tl.program_id(0) * BLOCK_N
+    part = tl.arange(0, SPLIT)
+    k = tl.arange(0, 128)
+    rows = tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    o_tile = o + g * stride_og + part[:, None, None] * 128 + rows[None, None, :] * stride_om + k[None, :, None]
+    w_tile = weight + g * N * K + part[:, None, None] * 128 + cols[None, :, None] * K + k[None, None, :]
+    s_tile = scale + (g * (N // 128) + n0 // 128) * (K // 128) + part
+    live = (rows < M)[None, None, :]
+    acc = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    following = tl.load(s_tile)
+    for step in range(K // 128 // SPLIT):
+        s = following
+        following = tl.load(s_tile + min(step + 1, K // 128 // SPLIT - 1) * SPLIT)
+        w = tl.load(w_tile + step * (SPLIT * 128))
+        x = tl.load(o_tile + step * (SPLIT * 128), mask=live, other=0.0)
+        acc += tl.dot(w.to(tl.float32).to(tl.bfloat16), x) * s[:, None, None]
+    out = y + (rows[None, :] * tl.num_programs(1) + g) * N + cols[:, None]
+    tl.store(out, tl.sum(acc, 0).to(tl.bfloat16), mask=(rows < M)[None, :])
+
+
+def split(layer: Layer, n: int, parts: int, stages: int) -> None:
+    m, g, k = layer.o.shape
+    launch(
+        split_kernel, (N // n, g), layer.o, layer.w, layer.scale, layer.y, m, N, k, layer.o.stride(0), layer.o.stride(1),
+        max(8, triton.next_power_of_2(m)), n, parts, num_warps=parts, num_stages=stages,
     )  # fmt: skip
 
 
@@ -151,8 +191,11 @@ def variants(g: int, m: int) -> Iterator[Variant]:
         name = f"pair c{c} n{bn} k{cb} s{stages}"
         yield Variant(name, make)
         yield Variant(name + " pdl", partial(make, pdl=1))
-        if g == 2:
-            yield Variant(name + " early", partial(make, pdl=2))
+        if c > 1:
+            yield Variant(name + " barrier", partial(make, signal=False))
+            yield Variant(name + " barrier pdl", partial(make, signal=False, pdl=1))
+    for n, parts, stages in SPLIT if m <= 16 else SPLIT_64 if m <= 64 else ():
+        yield Variant(f"split n{n} w{parts} s{stages}", partial(split, n=n, parts=parts, stages=stages))
     yield Variant("generic", generic)
     for n, warps, stages in GENERIC[m <= 16]:
         tile = tiles.Tile(16 if m <= 16 else min(m, 64), n, warps, stages)
@@ -162,16 +205,20 @@ def variants(g: int, m: int) -> Iterator[Variant]:
         for rows, n, warps, stages in QUANTISED[16 if m <= 16 else 64 if m <= 64 else 256]:
             tile = tiles.Tile(rows, n, warps, stages)
             yield Variant(f"{path} m{rows} n{n} w{warps} s{stages}", partial(quantised, path=path, tile=tile), False)
+        if path == "gloop":
+            yield Variant("gloop one group after another", partial(quantised, path=path, overlap=False), False)
 
 
+SPLIT = ((16, 4, 3), (16, 4, 4), (16, 8, 2), (16, 8, 3), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 3))
+SPLIT_64 = ((16, 4, 2), (32, 4, 2), (32, 4, 3))
 GENERIC = {
-    True: ((16, 4, 8), (32, 2, 8), (32, 4, 4), (32, 4, 8), (64, 4, 6), (64, 4, 8), (64, 8, 6), (128, 4, 6), (128, 8, 6)),
+    True: ((32, 4, 4), (64, 4, 6)),
     False: ((32, 4, 4), (32, 4, 6), (64, 4, 4), (64, 8, 4)),
 }
 QUANTISED = {
-    16: ((16, 16, 1, 8), (16, 16, 2, 6), (16, 16, 4, 8), (16, 32, 4, 6), (16, 32, 2, 8)),
-    64: ((64, 32, 4, 6), (64, 16, 4, 6), (32, 32, 4, 6), (16, 64, 4, 6), (16, 128, 4, 4)),
-    256: ((64, 32, 4, 5), (64, 64, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)),
+    16: ((16, 16, 4, 8), (16, 16, 2, 6), (64, 16, 4, 6)),
+    64: ((64, 16, 4, 6), (16, 64, 4, 6)),
+    256: ((64, 64, 4, 5), (64, 64, 4, 4), (64, 32, 4, 4), (128, 128, 8, 3)),
 }
 
 
@@ -180,20 +227,8 @@ def pair_shapes(g: int, bt: int) -> tuple[tuple[int, int, int, int], ...]:
     if not bt:
         return ()
     if g <= 4:
-        few = ((4, 64, 8, 1), (4, 64, 4, 2), (8, 64, 4, 1), (8, 128, 4, 1))
-        return few if bt <= 16 else ((8, 128, 4, 1), (8, 64, 4, 1))
-    if bt <= 16:
-        return (
-            (1, 64, 2, 4),
-            (1, 64, 2, 5),
-            (1, 64, 4, 2),
-            (1, 64, 4, 3),
-            (1, 64, 4, 5),
-            (1, 128, 2, 5),
-            (2, 64, 2, 4),
-            (2, 64, 4, 2),
-        )
-    return ((1, 64, 2, 4), (1, 128, 1, 6), (1, 128, 2, 3), (2, 128, 2, 3))
+        return ((4, 64, 8, 1), (8, 128, 4, 1)) if bt <= 16 else ((8, 128, 4, 1),)
+    return ((1, 64, 2, 4), (1, 64, 4, 2), (1, 64, 4, 3)) if bt <= 16 else ((1, 128, 1, 6),)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------------
@@ -302,12 +337,12 @@ class NoDevice:
 def compile_all() -> None:
     """Compile every variant for sm_90 without a device."""
     triton.runtime.driver.set_active(NoDevice())
-    for g, m in ((2, 4), (2, 16), (2, 64), (8, 64)):
+    for g, m in ((2, 4), (2, 16), (2, 64), (8, 4), (8, 64)):
         o, y = torch.zeros(m, g, K).bfloat16(), torch.zeros(m, g, N).bfloat16()
         w = torch.zeros(g, N, K, dtype=torch.uint8).view(torch.float8_e4m3fn)
         layer = Layer(o, w, torch.ones(g, N // 128, K // 128), torch.empty(g, N, K, dtype=torch.bfloat16), y)
         for variant in variants(g, m):
-            if variant.name.split()[0] in ("copy", "pair", "read"):
+            if variant.name.split()[0] in ("copy", "pair", "read", "split"):
                 print(f"G={g} M={m:3} {variant.name:26} ", end="", flush=True)
                 variant.run(layer)
 
