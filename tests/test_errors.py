@@ -179,19 +179,6 @@ CASES = [
     Case(failing_when_repeated, "capture-failed", "", placed=False),
     Case(launched, "opaque-kernel", "my_kernel"),
 ]
-NOT_NAMED = {  # reason -> what the refusal leaves out today
-    "unsupported-operator": "the tape names the operator it cannot hold without its line",
-    "undeclared-write": "names neither operator nor line",
-    "unsupported-output": "names no operator",
-}
-
-
-def marked(cases: list[Case]) -> list[Any]:
-    reasons = [NOT_NAMED.get(case.reason) for case in cases]
-    return [
-        pytest.param(case, id=case.body.__name__, marks=[pytest.mark.xfail(strict=True, reason=why)] if why else [])
-        for case, why in zip(cases, reasons, strict=True)
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +219,7 @@ def test_every_reason_has_a_remedy_of_its_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
-@pytest.mark.parametrize("case", marked(CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.body.__name__)
 def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case) -> None:
     step = graphs.capture(case.body)
     step(*calls(1)[0])
@@ -363,7 +350,6 @@ def test_arguments_that_cannot_be_recorded(arguments: Callable[[], Any], reason:
         strict(*arguments())
 
 
-@pytest.mark.xfail(strict=True, reason="a call like the last one is replayed though gradients are recorded now")
 def test_a_recorded_step_refuses_gradients_when_they_are_asked_for_later() -> None:
     x = torch.ones(2, requires_grad=True)
     step = graphs.capture(lambda x: x * 2)

@@ -319,6 +319,15 @@ def test_random_numbers_go_on_where_the_caller_left_off() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.xfail(strict=True, reason="a copied argument is contiguous, so its elements draw in another order than eager's")
+def test_an_argument_of_another_layout_gets_the_random_numbers_of_eager() -> None:
+    step, outputs = graphs.capture(dropout), []
+    for call in (dropout, step):
+        torch.manual_seed(3)
+        outputs.append(call(torch.ones(4, 16).t()))
+    assert torch.equal(*outputs)
+
+
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Tensor]], Any]], None]:
     """Lets every later replay do something wrong with its outputs."""
