@@ -212,7 +212,7 @@ def test_a_row_wise_program_in_buckets_gives_what_eager_does(program: Program, s
 
 
 @CHECKED
-@given(programs(PURE, INTERACTING, DETERMINED), st.lists(st.integers(1, 9), min_size=3, max_size=6))
+@given(programs(ROW_WISE, INTERACTING, DETERMINED), st.lists(st.integers(1, 9), min_size=3, max_size=6))
 @example(Program((("mean of rows", 0, 0), ("add", 3, 1)), (4,), "one"), [3, 1, 4, 6])
 @example(Program((("write a column", 2, 0), ("shifted rows", 2, 0)), (3, 2), "tuple"), [3, 2, 3, 8])
 def test_a_program_whose_rows_may_interact_gives_what_eager_does_in_buckets(program: Program, sizes: list[int]) -> None:

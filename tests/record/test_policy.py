@@ -15,8 +15,9 @@ def test_both_vendors_record_thread_locally() -> None:
 
 
 def test_the_vendors_drivers() -> None:
-    assert CUDA.driver == ("libcuda.so.1", "cuStreamBeginCapture_v2", "cuStreamCreate")
-    assert HIP.driver == ("libamdhip64.so", "hipStreamBeginCapture", "hipStreamCreateWithFlags")
+    assert CUDA.libraries == ("libcuda.so.1",) and CUDA.driver == ("cuStreamBeginCapture_v2", "cuStreamCreate")
+    assert HIP.driver == ("hipStreamBeginCapture", "hipStreamCreateWithFlags")
+    assert all(name.startswith("libamdhip64.so") for name in HIP.libraries)
 
 
 def test_hip_polls_the_capture_and_counts_driver_memory_and_cuda_does_not() -> None:
@@ -51,8 +52,18 @@ def test_this_process_has_one_policy_which_is_that_of_its_torch() -> None:
     assert current_policy().vendor == ("cuda" if torch.version.hip is None else "hip")
 
 
+C_LIBRARY = "libc.so.6"
+
+
 def test_a_driver_that_refuses_is_named_with_its_status() -> None:
-    policy = DevicePolicy("test", driver=("libc.so.6", "toupper", "toupper"))  # an int function that returns its argument
-    with pytest.raises(RuntimeError, match=r"toupper of libc\.so\.6 failed with status 7"):
+    """``toupper`` stands in for the driver: an int function that gives its argument back."""
+    policy = DevicePolicy("test", libraries=("libnothing.so.1", C_LIBRARY), driver=("toupper", "toupper"))
+    with pytest.raises(RuntimeError, match="toupper failed with status 7"):
         policy.begin_empty_capture(7)
     policy.begin_empty_capture(0)
+
+
+def test_a_driver_that_is_not_there_is_named_with_every_library_tried() -> None:
+    policy = DevicePolicy("test", libraries=("libnothing.so.1", "libnothing.so"), driver=("toupper", "toupper"))
+    with pytest.raises(RuntimeError, match=r"cannot be loaded: libnothing\.so\.1.*; libnothing\.so:"):
+        policy.create_stream()
