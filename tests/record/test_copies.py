@@ -59,7 +59,7 @@ def test_a_recording_without_tensors_still_counts_its_turn(interpreted: dict[str
 
 
 def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sentinel = 3 .* 0 for torch.complex128"):
+    with pytest.raises(ConfigError, match=r"sentinel = 3 .* 0 for torch\.complex128"):
         Padding("sentinel", 3).fill_bits(torch.complex128)
     assert Padding("sentinel", 0).fill_bits(torch.complex128) == 0
 
