@@ -19,9 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from graphs.ops.reference import FP8_MAX
+from graphs.ops.reference import HEAD as HEAD_FEATURES
+from graphs.ops.reference import ROTATED as ROTATED_FEATURES
 from graphs.ops.tiles import Tile, quantise_rows
 
 GROUP = tl.constexpr(128)
+HEAD = tl.constexpr(HEAD_FEATURES)
+ROTATED = tl.constexpr(ROTATED_FEATURES)
 AMAX_FLOOR = tl.constexpr(1e-10)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 OPERAND = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)  # what the fused kernel multiplies
@@ -128,12 +132,27 @@ def wo_a_block_gemm_kernel(
 
 
 @triton.jit
+def _turn_back(x, table_rows, live, BLOCK_M: tl.constexpr):
+    """Inverse rotary embedding of the last 128 features of a head; see :func:`graphs.ops.reference.inverse_rotary`."""
+    pair = tl.arange(0, GROUP // 2)
+    turned = live & (pair >= (GROUP - ROTATED) // 2)[None, :]
+    angle = table_rows[:, None] + (pair % (ROTATED // 2))[None, :]
+    cos = tl.load(angle, mask=turned, other=1.0)
+    sin = tl.load(angle + ROTATED // 2, mask=turned, other=0.0)
+    real, imaginary = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_M, GROUP // 2, 2)))
+    out = tl.join(real * cos + imaginary * sin, imaginary * cos - real * sin)
+    return tl.reshape(out, (BLOCK_M, GROUP))
+
+
+@triton.jit
 def wo_a_fused_kernel(
-    o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    o, weight, scale, y, positions, table, M, N, K, stride_om, stride_og, stride_ok,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """FP8 weight widened to bfloat16 (exact) times bfloat16 activations, block scales on the partial sums. Grid as ``bmm``.
 
-    The weight goes by way of float32: the direct conversion is a quarter-rate instruction on sm_90.
+    The weight goes by way of float32: the direct conversion is a quarter-rate instruction on sm_90. With a positive FP8_LIMIT the
+    activations are quantised instead, as in ``bmm``. With ``positions`` their rotary embedding is undone as they are read.
     """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -144,10 +163,19 @@ def wo_a_fused_kernel(
     w_scale = scale + (g * (N // GROUP) + tl.program_id(0) * BLOCK_N // GROUP) * (K // GROUP)
     live = (rows < M)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if positions is not None:
+        table_rows = table + tl.load(positions + rows, mask=rows < M, other=0).to(tl.int64) * ROTATED
     for block in range(K // GROUP):
         w = tl.load(w_tile + block * GROUP)
         x = tl.load(o_tile + block * GROUP * stride_ok, mask=live, other=0.0)
-        acc += tl.dot(x.to(OPERAND), w.to(tl.float32).to(OPERAND)) * tl.load(w_scale + block)
+        if positions is not None:  # noqa: SIM102 (this one is decided at compile time)
+            if (GROUP * (block + 1)) % HEAD == 0:
+                x = _turn_back(x, table_rows, live, BLOCK_M).to(OPERAND)
+        if FP8_LIMIT > 0:
+            q, s = _quantise(x.to(tl.float32), FP8_LIMIT, weight.dtype.element_ty)
+            acc += tl.dot(q, w) * (s * tl.load(w_scale + block))[:, None]
+        else:
+            acc += tl.dot(x.to(OPERAND), w.to(tl.float32).to(OPERAND)) * tl.load(w_scale + block)
     out = y + (rows.to(tl.int64)[:, None] * tl.num_programs(2) + g) * N + cols[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=live)
 
@@ -162,12 +190,19 @@ def launch_bmm(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) 
     )  # fmt: skip
 
 
-def launch_fused(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) -> None:
-    """One launch. ``scale [G, N/128, K/128]`` float32, the rest as :func:`launch_bmm`."""
+def launch_fused(
+    o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile, fp8: bool = False,
+    positions: Tensor | None = None, table: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One launch. ``scale [G, N/128, K/128]`` float32, the rest as :func:`launch_bmm`.
+
+    ``fp8`` quantises the activations; ``positions [M]`` and ``table [P, 64]`` undo their rotary embedding.
+    """
     m, g, k = o.shape
     n = weight.shape[1]
     wo_a_fused_kernel[(n // tile.block_n, triton.cdiv(m, tile.block_m), g)](
-        o, weight, scale, y, m, n, k, *o.stride(), tile.block_m, tile.block_n,
+        o, weight, scale, y, positions, table, m, n, k, *o.stride(), tile.block_m, tile.block_n,
+        FP8_MAX[weight.dtype] if fp8 else 0.0,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ class Resources:
     spills: int
     shared: int
     matrix: tuple[str, ...]
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     tile: tiles.Tile
+    option: str = ""
 
 
 def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
@@ -66,7 +68,11 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
         gloop = tiles.quantised_gemm("gloop", m, 1, *SHAPE[1:], arch)
         fused = tiles.fused(m, *SHAPE, arch)
         yield Case("wo_a_bmm_kernel", m, gemm | strides, _blocks(bmm) | {"stride_ok": 1, "FP8_LIMIT": limit}, bmm)
-        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(fused) | {"stride_ok": 1}, fused)
+        none = {"stride_ok": 1, "positions": None, "table": None}
+        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(fused) | none | {"FP8_LIMIT": 0.0}, fused)
+        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(bmm) | none | {"FP8_LIMIT": limit}, bmm, "fp8")
+        turned = gemm | strides | {"positions": "*i64", "table": "*fp32"}
+        yield Case("wo_a_fused_kernel", m, turned, _blocks(fused) | {"stride_ok": 1, "FP8_LIMIT": 0.0}, fused, "rotary")
         yield Case(
             "wo_a_block_gemm_kernel",
             m,
@@ -113,7 +119,7 @@ def compile_case(case: Case, target: str) -> Resources:
     text = compiled.asm["amdgcn" if vendor == "hip" else "ptx"]
     registers, spills = amd_registers(text) if vendor == "hip" else nvidia_registers(compiled.asm["cubin"])
     matrix = tuple(sorted(set(MATRIX.findall(text))))
-    return Resources(case.kernel, case.tokens, target, registers, spills, compiled.metadata.shared, matrix)
+    return Resources(case.kernel, case.tokens, target, registers, spills, compiled.metadata.shared, matrix, case.option)
 
 
 def table(target: str) -> list[Resources]:
@@ -149,10 +155,11 @@ def nvidia_registers(cubin: bytes) -> tuple[int, int]:
 def main(arguments: list[str]) -> None:
     """Print the table; ``arguments`` may hold one path to write it to."""
     rows = [row for target in TARGETS for row in table(target)]
-    print(f"{'kernel':24} {'M':>3} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instruction")
+    print(f"{'kernel':25} {'M':>3} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instruction")
     for row in rows:
         figures = f"{row.registers:4} {row.spills:5} {row.shared:7}"
-        print(f"{row.kernel:24} {row.tokens:3} {row.target:7} {figures}  {' '.join(row.matrix)}")
+        name = f"{row.kernel} {row.option}"
+        print(f"{name:25} {row.tokens:3} {row.target:7} {figures}  {' '.join(row.matrix)}")
     if arguments:
         Path(arguments[0]).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphs.errors import ConfigError
-from graphs.ops import auto, weights, wo_a
+from graphs.ops import auto, reference, weights, wo_a
 from graphs.ops.weights import BLOCK, PATHS, GroupedWeight
 
 LEGAL_PATHS = (*PATHS, "auto")
@@ -32,6 +32,7 @@ class GroupedProjection(nn.Module):
             never again. ``auto`` picks per call from the table of the device and keeps the weights its choices need; a bfloat16
             weight, or one whose N or K is no multiple of 128, it always gives to ``einsum``.
         groups: ``G`` of a two-dimensional weight.
+        activations: path ``fused`` takes activations as they are (``bf16``) or quantises them in registers (``fp8``).
         overlap: path ``fused`` may request its weight while the kernel in front of it still runs. Right as long as no kernel
             that writes the weight is still running when this is called: the module itself waits for such kernels when it is
             built, moved or loaded. Pass ``False`` if you write its buffers in place from a kernel on the same stream.
@@ -42,7 +43,7 @@ class GroupedProjection(nn.Module):
         weight_bytes: bytes of weights and scales held.
 
     Raises:
-        ConfigError: no such path.
+        ConfigError: no such path, or no such kind of activations.
         WeightError: a weight or scale of wrong shape, dtype or values, or a path this device cannot run.
     """
 
@@ -53,6 +54,7 @@ class GroupedProjection(nn.Module):
         path: str | None = None,
         *,
         groups: int | None = None,
+        activations: str = "bf16",
         overlap: bool = True,
     ) -> None:
         super().__init__()
@@ -62,9 +64,11 @@ class GroupedProjection(nn.Module):
             path = wo_a_path()
         if path not in LEGAL_PATHS:
             raise ConfigError("path", path, LEGAL_PATHS)
+        if activations not in wo_a.ACTIVATIONS:
+            raise ConfigError("activations", activations, wo_a.ACTIVATIONS)
         loaded = weight if isinstance(weight, GroupedWeight) else weights.load(weight, scale, groups)
         device = loaded.data.device
-        self.path, self.overlap = path, overlap
+        self.path, self.overlap, self.activations = path, overlap, activations
         self.groups, self.n, self.k = loaded.data.shape
         self.paths = _paths_to_hold(path, loaded, device)
         self._key = auto.device_key(device)
@@ -72,14 +76,25 @@ class GroupedProjection(nn.Module):
             self._hold(held, loaded, device)
         _settle(self)
 
-    def forward(self, o: Tensor) -> Tensor:
-        """``o [M, G, K]`` bfloat16 gives ``[M, G, N]``."""
+    def forward(self, o: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """``o [M, G, K]`` bfloat16 gives ``[M, G, N]``.
+
+        With ``positions [M]`` and ``table [P, 64]`` the rotary embedding of ``o`` is undone first (see
+        :func:`graphs.ops.reference.inverse_rotary`): inside the kernel on path ``fused``, by operations of their own elsewhere.
+        """
         path = self.choice(o.shape[0])
         data, scale = BUFFERS[path]
+        if path == "fused":
+            weight, factors = getattr(self, data), getattr(self, scale)
+            if positions is None and table is None and self.activations == "bf16":
+                return torch.ops.graphs.wo_a_fused(o, weight, factors, self.overlap)
+            return torch.ops.graphs.wo_a_fused(o, weight, factors, self.overlap, self.activations, positions, table)
+        if positions is not None or table is not None:
+            wo_a.check_activations(o, self.activations, positions, table)
+            assert positions is not None and table is not None
+            o = reference.inverse_rotary(o, positions, table)
         if path == "einsum":
             return torch.ops.graphs.wo_a_einsum(o, getattr(self, data))
-        if path == "fused":
-            return torch.ops.graphs.wo_a_fused(o, getattr(self, data), getattr(self, scale), self.overlap)
         return getattr(torch.ops.graphs, "wo_a_" + path)(o, getattr(self, data), getattr(self, scale))
 
     def choice(self, tokens: int) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 BLOCK = 128  # features per activation group, and both sides of a weight block
 AMAX_FLOOR = 1e-10  # keeps the scale of an all-zero group finite and positive
 WEIGHT_AMAX_FLOOR = 2.0**-100  # the same for a whole weight: amax/448 and 448/amax both stay normal in float32
+HEAD = 512  # features of one attention head, of which the last ROTATED carry rotary position
+ROTATED = 64
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}  # largest finite value of each format
 
 
@@ -56,6 +58,19 @@ def quantise_activations(o: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) ->
     groups = o.float().unflatten(-1, (-1, BLOCK))
     scale = groups.abs().amax(-1).clamp_min(AMAX_FLOOR) / FP8_MAX[dtype]
     return round_fp8(groups / scale.unsqueeze(-1), dtype).flatten(-2), scale
+
+
+def inverse_rotary(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """Undo the rotary embedding of the last 64 features of every head of 512; the result has ``o``'s dtype.
+
+    ``o [M, G, K]``, ``positions [M]`` integers, ``table [P, 64]`` float32: 32 cosines, then 32 sines, per position. Features
+    ``2i`` and ``2i + 1`` of the rotated part are the real and the imaginary part of one number, which was turned by angle ``i``.
+    """
+    heads = o.float().unflatten(-1, (-1, HEAD))
+    cos, sin = (t[:, None, None] for t in table[positions.long()].float().split(ROTATED // 2, -1))
+    real, imaginary = heads[..., -ROTATED::2], heads[..., -ROTATED + 1 :: 2]
+    turned = torch.stack((real * cos + imaginary * sin, imaginary * cos - real * sin), -1).flatten(-2)
+    return torch.cat((heads[..., :-ROTATED], turned), -1).flatten(-2).to(o.dtype)
 
 
 def project(o: Tensor, w: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ scales are checked where weights are loaded, not here: reading them would stop t
 
 ``overlap=True`` lets ``wo_a_fused`` request its weight while the kernel in front of it still runs, where the device can do that
 (programmatic dependent launch). It asserts that no kernel still running writes the weight or its scales; ``o`` may be the
-result of the kernel in front.
+result of the kernel in front. ``activations="fp8"`` quantises ``o`` per token and per 128 features, in registers. ``positions
+[M]`` (int32 or int64) and ``table [P, 64]`` (float32: 32 cosines, 32 sines) undo the rotary embedding of the last 64 features of
+every head of 512 as ``o`` is read; every position must be below P, which is not checked.
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ from torch import Tensor
 
 from graphs.errors import MissingDependency, WeightError
 from graphs.ops import reference, tiles
-from graphs.ops.reference import BLOCK, FP8_MAX
+from graphs.ops.reference import BLOCK, FP8_MAX, HEAD, ROTATED
 
+ACTIVATIONS = ("bf16", "fp8")
 SCHEMAS = {
     "wo_a_einsum": "(Tensor o, Tensor weight) -> Tensor",
     "wo_a_bmm": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
     "wo_a_gloop": "(Tensor o, Tensor weight, Tensor scale) -> Tensor",
-    "wo_a_fused": "(Tensor o, Tensor weight, Tensor scale, bool overlap=False) -> Tensor",
+    "wo_a_fused": (
+        '(Tensor o, Tensor weight, Tensor scale, bool overlap=False, str activations="bf16", Tensor? positions=None, '
+        "Tensor? table=None) -> Tensor"
+    ),
 }
 
 library = torch.library.Library("graphs", "FRAGMENT")
@@ -76,6 +82,27 @@ def _check_quantised(path: str, o: Tensor, weight: Tensor, scale: Tensor) -> Non
         raise WeightError(f"wo_a_{path}: weight and scale must be contiguous; got strides {weight.stride()} and {scale.stride()}")
 
 
+def check_activations(o: Tensor, activations: str, positions: Tensor | None, table: Tensor | None) -> None:
+    """Raise WeightError unless the options of ``wo_a_fused`` fit ``o``. Reads metadata only."""
+    if activations not in ACTIVATIONS:
+        raise WeightError(f"wo_a_fused: activations is {activations!r}; legal are {', '.join(map(repr, ACTIVATIONS))}")
+    if (positions is None) != (table is None):
+        raise WeightError("wo_a_fused: positions and table come together; got only one of them")
+    if positions is None or table is None:
+        return
+    if o.shape[2] % HEAD:
+        raise WeightError(f"wo_a_fused: K = {o.shape[2]}; with positions it must be a multiple of {HEAD}, the features of a head")
+    if positions.shape != o.shape[:1] or positions.dtype not in (torch.int32, torch.int64) or not positions.is_contiguous():
+        got = f"{tuple(positions.shape)} {positions.dtype}"
+        raise WeightError(f"wo_a_fused: positions is {got}; legal is a contiguous ({o.shape[0]},) of torch.int32 or torch.int64")
+    if table.dim() != 2 or table.shape[1] != ROTATED or table.dtype != torch.float32 or not table.is_contiguous():
+        got = f"{tuple(table.shape)} {table.dtype}"
+        raise WeightError(f"wo_a_fused: the table is {got}; legal is a contiguous [P, {ROTATED}] of torch.float32")
+    if positions.device != o.device or table.device != o.device:
+        where = f"positions on {positions.device}, table on {table.device}"
+        raise WeightError(f"wo_a_fused: o is on {o.device}, {where}; all must be on the device of o")
+
+
 def _shape_error(path: str, o: Tensor, weight: Tensor) -> WeightError:
     return WeightError(
         f"wo_a_{path}: o has shape {tuple(o.shape)}, the weight {tuple(weight.shape)}; legal are o [M, G, K] and weight "
@@ -102,8 +129,17 @@ def _fake_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return _result(o, weight)
 
 
-def _fake_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
+def _fake_fused(
+    o: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    overlap: bool = False,
+    activations: str = "bf16",
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
     check("fused", o, weight, scale)
+    check_activations(o, activations, positions, table)
     return _result(o, weight)
 
 
@@ -125,9 +161,22 @@ def _cpu_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return reference.project_quantised(o, weight, scale)
 
 
-def _cpu_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
+def _cpu_fused(
+    o: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    overlap: bool = False,
+    activations: str = "bf16",
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
     check("fused", o, weight, scale)
+    check_activations(o, activations, positions, table)
     with torch._C._AutoDispatchBelowAutograd():
+        if positions is not None and table is not None:
+            o = reference.inverse_rotary(o, positions, table)
+        if activations == "fp8":
+            return reference.project_quantised(o, weight, scale)
         return reference.project_blocks(o, weight, scale).contiguous()
 
 
@@ -162,17 +211,30 @@ def _cuda_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def _cuda_fused(o: Tensor, weight: Tensor, scale: Tensor, overlap: bool = False) -> Tensor:
+def _cuda_fused(
+    o: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    overlap: bool = False,
+    activations: str = "bf16",
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
     check("fused", o, weight, scale)
+    plain = activations == "bf16" and positions is None and table is None
+    if not plain:
+        check_activations(o, activations, positions, table)
     y = _result(o, weight)
     if o.shape[0]:
         arch = arch_of(o.device.index, "fused", weight.dtype)
         m, (g, n, k) = o.shape[0], weight.shape
-        special = hopper() if o.stride(2) == 1 and tiles.registers(m, g, n, k, arch) else None
+        special = hopper() if plain and o.stride(2) == 1 and tiles.registers(m, g, n, k, arch) else None
         if special is not None:
             special.launch_registers(o, weight, scale, y, overlap)
         else:
-            kernels().launch_fused(o, weight, scale, y, tiles.fused(m, g, n, k, arch))
+            fp8 = activations == "fp8"
+            tile = tiles.quantised_gemm("bmm", m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
+            kernels().launch_fused(o, weight, scale, y, tile, fp8, positions, table)
     return y
 
 

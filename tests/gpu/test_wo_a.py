@@ -30,7 +30,7 @@ def projection(path: str, g: int, n: int = N, k: int = K) -> tuple[GroupedProjec
     return GroupedProjection(loaded, path=path), exact
 
 
-def activations(m: int, g: int, layout: str, k: int = K, seed: int = 0) -> torch.Tensor:
+def tokens(m: int, g: int, layout: str, k: int = K, seed: int = 0) -> torch.Tensor:
     """``o [m, g, k]``: contiguous, stored group-major, or a slice of wider rows."""
     generator = torch.Generator(DEVICE).manual_seed(seed + m)
     if layout == "transposed":
@@ -51,7 +51,7 @@ def poison(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_against_float64(path: str, g: int, m: int, layout: str) -> None:
     module, exact_weight = projection(path, g)
-    o = activations(m, g, layout)
+    o = tokens(m, g, layout)
     poison((m, g, N))
     y = module(o)
     assert y.shape == (m, g, N) and y.is_contiguous() and y.isfinite().all()
@@ -62,7 +62,7 @@ def test_against_float64(path: str, g: int, m: int, layout: str) -> None:
 @pytest.mark.parametrize("m", [1, 4, 64, 4096])
 def test_the_shape_of_the_model(path: str, m: int) -> None:
     module, exact_weight = projection(path, 2, 1024, 4096)
-    o = activations(m, 2, "contiguous", 4096)
+    o = tokens(m, 2, "contiguous", 4096)
     poison((m, 2, 1024))
     assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
 
@@ -71,7 +71,7 @@ def test_the_shape_of_the_model(path: str, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 16, 257])
 def test_the_same_input_gives_the_same_bits(path: str, m: int) -> None:
     module, _ = projection(path, 2)
-    o = activations(m, 2, "contiguous")
+    o = tokens(m, 2, "contiguous")
     first = module(o)
     assert all(torch.equal(module(o), first) for _ in range(10))
 
@@ -80,7 +80,7 @@ def test_the_same_input_gives_the_same_bits(path: str, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 16, 64])
 def test_recorded_and_replayed_with_new_data(path: str, m: int) -> None:
     module, exact_weight = projection(path, 2)
-    o = activations(m, 2, "contiguous")
+    o = tokens(m, 2, "contiguous")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         module(o)
@@ -89,7 +89,7 @@ def test_recorded_and_replayed_with_new_data(path: str, m: int) -> None:
     with torch.cuda.graph(graph, stream=stream):
         y = module(o)
     for seed in (1, 2, 3):
-        o.copy_(activations(m, 2, "contiguous", seed=seed))
+        o.copy_(tokens(m, 2, "contiguous", seed=seed))
         y.fill_(float("nan"))
         graph.replay()
         replayed = y.clone()
@@ -103,7 +103,7 @@ def test_many_recordings_do_not_share_scratch_memory(path: str) -> None:
     runs = []
     for seed in (1, 2):
         module, _ = projection(path, 2)
-        o = activations(16, 2, "contiguous", seed=seed)
+        o = tokens(16, 2, "contiguous", seed=seed)
         expected = module(o).clone()
         torch.cuda.synchronize()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -122,7 +122,7 @@ def test_many_recordings_do_not_share_scratch_memory(path: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_odd_values_stay_odd_and_stay_in_their_row(path: str, value: float) -> None:
     module, _ = projection(path, 2)
-    o = activations(5, 2, "contiguous")
+    o = tokens(5, 2, "contiguous")
     o[2, 1, 700] = value
     finite = module(o).isfinite()
     assert not finite[2, 1].any()
@@ -135,7 +135,7 @@ def test_zeros_and_extreme_magnitudes(path: str) -> None:
     module, exact_weight = projection(path, 2)
     assert module(torch.zeros(3, 2, K, dtype=torch.bfloat16, device=DEVICE)).abs().max() == 0
     for exponent in (-20, 60):
-        o = activations(3, 2, "contiguous") * 2.0**exponent
+        o = tokens(3, 2, "contiguous") * 2.0**exponent
         assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
 
 
@@ -148,7 +148,7 @@ def test_operands_on_two_devices_are_named() -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_compiles_into_one_graph(path: str) -> None:
     module, _ = projection(path, 2)
-    o = activations(4, 2, "contiguous")
+    o = tokens(4, 2, "contiguous")
     assert torch.equal(torch.compile(module, fullgraph=True)(o), module(o))
 
 
@@ -156,11 +156,28 @@ def test_compiles_into_one_graph(path: str) -> None:
 def test_the_portable_kernel_is_right_here_too(m: int) -> None:
     """Special kernels hide it on some devices."""
     module, exact_weight = projection("fused", 2)
-    o = activations(m, 2, "transposed")
+    o = tokens(m, 2, "transposed")
     y = torch.full((m, 2, N), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     arch = wo_a.arch_of(DEVICE.index, "fused", module.weight_blocks.dtype)
     wo_a.kernels().launch_fused(o, module.weight_blocks, module.scale_blocks, y, tiles.fused(m, 2, N, K, arch))
     assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("m", [1, 16, 64, 257])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_options_of_fused(activations: str, turn: bool, m: int, layout: str) -> None:
+    module, exact_weight = projection("fused", 2)
+    module.activations = activations
+    o = tokens(m, 2, layout)
+    angles = torch.rand(300, 32, device=DEVICE) * 6
+    table = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.randperm(300, device=DEVICE)[:m]
+    poison((m, 2, N))
+    y = module(o, positions, table) if turn else module(o)
+    exact = reference.project_fp64(reference.inverse_rotary(o, positions, table) if turn else o, exact_weight)
+    assert reference.relative_error(y, exact) <= TOLERANCE["bmm" if activations == "fp8" else "fused"]
 
 
 @pytest.mark.parametrize(("path", "overlap"), [("fused", False), ("fused", True), ("gloop", False)])
@@ -170,7 +187,7 @@ def test_a_chain_reads_what_the_kernel_in_front_wrote(path: str, overlap: bool, 
     """Every projection's input is made by the projection before it: a launch that starts early must still wait for it."""
     n = 1024  # so that a result can be the next input
     layers = [GroupedProjection(weights.load(*chain_weight(g, n, seed)), path=path, overlap=overlap) for seed in range(8)]
-    x = activations(m, g, "contiguous", n)
+    x = tokens(m, g, "contiguous", n)
     stream = torch.cuda.Stream()
 
     def run() -> list[torch.Tensor]:
@@ -186,7 +203,7 @@ def test_a_chain_reads_what_the_kernel_in_front_wrote(path: str, overlap: bool, 
     with torch.cuda.graph(graph, stream=stream):
         results = run()
     for seed in range(1, 6):
-        x.copy_(activations(m, g, "contiguous", n, seed=seed))
+        x.copy_(tokens(m, g, "contiguous", n, seed=seed))
         for y in results[1:]:
             y.fill_(float("nan"))
         graph.replay()
@@ -205,7 +222,7 @@ def chain_weight(g: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
 def test_a_loaded_weight_is_used_by_the_very_next_call() -> None:
     other = GroupedProjection(weights.load(*chain_weight(2, K, 3)), path="fused")
     state = other.state_dict()
-    o = activations(4, 2, "contiguous")
+    o = tokens(4, 2, "contiguous")
     target = GroupedProjection(weights.load(*chain_weight(2, K, 4)), path="fused")
     for _ in range(20):
         target.load_state_dict(state)

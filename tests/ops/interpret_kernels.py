@@ -14,8 +14,11 @@ import torch
 from graphs.ops import kernels, reference
 from graphs.ops.tiles import Tile
 
-GROUPS, N, K = 2, 128, 256
-LAUNCH = {"bmm": kernels.launch_bmm, "gloop": kernels.launch_gloop, "fused": kernels.launch_fused}
+GROUPS, N, K = 2, 128, 512
+PATHS = ("bmm", "gloop", "fused", "fused fp8", "fused rotary", "fused fp8 rotary")
+POSITIONS = torch.arange(100, 0, -3)
+ANGLES = torch.arange(101)[:, None] * 0.7 ** torch.arange(32)
+TABLE = torch.cat((ANGLES.cos(), ANGLES.sin()), -1)
 
 
 def operands(path: str, m: int, fp8: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,7 +33,10 @@ def run(path: str, o: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -
     """The result in float32 (the interpreter truncates to bfloat16), in a buffer of NaN one row longer than is written."""
     m = o.shape[0]
     y = torch.full((m + 1, GROUPS, N), float("nan"), dtype=torch.float32)
-    LAUNCH[path](o, weight, scale, y[:m], Tile(16, 32, 4, 2))
+    kernel, *options = path.split()
+    extra = {"fp8": True} if "fp8" in options else {}
+    extra |= {"positions": POSITIONS[:m], "table": TABLE} if "rotary" in options else {}
+    getattr(kernels, f"launch_{kernel}")(o, weight, scale, y[:m], Tile(16, 64, 4, 2), **extra)
     assert y[m].isnan().all(), "the kernel wrote beyond its rows"
     return y[:m]
 
@@ -39,7 +45,8 @@ def compare(path: str, m: int, fp8: torch.dtype) -> dict[str, float]:
     """Relative error against the float32 reference of the same path and against float64 on the dequantised weight."""
     o, weight, scale = operands(path, m, fp8)
     y = run(path, o, weight, scale)
-    if path == "fused":
+    o = reference.inverse_rotary(o.float(), POSITIONS[:m], TABLE) if "rotary" in path else o
+    if path in ("fused", "fused rotary"):
         expected = reference.project_blocks(o.float(), weight, scale)
     else:
         expected = reference.project_quantised(o.float(), weight, scale)
@@ -66,7 +73,7 @@ def zeros(path: str) -> float:
 
 def main() -> None:
     out: dict[str, object] = {}
-    for path in LAUNCH:
+    for path in PATHS:
         for m in (1, 5, 17):
             out[f"{path}-{m}"] = compare(path, m, torch.float8_e4m3fn)
         out[f"{path}-fnuz"] = compare(path, 3, torch.float8_e4m3fnuz)

@@ -44,6 +44,24 @@ def test_compiles_copies_and_reloads(path: str) -> None:
     assert torch.equal(other(o), expected)
 
 
+@pytest.mark.parametrize("path", ["einsum", "bmm", "gloop", "fused", "auto"])
+def test_every_path_undoes_the_rotary_embedding(path: str) -> None:
+    data, scale = reference.quantise_blocks(torch.randn(G, N, 512, generator=torch.Generator().manual_seed(3)))
+    module, o = GroupedProjection(data, scale, path=path), torch.randn(3, G, 512).bfloat16()
+    positions, table = torch.tensor([4, 0, 2]), torch.randn(5, 64)
+    assert torch.equal(module(o, positions, table), module(reference.inverse_rotary(o, positions, table)))
+    with pytest.raises(WeightError, match="come together"):
+        module(o, positions)
+
+
+def test_activations_may_be_quantised_on_the_way_in() -> None:
+    o = torch.randn(3, G, K).bfloat16()
+    quantised = GroupedProjection(*fp8(), path="fused", activations="fp8")
+    assert torch.equal(quantised(o), GroupedProjection(*fp8(), path="gloop")(o))
+    with pytest.raises(ConfigError, match="activations"):
+        GroupedProjection(*fp8(), path="fused", activations="int4")
+
+
 def test_moving_or_casting_the_module_keeps_the_formats() -> None:
     module, o = GroupedProjection(*fp8(), path="gloop"), torch.randn(3, G, K).bfloat16()
     expected = module(o)

@@ -53,6 +53,21 @@ def test_activation_groups_keep_three_bits_at_any_magnitude(exponent: int, seed:
     assert torch.allclose(s, o.abs().unflatten(-1, (-1, BLOCK)).amax(-1).clamp_min(AMAX_FLOOR) / 448, rtol=1e-6, atol=0)
 
 
+def test_inverse_rotary_undoes_a_rotation_and_touches_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(4)
+    o = torch.randn(5, 2, 1024, generator=generator)
+    angles = torch.rand(9, 32, generator=generator) * 6
+    table = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.tensor([8, 1, 0, 3, 3])
+    heads = o.unflatten(-1, (-1, 512)).clone()
+    turned = torch.view_as_complex(heads[..., 448:].unflatten(-1, (-1, 2)).contiguous())
+    turned = turned * torch.polar(torch.ones(()), angles[positions])[:, None, None]
+    heads[..., 448:] = torch.view_as_real(turned).flatten(-2)
+    assert torch.allclose(reference.inverse_rotary(heads.flatten(-2), positions, table), o, atol=1e-5)
+    back = reference.inverse_rotary(o, positions, table).unflatten(-1, (-1, 512))
+    assert torch.equal(back[..., :448], o.unflatten(-1, (-1, 512))[..., :448])
+
+
 def test_zero_activations_have_a_positive_scale_and_stay_zero() -> None:
     q, s = reference.quantise_activations(torch.zeros(1, 1, BLOCK))
     assert float(s) == pytest.approx(AMAX_FLOOR / 448) and q.float().abs().max() == 0

@@ -187,6 +187,52 @@ def test_overlap_changes_no_result() -> None:
     assert torch.equal(operator("fused")(o, weight, scale, True), operator("fused")(o, weight, scale))
 
 
+POSITIONS, TABLE = torch.tensor([5, 0, 9]), torch.randn(10, 64, generator=torch.Generator().manual_seed(2))
+
+
+def fused_with_heads(m: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(m)
+    o = torch.randn(m, G, 1024, generator=generator).bfloat16()
+    return o, *reference.quantise_blocks(torch.randn(G, N, 1024, generator=generator))
+
+
+@pytest.mark.usefixtures("fp8_comparable")
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+def test_rotary_and_quantised_activations_are_those_of_separate_steps(activations: str) -> None:
+    o, weight, scale = fused_with_heads()
+    turned = reference.inverse_rotary(o, POSITIONS, TABLE)
+    project = reference.project_quantised if activations == "fp8" else reference.project_blocks
+    y = operator("fused")(o, weight, scale, False, activations, POSITIONS, TABLE)
+    assert torch.equal(y, project(turned, weight, scale))
+    torch.library.opcheck(operator("fused"), (o, weight, scale, False, activations, POSITIONS, TABLE))
+
+
+BAD_OPTIONS = {
+    "activations": (("int8", None, None), r"activations is 'int8'; legal are 'bf16', 'fp8'"),
+    "one of two": (("bf16", POSITIONS, None), r"positions and table come together"),
+    "positions shape": (("bf16", POSITIONS[:2], TABLE), r"positions is \(2,\) torch.int64; legal is a contiguous \(3,\)"),
+    "positions dtype": (("bf16", POSITIONS.float(), TABLE), r"positions is \(3,\) torch.float32"),
+    "table shape": (("bf16", POSITIONS, TABLE[:, :32]), r"table is \(10, 32\) torch.float32; legal is a contiguous \[P, 64\]"),
+    "table dtype": (("bf16", POSITIONS, TABLE.bfloat16()), r"table is \(10, 64\) torch.bfloat16"),
+    "device": (("bf16", POSITIONS.to("meta"), TABLE), r"positions on meta, table on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_of_fused_are_named(case: str) -> None:
+    options, message = BAD_OPTIONS[case]
+    with pytest.raises(WeightError, match=message):
+        wo_a.check_activations(fused_with_heads()[0], *options)
+    if case != "device":
+        with pytest.raises(WeightError, match=message):
+            operator("fused")(*fused_with_heads(), False, *options)
+
+
+def test_rotary_needs_whole_heads() -> None:
+    with pytest.raises(WeightError, match="K = 256; with positions it must be a multiple of 512"):
+        operator("fused")(*operands("fused"), False, "bf16", POSITIONS, TABLE)
+
+
 def test_a_device_that_cannot_multiply_the_format_names_the_path_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
