@@ -259,7 +259,21 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
         hooks.remove(launched)
 
 
-def watch_step(fn: Callable[[], Any], arguments: list[Tensor], before: Trace | None = None) -> tuple[Any, Trace]:
+def watch_again(fn: Callable[[], Any], arguments: list[Tensor], before: Trace) -> tuple[Any, Trace]:
+    """Watch another run of a step; what it writes beyond what ``before`` saved is put back, also when it raises.
+
+    `Trace.written` tells what that was. What ``before`` saved is the caller's to restore.
+    """
+    trace = Trace()
+    try:
+        return watch_step(fn, arguments, before, trace)
+    finally:
+        trace.written.restore()
+
+
+def watch_step(
+    fn: Callable[[], Any], arguments: list[Tensor], before: Trace | None = None, into: Trace | None = None
+) -> tuple[Any, Trace]:
     """Run ``fn`` once, eagerly and for real, and return its output with the trace.
 
     Args:
@@ -267,8 +281,9 @@ def watch_step(fn: Callable[[], Any], arguments: list[Tensor], before: Trace | N
         arguments: the tensor arguments, so that they are not taken for externals.
         before: the trace of an earlier run of the same step. What it saved is not saved again, so `Trace.written` holds
             only what is written in addition, and checksums are not taken.
+        into: the trace to fill, for callers that need it when ``fn`` raises.
     """
-    trace = Trace()
+    trace = into if into is not None else Trace()
     watch = _Watch(trace, arguments, before)
     with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
         output = fn()

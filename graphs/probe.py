@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs import verify
-from graphs.audit import Trace
+from graphs.audit import Trace, watch_again
 from graphs.contract.slots import Contract
 from graphs.entry import Entry, sliced
 from graphs.errors import RowsInteract
@@ -28,9 +28,12 @@ class Probe:
         self._tensors = sliced(step.call.tensors, step.batch_dims, self.rows)
         start.restore()
         try:
-            self._expected = [out.clone() for out in step.produced(self._tensors, externals)]
+            output, watched = watch_again(lambda: step.run(self._tensors), self._tensors, trace)
+            self._expected = [out.clone() for out in step.template(output, self._tensors, externals)[1]]
         except Exception as error:  # for example a cache made for another batch size
             raise RowsInteract(f"a run with {self.rows} rows raised {type(error).__name__}: {error}") from error
+        if watched.written.tensors:
+            raise RowsInteract(f"with {self.rows} rows the step writes tensors that it does not write with {step.real}")
         self._state = trace.written.copies()
 
     def output_dims(self, padded: Sequence[Tensor]) -> tuple[int | None, ...]:

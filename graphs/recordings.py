@@ -102,7 +102,9 @@ class Recordings:
         if isinstance(route, _Refused):
             return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
         guard = LastCall.of(args, kwargs, ambient, call)
-        self.last = (guard, *route) if guard is not None else None
+        with self.lock:  # unless another thread has just dropped the route
+            if self.routes.get(call.signature) is route:
+                self.last = (guard, *route) if guard is not None else None
         return self._replay(route[0], route[1], call, args, kwargs)
 
     def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 from graphs import verify
-from graphs.audit import Trace, compare_traces, last_operation, watch_step
+from graphs.audit import Trace, compare_traces, last_operation, watch_again, watch_step
+from graphs.contract.arguments import map_leaves
 from graphs.contract.operators import storage_id
-from graphs.contract.outputs import OutputTemplate, compare_templates, output_template
+from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
 from graphs.contract.places import Difference
+from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static import StaticTensors
 from graphs.contract.steering import Steering
@@ -88,6 +90,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
+    adopt_returned(trace, output, after.python)
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
         initialised = _compare_consecutive(step, recorder, start, trace, output, changed)
@@ -110,6 +113,20 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     trace.written.release()
     entry.capture_seconds = time.perf_counter() - started
     return entry
+
+
+def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:
+    """Count tensors that the step returns without reading them (a weight, a cache) among those it reads in place."""
+    owned = {storage_id(owner.value): owner.value for owner in python.owners}
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            storage = storage_id(value)
+            if storage in owned and same_memory(value, owned[storage]):
+                trace.externals.setdefault(storage, owned[storage])
+        return value
+
+    map_leaves(output, leaf)
 
 
 def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingValue:
@@ -151,11 +168,10 @@ def _again(
     start.restore()
     trace, result, error = Trace(), None, None
     try:
-        result, trace = recorder.run(lambda: watch_step(step.run, step.call.tensors, first))  # type: ignore[misc]
+        result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
     except Exception as raised:  # the user's step may fail in its second run; the caller looks for the reason
         error = raised
     changes = start.differences()
-    trace.written.restore()
     start.restore()
     return trace, changes, error, result
 
@@ -208,9 +224,9 @@ def _stand_in_run(
     call's: the same tensors must be written, and at exact sizes by the same operators.
     """
     start.restore()
-    result, trace = _guarded(step, lambda: recorder.run(lambda: watch_step(lambda: step.run(stand_ins), stand_ins, first)))
-    trace.written.restore()
+    result, trace = _guarded(step, lambda: recorder.run(lambda: watch_again(lambda: step.run(stand_ins), stand_ins, first)))
     start.restore()
+    adopt_returned(trace, result, start.python)
     differing = RowsInteract if step.rows is not None else ChangingValue
     if trace.written.tensors:
         raise differing("a tensor is written only when the arguments are copies or padded")

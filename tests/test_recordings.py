@@ -52,7 +52,6 @@ def test_constants_are_told_apart_by_type_and_value() -> None:
     assert step.report().recordings == len(DISTINCT)
 
 
-@pytest.mark.xfail(strict=True, reason="constants of the last call are compared by ==, for which these are equal")
 @pytest.mark.parametrize(
     ("one", "other"),
     [(np.float64(0.0), np.float64(-0.0)), (complex(0.0, 0.0), complex(0.0, -0.0)), (range(0), range(2, 2))],
@@ -64,7 +63,6 @@ def test_equal_constants_that_are_not_the_same_are_told_apart(one: Any, other: A
         assert step(torch.ones(2), value)[1] == repr(value)
 
 
-@pytest.mark.xfail(strict=True, reason="the stand-ins of a trial turn a torch.Size into a tuple")
 def test_a_size_reaches_the_model_as_a_size() -> None:
     step = graphs.capture(lambda x, size: x * size.numel(), strict=True)
     for _ in range(2):
@@ -277,9 +275,6 @@ def test_interacting_rows_are_named_and_recorded_at_exact_sizes() -> None:
     assert text.startswith("graphs: the step is recorded at its exact sizes: rows-interact")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the exact run with fewer rows that proves the padding is not watched, so it is not undone"
-)
 def test_state_written_only_by_a_smaller_batch_is_untouched() -> None:
     class Step(nn.Module):
         def __init__(self) -> None:
@@ -295,9 +290,6 @@ def test_state_written_only_by_a_smaller_batch_is_untouched() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
-@pytest.mark.xfail(
-    strict=True, reason="likewise: the caller's argument is written by the run with one row, and the result is wrong"
-)
 def test_an_argument_written_only_by_a_smaller_batch_is_untouched() -> None:
     def model(x: Tensor) -> Tensor:
         x.t().contiguous().add_(1)  # a copy, except of a single row

@@ -118,6 +118,8 @@ def _has_tensor(value: slice) -> bool:
 def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
     """Children and context of a registered pytree node, ``(None, None)`` for a leaf."""
     kind = type(value)
+    if kind in _CONSTANTS:
+        return None, None
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return list(value), None
     node = _pytree.SUPPORTED_NODES.get(kind)

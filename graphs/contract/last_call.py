@@ -16,6 +16,7 @@ from graphs.contract.arguments import Call, is_constant
 
 Tensor = torch.Tensor
 _Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_BY_EQUALITY = (bool, int, str)  # others may be equal and not the same: 0.0 and -0.0
 _call = partial(tuple.__new__, Call)  # a third of the time of Call(...)
 
 
@@ -55,7 +56,8 @@ class LastCall:
         if self._tensors is None:
             return _call((list(leaves), [], self._signature)) if self._check(*leaves) else None
         for index, kind, value in self._constants:
-            if type(leaves[index]) is not kind or leaves[index] != value:
+            leaf = leaves[index]
+            if leaf is not value and (kind not in _BY_EQUALITY or type(leaf) is not kind or leaf != value):
                 return None
         opaques = []
         for index, identity in self._opaques:

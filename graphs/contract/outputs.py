@@ -135,6 +135,9 @@ def output_template(
             for index, tensor in enumerate(tensors):
                 if value.numel() and same_memory(value, tensor):
                     return _Argument(index, opaque=False)
+            for index, tensor in enumerate(produced):
+                if value is tensor:  # returned twice: one tensor, as in eager
+                    return _Leaf(index)
             static = next((tensor for tensor in externals if value.numel() and same_memory(value, tensor)), None)
             if static is not None:
                 return static

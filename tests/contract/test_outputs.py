@@ -139,7 +139,6 @@ def test_a_returned_buffer_is_the_buffer() -> None:
     assert model.h.tolist() == [3, 3, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that is returned and never read is copied, and not checked to be the same")
 def test_a_returned_tensor_that_nothing_reads_is_the_models_own() -> None:
     class Step(torch.nn.Module):
         def __init__(self) -> None:
@@ -226,7 +225,6 @@ def test_an_illegal_choice_of_outputs_is_named() -> None:
         graphs.capture(lambda x: x, outputs="shared")
 
 
-@pytest.mark.xfail(strict=True, reason="each output is copied by itself: two that share memory in eager do not after a replay")
 def test_outputs_that_are_one_tensor_stay_one() -> None:
     def model(x: Tensor) -> tuple[Tensor, Tensor]:
         y = x * 2
