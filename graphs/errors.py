@@ -169,7 +169,7 @@ class CaptureFailed(Refusal):
     """The device refused the recording."""
 
     reason = "capture-failed"
-    remedy = "see the driver's message; graphs.capture(..., verify='off') changes nothing about it"
+    remedy = "move what the device refuses (the message holds the driver's words) out of the step, or run the step eagerly"
 
 
 class VerifyMismatch(Refusal):

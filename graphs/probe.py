@@ -74,12 +74,9 @@ class Probe:
     def _compare(
         self, entry: Entry, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
     ) -> None:
-        found = verify.first_difference(expected, outputs)
+        found = verify.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels)
         if found is not None:
-            raise RowsInteract(f"{when}, the real rows of output {found[0]}: {found[1]}")
-        found = verify.state_difference(state, entry.written.tensors, entry.sentinels)
-        if found is not None:
-            raise RowsInteract(f"{when}, the state written by the step, tensor {found[0]}: {found[1]}")
+            raise RowsInteract(f"{when}, {found[0]}: {found[1]}")
 
     def _replayed(self, entry: Entry, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
         self._start.restore()

@@ -145,7 +145,7 @@ class Recordings:
         """Try to record an unknown key; replay it, or return what the model gave, with the reason counted."""
         with _recording, self.lock:
             route = self.routes.get(call.signature)
-            if isinstance(route, tuple) and not isinstance(route, _Refused):  # another thread was faster
+            if route is not None and not isinstance(route, _Refused):  # another thread was faster
                 return self._replay(route[0], route[1], call, args, kwargs)
             self._forget_the_dead()
             refusal = self._inadmissible(call)
@@ -213,18 +213,15 @@ class Recordings:
             return entry, plan.real
 
     def _try(self, step: Step) -> Entry:
+        owned, check = self.config.outputs == "owned", self.config.verify != "off"
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
             with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                return self._run_trial(step)
+                return run_trial(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
-
-    def _run_trial(self, step: Step) -> Entry:
-        config = self.config
-        return run_trial(step, self._recorder(step.device), owned=config.outputs == "owned", check=config.verify != "off")
 
     def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         config = self.config

@@ -98,9 +98,10 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
             after.restore()
             raise Deferred(output, initialised, origin.restore)
         entry = _record(step, recorder, start, trace, output, owned=owned, check=check)
-    except (RowsInteract, Deferred) as outcome:
-        if isinstance(outcome, RowsInteract):
-            start.restore()
+    except Deferred:
+        raise
+    except RowsInteract:
+        start.restore()
         raise
     except Refusal as refusal:
         after.restore()
@@ -181,7 +182,7 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     tensors = step.call.tensors
     static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
-    stand_ins = contract.arrange([slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots], tensors)
+    stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template = _stand_in_run(step, recorder, start, trace, stand_ins, output)
     probe = Probe(step, contract, start, trace, externals) if step.rows is not None else None
     start.restore()
@@ -302,13 +303,11 @@ def _recorded(
 def _verify_first_replay(
     entry: Entry, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
 ) -> None:
+    expected = sliced(reference, entry.contract.output_dims, rows)
     produced = entry.recording.replay(tensors, rows)
-    found = verify.first_difference(sliced(reference, entry.contract.output_dims, rows), produced)
+    found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
-        raise VerifyMismatch(found[1], operator=f"output {found[0]}")
-    found = verify.first_difference(state, entry.written.tensors)
-    if found is not None:
-        raise VerifyMismatch(found[1], operator=f"state written by the step, tensor {found[0]}")
+        raise VerifyMismatch(found[1], operator=found[0])
 
 
 def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:
@@ -320,10 +319,7 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
     start.restore()
     try:
         produced = entry.recording.replay(step.call.tensors, rows)
-        found, part = verify.first_difference(expected, produced), "output"
-        if found is None:
-            part = "state written by the step, tensor"
-            found = verify.state_difference(state, entry.written.tensors, entry.sentinels)
-        return VerifyMismatch(found[1], operator=f"{part} {found[0]}") if found is not None else None
+        found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels)
+        return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -100,7 +100,7 @@ def poisons(contract: Contract, tensors: Sequence[Tensor]) -> list[list[Tensor]]
 
 
 def _padded(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return contract.arrange([slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots], tensors)
+    return contract.arrange(contract.filled(tensors), tensors)
 
 
 def _poisonable(contract: Contract) -> list[tuple[int, int]]:
@@ -144,6 +144,26 @@ def state_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], senti
         if text and not any(_only_in_row(a.to(b.device), b, row) for row in sentinels):
             return index, text
     return None
+
+
+def run_difference(
+    outputs: Sequence[Tensor],
+    produced: Sequence[Tensor],
+    state: Sequence[Tensor],
+    written: Sequence[Tensor],
+    sentinels: Sequence[int] = (),
+) -> tuple[str, str] | None:
+    """What deviates first in a run, and how: an output, else a tensor that the step writes.
+
+    Args:
+        outputs, state: what they have to be; produced, written: what the run gave and left.
+        sentinels: see `state_difference`.
+    """
+    found = first_difference(outputs, produced)
+    if found is not None:
+        return f"output {found[0]}", found[1]
+    found = state_difference(state, written, sentinels)
+    return (f"state written by the step, tensor {found[0]}", found[1]) if found is not None else None
 
 
 def _only_in_row(expected: Tensor, actual: Tensor, row: int) -> bool:

@@ -66,6 +66,10 @@ class Contract:
     rows: int | None = None
     output_dims: tuple[int | None, ...] = ()
 
+    def filled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """New storage for every slot, filled and padded from the tensor leaves of a call."""
+        return [slot.fill(slot.allocate(), tensors[slot.index]) for slot in self.slots]
+
     def arrange(self, buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensor leaves of the recorded call: slots' buffers, and the static tensors themselves."""
         arranged = list(tensors)

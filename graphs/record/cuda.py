@@ -222,7 +222,7 @@ class CudaRecorder:
         """
         before = torch.cuda.memory_reserved(self.device)
         with self._on_stream():
-            buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
+            buffers = contract.filled(tensors)
             moves = [
                 Move(b, slot.batch_dim, slot.padding)
                 for slot, b in zip(contract.slots, buffers, strict=True)

@@ -218,7 +218,7 @@ class TapeRecorder:
         generators: Sequence[torch.Generator] = (),
     ) -> TapeRecording:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
-        buffers = [slot.fill(slot.allocate(), tensors[slot.index]) for slot in contract.slots]
+        buffers = contract.filled(tensors)
         mode = _TapeMode()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
             outputs = body(contract.arrange(buffers, tensors))
