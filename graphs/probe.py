@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs import verify
-from graphs.audit import Trace, watch_again
+from graphs.watch import Trace, watch_again
 from graphs.contract.slots import Contract
 from graphs.entry import Entry, sliced
 from graphs.errors import RowsInteract

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphs.audit import Trace
+from graphs.watch import Trace
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.outputs import OutputTemplate, output_template
 from graphs.contract.places import Difference

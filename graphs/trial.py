@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from graphs import verify
-from graphs.audit import Trace, compare_traces, last_operation, watch_again, watch_step
+from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 from graphs.contract.arguments import map_leaves
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory

@@ -43,7 +43,7 @@ def within(name: str, package: str) -> bool:
 
 
 MAIN_PATH = ["graphs.recordings", "graphs.capture"]
-TRIAL = ["graphs.trial", "graphs.probe", "graphs.audit", "graphs.verify"]
+TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify"]
 ABOVE = [*MAIN_PATH, "graphs.bench", "graphs.cli"]
 FORBIDDEN = {
     "graphs.errors": ["graphs", "passes", "torch"],
@@ -52,7 +52,7 @@ FORBIDDEN = {
     "graphs.contract": ["graphs.record", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
     "graphs.record": ["graphs.ledger", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
     "graphs.ops": ["graphs.record", "graphs.contract", "passes", *TRIAL, *ABOVE],
-    "graphs.audit": ["graphs.trial", "graphs.record", *ABOVE],
+    "graphs.watch": ["graphs.trial", "graphs.record", *ABOVE],
     "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
     "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.recordings": ["graphs.capture", "graphs.bench", "graphs.cli", "graphs.record.cuda", "graphs.record.tape"],

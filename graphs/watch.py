@@ -37,7 +37,7 @@ from graphs.errors import (
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
-_OWN = frozenset(["audit", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
+_OWN = frozenset(["watch", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
 _TO_HOST = {
     getattr(Tensor, name): name
     for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__", "__dlpack__")
