@@ -40,10 +40,12 @@ _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
 _OWN = frozenset(["watch", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
 _TO_HOST = {
     getattr(Tensor, name): name
-    for name in ("tolist", "numpy", "cpu", "__array__", "__repr__", "__reduce_ex__", "__deepcopy__", "__dlpack__")
+    for name in "tolist numpy cpu to __array__ __repr__ __format__ __reduce_ex__ __deepcopy__ __dlpack__".split()  # noqa: SIM905
 }
+_FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
-_ITEM = aten._local_scalar_dense.default
+_ALONG = (aten.unique_dim.default,)
+_READS = (aten._local_scalar_dense.default, aten.equal.default, aten._linalg_check_errors.default)
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 
 
@@ -76,6 +78,31 @@ class Operation:
         return _site(self.frame)
 
 
+@dataclass(frozen=True, slots=True)
+class HostRead:
+    """One value that the host got from a tensor.
+
+    Attributes:
+        operator: what was called: ``aten._local_scalar_dense.default``, ``Tensor.tolist``.
+        function: name of the Python function of torch that asked: ``item``, ``__bool__``, ``__getitem__``, ``nonzero``.
+        frame: file and line of the user's program.
+        value: the number or flag; the list of ``tolist``; the data-dependent size of ``nonzero`` and its like, one read for
+            each mask that indexes; None for conversions of another kind (``numpy``, ``cpu``, printing).
+        index: number of operators that had run before: for a value read by an operator, its place in `Trace.operations`.
+    """
+
+    operator: str
+    function: str
+    frame: tuple[str, int]
+    value: Any
+    index: int
+
+    @property
+    def site(self) -> Site:
+        """The user's line that asked for the value."""
+        return _site(self.frame)
+
+
 @dataclass
 class Trace:
     """What one watched run did.
@@ -83,6 +110,7 @@ class Trace:
     Attributes:
         operations: the operators in order.
         findings: what cannot be recorded, in order, one per source line and operator.
+        reads: every value that the host got from a tensor, in order.
         externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
         written: externals and arguments that were written in place, saved before the first write.
         generators: generators named explicitly by an operator, with the states they had.
@@ -91,6 +119,7 @@ class Trace:
 
     operations: list[Operation] = field(default_factory=list)
     findings: list[Refusal] = field(default_factory=list)
+    reads: list[HostRead] = field(default_factory=list)
     externals: dict[int, Tensor] = field(default_factory=dict)
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
@@ -111,14 +140,16 @@ class _Watch(TorchDispatchMode):
         self.before = before
         self.inside = False
         self.function: list[Any] = []
+        self.converting = False
         self.origins: dict[int, tuple[str, int]] = {}
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        frame = _user_frame(sys._getframe(1))
         with torch._C.DisableTorchFunction():
-            tensors = self._before(func, args, kwargs, _user_frame(sys._getframe(1)))
+            tensors = self._before(func, args, kwargs, frame)
         self.inside = True
         try:
             result = func(*args, **kwargs)
@@ -126,7 +157,15 @@ class _Watch(TorchDispatchMode):
             self.inside = False
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
+            if not self.converting:
+                for value in _values_read(func, args, kwargs, result):
+                    self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
+
+    def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
+        """Note a value that the host got."""
+        asked = getattr(self.function[-1], "__name__", "") if self.function else ""
+        self.trace.reads.append(HostRead(operator, asked, frame, value, index))
 
     def _before(self, func: OpOverload, args: Any, kwargs: Any, frame: tuple[str, int]) -> list[Tensor]:
         trace, tensors = self.trace, list[Tensor]()
@@ -135,7 +174,7 @@ class _Watch(TorchDispatchMode):
             described = (*described, str(tensors[0].tolist()))
         operation = Operation(func, described, frame)
         refusal = _finding(func, args, kwargs, tensors, self.function)
-        if refusal is not None:
+        if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site))
         trace.operations.append(operation)
         for tensor in written_tensors(func, args, kwargs):
@@ -182,15 +221,71 @@ class _Conversions(TorchFunctionMode):
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _TO_HOST.get(func)
-        if name is not None and args and isinstance(args[0], Tensor):
-            site = _site(_user_frame(sys._getframe(1)))
-            self.watch.trace.found(HostSync(f"Tensor.{name}() copies a tensor to the host", operator=f"Tensor.{name}", site=site))
+        kwargs = kwargs or {}
+        if func in _FROM_LISTS:
+            self._read_elements(func, args, kwargs)
         self.watch.function.append(func)
         try:
-            return func(*args, **(kwargs or {}))
+            if func in _TO_HOST and _leaves_the_device(func, args, kwargs):
+                return self._convert(func, args, kwargs)
+            return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
+
+    def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
+        watch, operator = self.watch, f"Tensor.{_TO_HOST[func]}"
+        frame, index = _user_frame(sys._getframe(2)), len(watch.trace.operations)
+        watch.trace.found(HostSync(f"{operator}() copies a tensor to the host", operator=operator, site=_site(frame)))
+        watch.converting = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            watch.converting = False
+        watch.read(operator, frame, result if operator == "Tensor.tolist" else None, index)
+        return result
+
+    def _read_elements(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Report tensors in a list that becomes a tensor: they are read below the dispatcher."""
+        data = [*args, *kwargs.values()]
+        elements = [tensor for value in data if not isinstance(value, Tensor) for tensor in tensors_in(value)]
+        if not elements:
+            return
+        watch, operator = self.watch, f"torch.{func.__name__}"
+        frame, index = _user_frame(sys._getframe(2)), len(watch.trace.operations)
+        watch.trace.found(HostSync("the elements of the new tensor are read by the host", operator=operator, site=_site(frame)))
+        watch.function.append(func)
+        for tensor in elements:
+            watch.read(operator, frame, tensor.tolist(), index)
+        watch.function.pop()
+
+
+def _leaves_the_device(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of a function in `_TO_HOST` makes a host object: ``to("cpu")`` does on every device, ``to(other)`` not."""
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    if func is Tensor.to:
+        return "cpu" in (*(value for value in args[1:] if isinstance(value, str)), kwargs.get("device"))
+    return func is not Tensor.__format__ or args[0].dim() > 0  # a single number is formatted through item()
+
+
+def _reads_a_value(func: OpOverload) -> bool:
+    return func in _READS or (torch.Tag.data_dependent_output in func.tags and bool(func._schema.returns))
+
+
+def _sized_by_data(func: OpOverload, kwargs: Any) -> bool:
+    """Whether a result's size depends on data; a caller of ``repeat_interleave`` may have given it."""
+    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
+
+
+def _values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[Any]:
+    """What the host learns from an operator call: a number or flag, or sizes that depend on data."""
+    if _reads_a_value(func):
+        return [result]
+    if func in _MASKED:
+        return [int(mask.count_nonzero()) for mask in tensors_in(args[1]) if mask.dtype in (torch.bool, torch.uint8)]
+    if _sized_by_data(func, kwargs):
+        return [tensors_in(result)[0].shape[args[1] if func in _ALONG else 0]]
+    return []
 
 
 def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -202,12 +297,12 @@ def _finding(
     func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
 ) -> Callable[..., Refusal] | None:
     """The class and text of what is wrong with an operator call, or None."""
-    if func is _ITEM or (torch.Tag.data_dependent_output in func.tags and func._schema.returns):
+    if _reads_a_value(func):
         return _with(HostSync, "the host waits for a value of a tensor")
     if func in _MASKED:
         masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
         return _with(DataDependentShape, "indexing with a boolean mask counts its true elements on the host") if masks else None
-    if torch.Tag.dynamic_output_shape in func.tags:
+    if _sized_by_data(func, kwargs):
         return _with(DataDependentShape, "the size of the result depends on the data")
     if func is aten.lift_fresh.default:
         if function and getattr(function[-1], "__name__", "") == "__setitem__":
