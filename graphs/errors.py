@@ -36,6 +36,14 @@ class MissingDependency(GraphsError, ImportError):
         self.package = package
 
 
+class FactoryError(GraphsError, ValueError):
+    """``package.module:factory``, as named on the command line, does not lead to a model and its arguments."""
+
+    def __init__(self, spec: str, detail: str, remedy: str) -> None:
+        super().__init__(f"cannot use {spec!r}: {detail}. Remedy: {remedy}")
+        self.spec = spec
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A line of the user's program. ``file`` is empty where no Python frame is known."""

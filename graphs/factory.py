@@ -1,0 +1,60 @@
+"""Steps named on the command line: ``package.module:factory`` to what is called and what with."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from graphs.errors import FactoryError
+
+
+def load_factory(spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Import ``package.module``, call ``factory()`` and return ``(model, args, kwargs)``.
+
+    The factory returns ``(model, args)`` or ``(model, args, kwargs)``, so that ``model(*args, **kwargs)`` is one step.
+    Modules are looked for in the current directory first, as ``python -m`` does; dots after the colon reach into classes.
+
+    Raises:
+        FactoryError: the spec is malformed, nothing of that name can be imported or called, or the result has another form.
+            An exception that the module or the factory raises by itself passes through.
+    """
+    factory = _resolve(spec)
+    if not callable(factory):
+        raise FactoryError(spec, f"it is a {type(factory).__name__}, which cannot be called", "name a function without arguments")
+    made = factory()
+    remedy = "return (model, args) or (model, args, kwargs), with args a tuple or list and kwargs a dict"
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        size = f" of {len(made)}" if isinstance(made, tuple) else ""
+        raise FactoryError(spec, f"it returned a {type(made).__name__}{size}", remedy)
+    model, args, kwargs = (*made, {})[:3]
+    if not callable(model):
+        raise FactoryError(spec, f"the model it returned is a {type(model).__name__}, which cannot be called", remedy)
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
+        raise FactoryError(spec, f"it returned args of type {type(args).__name__} and kwargs of {type(kwargs).__name__}", remedy)
+    return model, tuple(args), kwargs
+
+
+def _resolve(spec: str) -> object:
+    module_name, colon, path = spec.partition(":")
+    if not (colon and path and module_name and all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")])):
+        raise FactoryError(spec, "it is not of the form package.module:factory", "write, for example, mymodels.llama:decode_step")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing != module_name and not module_name.startswith(missing + "."):
+            raise  # the module is there; what it imports is not
+        remedy = f"run from the directory that holds it (now {here}), or install it"
+        raise FactoryError(spec, f"there is no module {missing!r}", remedy) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            public = sorted(key for key in dir(found) if not key.startswith("_") and callable(getattr(found, key)))
+            raise FactoryError(spec, f"{name!r} is not in it", f"name one of: {', '.join(public[:12])}")
+        found = getattr(found, name)
+    return found
