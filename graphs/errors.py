@@ -7,6 +7,7 @@ to change, and its message ends in the remedy.
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class Site:
     file: str = ""
     line: int = 0
     source: str = ""
+
+    @classmethod
+    def at(cls, frame: tuple[str, int]) -> Site:
+        """The line of a file, with its text where the file can be read."""
+        return cls(*frame, linecache.getline(*frame).strip())
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file else "an unknown line"

@@ -8,8 +8,8 @@ is an ordinary eager run: its outputs and effects are real.
 from __future__ import annotations
 
 import contextlib
-import linecache
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -18,38 +18,20 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from graphs.contract.host_values import FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.tensor_state import TensorState
-from graphs.errors import (
-    ChangingValue,
-    DataDependentShape,
-    HostConstant,
-    HostSync,
-    MixedDevices,
-    OpaqueKernel,
-    Refusal,
-    Site,
-    UndeclaredWrite,
-)
+from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
-_OWN = frozenset(["watch", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
-_TO_HOST = {
-    getattr(Tensor, name): name
-    for name in "tolist numpy cpu to __array__ __repr__ __format__ __reduce_ex__ __deepcopy__ __dlpack__".split()  # noqa: SIM905
-}
-_FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
-_MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
-_ALONG = (aten.unique_dim.default,)
-_READS = (aten._local_scalar_dense.default, aten.equal.default, aten._linalg_check_errors.default)
-_COPIES = (aten._to_copy.default, aten.copy_.default)
+_OWN = frozenset(["watch", "audit", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
 
 
-def _user_frame(frame: FrameType | None) -> tuple[str, int]:
+def user_frame(frame: FrameType | None) -> tuple[str, int]:
     """File and line of the innermost frame that belongs neither to a library below the model nor to this package."""
     while frame is not None:
         package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
@@ -58,10 +40,6 @@ def _user_frame(frame: FrameType | None) -> tuple[str, int]:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "", 0
-
-
-def _site(place: tuple[str, int]) -> Site:
-    return Site(*place, linecache.getline(*place).strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +53,7 @@ class Operation:
     @property
     def site(self) -> Site:
         """The user's line that called the operator."""
-        return _site(self.frame)
-
-
-@dataclass(frozen=True, slots=True)
-class HostRead:
-    """One value that the host got from a tensor.
-
-    Attributes:
-        operator: what was called: ``aten._local_scalar_dense.default``, ``Tensor.tolist``.
-        function: name of the Python function of torch that asked: ``item``, ``__bool__``, ``__getitem__``, ``nonzero``.
-        frame: file and line of the user's program.
-        value: the number or flag; the list of ``tolist``; the data-dependent size of ``nonzero`` and its like, one read for
-            each mask that indexes; None for conversions of another kind (``numpy``, ``cpu``, printing).
-        index: number of operators that had run before: for a value read by an operator, its place in `Trace.operations`.
-    """
-
-    operator: str
-    function: str
-    frame: tuple[str, int]
-    value: Any
-    index: int
-
-    @property
-    def site(self) -> Site:
-        """The user's line that asked for the value."""
-        return _site(self.frame)
+        return Site.at(self.frame)
 
 
 @dataclass
@@ -110,6 +63,7 @@ class Trace:
     Attributes:
         operations: the operators in order.
         findings: what cannot be recorded, in order, one per source line and operator.
+        counts: how often each was met, by `Refusal.signature`.
         reads: every value that the host got from a tensor, in order.
         externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
         written: externals and arguments that were written in place, saved before the first write.
@@ -119,6 +73,7 @@ class Trace:
 
     operations: list[Operation] = field(default_factory=list)
     findings: list[Refusal] = field(default_factory=list)
+    counts: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
     reads: list[HostRead] = field(default_factory=list)
     externals: dict[int, Tensor] = field(default_factory=dict)
     written: TensorState = field(default_factory=TensorState)
@@ -126,9 +81,10 @@ class Trace:
     checksums: dict[int, Tensor] = field(default_factory=dict)
 
     def found(self, refusal: Refusal) -> None:
-        """Add a finding unless the same line has reported it."""
-        if all(refusal.signature != other.signature for other in self.findings):
+        """Count a finding, and add it unless the same line has reported it."""
+        if refusal.signature not in self.counts:
             self.findings.append(refusal)
+        self.counts[refusal.signature] += 1
 
 
 class _Watch(TorchDispatchMode):
@@ -147,7 +103,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        frame = _user_frame(sys._getframe(1))
+        frame = user_frame(sys._getframe(1))
         with torch._C.DisableTorchFunction():
             tensors = self._before(func, args, kwargs, frame)
         self.inside = True
@@ -158,7 +114,7 @@ class _Watch(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
             if not self.converting:
-                for value in _values_read(func, args, kwargs, result):
+                for value in values_read(func, args, kwargs, result):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
 
@@ -173,7 +129,7 @@ class _Watch(TorchDispatchMode):
         if func is aten.lift_fresh.default and tensors[0].numel() <= 64:
             described = (*described, str(tensors[0].tolist()))
         operation = Operation(func, described, frame)
-        refusal = _finding(func, args, kwargs, tensors, self.function)
+        refusal = finding(func, args, kwargs, tensors, self.function)
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site))
         trace.operations.append(operation)
@@ -222,20 +178,20 @@ class _Conversions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FROM_LISTS:
+        if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         self.watch.function.append(func)
         try:
-            if func in _TO_HOST and _leaves_the_device(func, args, kwargs):
+            if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
-        watch, operator = self.watch, f"Tensor.{_TO_HOST[func]}"
-        frame, index = _user_frame(sys._getframe(2)), len(watch.trace.operations)
-        watch.trace.found(HostSync(f"{operator}() copies a tensor to the host", operator=operator, site=_site(frame)))
+        watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"
+        frame, index = user_frame(sys._getframe(2)), len(watch.trace.operations)
+        watch.trace.found(HostSync(f"{operator}() copies a tensor to the host", operator=operator, site=Site.at(frame)))
         watch.converting = True
         try:
             result = func(*args, **kwargs)
@@ -251,82 +207,18 @@ class _Conversions(TorchFunctionMode):
         if not elements:
             return
         watch, operator = self.watch, f"torch.{func.__name__}"
-        frame, index = _user_frame(sys._getframe(2)), len(watch.trace.operations)
-        watch.trace.found(HostSync("the elements of the new tensor are read by the host", operator=operator, site=_site(frame)))
+        frame, index = user_frame(sys._getframe(2)), len(watch.trace.operations)
+        watch.trace.found(HostSync("the elements of the new tensor are read by the host", operator=operator, site=Site.at(frame)))
         watch.function.append(func)
-        for tensor in elements:
-            watch.read(operator, frame, tensor.tolist(), index)
+        with _disable_current_modes():
+            for tensor in elements:
+                watch.read(operator, frame, tensor.tolist(), index)
         watch.function.pop()
-
-
-def _leaves_the_device(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call of a function in `_TO_HOST` makes a host object: ``to("cpu")`` does on every device, ``to(other)`` not."""
-    if not args or not isinstance(args[0], Tensor):
-        return False
-    if func is Tensor.to:
-        return "cpu" in (*(value for value in args[1:] if isinstance(value, str)), kwargs.get("device"))
-    return func is not Tensor.__format__ or args[0].dim() > 0  # a single number is formatted through item()
-
-
-def _reads_a_value(func: OpOverload) -> bool:
-    return func in _READS or (torch.Tag.data_dependent_output in func.tags and bool(func._schema.returns))
-
-
-def _sized_by_data(func: OpOverload, kwargs: Any) -> bool:
-    """Whether a result's size depends on data; a caller of ``repeat_interleave`` may have given it."""
-    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
-
-
-def _values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[Any]:
-    """What the host learns from an operator call: a number or flag, or sizes that depend on data."""
-    if _reads_a_value(func):
-        return [result]
-    if func in _MASKED:
-        return [int(mask.count_nonzero()) for mask in tensors_in(args[1]) if mask.dtype in (torch.bool, torch.uint8)]
-    if _sized_by_data(func, kwargs):
-        return [tensors_in(result)[0].shape[args[1] if func in _ALONG else 0]]
-    return []
 
 
 def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
     storage = storage_id(tensor)
     return any(storage_id(other) == storage for other in others)
-
-
-def _finding(
-    func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
-) -> Callable[..., Refusal] | None:
-    """The class and text of what is wrong with an operator call, or None."""
-    if _reads_a_value(func):
-        return _with(HostSync, "the host waits for a value of a tensor")
-    if func in _MASKED:
-        masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
-        return _with(DataDependentShape, "indexing with a boolean mask counts its true elements on the host") if masks else None
-    if _sized_by_data(func, kwargs):
-        return _with(DataDependentShape, "the size of the result depends on the data")
-    if func is aten.lift_fresh.default:
-        if function and getattr(function[-1], "__name__", "") == "__setitem__":
-            return None  # a Python number written to an element: a kernel argument, not an upload
-        return _with(HostConstant, "a tensor is made from host data")
-    return _device_finding(func, args, kwargs, tensors)
-
-
-def _device_finding(func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor]) -> Callable[..., Refusal] | None:
-    kinds = {tensor.device.type for tensor in tensors}
-    if func is aten._to_copy.default and kwargs.get("device") is not None:
-        kinds.add(torch.device(kwargs["device"]).type)
-    if len(kinds) == 1 or not kinds:
-        return None
-    if func in _COPIES:
-        source = args[0] if func is aten._to_copy.default else args[1]
-        if source.device.type == "cpu":
-            return _with(HostConstant, "a host tensor is copied to the device")
-        return _with(HostSync, "a device tensor is copied to the host")
-    return _with(MixedDevices, "an operator mixes a host tensor with device tensors: its value would be frozen")
-
-
-def _with(kind: type[Refusal], detail: str) -> Callable[..., Refusal]:
-    return lambda **where: kind(detail, **where)
 
 
 @contextlib.contextmanager
@@ -342,7 +234,7 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
             name = metadata.get()["name"] if hasattr(metadata, "get") else "triton kernel"
             watch.trace.found(
                 OpaqueKernel(
-                    "a Triton kernel is launched directly", operator=str(name), site=_site(_user_frame(sys._getframe(1)))
+                    "a Triton kernel is launched directly", operator=str(name), site=Site.at(user_frame(sys._getframe(1)))
                 )
             )
 
@@ -447,7 +339,7 @@ class _LastOperator(TorchDispatchMode):
         self.site = Site()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operator, self.site = str(func), _site(_user_frame(sys._getframe(1)))
+        self.operator, self.site = str(func), Site.at(user_frame(sys._getframe(1)))
         return func(*args, **(kwargs or {}))
 
 
