@@ -1,0 +1,107 @@
+"""Upper bounds of lengths that only the device knows.
+
+A length is bounded by what the step itself requires of it (a slice of a cache is no longer than the cache, an index list
+no longer than what it was taken from), by ``torch._check``, and by what the caller promises by name. Each of these is a
+condition that the graph checks while it runs, so a bound may be relied on.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Iterator, Mapping
+
+import sympy
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from passes.tracing import Facts, Site
+
+_LIMIT = 1 << 24  # rows: a larger bound is none
+
+
+class Bounds:
+    """The bounds of one graph.
+
+    Args:
+        facts: its assumptions, of which every one holds whenever the graph's results are used.
+        promised: largest values by name: the variable that the line assigns (``n = int(t)``: ``"n"``), or ``"file.py:12"``.
+    """
+
+    def __init__(self, facts: Facts, promised: Mapping[str, int] | None = None) -> None:
+        self._facts = facts
+        self._promised = dict(promised or {})
+        self._ranges: dict[sympy.Symbol, tuple[sympy.Basic, sympy.Basic]] = {}
+        self._limits: dict[sympy.Basic, int] = {}
+        self.used: dict[str, sympy.Symbol] = {}
+        for symbol, site in facts.sources.items():
+            name = self._promise(site)
+            if name is not None:
+                self.limit(symbol, self._promised[name])
+                facts.decide(symbol <= self._promised[name], True, site)
+                self.used[name] = symbol
+        for _ in range(2):  # an equality may carry a bound that was learned after it
+            for condition in facts.decisions:
+                for part in _conjuncts(condition.holds):
+                    self._learn(part)
+
+    def limit(self, expression: sympy.Basic, largest: int, smallest: int = 0) -> None:
+        """Say that ``smallest <= expression <= largest``."""
+        self._limits[expression] = min(largest, self._limits.get(expression, largest))
+        if isinstance(expression, sympy.Symbol):
+            low, high = self._ranges.get(expression, (sympy.Integer(smallest), sympy.Integer(largest)))
+            self._ranges[expression] = (sympy.Max(low, smallest), sympy.Min(high, largest))
+
+    def of(self, expression: sympy.Basic) -> int | None:
+        """The largest value of an expression, or None where nothing bounds it."""
+        expression = self._facts.resolve(expression)
+        if expression.is_Integer:
+            return int(expression)
+        ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}
+        upper = bound_sympy(expression, ranges).upper  # type: ignore[arg-type]
+        known = [self._limits[e] for e in (expression,) if e in self._limits]
+        if upper.is_Integer:
+            known.append(int(upper))
+        largest = min(known, default=_LIMIT + 1)
+        return max(largest, 0) if largest <= _LIMIT else None
+
+    def _promise(self, site: Site) -> str | None:
+        file, line = site
+        assigned = re.match(r"\s*(\w+)\s*(?::[^=]+)?=[^=]", linecache.getline(file, line))
+        names = [f"{file.rsplit('/', 1)[-1]}:{line}", *([assigned.group(1)] if assigned else [])]
+        return next((name for name in names if name in self._promised), None)
+
+    def _learn(self, condition: sympy.Basic) -> None:
+        if isinstance(condition, sympy.Eq):
+            for a, b in (condition.args, condition.args[::-1]):
+                largest = self.of(b)
+                if largest is not None and a.free_symbols:
+                    self._at_most(a, largest)
+        elif isinstance(condition, (sympy.Le, sympy.Lt)):
+            self._compare(condition.lhs, condition.rhs, isinstance(condition, sympy.Lt))
+        elif isinstance(condition, (sympy.Ge, sympy.Gt)):
+            self._compare(condition.rhs, condition.lhs, isinstance(condition, sympy.Gt))
+
+    def _compare(self, small: sympy.Basic, large: sympy.Basic, strict: bool) -> None:
+        largest = self.of(large)
+        if largest is not None and small.free_symbols:
+            self._at_most(small, largest - strict)
+
+    def _at_most(self, expression: sympy.Basic, largest: int) -> None:
+        """Learn ``expression <= largest``, and what that says of the one symbol of a linear expression."""
+        self._limits[expression] = min(largest, self._limits.get(expression, largest))
+        symbols = expression.free_symbols
+        if len(symbols) != 1:
+            return
+        (symbol,) = symbols
+        slope = expression.coeff(symbol, 1) if expression.is_polynomial(symbol) else sympy.Integer(0)
+        rest = expression - slope * symbol
+        if slope.is_Integer and slope > 0 and rest.is_Integer:
+            self.limit(symbol, (largest - int(rest)) // int(slope))
+
+
+def _conjuncts(condition: sympy.Basic) -> Iterator[sympy.Basic]:
+    if isinstance(condition, sympy.And):
+        for part in condition.args:
+            yield from _conjuncts(part)
+    else:
+        yield condition

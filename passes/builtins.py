@@ -1,0 +1,100 @@
+"""Python's number builtins, for a traced step: symbols stay symbols.
+
+``int(t)`` has to return an exact ``int``, so Python throws away any object that stands for a value not known yet. While
+a step is traced, the modules whose lines read values see these in place of the builtins: a name in a module's globals
+hides the builtin of that name, in that module only. With ordinary arguments they do what the builtins do.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_ABSENT = object()
+
+
+def _value(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+class _Number(type):
+    """A class that converts like a builtin number type, and takes symbols for its instances."""
+
+    kind: type
+    symbols: tuple[type, ...]
+    convert: Callable[[Any], Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        value = _value(args[0]) if len(args) == 1 and not kwargs else None
+        return cls.convert(value) if isinstance(value, _SYMBOLS) else cls.kind(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, (cls.kind, *cls.symbols))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, (cls.kind, *cls.symbols))
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.kind
+
+    def __hash__(cls) -> int:
+        return hash(cls.kind)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.kind, name)
+
+
+class _Int(metaclass=_Number):
+    kind, symbols, convert = builtins.int, (torch.SymInt,), staticmethod(torch.sym_int)
+
+
+class _Float(metaclass=_Number):
+    kind, symbols, convert = builtins.float, (torch.SymFloat,), staticmethod(torch.sym_float)
+
+
+def _symbolic(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, (*_SYMBOLS, torch.Tensor)) for value in values)
+
+
+def _min(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 2 and not kwargs and _symbolic(args):
+        return torch.sym_min(_value(args[0]), _value(args[1]))
+    return builtins.min(*args, **kwargs)
+
+
+def _max(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 2 and not kwargs and _symbolic(args):
+        return torch.sym_max(_value(args[0]), _value(args[1]))
+    return builtins.max(*args, **kwargs)
+
+
+def _len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else builtins.len(value)
+
+
+def _range(*args: Any) -> Any:
+    return builtins.range(*map(_value, args))
+
+
+SYMBOLIC = {"int": _Int, "float": _Float, "min": _min, "max": _max, "len": _len, "range": _range}
+"""What stands for each builtin."""
+
+
+@contextlib.contextmanager
+def symbolic_builtins(modules: Iterable[str]) -> Iterator[None]:
+    """Let `SYMBOLIC` hide the builtins in the named modules; a name that a module defines itself is left alone."""
+    spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
+    hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
+    try:
+        for space, name in hidden:
+            space[name] = SYMBOLIC[name]
+        yield
+    finally:
+        for space, name in hidden:
+            space.pop(name, None)

@@ -1,0 +1,343 @@
+"""The ATen graph of a whole step, with the values that the host reads as symbols.
+
+The step's Python runs once on fake tensors (``make_fx``), so that nothing is computed and every line that runs is the
+user's own, Hugging Face caches and other opaque objects included. ``.item()``, ``nonzero`` and their like give
+*hinted* symbols: numbers without a value whose hint is what an eager run of the same step read at the same place. A
+branch on a symbol takes the way the hint takes, and the predicate becomes a `Decision` of the graph: an assumption that
+has to hold whenever the graph runs. In-place operators stay in place.
+
+Python turns symbols into plain numbers where it converts: ``int(t)``, ``range(n)``, ``min(a, b)``. In the modules whose
+lines read values, these names mean symbolic versions while the step is traced (`symbolic_builtins`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.builtins import symbolic_builtins
+from passes.errors import Unremovable
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+Site = tuple[str, int]
+_LIBRARIES = frozenset(("torch", "sympy", "passes", "graphs", "contextlib", "functools"))
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TO_HOST = {getattr(Tensor, name): name for name in ("numpy", "__array__", "__repr__", "__format__", "__dlpack__", "__reduce_ex__")}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A value that the host read in an eager run of the step: which operator gave it, at which line, and the value."""
+
+    operator: str
+    site: Site
+    value: Any
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A predicate over host values and the outcome that the traced way depends on."""
+
+    predicate: sympy.Basic
+    outcome: bool
+    site: Site
+
+    @property
+    def holds(self) -> sympy.Basic:
+        """The condition under which the graph is the step."""
+        return self.predicate if self.outcome else sympy.Not(self.predicate)
+
+
+@dataclass
+class Facts:
+    """What is known of the symbols of a graph; found as ``module.meta["facts"]``.
+
+    Attributes:
+        hints: the value of each symbol in the eager run.
+        definitions: symbols that are functions of others (the length of a slice).
+        decisions: what the graph assumes.
+        sources: file and line that read each symbol.
+        mode: the fake mode of the values in ``node.meta["val"]``.
+    """
+
+    mode: FakeTensorMode
+    hints: dict[sympy.Symbol, int | float] = field(default_factory=dict)
+    definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
+
+    def resolve(self, expression: sympy.Basic) -> sympy.Basic:
+        """``expression`` with defined symbols replaced by what they stand for."""
+        while any(symbol in self.definitions for symbol in expression.free_symbols):
+            expression = expression.xreplace(self.definitions)
+        return expression
+
+    def hint(self, expression: sympy.Basic) -> sympy.Basic | None:
+        """The value of ``expression`` in the eager run, or None."""
+        value = self.resolve(expression).xreplace({s: sympy.sympify(v) for s, v in self.hints.items()})
+        return value if not value.free_symbols else None
+
+    def decide(self, predicate: sympy.Basic, outcome: bool, site: Site) -> None:
+        """Add an assumption, unless it is there."""
+        decision = Decision(self.resolve(predicate), outcome, site)
+        known = any(d.predicate == decision.predicate and d.outcome == outcome for d in self.decisions)
+        if not known and decision.holds not in (sympy.true, True):
+            self.decisions.append(decision)
+
+
+class _Hinted(ShapeEnv):
+    """A shape environment that answers questions about symbols with hints, and writes down that it did."""
+
+    facts: Facts
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(ShapeEnv.evaluate_expr).bind(self, orig_expr, *args, **kwargs).arguments
+        expression = self.facts.resolve(orig_expr)
+        known = self._maybe_evaluate_static(expression)
+        if known is not None:
+            return known
+        if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
+            return sympy.sympify(bound["fallback_value"])
+        value = self.facts.hint(expression)
+        if value is None:
+            raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
+        if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
+            self.facts.decide(expression, bool(value), user_site())
+        else:
+            self.facts.decide(sympy.Eq(expression, value), True, user_site())
+        return value
+
+    def guard_or_defer_runtime_assert(self, orig_expr: Any, msg: str, fx_node: Any = None, **_: Any) -> bool:
+        expression = self.facts.resolve(orig_expr)
+        if self._maybe_evaluate_static(expression) is None:
+            self.facts.decide(expression, True, user_site())
+        return True
+
+
+def user_site() -> Site:
+    """File and line of the innermost frame that belongs to no library below the model."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _LIBRARIES and not frame.f_code.co_filename.startswith("<"):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
+
+
+class _Follow(TorchDispatchMode):
+    """Gives the symbols that an operator makes their hints, in the order of the eager run."""
+
+    def __init__(self, facts: Facts, reads: Sequence[Read]) -> None:
+        super().__init__()
+        self.facts = facts
+        self.reads = list(reads)
+        self.given: list[Any] = []  # values of a list, for the items it is made of
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        site = user_site()
+        result = func(*args, **(kwargs or {}))
+        self._mark(site)
+        if func is aten.slice.Tensor:
+            self._define_slice(result, *args, **(kwargs or {}))
+        elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
+            self._name(result, [self.given.pop(0)], site)
+        elif self.reads and self.reads[0].operator == str(func):
+            self._name(result, self._next(str(func), site), site)
+        return result
+
+    def _mark(self, site: Site) -> None:
+        """Note the line at the nodes that have just been made."""
+        tracing = get_proxy_mode()
+        for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
+            if "site" in node.meta:
+                break
+            node.meta["site"] = site
+
+    def drop(self, operator: str) -> None:
+        """Forget a read that has no value: a conversion that the traced step does without."""
+        if self.reads and self.reads[0].operator == operator:
+            self.reads.pop(0)
+
+    def _next(self, operator: str, site: Site) -> list[Any]:
+        """The values of the reads of one operator call."""
+        first = self.reads.pop(0)
+        values = [first.value]
+        while operator != str(aten._local_scalar_dense.default) and self.reads and self.reads[0] == first:
+            values.append(self.reads.pop(0).value)
+        return values
+
+    def _lists(self) -> bool:
+        """Whether the host read a list here, of which the traced step reads one item after the other."""
+        if self.reads and self.reads[0].operator == "Tensor.tolist":
+            self.given = _flat(self.reads.pop(0).value)
+        return bool(self.given)
+
+    def _name(self, result: Any, values: list[Any], site: Site) -> None:
+        facts = self.facts
+        for symbol in _fresh(result, facts):
+            value = values[0]
+            if value is None:
+                continue
+            facts.hints[symbol] = float(value) if isinstance(value, float) else int(value)
+            facts.sources[symbol] = site
+
+    def _define_slice(self, result: Tensor, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> None:
+        size = result.shape[dim]
+        fresh = _fresh(result, self.facts)
+        if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or step != 1:
+            return
+        whole = _expression(x.shape[dim])
+        first, last = _index(start, 0, whole), _index(end, whole, whole)
+        self.facts.definitions[size.node.expr] = self.facts.resolve(sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole)))
+
+
+def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
+    """Symbols in a result that nothing is known of."""
+    found: list[sympy.Symbol] = []
+    for value in result if isinstance(result, (tuple, list)) else (result,):
+        parts = value.shape if isinstance(value, Tensor) else (value,)
+        for part in parts:
+            if isinstance(part, _SYMBOLS):
+                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.definitions]
+    return list(dict.fromkeys(found))
+
+
+def _expression(value: Any) -> sympy.Basic:
+    return value.node.expr if isinstance(value, _SYMBOLS) else sympy.sympify(value)
+
+
+def _index(value: Any, default: Any, whole: sympy.Basic) -> sympy.Basic:
+    """A slice bound as a number from the front: one below zero counts from the end."""
+    if value is None:
+        return sympy.sympify(default)
+    if isinstance(value, torch.SymInt):
+        return value.node.expr if bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
+    return sympy.Integer(min(value, sys.maxsize)) if value >= 0 else sympy.Max(value + whole, 0)
+
+
+class _Symbolic(TorchFunctionMode):
+    """Keeps symbols where torch's Python entry points would turn them, or tensors, into plain numbers."""
+
+    def __init__(self, follow: _Follow) -> None:
+        super().__init__()
+        self.follow = follow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _TO_HOST:
+            raise Unremovable("the host needs the tensor itself", f"Tensor.{_TO_HOST[func]}", user_site())
+        if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
+            self.follow.drop(f"Tensor.{func.__name__}")
+            return args[0] if func is Tensor.cpu else args[0].to(*_dtypes(args[1:]), **_dtypes_of(kwargs))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = _with_symbols(args[1])
+            if func is Tensor.__getitem__ and any(isinstance(part, torch.SymInt) for part in _parts(index)):
+                return _select(args[0], _parts(index))
+            args = (args[0], index, *args[2:])
+        elif func in _COUNTED:
+            args, kwargs = tuple(map(_number, args)), {key: _number(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_COUNTED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.empty)
+
+
+def _flat(value: Any) -> list[Any]:
+    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
+
+
+def _names_the_host(args: Any, kwargs: Any) -> bool:
+    target = kwargs.get("device", args[0] if args else None)
+    return isinstance(target, (str, torch.device)) and torch.device(target).type == "cpu"
+
+
+def _dtypes(args: Any) -> list[Any]:
+    return [value for value in args if isinstance(value, torch.dtype)]
+
+
+def _dtypes_of(kwargs: Any) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking")}
+
+
+def _number(value: Any) -> Any:
+    """A tensor given where a function wants a number, as the symbol that stands for its value."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value.item()
+    return tuple(map(_number, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _with_symbols(index: Any) -> Any:
+    """An index whose slices are bounded by tensors, with their values as bounds."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_symbols, index))
+    if isinstance(index, slice):
+        return slice(_number(index.start), _number(index.stop), _number(index.step))
+    return index
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _select(x: Tensor, index: tuple[Any, ...]) -> Tensor:
+    """``x[index]`` where integers of the index are symbols, which torch's own indexing does not take."""
+    taken = sum(1 for part in index if part is not None and part is not Ellipsis)
+    spread = [p for part in index for p in ([slice(None)] * (x.dim() - taken) if part is Ellipsis else [part])]
+    rest: list[Any] = []
+    for part in spread:
+        if isinstance(part, torch.SymInt):
+            x = x.select(sum(1 for other in rest if other is not None), part)
+        else:
+            rest.append(part)
+    return x[tuple(rest)] if any(part != slice(None) for part in rest) else x
+
+
+def trace_step(
+    step: Callable[..., list[Any]], tensors: Sequence[Tensor], reads: Sequence[Read] = (), modules: Iterable[str] = ()
+) -> GraphModule:
+    """Trace ``step`` without running anything on a device.
+
+    Args:
+        step: takes ``tensors`` and returns a flat list. Python state it changes is the caller's to restore; tensors that it
+            reaches without being given them become ``get_attr`` nodes, and nothing is written to them.
+        tensors: real tensors, for their shapes, dtypes and devices.
+        reads: what an eager run read, in order.
+        modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
+
+    Returns:
+        The graph of ATen operators, with `Facts` in ``meta["facts"]`` and file and line in ``node.meta["site"]``.
+
+    Raises:
+        Unremovable: the step does with a host value what no graph can do.
+    """
+    environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
+    facts = environment.facts = Facts(mode)
+    with mode:
+        fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    follow = _Follow(facts, reads)
+
+    def followed(*arguments: Tensor) -> list[Any]:
+        with _Symbolic(follow), follow:
+            return step(*arguments)
+
+    with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+    facts.decisions = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
+    module.meta["facts"] = facts
+    return module
