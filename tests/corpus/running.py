@@ -1,0 +1,211 @@
+"""Running a case eagerly and captured, and seeing what makes the host wait."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graphs
+from graphs.ledger import NotReplayed
+from tests.corpus.case import RECORDED, STEPS, Case
+from tests.parity import assert_same, copied, state_of
+
+Tensor = torch.Tensor
+Device = torch.device | str
+aten = torch.ops.aten
+_WAITING = {
+    *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount),
+    *(aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive),
+}
+_TO_HOST = {getattr(Tensor, name) for name in ("tolist", "numpy", "cpu", "item", "__array__", "__repr__", "__bool__")}
+
+
+def capture(case: Case, step: Callable[..., Any]) -> Any:
+    return graphs.capture(step)
+
+
+class _Operators(TorchDispatchMode):
+    """Lists operators with the shapes of their results and the values that leave the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = _pytree.tree_leaves(result)
+        self.seen.append(f"{func} {[tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]} {_constants(args)}")
+        if func.overloadpacket in _WAITING or _unsized(func, args, kwargs or {}):
+            self.waits.append(str(func))
+        return result
+
+
+def _constants(args: Any) -> list[Any]:
+    return [leaf for leaf in _pytree.tree_leaves(args) if isinstance(leaf, (bool, int, float))]
+
+
+def _unsized(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Operators that wait with some arguments only: a boolean index, ``repeat_interleave`` without its size."""
+    if func.overloadpacket is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return False
+
+
+class _Conversions(TorchFunctionMode):
+    """Lists conversions that never reach the dispatcher on CPU tensors, with the values they gave."""
+
+    def __init__(self, operators: _Operators) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _TO_HOST:
+            self.operators.waits.append(f"Tensor.{func.__name__}")
+            self.operators.seen.append(f"{func.__name__} {result}")
+        return result
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[_Operators]:
+    """What the host waits for in the body: the modes see it on any device, the driver's own check only on a GPU."""
+    operators = _Operators()
+    mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+            stack.callback(torch.cuda.set_sync_debug_mode, mode)
+        stack.enter_context(_Conversions(operators))
+        stack.enter_context(operators)
+        yield operators
+    operators.waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]
+
+
+def arguments(case: Case, index: int, device: Device) -> tuple[Any, ...]:
+    """The arguments of one step, tensors on ``device``."""
+    return _pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, case.inputs(index))
+
+
+def check(case: Case, device: Device) -> None:
+    """Run a case eagerly and captured, then once more over the same data with everything that waits being listed.
+
+    Raises:
+        AssertionError: an output, an argument or the final state differs, the step is recorded or refused other than
+            expected, or a replay waits for the device.
+    """
+    reference = case.build(device)
+    model = copy.deepcopy(reference)
+    step = capture(case, model)
+    for index in range(STEPS):
+        _compare(case, device, index, reference, step)
+    _expected(case, step.report())
+    if case.expect == RECORDED:
+        _watched_again(case, device, reference, step)
+    _same(case, state_of(reference), state_of(model), "state")
+
+
+def _watched_again(case: Case, device: Device, reference: Callable[..., Any], step: Any) -> None:
+    """The modes are not there while something is recorded: frames of theirs would hide the user's line."""
+    replays = 0
+    for index in range(STEPS):
+        before = step.report()
+        waits = _compare(case, device, index, reference, step, watching)
+        after = step.report()
+        if (after.recordings, after.eager_calls) == (before.recordings, before.eager_calls):
+            assert waits == [], f"the replay of step {index} waits for the device"
+            replays += 1
+    assert replays >= STEPS - case.eager_calls, f"the second time, {replays} plain replays: {step.report()}"
+
+
+def _compare(
+    case: Case, device: Device, index: int, reference: Callable[..., Any], step: Any, watch: Any = contextlib.nullcontext
+) -> list[str]:
+    given, kept = arguments(case, index, device), arguments(case, index, device)
+    with watch() as seen:
+        got = _seeded(index, step, given)
+    wanted = _seeded(index, reference, kept)
+    _same(case, copied(wanted), copied(got), f"output of step {index}")
+    _same(case, kept, given, f"arguments of step {index}")
+    return seen.waits if seen is not None else []
+
+
+def _seeded(index: int, step: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+    torch.manual_seed(index)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReplayed)
+        return step(*given)
+
+
+def _same(case: Case, wanted: Any, got: Any, what: str) -> None:
+    assert_same(wanted, got, what)
+    if case.tolerance:
+        return
+    for a, b in zip(_pytree.tree_leaves(wanted), _pytree.tree_leaves(got), strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def _expected(case: Case, report: graphs.CaptureReport) -> None:
+    if case.expect == RECORDED:
+        assert report.replays >= STEPS - case.eager_calls, f"{report}"
+        return
+    file, lines = case.lines()
+    named = [(refusal.reason, refusal.file) for refusal in report.refusals if refusal.line in lines]
+    assert (case.expect, file) in named, f"no refusal {case.expect!r} at {file}:{lines.start}-{lines.stop - 1}; {report}"
+    assert report.replays == 0, f"{report}"
+
+
+def outcomes(case: Case) -> list[str]:
+    """For each step, run eagerly, everything the host gets to know: operators, shapes, constants, values read."""
+    step, found = case.build(), []
+    for index in range(STEPS):
+        with watching() as seen:
+            _seeded(index, step, arguments(case, index, "cpu"))
+        found.append("\n".join(seen.seen))
+    return found
+
+
+def unexecuted_lines(case: Case) -> list[str]:
+    """Source lines of the step that no step of the run reaches."""
+    body = case.step.forward if isinstance(case.step, type) else case.step
+    step, reached = case.build(), set[tuple[CodeType, int]]()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code not in codes:
+            return None
+        reached.add((frame.f_code, frame.f_lineno))
+        return trace
+
+    codes = set(_nested(body.__code__))
+    previous = sys.gettrace()
+    for index in range(STEPS):
+        given = arguments(case, index, "cpu")
+        sys.settrace(trace)
+        try:
+            _seeded(index, step, given)
+        finally:
+            sys.settrace(previous)
+    everything = {(code, line) for code in codes for _, _, line in code.co_lines() if line and line > code.co_firstlineno}
+    return sorted(f"{code.co_name}:{line}" for code, line in everything - reached)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
