@@ -26,6 +26,7 @@ class Case:
         bounds: what the caller says about lengths that nothing else bounds, by the name of the variable that holds them.
         eager_calls: calls that may run the model itself, because they are the first to meet an outcome.
         tolerance: why outputs may differ in their last bits; empty: they may not.
+        steady: the host is made to wait, or to upload, but learns the same at each step.
     """
 
     step: Callable[..., Any]
@@ -34,6 +35,7 @@ class Case:
     bounds: Mapping[str, int] | None = None
     eager_calls: int = 0
     tolerance: str = ""
+    steady: bool = False
 
     @property
     def name(self) -> str:

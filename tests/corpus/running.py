@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
@@ -46,6 +48,9 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         leaves = _pytree.tree_leaves(result)
         self.seen.append(f"{func} {[tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves]} {_constants(args)}")
+        if func is aten.lift_fresh.default:
+            with torch._C.DisableTorchFunction():
+                self.seen.append(str(result.tolist()))
         if func.overloadpacket in _WAITING or _unsized(func, args, kwargs or {}):
             self.waits.append(str(func))
         return result
@@ -116,7 +121,13 @@ def check(case: Case, device: Device) -> None:
     _expected(case, step.report())
     if case.expect == RECORDED:
         _watched_again(case, device, reference, step)
-    _same(case, state_of(reference), state_of(model), "state")
+    _same(case, _state(reference), _state(model), "state")
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """Buffers and plain attributes, lists and dictionaries among them."""
+    plain = vars(model).items() if isinstance(model, torch.nn.Module) else ()
+    return {**state_of(model), **{n: v for n, v in plain if isinstance(v, (list, dict)) and not n.startswith("_")}}
 
 
 def _watched_again(case: Case, device: Device, reference: Callable[..., Any], step: Any) -> None:
@@ -146,9 +157,14 @@ def _compare(
 
 def _seeded(index: int, step: Callable[..., Any], given: tuple[Any, ...]) -> Any:
     torch.manual_seed(index)
+    random.seed(index)
+    np.random.seed(index)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
-        return step(*given)
+        try:
+            return step(*given)
+        except AssertionError as error:  # the step's own: what it says is its result
+            return f"AssertionError: {error}"
 
 
 def _same(case: Case, wanted: Any, got: Any, what: str) -> None:

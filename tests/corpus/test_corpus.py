@@ -17,7 +17,7 @@ def test_a_case_equals_eager_and_is_recorded_or_refused_by_name(case: Case) -> N
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_its_data_meets_every_outcome(case: Case) -> None:
     assert unexecuted_lines(case) == [], "both sides of every branch must run"
-    assert len(set(outcomes(case))) > 1, "nothing that the host sees changes between steps"
+    assert case.steady or len(set(outcomes(case))) > 1, "nothing that the host sees changes between steps"
 
 
 def test_names_are_unique_and_there_are_enough() -> None:
