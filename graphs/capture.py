@@ -33,6 +33,7 @@ def capture(
     verify: str | None = None,
     strict: bool | None = None,
     max_recordings: int | None = None,
+    compiler: str | None = None,
 ) -> CapturedModule[Model]:
     """Return a callable that looks like ``model`` and records its steps, to replay them without Python.
 
@@ -57,6 +58,9 @@ def capture(
             ``"off"`` none. Default ``GRAPHS_VERIFY``.
         strict: raise a refusal instead of running eagerly. Default ``GRAPHS_STRICT``, else False.
         max_recordings: keys to record at most. Default ``GRAPHS_MAX_RECORDINGS``, else 64.
+        compiler: ``"inductor"`` compiles the step once per key with ``torch.compile`` and records what that gives; ``"auto"``
+            records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
+            that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
 
     Raises:
         ConfigError: an argument or a ``GRAPHS_*`` variable is not legal.
@@ -72,6 +76,7 @@ def capture(
         verify=verify,
         strict=strict,
         max_recordings=max_recordings,
+        compiler=compiler,
     )
     if not callable(model):
         raise ConfigError("model", model, "an nn.Module or a callable")

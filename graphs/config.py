@@ -16,6 +16,7 @@ from graphs.errors import ConfigError
 MODES = ("graph", "eager")
 VERIFY = ("capture", "always", "off")
 OUTPUTS = ("owned", "borrowed")
+COMPILERS = ("none", "inductor", "auto")
 WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -34,6 +35,10 @@ def _require(legal: bool, name: str, value: object, what: str) -> None:
 
 def _env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
     return choice(variable, os.environ.get(variable, default), legal)
+
+
+def _chosen(name: str, value: object, variable: str, default: str, legal: tuple[str, ...]) -> str:
+    return choice(name, value, legal) if value is not None else _env_choice(variable, default, legal)
 
 
 def _env_flag(variable: str, default: bool) -> bool:
@@ -93,6 +98,7 @@ class CaptureConfig:
     verify: str = "capture"
     strict: bool = False
     max_recordings: int = 64
+    compiler: str = "none"
 
     @classmethod
     def resolve(
@@ -107,6 +113,7 @@ class CaptureConfig:
         verify: str | None,
         strict: bool | None,
         max_recordings: int | None,
+        compiler: str | None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
         _require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
@@ -118,13 +125,14 @@ class CaptureConfig:
         positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
         _require(positive, "max_recordings", max_recordings, "a positive integer")
         return cls(
-            mode=choice("mode", mode, MODES) if mode is not None else _env_choice("GRAPHS_MODE", "graph", MODES),
+            mode=_chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),
             batch_dims=dict(batch_dims) if batch_dims is not None else None,
             static=tuple(static),
             padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},
             outputs=choice("outputs", outputs, OUTPUTS),
-            verify=choice("verify", verify, VERIFY) if verify is not None else _env_choice("GRAPHS_VERIFY", "capture", VERIFY),
+            verify=_chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
             strict=strict if strict is not None else _env_flag("GRAPHS_STRICT", False),
             max_recordings=max_recordings if max_recordings is not None else _env_count("GRAPHS_MAX_RECORDINGS", 64),
+            compiler=_chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
         )

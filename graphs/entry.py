@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from graphs.contract.slots import Contract
 from graphs.contract.static import StaticTensors
 from graphs.contract.steering import Steering
 from graphs.contract.tensor_state import TensorState
+from graphs.errors import Refusal
 from graphs.measure import CallTime
 from graphs.record.step import Recording
 
@@ -34,6 +35,12 @@ class Entry:
         sentinels: padding rows that padded calls may write to.
         replays, real_rows: calls served and the rows they had.
         recheck_at: number of replays at which ``python`` is compared with the present again.
+        slack: factor on the tolerance between eager and a replay: above 1 where a compiler's kernels round elsewhere.
+        substitute: what was recorded in the model's place; it owns constants that the recording reads.
+        compiler: what compiled the step, or ``"none"``.
+        compile_seconds: what compiling took, of ``capture_seconds``.
+        candidates: microseconds of one replay by compiler, where more than one was measured.
+        not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
     recording: Recording
@@ -53,6 +60,12 @@ class Entry:
     replays: int = 0
     real_rows: int = 0
     recheck_at: int = 1
+    slack: float = 1.0
+    substitute: Any = None
+    compiler: str = "none"
+    compile_seconds: float = 0.0
+    candidates: dict[str, float] = field(default_factory=dict)
+    not_compiled: Refusal | None = None
 
     @property
     def sentinels(self) -> list[int]:

@@ -186,6 +186,15 @@ class CaptureFailed(Refusal):
     remedy = "move what the device refuses (the message holds the driver's words) out of the step, or run the step eagerly"
 
 
+class CompileFailed(Refusal):
+    """A step, or a part of it, that ``torch.compile`` cannot compile."""
+
+    reason = "compile-failed"
+    remedy = (
+        "change the line named here, call torch.compile on the model alone for the whole story, or capture with compiler='none'"
+    )
+
+
 class VerifyMismatch(Refusal):
     """The first replay of a recording disagreed with eager on the same inputs and state."""
 

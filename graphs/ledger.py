@@ -73,6 +73,9 @@ def _key_report(entry: Entry) -> KeyReport:
         device_free_delta=entry.device_free_delta,
         padding_waste=1 - entry.real_rows / (rows * entry.replays) if rows is not None and entry.replays else 0.0,
         break_even_calls=int(entry.capture_seconds * 1e6 / saved) + 1 if saved > 0 else None,
+        compiler=entry.compiler,
+        compile_seconds=entry.compile_seconds,
+        compiler_us=dict(entry.candidates),
     )
 
 

@@ -74,7 +74,7 @@ class Probe:
     def _compare(
         self, entry: Entry, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
     ) -> None:
-        found = verify.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels)
+        found = verify.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels, entry.slack)
         if found is not None:
             raise RowsInteract(f"{when}, {found[0]}: {found[1]}")
 

@@ -219,9 +219,12 @@ class Recordings:
         torch.set_autocast_cache_enabled(False)
         try:
             with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                return run_trial(step, self._recorder(step.device), owned=owned, check=check)
+                entry = run_trial(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
+        if entry.not_compiled is not None:
+            self.ledger.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+        return entry
 
     def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         config = self.config
@@ -240,6 +243,7 @@ class Recordings:
             static=tuple(i for i, name in enumerate(names) if name in config.static),
             padding=dict(config.padding),
             device=device_of(call, self.model),
+            compiler=config.compiler,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:

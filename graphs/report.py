@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class KeyReport:
         device_free_delta: free device memory before minus after, bytes; includes the driver's own.
         padding_waste: share of the replayed rows that were padding.
         break_even_calls: calls after which the capture has paid for itself; None when a replay is not faster.
+        compiler: what compiled the step before it was recorded, or ``"none"``.
+        compile_seconds: the part of ``capture_seconds`` in which it was compiled.
+        compiler_us: with ``compiler="auto"``, microseconds of one replay with each, of which the faster was kept.
     """
 
     key: str
@@ -50,6 +53,9 @@ class KeyReport:
     device_free_delta: int
     padding_waste: float
     break_even_calls: int | None
+    compiler: str = "none"
+    compile_seconds: float = 0.0
+    compiler_us: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,4 +107,7 @@ def _key_lines(key: KeyReport) -> list[str]:
         if key.eager_device_us is not None and key.replay_device_us is not None:
             text += f"; device {key.eager_device_us:.0f} us eager, {key.replay_device_us:.0f} us replayed"
         lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
+    if key.compiler != "none" or key.compiler_us:
+        measured = "".join(f"; {us:.0f} us with {name}" for name, us in key.compiler_us.items())
+        lines.append(f"      compiler {key.compiler}, compiled in {key.compile_seconds:.1f} s{measured}")
     return lines

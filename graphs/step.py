@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graphs.watch import Trace
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.outputs import OutputTemplate, output_template
 from graphs.contract.places import Difference
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
+from graphs.watch import Trace
 
 Tensor = torch.Tensor
 
@@ -31,6 +32,8 @@ class Step:
         batch_dims: batch dimension of each tensor leaf; used when ``rows`` is not None.
         rows: bucket to record at, or None for exact sizes.
         real: rows of this call.
+        compiler: what compiles the step before it is recorded; see `graphs.compiler`.
+        plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
     model: Callable[..., Any]
@@ -45,6 +48,16 @@ class Step:
     batch_dims: tuple[int | None, ...] = ()
     rows: int | None = None
     real: int = 1
+    compiler: str = "none"
+    plain: Callable[..., Any] | None = None
+
+    def with_substitute(self, model: Callable[..., Any]) -> Step:
+        """The same step with ``model`` in place of the module, which stays its reference."""
+        return dataclasses.replace(self, model=model, plain=self.plain or self.model)
+
+    def without_substitute(self) -> Step:
+        """The same step of the module itself."""
+        return self if self.plain is None else dataclasses.replace(self, model=self.plain, plain=None)
 
     def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
         """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""

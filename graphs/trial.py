@@ -14,6 +14,7 @@ Every run but the last is undone. The order of runs, each from the same state:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from graphs import verify
-from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
+from graphs.compiler import record_compiled
 from graphs.contract.arguments import map_leaves
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
@@ -44,6 +45,7 @@ from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
 from graphs.step import Checkpoint, Step
+from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -97,7 +99,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         if initialised:
             after.restore()
             raise Deferred(output, initialised, origin.restore)
-        entry = _record(step, recorder, start, trace, output, owned=owned, check=check)
+        record = functools.partial(_record, recorder=recorder, start=start, trace=trace, output=output, owned=owned, check=check)
+        entry = record_compiled(step, trace, record)
     except Deferred:
         raise
     except RowsInteract:
@@ -178,13 +181,18 @@ def _again(
 
 
 def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, output: Any, *, owned: bool, check: bool) -> Entry:
-    """C, R, the recording, V and P. Raises a `Refusal`; the caller restores the state."""
-    tensors = step.call.tensors
+    """C, R, the recording, V and P. Raises a `Refusal`; the caller restores the state.
+
+    Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
+    """
+    tensors, plain = step.call.tensors, step.without_substitute()
     static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
-    externals, template = _stand_in_run(step, recorder, start, trace, stand_ins, output)
-    probe = Probe(step, contract, start, trace, externals) if step.rows is not None else None
+    externals, template = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
+    if plain is not step:
+        _compare_substitute(step, start, trace, stand_ins, externals, check=check)
+    probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
     start.restore()
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
     state = trace.written.copies()
@@ -205,13 +213,15 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
         trace.written,
         ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
         device_free_delta=free - _free_memory(step.device),
+        slack=1.0 if plain is step else verify.OTHER_KERNELS,
+        substitute=None if plain is step else step.model,
     )
     if check:
         start.restore()
         _verify_first_replay(entry, tensors, step.real, reference, state)
     if probe is not None:
         probe.prove(entry)
-    entry.eager = time_call(lambda: step.run(stand_ins), step.device, before=start.restore)
+    entry.eager = time_call(lambda: plain.run(stand_ins), step.device, before=start.restore)
     entry.replay = time_call(lambda: recording.replay(tensors, step.real), step.device, before=start.restore)
     return entry
 
@@ -245,6 +255,21 @@ def _stand_in_run(
     if refusal is not None:
         raise differing(refusal.detail)
     return externals, template
+
+
+def _compare_substitute(
+    step: Step, start: Checkpoint, trace: Trace, stand_ins: list[Tensor], externals: list[Tensor], *, check: bool
+) -> None:
+    """Run the substitute for the first time, which may compile it, and compare it with the model."""
+    plain = step.without_substitute()
+    start.restore()
+    expected: list[Tensor] = _guarded(plain, lambda: [out.clone() for out in plain.produced(stand_ins, externals)])
+    state = trace.written.copies()
+    start.restore()
+    produced = step.produced(stand_ins, externals)
+    found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
+    if check and found is not None:
+        raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])
 
 
 def _guarded(step: Step, run: Callable[[], Any]) -> Any:
@@ -319,7 +344,7 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
     start.restore()
     try:
         produced = entry.recording.replay(step.call.tensors, rows)
-        found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels)
+        found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels, entry.slack)
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -11,6 +11,9 @@ from graphs.contract.slots import Contract
 Tensor = torch.Tensor
 _RELATIVE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _FP8 = 0.13  # one step of a format with three mantissa bits
+OTHER_KERNELS = 8.0
+"""Factor on the tolerance where kernels of a compiler stand against eager ones: they round in other places, and the
+deviations of many layers add up. Measured against the values, that is 0.16 in bfloat16; a wrong row is at 1."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -46,8 +49,8 @@ def _deviation(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     return error, limit * torch.maximum(magnitude, typical.double())
 
 
-def difference(expected: Tensor, actual: Tensor) -> str:
-    """How ``actual`` deviates from ``expected`` beyond tolerance, or an empty string.
+def difference(expected: Tensor, actual: Tensor, slack: float = 1.0) -> str:
+    """How ``actual`` deviates from ``expected`` beyond ``slack`` times the tolerance, or an empty string.
 
     Non-finite values must stand in the same places.
     """
@@ -56,17 +59,17 @@ def difference(expected: Tensor, actual: Tensor) -> str:
     if expected.dtype != actual.dtype:
         return f"has dtype {actual.dtype}, eager gave {expected.dtype}"
     error, limit = _deviation(expected, actual)
-    wrong = error > limit
+    wrong = error > limit * slack
     count = int(wrong.sum())
     if not count:
         return ""
     return f"differs from eager in {count} of {error.numel()} elements, by up to {float(error[wrong].max()):.3g}"
 
 
-def first_difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[int, str] | None:
+def first_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], slack: float = 1.0) -> tuple[int, str] | None:
     """Position and description of the first tensor that deviates."""
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        text = difference(a.to(b.device), b)
+        text = difference(a.to(b.device), b, slack)
         if text:
             return index, text
     return None
@@ -134,14 +137,16 @@ def _rolled(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
     return leaves
 
 
-def state_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int]) -> tuple[int, str] | None:
+def state_difference(
+    expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int], slack: float = 1.0
+) -> tuple[int, str] | None:
     """Like `first_difference` for the tensors a step writes, where padded rows may write to the rows ``sentinels``.
 
     A declared sentinel is a row that no sequence owns, so what differs may lie in that row of one dimension.
     """
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        text = difference(a.to(b.device), b)
-        if text and not any(_only_in_row(a.to(b.device), b, row) for row in sentinels):
+        text = difference(a.to(b.device), b, slack)
+        if text and not any(_only_in_row(a.to(b.device), b, row, slack) for row in sentinels):
             return index, text
     return None
 
@@ -152,23 +157,25 @@ def run_difference(
     state: Sequence[Tensor],
     written: Sequence[Tensor],
     sentinels: Sequence[int] = (),
+    slack: float = 1.0,
 ) -> tuple[str, str] | None:
     """What deviates first in a run, and how: an output, else a tensor that the step writes.
 
     Args:
         outputs, state: what they have to be; produced, written: what the run gave and left.
         sentinels: see `state_difference`.
+        slack: factor on the tolerance; see `OTHER_KERNELS`.
     """
-    found = first_difference(outputs, produced)
+    found = first_difference(outputs, produced, slack)
     if found is not None:
         return f"output {found[0]}", found[1]
-    found = state_difference(state, written, sentinels)
+    found = state_difference(state, written, sentinels, slack)
     return (f"state written by the step, tensor {found[0]}", found[1]) if found is not None else None
 
 
-def _only_in_row(expected: Tensor, actual: Tensor, row: int) -> bool:
+def _only_in_row(expected: Tensor, actual: Tensor, row: int, slack: float) -> bool:
     error, limit = _deviation(expected, actual)
-    wrong = error > limit
+    wrong = error > limit * slack
     for dim, size in enumerate(expected.shape):
         if -size <= row < size:
             rest = wrong.clone()
