@@ -28,7 +28,7 @@ class LastCall:
     ) -> None:
         self._check = guards.check
         self._guards = guards
-        self._names = names
+        self._names = list(names)
         self._ambient = ambient
         self._count = len(leaves)
         self._signature = call.signature
@@ -50,11 +50,11 @@ class LastCall:
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...]) -> Call | None:
         """The call, flattened, if it is like the last one."""
-        leaves = (*args, *kwargs.values()) if kwargs else args
-        if len(leaves) != self._count or ambient != self._ambient or (kwargs and tuple(kwargs) != self._names):
+        leaves = [*args, *kwargs.values()] if kwargs else [*args]
+        if len(leaves) != self._count or ambient != self._ambient or ((kwargs or self._names) and [*kwargs] != self._names):
             return None
         if self._tensors is None:
-            return _call((list(leaves), [], self._signature)) if self._check(*leaves) else None
+            return _call((leaves, [], self._signature)) if self._check(*leaves) else None
         for index, kind, value in self._constants:
             leaf = leaves[index]
             if leaf is not value and (kind not in _BY_EQUALITY or type(leaf) is not kind or leaf != value):

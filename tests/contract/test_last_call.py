@@ -1,0 +1,49 @@
+"""The short way of recognising a call never takes one call for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import graphs
+
+Tensor = torch.Tensor
+X, Y, W = torch.ones(2), torch.full((2,), 5.0), torch.full((2,), 7.0)
+
+
+def step(x: Tensor, y: Tensor | None = None, z: Tensor | None = None, scale: Any = 1) -> Tensor:
+    out = x * scale
+    out = out if y is None else out + 2 * y
+    return out if z is None else out + 10 * z
+
+
+CALLS: dict[str, Callable[[Any], Tensor]] = {
+    "one": lambda f: f(X),
+    "by position": lambda f: f(X, Y),
+    "by name": lambda f: f(X, y=Y),
+    "by another name": lambda f: f(X, z=Y),
+    "both": lambda f: f(X, Y, W),
+    "in order": lambda f: f(X, y=Y, z=W),
+    "in the other order": lambda f: f(X, z=Y, y=W),
+    "all by name": lambda f: f(x=X, y=Y),
+    "a constant": lambda f: f(X, scale=2),
+    "an equal constant of another type": lambda f: f(X, scale=2.0),
+    "a constant by position": lambda f: f(X, None, None, 2),
+    "true": lambda f: f(X, scale=True),
+    "another shape": lambda f: f(X.repeat(2), y=Y.repeat(2)),
+    "another dtype": lambda f: f(X.double(), y=Y),
+    "the same tensor twice": lambda f: f(X, y=X),
+}
+
+
+@pytest.mark.parametrize("first", CALLS)
+def test_a_call_after_another_gets_its_own_result(first: str) -> None:
+    captured = graphs.capture(step)
+    for second in CALLS:
+        for _ in range(2):  # the second time, the call before is one that was replayed
+            assert torch.equal(CALLS[first](captured), CALLS[first](step)), first
+        assert torch.equal(CALLS[second](captured), CALLS[second](step)), f"{second} after {first}"
+        assert CALLS[second](captured).dtype == CALLS[second](step).dtype
