@@ -5,7 +5,9 @@ from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
 from graphs.modes import eager
 from graphs.ops import GroupedProjection
+from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.report import CaptureReport
+from passes import register_decompositions
 
 __all__ = [
     "CaptureReport",
@@ -19,3 +21,5 @@ __all__ = [
     "sentinel",
 ]
 __version__ = "0.1.0"
+
+register_decompositions(DECOMPOSITIONS)  # so that passes.to_mlir lowers the operators of graphs

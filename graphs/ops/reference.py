@@ -96,7 +96,7 @@ def project_quantised(o: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     for b in range(data.shape[2] // BLOCK):
         part = slice(b * BLOCK, (b + 1) * BLOCK)
         partial = torch.einsum("mgk,gnk->mgn", q[..., part].float(), data[..., part].float())
-        y += partial * s[..., b, None] * blocks[..., b].repeat_interleave(BLOCK, -1)
+        y = y + partial * s[..., b, None] * blocks[..., b].repeat_interleave(BLOCK, -1)
     return y.to(o.dtype)
 
 
