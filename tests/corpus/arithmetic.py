@@ -17,6 +17,11 @@ def a_float_item_scales(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale.item()
 
 
+@case(lambda i: (noise(i, 5), number(i)))
+def a_host_copy_scales(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale.cpu()
+
+
 @case(lambda i: (noise(i, 5), whole(i, 0, 100)))
 def an_int_item_scales(x: Tensor, count: Tensor) -> Tensor:
     return x * count.item()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.corpus.case import REORDERED, case, choice, noise, number, whole
+from tests.corpus.case import DUPLICATES, PADDED_GEMM, REORDERED, case, choice, noise, number, whole
 
 
 @case(lambda i: (noise(i, 6, 3), whole(i, 0, 7)), tolerance=REORDERED)
@@ -78,6 +78,17 @@ def full_of_an_unbounded_length(x: Tensor, length: Tensor) -> Tensor:
     return x * torch.full((n,), 0.5, device=x.device).sum()
 
 
+@case(
+    lambda i: (noise(i, 4), torch.tensor(7) if i % 7 == 6 else whole(i, 0, 5)),
+    bounds={"n": 4},
+    eager_calls=3,
+    tolerance=REORDERED,
+)
+def a_bound_that_is_exceeded_now_and_then(x: Tensor, length: Tensor) -> Tensor:
+    n = int(length)
+    return x * torch.ones(n, device=x.device).sum()
+
+
 @case(lambda i: (noise(i, 4), whole(i, 0, 9)), tolerance=REORDERED)
 def a_length_bounded_by_a_check(x: Tensor, length: Tensor) -> Tensor:
     n = length.item()
@@ -116,7 +127,7 @@ def both_sides_of_a_product_have_the_length(x: Tensor, length: Tensor) -> Tensor
     return causal.softmax(-1).sum(0).amax()
 
 
-@case(lambda i: (noise(i, 6, 4), whole(i, 0, 7)))
+@case(lambda i: (noise(i, 6, 4), whole(i, 0, 7)), tolerance=PADDED_GEMM)
 class RowsThroughALayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +188,7 @@ def reshaped_and_expanded(x: Tensor, row: Tensor, length: Tensor) -> tuple[Tenso
     return x[:n].reshape(-1).amax(), row.expand(n, -1).sum(0)
 
 
-@case(lambda i: (noise(i, 6, 2), choice(i, 6, 4), whole(i, 0, 7)))
+@case(lambda i: (noise(i, 6, 2), choice(i, 6, 4), whole(i, 0, 7)), tolerance=DUPLICATES)
 def a_prefix_is_scattered(x: Tensor, where: Tensor, length: Tensor) -> Tensor:
     n = int(length)
     return x.new_zeros(4, 2).index_add_(0, where[:n], x[:n])

@@ -13,6 +13,8 @@ Tensor = torch.Tensor
 STEPS = 20
 RECORDED = "recorded"
 REORDERED = "a sum over a padded length adds its terms in another order"
+DUPLICATES = "a GPU adds rows with the same index in any order"
+PADDED_GEMM = "a product with more rows may take another GEMM kernel"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,38 @@ class OneSideWritesState(nn.Module):
         return self.best + value
 
 
+@case(lambda i: (noise(i, 3).abs(),), eager_calls=8)
+class StateIsWrittenBeforeARareBranch(nn.Module):
+    """Whoever notices the branch late has to put the state back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3))
+        self.register_buffer("clears", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sums += x
+        if self.sums.max() > 6:
+            self.sums.zero_()
+            self.clears += 1
+        return self.sums / (1 + self.clears)
+
+
+@case(lambda i: (noise(i, 3),))
+def random_numbers_decide(x: Tensor) -> Tensor:
+    drawn = torch.rand_like(x)
+    if drawn.sum() > 1.5:
+        return x * torch.rand_like(x)
+    return x + drawn
+
+
+@case(lambda i: (noise(i, 3), number(i)))
+def an_argument_is_written_on_one_side(x: Tensor, value: Tensor) -> Tensor:
+    if value > 0:
+        x.mul_(2)
+    return x + value
+
+
 @case(lambda i: (noise(i, 3), number(i)))
 class BothSidesWriteState(nn.Module):
     def __init__(self) -> None:

@@ -190,8 +190,9 @@ def outcomes(case: Case) -> list[str]:
     """For each step, run eagerly, everything the host gets to know: operators, shapes, constants, values read."""
     step, found = case.build(), []
     for index in range(STEPS):
+        given = arguments(case, index, "cpu")
         with watching() as seen:
-            _seeded(index, step, arguments(case, index, "cpu"))
+            _seeded(index, step, given)
         found.append("\n".join(seen.seen))
     return found
 
