@@ -32,13 +32,12 @@ class Bounds:
         self._promised = dict(promised or {})
         self._ranges: dict[sympy.Symbol, tuple[sympy.Basic, sympy.Basic]] = {}
         self._limits: dict[sympy.Basic, int] = {}
-        self.used: dict[str, sympy.Symbol] = {}
+        self._sizes: dict[sympy.Symbol, int] = {}
         for symbol, site in facts.sources.items():
             name = self._promise(site)
             if name is not None:
                 self.limit(symbol, self._promised[name])
                 facts.decide(symbol <= self._promised[name], True, site)
-                self.used[name] = symbol
         for _ in range(2):  # an equality may carry a bound that was learned after it
             for condition in facts.decisions:
                 for part in _conjuncts(condition.holds):
@@ -50,6 +49,26 @@ class Bounds:
         if isinstance(expression, sympy.Symbol):
             low, high = self._ranges.get(expression, (sympy.Integer(smallest), sympy.Integer(largest)))
             self._ranges[expression] = (sympy.Max(low, smallest), sympy.Min(high, largest))
+
+    def count(self, symbol: sympy.Symbol, largest: int) -> None:
+        """Say that a symbol counts something of which there are ``largest``: no assumption is needed for it."""
+        self._sizes[symbol] = largest
+        self.limit(symbol, largest)
+
+    def certain(self, condition: sympy.Basic) -> bool:
+        """Whether a condition holds whatever the data: counts lie between zero and what is counted."""
+        if isinstance(condition, sympy.And):
+            return all(map(self.certain, condition.args))
+        if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+            return bool(condition == sympy.true)
+        small, large = condition.lts, condition.gts
+        ranges = {s: ValueRanges(0, self._sizes[s]) if s in self._sizes else ValueRanges.unknown_int() for s in condition.free_symbols}
+        if any(not s.is_integer for s in condition.free_symbols):
+            return False
+        high = bound_sympy(small, ranges).upper  # type: ignore[arg-type]
+        low = bound_sympy(large, ranges).lower  # type: ignore[arg-type]
+        strict = isinstance(condition, (sympy.Lt, sympy.Gt))
+        return bool(high < low if strict else high <= low)
 
     def of(self, expression: sympy.Basic) -> int | None:
         """The largest value of an expression, or None where nothing bounds it."""

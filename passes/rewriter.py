@@ -9,14 +9,15 @@ true length is undefined; a rule that mixes rows replaces it by the neutral elem
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy import functions as sympy_functions
 
+from passes.aliases import Aliases
 from passes.bounds import Bounds
 from passes.errors import Unremovable
 from passes.tracing import Facts, Site
@@ -28,6 +29,18 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Lengths = dict[int, sympy.Basic]
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
+
+
+class NoRule(Unremovable):
+    """An operator has no rule for a padded argument; it can still run where the lengths are taken at their hints."""
+
+    def __init__(self, detail: str, operator: str, site: Site, symbols: Iterable[sympy.Symbol]) -> None:
+        super().__init__(detail, operator, site)
+        self.symbols = frozenset(symbols)
+
+
+def _text(value: Any) -> str:
+    return (value.format_node() or str(value)) if isinstance(value, Node) else str(value)
 
 
 def is_symbol(value: Any) -> bool:
@@ -56,8 +69,9 @@ class Rewriter:
         default: Rule | None = None,
         bounds: Mapping[str, int] | None = None,
         exact: frozenset[sympy.Symbol] = frozenset(),
+        finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
     ) -> None:
-        self.module, self.rules, self.default, self.exact = module, rules, default, exact
+        self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
         self.facts: Facts = module.meta["facts"]
         self.bounds = Bounds(self.facts, bounds)
         self.graph = Graph(owning_module=module)
@@ -67,6 +81,7 @@ class Rewriter:
         self._symbols: dict[sympy.Symbol, Node] = {}
         self._cache: dict[Any, Node] = {}
         self._constants = 0
+        self.aliases = Aliases(self)
 
     def run(self) -> Graph:
         """Build the new graph.
@@ -80,18 +95,53 @@ class Rewriter:
         return self.graph
 
     def _visit(self, node: Node) -> Any:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        args, kwargs = self._loaded(node)
+        if node.op == "output":
+            return self._output(node, args[0])
         if node.op == "call_function":
             rule = self.rules.get(node.target, self.default)
             made = rule(self, node, args, kwargs) if rule is not None else None
             if made is not None:
-                self.changes.append((node.format_node() or str(node), str(made)))
+                self.changes.append((_text(node), _text(made)))
                 return made
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
+        self.aliases.made(copied)
         if node.target is ITEM:
-            self.define(node.meta["val"], args[0])
+            self._read(node, args[0])
         return copied
+
+    def _loaded(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an old node in the new graph."""
+
+        def load(value: Any) -> Any:
+            if isinstance(value, Node):
+                made = self.env[value]
+                return self.aliases.fresh(made) if isinstance(made, Node) else made
+            if isinstance(value, (tuple, list)):
+                return type(value)(load(item) for item in value)
+            return {key: load(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        return tuple(load(value) for value in node.args), {key: load(value) for key, value in node.kwargs.items()}
+
+    def _read(self, node: Node, tensor: Node) -> None:
+        """Keep what the host read here: the tensor may be written before the value is used."""
+        if self.aliases.is_written_later(tensor):
+            tensor = self.call(aten.clone.default, tensor)
+        self.define(node.meta["val"], tensor)
+
+    def _output(self, node: Node, values: Any) -> Node:
+        for value in values:
+            if is_symbol(value):
+                raise Unremovable("the step returns a number that only the device knows", "output", self.site, "Return the tensor")
+            symbols = {s for length in self.lengths(value).values() for s in self.facts.resolve(length).free_symbols}
+            if symbols:
+                raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols)
+        if self.finish is not None:
+            values = self.finish(self, list(values))
+        made = self.graph.output(values)
+        made.meta = dict(node.meta)
+        return made
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value."""
@@ -100,6 +150,7 @@ class Rewriter:
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.facts.mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
+        self.aliases.made(node)
         return node
 
     def constant(self, value: Tensor) -> Node:
@@ -161,19 +212,31 @@ class Rewriter:
         if made is None:
             raise Unremovable(f"{type(expression).__name__} has no operator for it", "scalar", self.site)
         values = [self.number(part) for part in expression.args]
-        total = values[0]
         if len(values) == 1:
-            return self.call(made, total)
+            return self.call(made.default, *values)
+        total = values[0]
         for value in values[1:]:
-            if not isinstance(total, Node):
-                total, value = (value, total) if type(expression) in _COMMUTING else (self._filled(total, value), value)
-            if not isinstance(value, Node) and made in _OF_TENSORS:
-                value = self._filled(value, total)
-            total = self.call(made, total, value)
+            total = self._combined(type(expression), made, total, value)
         return total
 
-    def _filled(self, number: Any, like: Any) -> Node:
-        dtype = torch.float64 if isinstance(number, float) else torch.int64
+    def _combined(self, kind: type, packet: Any, a: Any, b: Any) -> Any:
+        """One operator over two values, of which at least one is a tensor."""
+        if not isinstance(a, Node) and not isinstance(b, Node):
+            raise Unremovable(f"{kind.__name__} of two numbers is left over", "scalar", self.site)
+        if not isinstance(a, Node) and kind in _SWAPPED:
+            a, b, packet = b, a, _SWAPPED[kind] or packet
+        if not isinstance(a, Node):
+            a = self._filled(a, b)
+        if isinstance(b, Node):
+            return self.call(getattr(packet, "Tensor", packet.default) if hasattr(packet, "Tensor") else packet.default, a, b)
+        if packet in _CLAMPS:
+            return self.call(_CLAMPS[packet], a, b)
+        if packet in (aten.logical_and, aten.logical_or):
+            return a if b == (packet is aten.logical_and) else self._filled(b, a, torch.bool)
+        return self.call(getattr(packet, "Scalar", None) or packet.Tensor, a, b)
+
+    def _filled(self, number: Any, like: Any, dtype: torch.dtype | None = None) -> Node:
+        dtype = dtype or (torch.float64 if isinstance(number, float) else torch.int64)
         return self.call(aten.full_like.default, like, number, dtype=dtype)
 
     def _zero_dim(self, tensor: Node) -> Node:
@@ -228,6 +291,33 @@ class Rewriter:
             node.meta["lengths"] = kept
         return node
 
+    def has_dynamic_result(self, node: Node) -> bool:
+        """Whether a traced result has a size that only the device knows."""
+        leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        return any(isinstance(size, torch.SymInt) for value in leaves if isinstance(value, Tensor) for size in value.shape)
+
+    def results(self, node: Node, made: Node) -> Any:
+        """``made`` with the lengths of the old node's result, or a tuple where there are several."""
+        if isinstance(made.meta["val"], Tensor):
+            return self.padded(made, self.expected(node))
+        count = len(made.meta["val"])
+        return tuple(self.padded(self.item(made, index), self.expected(node, index)) for index in range(count))
+
+    def item(self, node: Node, index: int) -> Node:
+        """One of several results."""
+        made = self.graph.call_function(operator.getitem, (node, index))
+        made.meta.update(val=node.meta["val"][index], site=self.site)
+        return made
+
+    def replaced(self, symbol: sympy.Symbol, value: int) -> None:
+        """Take a symbol for a number from here on, because the graph assumes it."""
+        self.facts.definitions[symbol] = sympy.Integer(value)
+
+    def fresh_length(self, node: Node) -> torch.SymInt:
+        """A new symbol, for a count that the traced graph has no name for; its hint is not known."""
+        with self.facts.mode:
+            return self.facts.mode.shape_env.create_unbacked_symint()  # type: ignore[union-attr]
+
     def is_exact(self, expression: sympy.Basic) -> bool:
         """Whether a length is taken at its hint."""
         return bool(self.facts.resolve(expression).free_symbols & self.exact)
@@ -272,48 +362,89 @@ class Rewriter:
 
     def within(self, expression: sympy.Basic, count: int, device: torch.device, trailing: int = 0) -> Node:
         """``arange(count) < expression``, with ``trailing`` dimensions of size one behind."""
-        key = ("within", expression, count, device, trailing)
+        return self._compared(aten.lt, expression, count, device, trailing)
+
+    def beyond(self, expression: sympy.Basic, count: int, device: torch.device, trailing: int = 0) -> Node:
+        """The opposite of `within`."""
+        return self._compared(aten.ge, expression, count, device, trailing)
+
+    def _compared(self, how: Any, expression: sympy.Basic, count: int, device: torch.device, trailing: int) -> Node:
+        key = (how, expression, count, device, trailing)
         if key not in self._cache:
             length = self.number(expression)
-            compare = aten.lt.Tensor if isinstance(length, Node) else aten.lt.Scalar
-            made = self.call(compare, self.iota(count, device), length)
+            made = self.call(how.Tensor if isinstance(length, Node) else how.Scalar, self.iota(count, device), length)
             self._cache[key] = self.call(aten.view.default, made, [count] + [1] * trailing) if trailing else made
         return self._cache[key]
 
+    def keep(self, target: Node, new: Node) -> Node:
+        """What to write to ``target``: ``new`` within its true lengths, what is there beyond them."""
+        mask = self.mask(target)
+        return new if mask is None else self.call(aten.where.self, mask, new, target)
+
+    def no_rule(self, detail: str, node: Node) -> NoReturn:
+        """Give up on the lengths that a node meets.
+
+        Raises:
+            NoRule: always.
+        """
+        symbols = {
+            s
+            for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs, node))
+            if isinstance(value, Node)
+            for s in self._symbols_of(value)
+        }
+        raise NoRule(detail, str(node.target), self.site, symbols)
+
+    def _symbols_of(self, node: Node) -> set[sympy.Symbol]:
+        found: set[sympy.Symbol] = set()
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            for part in value.shape if isinstance(value, Tensor) else (value,):
+                if isinstance(part, _SYMBOLIC):
+                    found |= self.facts.resolve(part.node.expr).free_symbols
+        return found
+
     def neutral(self, node: Node, fill: float | bool, dims: list[int] | None = None) -> Node:
         """``node`` with ``fill`` beyond its true lengths."""
-        mask = self.mask(node, dims)
-        if mask is None:
-            return node
-        value = node.meta["val"]
-        other = self.call(aten.full.default, [], fill, dtype=value.dtype, device=value.device)
-        return self.padded(self.call(aten.where.self, mask, node, other), self.lengths(node))
+        value, made = node.meta["val"], node
+        for dim, expression in self.lengths(node).items():
+            if dims is None or dim in dims:
+                beyond = self.beyond(expression, value.shape[dim], value.device, value.dim() - dim - 1)
+                made = self.call(aten.masked_fill.Scalar, made, beyond, fill)
+        return self.padded(made, self.lengths(node))
 
 
-_COMMUTING = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or, sympy.Eq, sympy.Ne, sympy_functions.Max, sympy_functions.Min)
 _OPERATIONS: dict[type, Any] = {
-    sympy.Add: aten.add.Tensor,
-    sympy.Mul: aten.mul.Tensor,
-    sympy_functions.FloorDiv: aten.floor_divide.default,
-    sympy_functions.CleanDiv: aten.floor_divide.default,
-    sympy_functions.Mod: aten.remainder.Tensor,
-    sympy_functions.PythonMod: aten.remainder.Tensor,
-    sympy.Max: aten.maximum.default,
-    sympy.Min: aten.minimum.default,
-    sympy_functions.Max: aten.maximum.default,
-    sympy_functions.Min: aten.minimum.default,
-    sympy.Abs: aten.abs.default,
-    sympy.Eq: aten.eq.Tensor,
-    sympy.Ne: aten.ne.Tensor,
-    sympy.Lt: aten.lt.Tensor,
-    sympy.Le: aten.le.Tensor,
-    sympy.Gt: aten.gt.Tensor,
-    sympy.Ge: aten.ge.Tensor,
-    sympy.And: aten.logical_and.default,
-    sympy.Or: aten.logical_or.default,
-    sympy.Not: aten.logical_not.default,
+    sympy.Add: aten.add,
+    sympy.Mul: aten.mul,
+    sympy_functions.FloorDiv: aten.floor_divide,
+    sympy_functions.CleanDiv: aten.floor_divide,
+    sympy_functions.Mod: aten.remainder,
+    sympy_functions.PythonMod: aten.remainder,
+    sympy.Max: aten.maximum,
+    sympy.Min: aten.minimum,
+    sympy_functions.Max: aten.maximum,
+    sympy_functions.Min: aten.minimum,
+    sympy.Abs: aten.abs,
+    sympy.Eq: aten.eq,
+    sympy.Ne: aten.ne,
+    sympy.Lt: aten.lt,
+    sympy.Le: aten.le,
+    sympy.Gt: aten.gt,
+    sympy.Ge: aten.ge,
+    sympy.And: aten.logical_and,
+    sympy.Or: aten.logical_or,
+    sympy.Not: aten.logical_not,
 }
-_OF_TENSORS = (aten.maximum.default, aten.minimum.default, aten.logical_and.default, aten.logical_or.default, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.remainder.Tensor, aten.floor_divide.default)
+_SWAPPED: dict[type, Any] = {
+    **dict.fromkeys((sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy_functions.Max, sympy_functions.Min)),
+    **dict.fromkeys((sympy.And, sympy.Or, sympy.Eq, sympy.Ne)),
+    sympy.Lt: aten.gt,
+    sympy.Le: aten.ge,
+    sympy.Gt: aten.lt,
+    sympy.Ge: aten.le,
+}
+"""What operator takes its arguments the other way round; None for the same."""
+_CLAMPS = {aten.maximum: aten.clamp_min.default, aten.minimum: aten.clamp_max.default}
 _PYTHON = {
     operator.add: aten.add.Tensor,
     operator.sub: aten.sub.Tensor,

@@ -1,0 +1,123 @@
+"""A host value that only says where: the index stays on the device.
+
+Reading, before::
+
+    %u : _local_scalar_dense(%position)
+    %row : select.int(%cache, 0, %u)
+
+After::
+
+    %index : remainder.Tensor(%position, %rows)
+    %copy : index_select.default(%cache, 0, %index)
+    %row : select.int(%copy, 0, 0)
+
+Writing, before::
+
+    %row : select.int(%cache, 0, %u)
+    %_ : copy_.default(%row, %new)
+
+After, in place and one row only::
+
+    %_ : index_copy_.default(%cache, 0, %index, %rows)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from passes.aliases import Gathered
+from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+
+aten = torch.ops.aten
+
+
+def select(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.select(dim, u)``; also ``x.select(dim, -k)`` on a dimension whose length only the device knows."""
+    x, dim, index = args
+    dim %= x.meta["val"].dim()
+    length = rw.lengths(x).get(dim)
+    if not is_symbol(index) and (length is None or index >= 0):
+        if not rw.lengths(x):
+            return None
+        return rw.padded(rw.call(aten.select.int, x, dim, index), rw.expected(node))
+    where = expression_of(index)
+    if length is not None:
+        where = sympy.Max(where + length, 0) if where.is_Integer else where
+    row = gather(rw, x, dim, rw.number(where), 1, None)
+    return rw.padded(rw.call(aten.select.int, row, dim, 0), rw.expected(node))
+
+
+def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x[start:end]`` with bounds on the device, of a length known or not."""
+    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    dim %= x.meta["val"].dim()
+    whole = rw.lengths(x).get(dim)
+    if whole is None and not is_symbol(start) and not is_symbol(end):
+        if not rw.lengths(x):
+            return None
+        return rw.padded(rw.call(aten.slice.Tensor, x, dim, start, end, step), rw.expected(node))
+    expected = rw.expected(node)
+    length = expected.get(dim, sympy.sympify(node.meta["val"].shape[dim]) if dim not in expected else None)
+    size = x.meta["val"].shape[dim]
+    if step != 1:
+        rw.no_rule("a slice with a step, bounded by a device value", node)
+    first = sympy.Integer(0) if start is None else expression_of(start)
+    if first.is_negative:
+        first = sympy.Max(first + (size if whole is None else whole), 0)
+    count = min(rw.bound(length), size)
+    if first.is_Integer:
+        first = min(int(first), size)
+        count = min(count, size - first)
+        return rw.padded(rw.call(aten.slice.Tensor, x, dim, first, first + count), expected)
+    if first.is_negative is not False:  # a start that may count from the end
+        total = sympy.Integer(size) if whole is None else whole
+        hint = rw.facts.hint(first)
+        if hint is not None and hint < 0:
+            first = first + total
+    part = gather(rw, x, dim, rw.number(first), count, length if dim in expected and not rw.is_exact(length) else None)
+    return rw.padded(part, expected)
+
+
+def gather(rw: Rewriter, x: Node, dim: int, start: Any, count: int, length: sympy.Basic | None) -> Node:
+    """Rows ``start .. start + count`` of ``x`` as a copy that knows how to be written back.
+
+    Args:
+        start: 0-d integer tensor, or a number.
+        length: how many of the rows are meant; None for all.
+    """
+    value = x.meta["val"]
+    size, device = value.shape[dim], value.device
+    if count == 1 and length is None:
+        index = rw.call(aten.view.default, rw.call(aten.remainder.Scalar, start, size), [1])
+    else:
+        index = rw.call(aten.clamp.default, rw.call(aten.add.Tensor, rw.iota(count, device), start), 0, size - 1)
+
+    def read(base: Node) -> Node:
+        copy = rw.call(aten.index_select.default, base, dim, index)
+        return rw.aliases.gathered(copy, Gathered(base, read, write))
+
+    def write(base: Node, rows: Node) -> None:
+        if length is None:
+            rw.call(aten.index_copy_.default, base, dim, index, rows)
+        else:
+            write_rows(rw, base, dim, index, rows, length)
+
+    return read(x)
+
+
+def write_rows(rw: Rewriter, base: Node, dim: int, index: Node, rows: Node, length: sympy.Basic) -> None:
+    """``base[index] = rows`` for the first ``length`` rows; the others repeat the first, or what is there if there is none."""
+    count, device = index.meta["val"].shape[0], base.meta["val"].device
+    valid = rw.call(aten.masked_fill.Scalar, rw.iota(count, device), rw.beyond(length, count, device), 0)
+    target = rw.call(aten.clamp.default, rw.call(aten.index_select.default, index, 0, valid), 0, base.meta["val"].shape[dim] - 1)
+    chosen = rw.call(aten.index_select.default, rows, dim, valid)
+    present = rw.call(aten.index_select.default, base, dim, target)
+    any_row = rw.call(aten.gt.Scalar, rw.number(length), 0)
+    rw.call(aten.index_copy_.default, base, dim, target, rw.call(aten.where.self, any_row, chosen, present))
+
+
+RULES: dict[Any, Rule] = {aten.select.int: select, aten.slice.Tensor: slice_}

@@ -1,0 +1,143 @@
+"""Views in a graph under construction, and copies that stand for views at places only the device knows.
+
+A row that is picked by a device value cannot be a view, so it is gathered: copied. A write to the copy is written back to
+where it came from, and a write to where it came from makes the copy stale: the next reader gets a new one. Both hold
+through any chain of views.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from passes.rewriter import Rewriter
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """How a copy is made from its base, and written back."""
+
+    base: Node
+    gather: Callable[[Node], Node]
+    scatter: Callable[[Node, Node], None]
+
+
+def returns_view(target: Any) -> bool:
+    """Whether an operator returns a view of its first argument and writes nothing."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.arguments or not schema.returns:
+        return False
+    first, result = schema.arguments[0].alias_info, schema.returns[0].alias_info
+    return first is not None and result is not None and not first.is_write
+
+
+def written(node: Node) -> list[Node]:
+    """The arguments that an operator writes."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for position, argument in enumerate(schema.arguments):
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
+    return found
+
+
+class Aliases:
+    """Which nodes share memory, in the graph that a `Rewriter` builds."""
+
+    def __init__(self, rewriter: Rewriter) -> None:
+        self._rewriter = rewriter
+        self._parents: dict[Node, Node] = {}
+        self._gathered: dict[Node, Gathered] = {}
+        self._stale: set[Node] = set()
+        self._renewed: dict[Node, Node] = {}
+        module = rewriter.module
+        old = module.graph.nodes
+        self._old_parents = {n: n.args[0] for n in old if _parent(n) is not None}
+        self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
+
+    def made(self, node: Node) -> None:
+        """Note a new node: whose view it is, and what it writes."""
+        parent = _parent(node)
+        if parent is not None:
+            self._parents[node] = parent
+        for tensor in written(node):
+            self.wrote(tensor)
+
+    def gathered(self, node: Node, how: Gathered) -> Node:
+        """Say that ``node`` is a copy of a part of another."""
+        self._gathered[node] = how
+        return node
+
+    def root(self, node: Node) -> Any:
+        """What all nodes that share memory have in common; a copy shares its base's."""
+        return self._root_of(node, self._parents)
+
+    def _root_of(self, node: Node, parents: dict[Node, Any]) -> Any:
+        while True:
+            if node in parents:
+                node = parents[node]
+            elif node in self._gathered:
+                node = self._gathered[node].base
+            else:
+                break
+        if node.op == "get_attr":
+            value: Any = self._rewriter.module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
+        return node.name if node.op == "placeholder" else node
+
+    def is_written_later(self, node: Node) -> bool:
+        """Whether memory of ``node`` is written anywhere in the graph."""
+        root = self.root(node)
+        return root in self._written_roots or isinstance(root, Node)
+
+    def wrote(self, tensor: Node) -> None:
+        """After a write to ``tensor``: write copies back, and make other copies of the same memory stale."""
+        if not self._gathered:
+            return
+        chain = [tensor]
+        while chain[-1] in self._parents:
+            chain.append(self._parents[chain[-1]])
+        copy = chain[-1]
+        root = self.root(copy)
+        self._stale |= {other for other in self._gathered if other is not copy and self.root(other) == root}
+        if copy in self._gathered:
+            how = self._gathered[copy]
+            how.scatter(self.fresh(how.base), copy)
+            self._stale.discard(copy)
+
+    def fresh(self, node: Node) -> Node:
+        """``node``, or what it has to be read from now."""
+        node = self._renewed.get(node, node)
+        if not self._stale:
+            return node
+        if node in self._stale:
+            how = self._gathered[node]
+            made = how.gather(self.fresh(how.base))
+            self._stale.discard(node)
+        elif node in self._parents and (parent := self.fresh(self._parents[node])) is not self._parents[node] and not written(node):
+            made = self._rewriter.call(node.target, parent, *node.args[1:], **node.kwargs)
+        else:
+            return node
+        made.meta.update({key: node.meta[key] for key in ("lengths",) if key in node.meta})
+        self._renewed[node] = made
+        return made
+
+
+def _parent(node: Node) -> Any:
+    """The node whose memory the result of ``node`` shares."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    if node.target is operator.getitem or returns_view(node.target):
+        return node.args[0]
+    return node.args[0] if node.args[0] in written(node) else None

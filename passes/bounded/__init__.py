@@ -1,0 +1,51 @@
+"""Bounded dynamism: a length that only the device knows becomes a static bound and a mask.
+
+Before::
+
+    %rows : nonzero.default(%mask)                       # [u0, 1]
+    %taken : index.Tensor(%x, [%rows])                   # [u0, 4]
+    %total : sum.dim_IntList(%taken, [0])
+
+After, with eight rows at most::
+
+    %rows : nonzero_static.default(%mask, size = 8, fill_value = 0)
+    %taken : index.Tensor(%x, [%rows])                   # [8, 4], of which the first u0 rows mean something
+    %within : lt.Tensor(%iota, %count)
+    %kept : where.self(%within, %taken, %zero)
+    %total : sum.dim_IntList(%kept, [0])
+
+Padding costs nothing where rows do not mix. Where they do, it is replaced by the neutral element: 0 for sums and both
+sides of a matrix product, -inf for maxima and softmax, row 0 for lookups; scattered rows are dropped. XLA calls this
+bounded dynamism; here each bound is a condition that the graph checks (`passes.branches`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.bounded import indexing, products, reductions, shapes, sources
+from passes.rewriter import Rewriter, Rule, is_symbol
+from passes.arithmetic import pointwise as with_symbols
+
+RULES: dict[Any, Rule] = {**sources.RULES, **shapes.RULES, **reductions.RULES, **products.RULES, **indexing.RULES}
+
+
+def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operators without a rule of their own: elementwise ones pass lengths on, the rest must not meet any."""
+    tags = getattr(node.target, "tags", ())
+    leaves = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Node)]
+    padded = [a for a in leaves if rw.lengths(a)]
+    symbols = [a for a in leaves if is_symbol(a)]
+    if torch.Tag.pointwise in tags:
+        if symbols:
+            made = with_symbols(rw, node, shapes.aligned(rw, args), kwargs)
+            return made if made is not None else rw.no_rule("a number on the device", node)
+        return shapes.elementwise(rw, node, args, kwargs) if padded else None
+    if not hasattr(node.target, "tags"):  # arithmetic of numbers: done where a number is used
+        return None
+    if padded or symbols or rw.has_dynamic_result(node):
+        rw.no_rule("no rule pads this operator", node)
+    return None

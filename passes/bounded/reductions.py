@@ -1,0 +1,152 @@
+"""Operators that mix the elements of a dimension: padding becomes the neutral element first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+
+aten = torch.ops.aten
+
+
+def _dims(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "dim") -> list[int]:
+    """The dimensions that an operator reduces, from the front."""
+    rank = args[0].meta["val"].dim()
+    position = next((i for i, a in enumerate(node.target._schema.arguments) if a.name == name), None)  # type: ignore[union-attr]
+    value = args[position] if position is not None and position < len(args) else kwargs.get(name)
+    if position is not None and value is None and name not in kwargs and position >= len(args):
+        value = node.target._schema.arguments[position].default_value  # type: ignore[union-attr]
+    if value is None or value == []:
+        return list(range(rank))
+    return [d % rank for d in (value if isinstance(value, (list, tuple)) else [value])] if rank else []
+
+
+def _lowest(dtype: torch.dtype) -> float | int | bool:
+    return -math.inf if dtype.is_floating_point else False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _highest(dtype: torch.dtype) -> float | int | bool:
+    return math.inf if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _reduction(fill: Any) -> Rule:
+    def rule(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0]
+        if not rw.lengths(x):
+            return None
+        value = fill(x.meta["val"].dtype) if callable(fill) else fill
+        dims = _dims(node, args, kwargs)
+        made = rw.call(node.target, rw.neutral(x, value, dims), *args[1:], **kwargs)
+        return rw.results(node, made)
+
+    return rule
+
+
+def mean(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.mean(dim)``: the sum over the true number of elements."""
+    x = args[0]
+    if not rw.lengths(x):
+        return None
+    dims = _dims(node, args, kwargs)
+    keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    total = rw.call(aten.sum.dim_IntList, rw.neutral(x, 0, dims), dims, keep, dtype=kwargs.get("dtype"))
+    count: sympy.Basic = sympy.Integer(1)
+    for dim in dims:
+        count *= rw.lengths(x).get(dim, sympy.Integer(x.meta["val"].shape[dim]))
+    number = rw.number(count)
+    value = total.meta["val"]
+    if isinstance(number, Node):
+        wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+        number = rw.call(aten._to_copy.default, number, dtype=wide)
+        total = total if value.dtype == wide else rw.call(aten._to_copy.default, total, dtype=wide)
+    made = rw.call(aten.div.Tensor, total, number)
+    made = made if made.meta["val"].dtype == value.dtype else rw.call(aten._to_copy.default, made, dtype=value.dtype)
+    return rw.padded(made, rw.expected(node))
+
+
+def softmax(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """Padding has no share: -inf before the exponential."""
+    x = args[0]
+    if not rw.lengths(x):
+        return None
+    dim = args[1] % x.meta["val"].dim()
+    return rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
+
+
+def cumulative(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Running sums and maxima: padding comes last and reaches nothing before it."""
+    if not rw.lengths(args[0]):
+        return None
+    return rw.results(node, rw.call(node.target, *args, **kwargs))
+
+
+def topk(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.topk(min(k, n))``: the bound of k of them, padding last."""
+    x, k = args[:2]
+    if not rw.lengths(x) and not is_symbol(k):
+        return None
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % x.meta["val"].dim()
+    largest = args[3] if len(args) > 3 else kwargs.get("largest", True)
+    dtype = x.meta["val"].dtype
+    size = x.meta["val"].shape[dim]
+    count = min(rw.bound(expression_of(k)) if is_symbol(k) else k, size)
+    made = rw.call(
+        aten.topk.default, rw.neutral(x, (_lowest if largest else _highest)(dtype), [dim]), count, dim, largest, *args[4:]
+    )
+    results = []
+    for index in range(2):
+        item = rw.item(made, index)
+        results.append(rw.padded(item, rw.expected(node, index)))
+    return tuple(results)
+
+
+def sort(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.sort(dim)``: padding last. A stable sort, since padding may equal true elements."""
+    x = args[0]
+    if not rw.lengths(x):
+        return None
+    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(schema, args, strict=False)), **kwargs}
+    dim = given.get("dim", -1) % x.meta["val"].dim()
+    descending = bool(given.get("descending", False))
+    fill = (_lowest if descending else _highest)(x.meta["val"].dtype)
+    made = rw.call(aten.sort.stable, rw.neutral(x, fill, [dim]), stable=True, dim=dim, descending=descending)
+    if node.target is aten.argsort.default:
+        return rw.padded(rw.item(made, 1), rw.expected(node))
+    return tuple(rw.padded(rw.item(made, index), rw.expected(node, index)) for index in range(2))
+
+
+def layer_norm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Normalisation over dimensions that are not padded."""
+    if not rw.lengths(args[0]):
+        return None
+    rank, normalised = args[0].meta["val"].dim(), len(args[1])
+    if any(dim >= rank - normalised for dim in rw.lengths(args[0])):
+        rw.no_rule("normalisation over a length that only the device knows", node)
+    return rw.results(node, rw.call(node.target, *args, **kwargs))
+
+
+RULES: dict[Any, Rule] = {
+    aten.mean.default: mean,
+    aten.mean.dim: mean,
+    aten._softmax.default: softmax,
+    aten._log_softmax.default: softmax,
+    aten.softmax.int: softmax,
+    aten.cumsum.default: cumulative,
+    aten.topk.default: topk,
+    aten.sort.default: sort,
+    aten.sort.stable: sort,
+    aten.argsort.default: sort,
+    aten.native_layer_norm.default: layer_norm,
+    **{t: _reduction(0) for t in (aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.count_nonzero.dim_IntList, aten.count_nonzero.default)},
+    **{t: _reduction(1) for t in (aten.prod.default, aten.prod.dim_int)},
+    **{t: _reduction(False) for t in (aten.any.default, aten.any.dim, aten.any.dims)},
+    **{t: _reduction(True) for t in (aten.all.default, aten.all.dim, aten.all.dims)},
+    **{t: _reduction(_lowest) for t in (aten.max.default, aten.max.dim, aten.amax.default, aten.argmax.default, aten.logsumexp.default)},
+    **{t: _reduction(_highest) for t in (aten.min.default, aten.min.dim, aten.amin.default, aten.argmin.default)},
+}  # fmt: skip

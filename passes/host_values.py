@@ -1,0 +1,73 @@
+"""All host values out of one step: addressing, arithmetic, bounded lengths, and what has to be assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+from torch.fx import GraphModule
+
+from passes import addressing, arithmetic, bounded, branches
+from passes.errors import Unremovable
+from passes.rewriter import ITEM, NoRule, Rewriter, Rule
+
+TABLES: dict[str, Mapping[Any, Rule]] = {
+    "bounded": bounded.RULES,
+    "arithmetic": arithmetic.RULES,
+    "addressing": addressing.RULES,
+}
+
+
+def remove_host_values(module: GraphModule, bounds: Mapping[str, int] | None = None) -> list[tuple[str, str]]:
+    """Rewrite ``module`` (from `passes.trace_step`) in place, so that it runs without the host reading a value.
+
+    Lengths for which some operator has no rule are taken at the value of the traced run, as an assumption. If the graph
+    assumes anything its results are followed by a flag and what `passes.branches.undo` needs; see there.
+
+    Raises:
+        Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
+    """
+    facts = module.meta.get("facts")
+    if facts is None or not (facts.hints or facts.decisions or any(node.target is ITEM for node in module.graph.nodes)):
+        return []
+    rules: dict[Any, Rule] = {}
+    for table in TABLES.values():
+        for target, rule in table.items():
+            rules[target] = _either(rules[target], rule) if target in rules else rule
+    exact: frozenset[sympy.Symbol] = frozenset()
+    before = len(facts.decisions), dict(facts.definitions)
+    while True:
+        rewriter = Rewriter(module, rules, bounded.default, bounds, exact, branches.flag)
+        try:
+            graph = rewriter.run()
+            break
+        except NoRule as missing:
+            known = {s for s in missing.symbols if s in facts.hints}
+            if not known - exact:
+                raise Unremovable(missing.detail, missing.operator, missing.site) from missing
+            exact |= known
+            del facts.decisions[before[0] :]
+            facts.definitions = dict(before[1])
+    count = len(next(n for n in module.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
+    module.graph = graph
+    module.graph.eliminate_dead_code()
+    assumes = len(next(n for n in graph.nodes if n.op == "output").args[0]) > count  # type: ignore[arg-type]
+    changes = list(rewriter.changes)
+    if assumes:
+        changes += branches.make_undoable(module)
+    module.meta["results"], module.meta["assumes"] = count, assumes
+    left = next((node for node in module.graph.nodes if node.target is ITEM), None)
+    if left is not None:
+        raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
+    return changes
+
+
+def _either(first: Rule, second: Rule) -> Rule:
+    """The rule that applies: tables may name the same operator for different reasons."""
+
+    def rule(rw: Rewriter, node: Any, args: Any, kwargs: Any) -> Any:
+        made = first(rw, node, args, kwargs)
+        return made if made is not None else second(rw, node, args, kwargs)
+
+    return rule
