@@ -74,7 +74,8 @@ class Recordings:
     def __init__(self, model: Callable[..., Any], config: CaptureConfig) -> None:
         self.model, self.config = model, config
         # verifying a replay is a trial of its own, so it needs the lock of trials, and from the start of the call
-        self.lock = _recording if config.verify == "always" else threading.RLock()
+        self.verifies_always = config.verify == "always"
+        self.lock = _recording if self.verifies_always else threading.RLock()
         self.ledger = Ledger()
         self.routes: dict[tuple[Any, ...], Route] = {}
         self.entries: dict[tuple[Any, ...], Entry] = {}
@@ -88,8 +89,11 @@ class Recordings:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
         ambient = ambient_of(self.model)
         last = self.last
-        if last is not None and (like := last[0].match(args, kwargs, ambient)) is not None:
-            return self._replay(last[1], last[2], like, args, kwargs)
+        if last is not None:
+            guard, entry, rows = last
+            like = guard.match(args, kwargs, ambient)
+            if like is not None:
+                return self._replay(entry, rows, like, args, kwargs)
         try:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
@@ -101,10 +105,10 @@ class Recordings:
             return self._unknown(call, args, kwargs)
         if isinstance(route, _Refused):
             return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
-        guard = LastCall.of(args, kwargs, ambient, call)
+        like_this = LastCall.of(args, kwargs, ambient, call)
         with self.lock:  # unless another thread has just dropped the route
             if self.routes.get(call.signature) is route:
-                self.last = (guard, *route) if guard is not None else None
+                self.last = (like_this, *route) if like_this is not None else None
         return self._replay(route[0], route[1], call, args, kwargs)
 
     def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,7 +116,7 @@ class Recordings:
         with self.lock:
             stale = self._stale(entry, call)
             if stale is None:
-                if self.config.verify == "always":
+                if self.verifies_always:
                     self._verify(entry, rows, call, args, kwargs)
                 produced = entry.recording.replay(call.tensors, rows)
                 entry.replays += 1
@@ -124,15 +128,16 @@ class Recordings:
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
         """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
+        tensors = call.tensors
         for position, opaque in enumerate(call.opaques):
             if entry.opaques[position]() is not opaque:
                 return _Outdated()
-        if not entry.statics.unchanged(call.tensors):
-            return entry.statics.moved(call.tensors)
+        if not entry.statics.unchanged(tensors):
+            return entry.statics.moved(tensors)
         changed = entry.steering.changed()
         if changed is not None:
             return _Outdated(changed)
-        if call.tensors and call.tensors[0].is_cuda and is_capturing():
+        if tensors and tensors[0].is_cuda and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         if entry.replays >= entry.recheck_at:
             unchecked, entry.recheck_at = entry.replays - entry.recheck_at // 2, entry.recheck_at * 2

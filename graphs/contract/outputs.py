@@ -35,8 +35,8 @@ class _Argument:
         self.index, self.opaque = index, opaque
 
 
-Parts = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]
-"""What an output is put together from: produced tensors, tensor arguments, opaque arguments."""
+Build = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Any]
+"""Puts an output together from produced tensors, tensor arguments and opaque arguments."""
 
 
 class OutputTemplate:
@@ -44,60 +44,59 @@ class OutputTemplate:
 
     Attributes:
         structure: the output with `_Leaf` and `_Argument` in place of what changes from call to call.
+        fill: the caller's output: tensors that the replay produced, tensor and opaque arguments of this call handed through.
     """
 
     def __init__(self, structure: Any) -> None:
         self.structure = structure
-        self._single = type(structure) is _Leaf
-        self._build = _builder(structure)
-
-    def fill(self, produced: Sequence[Tensor], tensors: Sequence[Tensor], opaques: Sequence[Any]) -> Any:
-        """The caller's output: ``produced`` by the replay, ``tensors`` and ``opaques`` of this call handed through."""
-        return produced[0] if self._single else self._build((produced, tensors, opaques))
+        self.fill = _builder(structure)
 
 
-def _builder(value: Any) -> Callable[[Parts], Any]:
+def _builder(value: Any) -> Build:
     """A function that builds an output of this structure: what `map_leaves` would find out at each call."""
     kind = type(value)
-    if kind is _Leaf:
-        return lambda parts: parts[0][value.index]
-    if kind is _Argument:
-        return lambda parts: parts[2 if value.opaque else 1][value.index]
+    if kind is _Leaf or kind is _Argument:
+        index = value.index
+        if kind is _Leaf:
+            return lambda produced, tensors, opaques: produced[index]
+        return (lambda p, t, opaques: opaques[index]) if value.opaque else (lambda p, tensors, o: tensors[index])
     if kind is dict:
         items = [(key, _builder(item)) for key, item in value.items()]
-        return lambda parts: {key: build(parts) for key, build in items}
+        return lambda *parts: {key: build(*parts) for key, build in items}
     children, context = (list(value), None) if kind in (tuple, list) else pytree_children(value)
     if children is None:
-        return lambda parts: value
+        return lambda *_: value
     builders = [_builder(child) for child in children]
     if kind in (tuple, list):
-        return lambda parts: kind([build(parts) for build in builders])
+        return lambda *parts: kind([build(*parts) for build in builders])
     if hasattr(kind, "_fields") and isinstance(value, tuple):
-        return lambda parts: kind(*[build(parts) for build in builders])
+        return lambda *parts: kind(*[build(*parts) for build in builders])
     unflatten = _pytree.SUPPORTED_NODES[kind].unflatten_fn
     if isinstance(value, OrderedDict) and dataclasses.is_dataclass(value):
         mirrored = _mirrored_builder(value, builders, unflatten(children, context))
         if mirrored is not None:
             return mirrored
-    return lambda parts: unflatten([build(parts) for build in builders], context)
+    return lambda *parts: unflatten([build(*parts) for build in builders], context)
 
 
-def _mirrored_builder(value: Any, builders: list[Callable[[Parts], Any]], made: Any) -> Callable[[Parts], Any] | None:
+def _mirrored_builder(value: Any, builders: list[Build], made: Any) -> Build | None:
     """A builder for a dataclass that is a dict of its own fields too, as the outputs of Hugging Face models are.
 
-    Their constructor takes 9 us; filling items and attributes takes 2. None unless that gives what the constructor gave
+    Their constructor takes 9 us; filling items and attributes takes 0.5. None unless that gives what the constructor gave
     (``made``).
     """
     kind: Any = type(value)
     names, attributes = list(value), dict(vars(made))
+    items = list(zip(names, builders, strict=True))
+    new, set_item = kind.__new__, OrderedDict.__setitem__
 
-    def build(parts: Parts) -> Any:
-        output = kind.__new__(kind)
+    def build(produced: Sequence[Tensor], tensors: Sequence[Tensor], opaques: Sequence[Any]) -> Any:
+        output = new(kind)
         fields = output.__dict__
         fields.update(attributes)
-        for name, item in zip(names, builders, strict=True):
-            filled = fields[name] = item(parts)
-            OrderedDict.__setitem__(output, name, filled)
+        for name, item in items:
+            filled = fields[name] = item(produced, tensors, opaques)
+            set_item(output, name, filled)
         return output
 
     fields = {name: getattr(value, name, None) for name in names}

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch.nn.modules import module as _module
 
+from graphs.contract.identity import identity_check
 from graphs.contract.operators import storage_id
 from graphs.contract.python_state import Link
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
 WINDOW = 16  # about 1 us per call
+_REMEMBERED = 1024  # addresses of arguments known to lie apart from what the step writes
 
 
 class _Registrations:
@@ -69,25 +72,26 @@ class StaticTensors:
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
-        self._written = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
-        self._starts = [start for start, _ in self._written]
+        ranges = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
+        self._starts = [start for start, _ in ranges]
+        self._ends = [0, *(end for _, end in ranges)]  # of the range that begins before the one at this position
         self._static = static
+        self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
         links = {(id(link.container), link.key): link for owner in hanging for link in _way(owner)}
         self._registered = [link for link in links.values() if link.registered]
         registrations.watched.update(id(link.container) for link in self._registered)
         self._attributes = [link for link in links.values() if not link.registered]
-        self._places = [(link.container, link.key, link.value) for link in self._attributes]
+        self._attributes_hold = identity_check((link.container, link.key, link.value) for link in self._attributes)
         self._names = {id(owner.value): owner.path for owner in hanging}
         tensors = {id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values()
         self._tensors = list(tensors)
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._windows = [
+        self._windows = cycle(
             (self._tensors[start : start + WINDOW], self._pointers[start : start + WINDOW])
             for start in range(0, max(len(self._tensors), 1), WINDOW)
-        ]
-        self._window = 0
+        )
         self._registration = registrations.count
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
@@ -95,30 +99,26 @@ class StaticTensors:
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if self._starts and tensors and self._overlapping(tensors) is not None:
+        if self._starts and not self._apart.issuperset(map(_data_ptr, tensors)) and self._overlapping(tensors) is not None:
             return False
-        try:
-            for container, key, value in self._places:
-                if container[key] is not value:
-                    return False
-        except (KeyError, IndexError):
+        if not self._attributes_hold():
             return False
         if registrations.count != self._registration:
             if not all(link.holds() for link in self._registered):
                 return False
             self._registration = registrations.count
-        windows = self._windows
-        self._window = self._window + 1 if self._window + 1 < len(windows) else 0
-        looked_at, pointers = windows[self._window]
+        looked_at, pointers = next(self._windows)
         return list(map(_data_ptr, looked_at)) == pointers
 
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
         """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
-        starts, written, static = self._starts, self._written, self._static
         for index, tensor in enumerate(tensors):
             pointer = tensor.data_ptr()
-            before = bisect_right(starts, pointer) - 1
-            if before >= 0 and pointer < written[before][1] and index not in static and tensor.numel():
+            if pointer >= self._ends[bisect_right(self._starts, pointer)]:
+                if len(self._apart) >= _REMEMBERED:
+                    self._apart.clear()
+                self._apart.add(pointer)
+            elif index not in self._static and tensor.numel():
                 return index
         return None
 

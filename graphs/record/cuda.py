@@ -25,6 +25,7 @@ Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
 _current_device = torch._C._cuda_getDevice
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
+_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _KEEP = Padding("keep")
 LARGE = 1 << 16
 """Bytes above which an input is copied by a launch of its own, ahead of the graph.
@@ -88,19 +89,15 @@ class CudaRecording:
         """
         if _raw_stream(self._index) != self._order.raw:
             self._order.enter()
-        row = [rows]
-        keep = []
-        for index in self._sources:
-            tensor = tensors[index]
-            if not tensor.is_contiguous():
-                tensor = tensor.contiguous()  # the kernel copies dense memory
-                keep.append(tensor)
-            row.append(tensor.data_ptr())
+        sources = [tensors[index] for index in self._sources]
+        if not all(map(_is_contiguous, sources)):
+            sources = [tensor.contiguous() for tensor in sources]  # the kernel copies dense memory
+        row = [rows, *map(_data_ptr, sources)]
         for slot, buffer in self._large:
             slot.fill(buffer, tensors[slot.index])
         outputs = self._new_outputs(rows) if self.outputs is None else _sliced(self.outputs, self._layouts, rows)
         if self._owned:
-            row += [out.data_ptr() for out in outputs]
+            row += map(_data_ptr, outputs)
         table = self._table
         table.claim(row)
         self._replay()
