@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[bench]'")
 
+from transformers import DynamicCache
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
 import graphs
 from graphs.ledger import NotReplayed
-from tests.models.decoders import DECODERS, EAGER_EXPERTS, TOKENS, Decoded, Decoder, decode, tensors_of
+from tests.models.decoders import DECODERS, EAGER_EXPERTS, TOKENS, Decoded, Decoder, decode, tensors_of, with_positions
 from tests.parity import assert_same
 
 aten = torch.ops.aten
@@ -66,5 +70,27 @@ def _reference(decoder: Decoder, experts: str | None, device: torch.device | str
 def test_a_decode_step_is_recorded_and_equals_eager(name: str, experts: str | None) -> None:
     decoder = DECODERS[name]
     report = compare(decoder, experts)
-    assert report.refusals == (), report
-    assert report.replays >= TOKENS - decoder.eager_calls, report
+    assert not report.refusals, str(report)
+    assert report.replays >= TOKENS - decoder.eager_calls, str(report)
+
+
+OWN_CACHES = {"deepseek_v4": lambda config: DynamicCache(config=config), "minimax": lambda config: MiniMaxCache()}
+
+
+@pytest.mark.parametrize("name", OWN_CACHES)
+def test_a_cache_of_fixed_storage_shows_the_model_what_its_own_cache_does(name: str) -> None:
+    decoder = DECODERS[name]
+    model = decoder.build()
+    fixed = decode(decoder, model, model)
+    own = decode(dataclasses.replace(decoder, cache=OWN_CACHES[name], arguments=with_positions), model, model)
+    assert torch.equal(fixed.tokens, own.tokens)
+    assert_same(own.logits, fixed.logits, "logits")
+
+
+def test_a_prompt_shorter_than_the_window_is_refused_by_the_fixed_cache() -> None:
+    decoder = DECODERS["deepseek_v4"]
+    model = decoder.build()
+    cache = decoder.cache(model.config)
+    with pytest.raises(ValueError, match="must fill the window"), torch.no_grad():
+        positions = torch.arange(2).unsqueeze(0)
+        model(torch.ones(1, 2, dtype=torch.int64), use_cache=True, **decoder.arguments(positions, cache))
