@@ -23,8 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import wo_a_pair
-from graphs.ops import hopper, kernels, offline, reference, tiles
+from graphs.ops import hopper, kernels, offline, reference, split_k, tiles
 
 N, K = 1024, 4096
 H200 = tiles.Arch("cuda", 9, 0)
@@ -81,9 +80,14 @@ def einsum(layer: Layer) -> None:
     torch.bmm(layer.o.transpose(0, 1), layer.wide.transpose(1, 2), out=layer.y.transpose(0, 1))
 
 
-def generic(layer: Layer, tile: tiles.Tile | None = None) -> None:
+def generic(layer: Layer, tile: tiles.Tile | None = None, pdl: bool = False) -> None:
     m, g, _ = layer.o.shape
-    kernels.launch_fused(layer.o, layer.w, layer.scale, layer.y, tile or tiles.fused(m, g, N, K, H200))
+    kernels.launch_fused(layer.o, layer.w, layer.scale, layer.y, tile or tiles.fused(m, g, N, K, H200), overlap=pdl)
+
+
+def split(layer: Layer, tile: tiles.Tile, pdl: bool = False, bmm: bool = False) -> None:
+    scale = layer.scale.flatten()[:1] if bmm else layer.scale
+    split_k.launch_split(layer.o, layer.w, scale, layer.y, tile, fp8=bmm, overlap=pdl)
 
 
 def quantised(layer: Layer, path: str, tile: tiles.Tile | None = None, overlap: bool = True) -> None:
@@ -97,66 +101,6 @@ def quantised(layer: Layer, path: str, tile: tiles.Tile | None = None, overlap: 
 
 def registers(layer: Layer, overlap: bool) -> None:
     hopper.launch_registers(layer.o, layer.w, layer.scale, layer.y, overlap)
-
-
-def copy(layer: Layer, c: int, pdl: int = 0, barrier: bool = False) -> None:
-    """64 KiB per block into shared memory, C blocks per cluster: 64 columns and K/C features of each, 16 columns if C = 1."""
-    g = layer.o.shape[1]
-    bn = 16 if c == 1 else 16 * c
-    layouts = wo_a_pair.layouts(c, max(bn, 64), 16)
-    launch(
-        wo_a_pair.copy_kernel, (g * N // bn,), layer.w.view(torch.int8), layer.y.view(torch.int32), K, c, bn, K // c // 128, pdl,
-        barrier, layouts["COPY"], layouts["WS"], num_warps=max(bn, 64) // 16, num_ctas=c, launch_pdl=pdl > 0,
-    )  # fmt: skip
-
-
-def pair(layer: Layer, c: int, bn: int, bt: int, cb: int, stages: int, pdl: int = 0, signal: bool = True) -> None:
-    m, g, k = layer.o.shape
-    launch(
-        wo_a_pair.pair_kernel, (N // bn, g), layer.o, layer.w, layer.scale, layer.y, m, N, k, layer.o.stride(0),
-        layer.o.stride(1), c, bn, bt, cb, stages, pdl, **wo_a_pair.layouts(c, bn, bt, signal), num_warps=bn // 16, num_ctas=c,
-        launch_pdl=pdl > 0,
-    )  # fmt: skip
-
-
-# ---- the portable kernel with K split over warps -------------------------------------------------------------------------------
-@triton.jit
-def split_kernel(
-    o, weight, scale, y, M, N: tl.constexpr, K: tl.constexpr, stride_om, stride_og,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """SPLIT blocks of 128 features per step, one per warp: fewer and longer steps, and no warp waits for another's product.
-
-    The weight is the left operand: eight tokens are enough for the right one.
-    """
-    g = tl.program_id(1).to(tl.int64)
-    n0 = tl.program_id(0) * BLOCK_N
-    part = tl.arange(0, SPLIT)
-    k = tl.arange(0, 128)
-    rows = tl.arange(0, BLOCK_M)
-    cols = n0 + tl.arange(0, BLOCK_N)
-    o_tile = o + g * stride_og + part[:, None, None] * 128 + rows[None, None, :] * stride_om + k[None, :, None]
-    w_tile = weight + g * N * K + part[:, None, None] * 128 + cols[None, :, None] * K + k[None, None, :]
-    s_tile = scale + (g * (N // 128) + n0 // 128) * (K // 128) + part
-    live = (rows < M)[None, None, :]
-    acc = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
-    following = tl.load(s_tile)
-    for step in range(K // 128 // SPLIT):
-        s = following
-        following = tl.load(s_tile + min(step + 1, K // 128 // SPLIT - 1) * SPLIT)
-        w = tl.load(w_tile + step * (SPLIT * 128))
-        x = tl.load(o_tile + step * (SPLIT * 128), mask=live, other=0.0)
-        acc += tl.dot(w.to(tl.float32).to(tl.bfloat16), x) * s[:, None, None]
-    out = y + (rows[None, :] * tl.num_programs(1) + g) * N + cols[:, None]
-    tl.store(out, tl.sum(acc, 0).to(tl.bfloat16), mask=(rows < M)[None, :])
-
-
-def split(layer: Layer, n: int, parts: int, stages: int) -> None:
-    m, g, k = layer.o.shape
-    launch(
-        split_kernel, (N // n, g), layer.o, layer.w, layer.scale, layer.y, m, N, k, layer.o.stride(0), layer.o.stride(1),
-        max(8, triton.next_power_of_2(m)), n, parts, num_warps=parts, num_stages=stages,
-    )  # fmt: skip
 
 
 FLOORS = ("read fp8", "read fp8 16 KiB")  # the better of the two is the floor
@@ -177,58 +121,45 @@ def variants(g: int, m: int) -> Iterator[Variant]:
     yield Variant("read fp8", read, False)
     yield Variant("read fp8 16 KiB", partial(read, size=16384), False)
     yield Variant("read fp8 pdl", partial(read, pdl=True), False)
-    for c in (1, 4, 8) if g == 2 and m == 4 else ():
-        yield Variant(f"copy c{c}", partial(copy, c=c), False)
-        yield Variant(f"copy c{c} pdl", partial(copy, c=c, pdl=1), False)
-        if c > 1:
-            yield Variant(f"copy c{c} barrier", partial(copy, c=c, barrier=True), False)
     if m <= 16 and g <= 4:
         yield Variant("registers early", partial(registers, overlap=False))
         yield Variant("registers pdl", partial(registers, overlap=True))
-    bt = next(t for t in (8, 16, 32, 64) if m <= t) if m <= 64 else 0
-    for c, bn, cb, stages in pair_shapes(g, bt):
-        make = partial(pair, c=c, bn=bn, bt=max(bt, 2 * c), cb=cb, stages=stages)
-        name = f"pair c{c} n{bn} k{cb} s{stages}"
-        yield Variant(name, make)
-        yield Variant(name + " pdl", partial(make, pdl=1))
-        if c > 1:
-            yield Variant(name + " barrier", partial(make, signal=False))
-            yield Variant(name + " barrier pdl", partial(make, signal=False, pdl=1))
-    for n, parts, stages in SPLIT if m <= 16 else SPLIT_64 if m <= 64 else ():
-        yield Variant(f"split n{n} w{parts} s{stages}", partial(split, n=n, parts=parts, stages=stages))
+    for n, warps, stages in SPLIT if m <= 16 else SPLIT_64 if m <= 64 else ():
+        tile = tiles.Tile(max(8, triton.next_power_of_2(m)), n, warps, stages)
+        yield Variant(f"split n{n} w{warps} s{stages}", partial(split, tile=tile))
+        yield Variant(f"split n{n} w{warps} s{stages} pdl", partial(split, tile=tile, pdl=True))
     yield Variant("generic", generic)
+    yield Variant("generic pdl", partial(generic, pdl=True))
     for n, warps, stages in GENERIC[m <= 16]:
         tile = tiles.Tile(16 if m <= 16 else min(m, 64), n, warps, stages)
-        yield Variant(f"generic n{n} w{warps} s{stages}", partial(generic, tile=tile))
-    for path in ("bmm", "gloop") if g == 2 else ():
+        yield Variant(f"generic n{n} w{warps} s{stages} pdl", partial(generic, tile=tile, pdl=True))
+    yield from quantised_variants(m)
+
+
+def quantised_variants(m: int) -> Iterator[Variant]:
+    """``bmm`` and ``gloop``."""
+    for path in ("bmm", "gloop"):
         yield Variant(path, partial(quantised, path=path), False)
         for rows, n, warps, stages in QUANTISED[16 if m <= 16 else 64 if m <= 64 else 256]:
             tile = tiles.Tile(rows, n, warps, stages)
             yield Variant(f"{path} m{rows} n{n} w{warps} s{stages}", partial(quantised, path=path, tile=tile), False)
-        if path == "gloop":
-            yield Variant("gloop one group after another", partial(quantised, path=path, overlap=False), False)
+    yield Variant("gloop one group after another", partial(quantised, path="gloop", overlap=False), False)
+    for n, warps, stages in SPLIT if m <= 16 else ():
+        tile = tiles.Tile(max(8, triton.next_power_of_2(m)), n, warps, stages)
+        yield Variant(f"bmm split n{n} w{warps} s{stages} pdl", partial(split, tile=tile, pdl=True, bmm=True), False)
 
 
-SPLIT = ((16, 4, 3), (16, 4, 4), (16, 8, 2), (16, 8, 3), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 3))
+SPLIT = ((16, 4, 3), (16, 4, 4), (32, 4, 2), (32, 4, 3), (64, 4, 3))
 SPLIT_64 = ((16, 4, 2), (32, 4, 2), (32, 4, 3))
 GENERIC = {
-    True: ((32, 4, 4), (64, 4, 6)),
-    False: ((32, 4, 4), (32, 4, 6), (64, 4, 4), (64, 8, 4)),
+    True: ((32, 4, 4), (64, 4, 4), (64, 4, 6)),
+    False: ((32, 4, 4), (64, 4, 4)),
 }
 QUANTISED = {
     16: ((16, 16, 4, 8), (16, 16, 2, 6), (64, 16, 4, 6)),
     64: ((64, 16, 4, 6), (16, 64, 4, 6)),
     256: ((64, 64, 4, 5), (64, 64, 4, 4), (64, 32, 4, 4), (128, 128, 8, 3)),
 }
-
-
-def pair_shapes(g: int, bt: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Blocks per cluster, columns per block, 128-blocks per chunk, chunks in flight."""
-    if not bt:
-        return ()
-    if g <= 4:
-        return ((4, 64, 8, 1), (8, 128, 4, 1)) if bt <= 16 else ((8, 128, 4, 1),)
-    return ((1, 64, 2, 4), (1, 64, 4, 2), (1, 64, 4, 3)) if bt <= 16 else ((1, 128, 1, 6),)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------------
@@ -342,7 +273,7 @@ def compile_all() -> None:
         w = torch.zeros(g, N, K, dtype=torch.uint8).view(torch.float8_e4m3fn)
         layer = Layer(o, w, torch.ones(g, N // 128, K // 128), torch.empty(g, N, K, dtype=torch.bfloat16), y)
         for variant in variants(g, m):
-            if variant.name.split()[0] in ("copy", "pair", "read", "split"):
+            if variant.name.split()[0] in ("read",):
                 print(f"G={g} M={m:3} {variant.name:26} ", end="", flush=True)
                 variant.run(layer)
 

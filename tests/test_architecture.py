@@ -94,7 +94,7 @@ def test_only_the_configuration_reads_settings_from_the_environment() -> None:
 @pytest.mark.parametrize("package", sorted(OPTIONAL))
 def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
     allowed = {
-        "triton": {"graphs.ops.kernels", "graphs.ops.hopper", "graphs.ops.offline", "graphs.record.copies"},
+        "triton": {"graphs.ops.kernels", "graphs.ops.hopper", "graphs.ops.split_k", "graphs.ops.offline", "graphs.record.copies"},
         "aiter": {"graphs.ops.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
         "transformers": {"graphs.bench.llama"},

@@ -1,4 +1,4 @@
-"""Triton kernels of the quantised paths: the only file of this package that imports triton.
+"""Triton kernels of the quantised paths, portable and for any number of tokens (:mod:`graphs.ops.split_k`: for few).
 
 All shapes are those of :mod:`graphs.ops.wo_a`; ``o`` may have any strides, weights, scales and results are contiguous. Sums are
 kept in float32 and every 128-wide partial product is scaled before it is added. Rows beyond M are masked, so M is free; K and N
@@ -46,17 +46,35 @@ def _round_e4m3(x):
 
 
 @triton.jit
-def _quantise(x, FP8_LIMIT: tl.constexpr, FP8: tl.constexpr):
-    """Rows of ``x`` (float32 ``[R, 128]``) as FP8 and their scales. ``|x| <= amax``, so the cast has nothing to saturate.
+def _quantise(x, AXIS: tl.constexpr, FP8_LIMIT: tl.constexpr, FP8: tl.constexpr):
+    """Groups of 128 along AXIS of ``x`` (float32) as FP8 and their scales. ``|x| <= amax``, so the cast has nothing to saturate.
 
-    One reciprocal per row: a division per element is three multiplications, a fifth of the instructions of the ``bmm`` kernel.
+    One reciprocal per group: a division per element is three multiplications, a fifth of the instructions of the ``bmm`` kernel.
     """
-    scale = tl.maximum(tl.reduce(tl.abs(x), 1, _max_nan), AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL) / FP8_LIMIT
-    q = _round_e4m3(x / scale[:, None]) if INTERPRETED else x * (1.0 / scale)[:, None]
+    # the interpreter runs _max_nan element by element, and its own maximum skips NaN
+    largest = tl.max(tl.abs(x), AXIS) + tl.sum(x, AXIS) * 0.0 if INTERPRETED else tl.reduce(tl.abs(x), AXIS, _max_nan)
+    scale = tl.maximum(largest, AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL) / FP8_LIMIT
+    q = _round_e4m3(x / tl.expand_dims(scale, AXIS)) if INTERPRETED else x * tl.expand_dims(1.0 / scale, AXIS)
     return q.to(FP8), scale
 
 
 @triton.jit
+def _begin(rows, BYTES: tl.constexpr, OVERLAP: tl.constexpr):
+    """With OVERLAP this kernel was started before the one in front of it had ended (programmatic dependent launch).
+
+    It asks for the first BYTES of its rows of the weight, lets the next kernel start likewise, and waits. What it asks for goes
+    into L2 and is read only after the wait, so this is right even if the kernel in front writes the weight.
+    """
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+            [rows.to(tl.int64), tl.full(rows.shape, BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit(do_not_specialize=["M"])
 def wo_a_bmm_kernel(
     o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr,
@@ -73,14 +91,14 @@ def wo_a_bmm_kernel(
     for start in range(0, K, GROUP):
         w = tl.load(w_tile + start)
         x = tl.load(o_tile + start * stride_ok, mask=live, other=0.0).to(tl.float32)
-        q, s = _quantise(x, FP8_LIMIT, weight.dtype.element_ty)
+        q, s = _quantise(x, 1, FP8_LIMIT, weight.dtype.element_ty)
         acc += tl.dot(q, w) * s[:, None]
     acc *= tl.load(scale)
     out = y + (rows.to(tl.int64)[:, None] * tl.num_programs(2) + g) * N + cols[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def wo_a_quantise_kernel(o, q, scale, M, K, stride_om, stride_og, stride_ok, ROWS: tl.constexpr, FP8_LIMIT: tl.constexpr):
     """Activations to FP8 ``[G, M, K]`` and scales ``[G, M, K/128]``. Grid (M, G, K/128/ROWS); ROWS groups per program."""
     m = tl.program_id(0).to(tl.int64)
@@ -89,13 +107,13 @@ def wo_a_quantise_kernel(o, q, scale, M, K, stride_om, stride_og, stride_ok, ROW
     k = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     live = groups < K // GROUP
     x = tl.load(o + m * stride_om + g * stride_og + k * stride_ok, mask=live[:, None], other=0.0).to(tl.float32)
-    values, s = _quantise(x, FP8_LIMIT, q.dtype.element_ty)
+    values, s = _quantise(x, 1, FP8_LIMIT, q.dtype.element_ty)
     row = g * M + m
     tl.store(q + row * K + k, values, mask=live[:, None])
     tl.store(scale + row * (K // GROUP) + groups, s, mask=live)
 
 
-@triton.jit(do_not_specialize=["g"])
+@triton.jit(do_not_specialize=["g", "M"])
 def wo_a_block_gemm_kernel(
     q, q_scale, weight, scale, y, g, G, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -144,19 +162,21 @@ def _turn_back(x, table_rows, live, BLOCK_M: tl.constexpr):
     return tl.reshape(out, (BLOCK_M, GROUP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def wo_a_fused_kernel(
     o, weight, scale, y, positions, table, M, N, K, stride_om, stride_og, stride_ok,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FP8 weight widened to bfloat16 (exact) times bfloat16 activations, block scales on the partial sums. Grid as ``bmm``.
 
     The weight goes by way of float32: the direct conversion is a quarter-rate instruction on sm_90. With a positive FP8_LIMIT the
     activations are quantised instead, as in ``bmm``. With ``positions`` their rotary embedding is undone as they are read.
+    :func:`_begin` asks for AHEAD features of the weight.
     """
     g = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _begin(weight + g * N * K + cols * K, AHEAD, OVERLAP)
     k = tl.arange(0, GROUP)
     o_tile = o + g * stride_og + rows.to(tl.int64)[:, None] * stride_om + k[None, :] * stride_ok
     w_tile = weight + g * N * K + cols[None, :] * K + k[:, None]
@@ -172,7 +192,7 @@ def wo_a_fused_kernel(
             if (GROUP * (block + 1)) % HEAD == 0:
                 x = _turn_back(x, table_rows, live, BLOCK_M).to(OPERAND)
         if FP8_LIMIT > 0:
-            q, s = _quantise(x.to(tl.float32), FP8_LIMIT, weight.dtype.element_ty)
+            q, s = _quantise(x.to(tl.float32), 1, FP8_LIMIT, weight.dtype.element_ty)
             acc += tl.dot(q, w) * (s * tl.load(w_scale + block))[:, None]
         else:
             acc += tl.dot(x.to(OPERAND), w.to(tl.float32).to(OPERAND)) * tl.load(w_scale + block)
@@ -192,19 +212,25 @@ def launch_bmm(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile) 
 
 def launch_fused(
     o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile, fp8: bool = False,
-    positions: Tensor | None = None, table: Tensor | None = None,
+    positions: Tensor | None = None, table: Tensor | None = None, overlap: bool = False,
 ) -> None:  # fmt: skip
     """One launch. ``scale [G, N/128, K/128]`` float32, the rest as :func:`launch_bmm`.
 
-    ``fp8`` quantises the activations; ``positions [M]`` and ``table [P, 64]`` undo their rotary embedding.
+    ``fp8`` quantises the activations; ``positions [M]`` and ``table [P, 64]`` undo their rotary embedding. ``overlap``: as
+    :func:`_begin` says.
     """
     m, g, k = o.shape
     n = weight.shape[1]
     wo_a_fused_kernel[(n // tile.block_n, triton.cdiv(m, tile.block_m), g)](
         o, weight, scale, y, positions, table, m, n, k, *o.stride(), tile.block_m, tile.block_n,
-        FP8_MAX[weight.dtype] if fp8 else 0.0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        FP8_MAX[weight.dtype] if fp8 else 0.0, min(k, GROUP.value * tile.num_stages), overlap,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **programmatic(overlap),
     )  # fmt: skip
+
+
+def programmatic(overlap: bool) -> dict[str, bool]:
+    """The launch option for a kernel that starts before the one in front has ended; Triton's AMD compiler does not know it."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile, overlap: bool = False) -> None:
@@ -221,9 +247,8 @@ def launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile
         o, q, q_scale, m, k, *o.stride(), rows, FP8_MAX[weight.dtype], num_warps=4, enable_fp_fusion=True
     )
     grid = (n // tile.block_n, triton.cdiv(m, tile.block_m))
-    early = {"launch_pdl": True} if overlap else {}  # an option that Triton's AMD compiler does not know
     for group in range(g):
         wo_a_block_gemm_kernel[grid](
             q, q_scale, weight, scale, y, group, g, m, n, k, tile.block_m, tile.block_n, overlap,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **early,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **programmatic(overlap),
         )  # fmt: skip

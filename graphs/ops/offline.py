@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graphs.ops import tiles
-from graphs.ops.wo_a import hopper, kernels
+from graphs.ops.wo_a import hopper, kernels, split_k
 
 TARGETS = {  # name -> (Triton back end, its architecture, warp width, arch for the tile choice, FP8 type)
     "gfx942": ("hip", "gfx942", 64, tiles.Arch("hip", 9, 4), "fp8e4b8"),
@@ -63,34 +63,59 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     gemm = {"o": "*bf16", "weight": "*" + fp8, "scale": "*fp32", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
     strides = {"stride_om": "i32", "stride_og": "i32", "stride_ok": "constexpr"}
     block = {"q": "*" + fp8, "q_scale": "*fp32", "weight": "*" + fp8, "scale": "*fp32", "y": "*bf16", "g": "i32", "G": "i32"}
+    plain = {"stride_ok": 1, "positions": None, "table": None}
+    early = tiles.overlaps(arch)
     for m in tokens:
         bmm = tiles.quantised_gemm("bmm", m, *SHAPE, arch)
         gloop = tiles.quantised_gemm("gloop", m, 1, *SHAPE[1:], arch)
         fused = tiles.fused(m, *SHAPE, arch)
         yield Case("wo_a_bmm_kernel", m, gemm | strides, _blocks(bmm) | {"stride_ok": 1, "FP8_LIMIT": limit}, bmm)
-        none = {"stride_ok": 1, "positions": None, "table": None}
-        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(fused) | none | {"FP8_LIMIT": 0.0}, fused)
-        yield Case("wo_a_fused_kernel", m, gemm | strides, _blocks(bmm) | none | {"FP8_LIMIT": limit}, bmm, "fp8")
-        turned = gemm | strides | {"positions": "*i64", "table": "*fp32"}
-        yield Case("wo_a_fused_kernel", m, turned, _blocks(fused) | {"stride_ok": 1, "FP8_LIMIT": 0.0}, fused, "rotary")
-        yield Case(
-            "wo_a_block_gemm_kernel",
-            m,
-            block | {"M": "i32", "N": "i32", "K": "i32"},
-            _blocks(gloop) | {"OVERLAP": tiles.overlaps(arch)},
-            gloop,
-        )
+        for option, tile, extra in _options(fused, bmm, plain, limit):
+            begin = {"AHEAD": 128 * tile.num_stages, "OVERLAP": early}
+            types = gemm | strides | {"positions": "*i64", "table": "*fp32"}
+            yield Case("wo_a_fused_kernel", m, types, _blocks(tile) | extra | begin, tile, option)
+        sizes = {"M": "i32", "N": "i32", "K": "i32"}
+        yield Case("wo_a_block_gemm_kernel", m, block | sizes, _blocks(gloop) | {"OVERLAP": early}, gloop)
     quantise = {"o": "*bf16", "q": "*" + fp8, "scale": "*fp32", "M": "i32", "K": "i32"} | strides
     rows = tiles.quantise_rows(SHAPE[2] // 128)
     yield Case(
         "wo_a_quantise_kernel", tokens[0], quantise, {"stride_ok": 1, "ROWS": rows, "FP8_LIMIT": limit}, tiles.Tile(0, 0, 4, 1)
     )
+    yield from _split_cases(arch, gemm | strides, plain, limit)
     special = hopper() if target == "sm_90" else None
     if special is not None:
         constants = {"N": SHAPE[1], "K": SHAPE[2], "SPLIT": special.WARPS, "OVERLAP": True} | special.layouts(special.WARPS)
         for m in (8, 16):
             tile = tiles.Tile(m, special.COLUMNS, special.WARPS, 1)
             yield Case("wo_a_registers_kernel", m, gemm | strides | {"weight": "*i8"}, constants | {"BLOCK_M": m}, tile)
+
+
+def _options(
+    bf16: tiles.Tile, fp8: tiles.Tile, plain: dict[str, Any], limit: float
+) -> tuple[tuple[str, tiles.Tile, dict[str, Any]], ...]:
+    """The options of ``fused``: name, tile, constants."""
+    return (
+        ("", bf16, plain | {"FP8_LIMIT": 0.0}),
+        ("fp8", fp8, plain | {"FP8_LIMIT": limit}),
+        ("rotary", bf16, {"stride_ok": 1, "FP8_LIMIT": 0.0}),
+    )
+
+
+def _split_cases(arch: tiles.Arch, types: dict[str, str], plain: dict[str, Any], limit: float) -> Iterator[Case]:
+    """The kernel for few tokens, in every tile that is launched anywhere."""
+    types = types | {"positions": "*i64", "table": "*fp32"}
+    seen: set[tiles.Tile] = set()
+    for groups, m in ((2, 4), (2, 16), (2, 32), (2, 64), (8, 4), (8, 16), (16, 4), (16, 16)):
+        size = (m, groups, *SHAPE[1:], arch)
+        tile = tiles.split(*size) or tiles.split(*size, True)
+        if tile is None or tile in seen:
+            continue
+        seen.add(tile)
+        common = _blocks(tile) | {"SPLIT": tile.num_warps, "AHEAD": 512 * tile.num_stages, "OVERLAP": tiles.overlaps(arch)}
+        ways = [(option, extra | {"SINGLE": False}) for option, _, extra in _options(tile, tile, plain, limit)]
+        ways.append(("bmm", plain | {"FP8_LIMIT": limit, "SINGLE": True}))
+        for option, extra in ways if tiles.split(*size) else ways[:1]:
+            yield Case("wo_a_split_kernel", m, types, common | extra, tile, f"n{tile.block_n} {option}".rstrip())
 
 
 def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any]) -> Any:
@@ -105,7 +130,8 @@ def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    function = getattr(kernels(), case.kernel, None) or getattr(hopper(), case.kernel)
+    modules = (kernels(), split_k(), hopper())
+    function = next(found for module in modules if (found := getattr(module, case.kernel, None)) is not None)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

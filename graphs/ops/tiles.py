@@ -26,17 +26,27 @@ HOPPER = Arch("cuda", 9, 0)
 WIDE = 4096  # columns over all groups from which narrow tiles are not needed to occupy every multiprocessor
 MEASURED: dict[str, tuple[tuple[int, Tile], ...]] = {  # path -> (up to this many tokens, best tile tried on an H200 at G = 2)
     "bmm": (
-        (16, Tile(16, 16, 4, 8)),  # 15.4 us; two warps or one: 23.3 and 47.9
-        (64, Tile(16, 64, 4, 6)),  # 17.0 us; 64 rows: 33.6, because so few warps then quantise so much of o
-        (256, Tile(64, 64, 4, 5)),  # 29.9 us; 128 columns: 35.8
-        (2**31, Tile(128, 128, 8, 3)),  # not measured here; the best of a like kernel at 1024 tokens
+        (16, Tile(16, 16, 4, 8)),  # 15.2 us; two warps or one: 23.3 and 47.9
+        (64, Tile(16, 64, 4, 6)),  # 17.6 us; 64 rows: 33.6, because so few warps then quantise so much of o
+        (256, Tile(64, 64, 4, 5)),  # 26.6 us; 128 columns: 35.8
+        (2**31, Tile(128, 128, 8, 3)),  # 68.7 us at 1024 tokens
     ),
-    "gloop": (
-        (16, Tile(16, 16, 2, 6)),  # 21.3 us, both groups and the quantisation together
-        (64, Tile(64, 16, 4, 6)),  # 24.4 us; 32 rows and 32 columns: 28.1
-        (2**31, Tile(64, 64, 4, 5)),  # 24.8 us at 256 tokens; 128 columns: 36.4
+    "gloop": (  # all groups and the quantisation together, groups side by side
+        (16, Tile(16, 16, 2, 6)),  # 12.7 us; 21.1 one group after another
+        (64, Tile(64, 16, 4, 6)),  # 14.3 us; 23.7
+        (512, Tile(64, 64, 4, 5)),  # 15.6 us at 256 tokens; 24.5
+        (2**31, Tile(128, 128, 8, 3)),  # 32.2 us at 1024 tokens; with 64 rows and columns 37.3
     ),
 }
+SPLIT: tuple[tuple[int, int, Tile], ...] = (  # up to this many columns and tokens -> tile of the kernel that splits K over warps
+    (2048, 16, Tile(16, 16, 4, 4)),  # G = 2: 7.4 us at 16 tokens; the portable kernel 12.5
+    (2048, 32, Tile(32, 16, 4, 3)),
+    (2048, 64, Tile(64, 16, 4, 2)),  # 15.9 us at 64 tokens; 32 columns 18.4, the portable kernel 19.4
+    (8192, 8, Tile(8, 16, 4, 3)),  # G = 8: 11.4 us at 4 tokens; 32 columns 11.8, the portable kernel 15.8
+    (8192, 16, Tile(16, 32, 4, 3)),  # 16 columns would read 67 MB of o from L2
+    (2**31, 8, Tile(8, 64, 4, 3)),  # G = 16: 20.4 us at 1 token; 32 columns 20.5, the portable kernel 21.8
+    (2**31, 16, Tile(16, 32, 4, 3)),  # 24.0 us at 16 tokens; the portable kernel 22.6, but not with its options
+)
 
 
 def quantised_gemm(path: str, m: int, g: int, n: int, k: int, arch: Arch) -> Tile:
@@ -71,13 +81,34 @@ def fused(m: int, g: int, n: int, k: int, arch: Arch) -> Tile:
     return tile._replace(num_stages=min(tile.num_stages, 3)) if tile.block_n == 128 else tile
 
 
+def split(m: int, g: int, n: int, k: int, arch: Arch, plain: bool = False) -> Tile | None:
+    """Tile of the kernel for few tokens that splits K over the warps of a block, or ``None`` where it should not run.
+
+    ``plain``: bfloat16 activations without rotary embedding. The options take registers, so that 64 tokens would spill; without
+    them the portable kernel was faster in one case. Only sm_90 was measured. Elsewhere the same reasons hold for up to 16 tokens:
+    four times as many bytes in flight, a quarter of the steps. AMD's matrix instructions take no fewer than 16 tokens, and 64 KiB
+    of shared memory hold two stages.
+    """
+    if k % 512 or m > (64 if plain and arch == HOPPER else 16):
+        return None
+    if plain and arch == HOPPER and g * n > 8192 and m > 8:
+        return None
+    tile = next((tile for columns, tokens, tile in SPLIT if g * n <= columns and m <= tokens), None)
+    if tile is None or arch == HOPPER:
+        return tile and tile._replace(block_m=8 if m <= 8 else tile.block_m)
+    narrow = tile._replace(block_n=min(tile.block_n, 32))  # with 64 columns sm_100 spills
+    if arch.vendor == "hip":
+        return narrow._replace(block_m=16, num_stages=2)
+    return narrow._replace(block_m=8 if m <= 8 else 16)
+
+
 def registers(m: int, g: int, n: int, k: int, arch: Arch) -> bool:
     """Whether the kernel that holds its share of the weight in registers runs (compute capability 9.0 only).
 
-    Measured on an H200 in a graph, at K = 4096 and N = 1024, against the portable kernel: 5.4 to 12.4 us at G = 2, M = 1 and
-    7.2 to 12.7 us at M = 16, but 19.7 to 16.4 us at G = 8: one block of it fills a multiprocessor, so waves do not overlap.
+    Measured on an H200 in a graph, at K = 4096 and N = 1024: at G = 2 6.6 us at 16 tokens (split: 7.4), but 19.7 to 11.4 us at
+    G = 8, M = 4: one block of it fills a multiprocessor, so waves do not overlap.
     """
-    return arch == HOPPER and m <= 16 and g * n <= 4096 and k % 1024 == 0 and k <= 4096
+    return arch == HOPPER and m <= 16 and g * n <= 2048 and k % 1024 == 0 and k <= 4096
 
 
 def overlaps(arch: Arch) -> bool:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,8 +195,12 @@ def _cuda_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     y = _result(o, weight)
     if o.shape[0]:
         arch = arch_of(o.device.index, "bmm", weight.dtype)
-        g, n, k = weight.shape
-        kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm("bmm", o.shape[0], g, n, k, arch))
+        m, (g, n, k) = o.shape[0], weight.shape
+        few = tiles.split(m, g, n, k, arch)
+        if few is not None:
+            split_k().launch_split(o, weight, scale, y, few, fp8=True, overlap=tiles.overlaps(arch))
+        else:
+            kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm("bmm", m, g, n, k, arch))
     return y
 
 
@@ -205,14 +210,8 @@ def _cuda_gloop(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if o.shape[0]:
         arch = arch_of(o.device.index, "gloop", weight.dtype)
         _, n, k = weight.shape
-        kernels().launch_gloop(
-            o,
-            weight,
-            scale,
-            y,
-            tiles.quantised_gemm("gloop", o.shape[0], 1, n, k, arch),
-            overlap=False,  # not yet seen on hardware
-        )
+        tile = tiles.quantised_gemm("gloop", o.shape[0], 1, n, k, arch)
+        kernels().launch_gloop(o, weight, scale, y, tile, overlap=tiles.overlaps(arch))
     return y
 
 
@@ -232,15 +231,28 @@ def _cuda_fused(
     y = _result(o, weight)
     if o.shape[0]:
         arch = arch_of(o.device.index, "fused", weight.dtype)
-        m, (g, n, k) = o.shape[0], weight.shape
-        special = hopper() if plain and o.stride(2) == 1 and tiles.registers(m, g, n, k, arch) else None
+        _launch_fused(o, weight, scale, y, arch, plain, overlap, (activations == "fp8", positions, table))
+    return y
+
+
+def _launch_fused(
+    o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, arch: tiles.Arch, plain: bool, overlap: bool, options: tuple[Any, ...]
+) -> None:
+    """One of three kernels: registers (fastest, without options), split (few tokens), or the one for any number of tokens."""
+    m, (g, n, k) = o.shape[0], weight.shape
+    if plain and o.stride(2) == 1 and tiles.registers(m, g, n, k, arch):
+        special = hopper()
         if special is not None:
             special.launch_registers(o, weight, scale, y, overlap)
-        else:
-            fp8 = activations == "fp8"
-            tile = tiles.quantised_gemm("bmm", m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
-            kernels().launch_fused(o, weight, scale, y, tile, fp8, positions, table)
-    return y
+            return
+    early = tiles.overlaps(arch)
+    few = tiles.split(m, g, n, k, arch, plain)
+    if few is not None:
+        split_k().launch_split(o, weight, scale, y, few, *options, overlap=early)
+        return
+    fp8 = options[0]
+    tile = tiles.quantised_gemm("bmm", m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
+    kernels().launch_fused(o, weight, scale, y, tile, *options, overlap=early)
 
 
 @functools.cache
@@ -252,6 +264,15 @@ def kernels() -> ModuleType:
         if e.name is None or e.name.split(".")[0] != "triton":
             raise
         raise MissingDependency("triton", "the wo_a paths bmm, gloop and fused on a GPU", "pip install triton") from e
+    return module
+
+
+@functools.cache
+def split_k() -> ModuleType:
+    """The Triton kernel for few tokens. Raises MissingDependency where triton is absent."""
+    kernels()
+    from graphs.ops import split_k as module
+
     return module
 
 

@@ -97,6 +97,31 @@ def test_recorded_and_replayed_with_new_data(path: str, m: int) -> None:
         assert reference.relative_error(replayed, reference.project_fp64(o, exact_weight)) <= TOLERANCE[path]
 
 
+def test_kernels_of_all_paths_in_turn_wait_for_each_other() -> None:
+    """A kernel that starts early may follow any other, and be followed by any other."""
+    n = 1024
+    order = ("fused", "gloop", "bmm", "einsum", "gloop", "fused", "einsum", "bmm", "fused", "fused")
+    layers = [GroupedProjection(weights.load(*chain_weight(2, n, seed)), path=path) for seed, path in enumerate(order)]
+    for m in (4, 64, 300):
+        x = tokens(m, 2, "contiguous", n)
+        expected = [x]
+        for layer in layers:
+            expected.append(layer(expected[-1]))
+            torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = [x]
+            for layer in layers:
+                results.append(layer(results[-1]))
+        for _ in range(5):
+            for y in results[1:]:
+                y.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("path", ["bmm", "gloop", "fused"])
 def test_many_recordings_do_not_share_scratch_memory(path: str) -> None:
     """Two graphs replayed at once on two streams: neither may write what the other reads."""
@@ -152,6 +177,21 @@ def test_compiles_into_one_graph(path: str) -> None:
     assert torch.equal(torch.compile(module, fullgraph=True)(o), module(o))
 
 
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("columns", [16, 32, 64])
+def test_the_kernel_that_splits_k_is_right_in_every_tile(m: int, layout: str, columns: int) -> None:
+    """Dispatch may prefer another kernel here."""
+    module, exact_weight = projection("fused", 3)
+    o = tokens(m, 3, layout)
+    rows = next(rows for rows in (8, 16, 32, 64) if m <= rows and (rows > 8 or not torch.version.hip))
+    for overlap in (False, True) if torch.version.hip is None else (False,):
+        y = torch.full((m, 3, N), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        tile = tiles.Tile(rows, columns, 4, 2)
+        wo_a.split_k().launch_split(o, module.weight_blocks, module.scale_blocks, y, tile, overlap=overlap)
+        assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
+
+
 @pytest.mark.parametrize("m", [1, 16, 64, 257])
 def test_the_portable_kernel_is_right_here_too(m: int) -> None:
     """Special kernels hide it on some devices."""
@@ -180,8 +220,8 @@ def test_options_of_fused(activations: str, turn: bool, m: int, layout: str) -> 
     assert reference.relative_error(y, exact) <= TOLERANCE["bmm" if activations == "fp8" else "fused"]
 
 
-@pytest.mark.parametrize(("path", "overlap"), [("fused", False), ("fused", True), ("gloop", False)])
-@pytest.mark.parametrize("g", [2, 5])
+@pytest.mark.parametrize(("path", "overlap"), [("fused", False), ("fused", True), ("bmm", False), ("gloop", False)])
+@pytest.mark.parametrize("g", [1, 2, 5, 16])
 @pytest.mark.parametrize("m", [1, 8, 16, 64, 300])
 def test_a_chain_reads_what_the_kernel_in_front_wrote(path: str, overlap: bool, g: int, m: int) -> None:
     """Every projection's input is made by the projection before it: a launch that starts early must still wait for it."""
@@ -209,7 +249,10 @@ def test_a_chain_reads_what_the_kernel_in_front_wrote(path: str, overlap: bool, 
         graph.replay()
         torch.cuda.synchronize()
         for before, after, layer in zip(results, results[1:], layers, strict=False):
-            exact = layer.weight_blocks.double() * reference.expand_blocks(layer.scale_blocks).double()
+            if path == "bmm":
+                exact = layer.weight_single.double() * layer.scale_single.double()
+            else:
+                exact = layer.weight_blocks.double() * reference.expand_blocks(layer.scale_blocks).double()
             assert reference.relative_error(after, reference.project_fp64(before, exact)) <= TOLERANCE[path]
 
 

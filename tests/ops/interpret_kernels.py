@@ -11,11 +11,14 @@ import sys
 
 import torch
 
-from graphs.ops import kernels, reference
+from graphs.ops import kernels, reference, split_k
 from graphs.ops.tiles import Tile
 
-GROUPS, N, K = 2, 128, 512
-PATHS = ("bmm", "gloop", "fused", "fused fp8", "fused rotary", "fused fp8 rotary")
+GROUPS, N = 2, 128
+FEATURES = {"split": 1024}  # of a group: two steps of this kernel, four of the others (512)
+OPTIONS = ("", " fp8", " rotary", " fp8 rotary")
+PATHS = ("bmm", "gloop", "split bmm", *(kernel + options for kernel in ("fused", "split") for options in OPTIONS))
+TILE = {"split": Tile(32, 128, 4, 2)}  # all tokens in one block, four warps share K
 POSITIONS = torch.arange(100, 0, -3)
 ANGLES = torch.arange(101)[:, None] * 0.7 ** torch.arange(32)
 TABLE = torch.cat((ANGLES.cos(), ANGLES.sin()), -1)
@@ -24,9 +27,10 @@ TABLE = torch.cat((ANGLES.cos(), ANGLES.sin()), -1)
 def operands(path: str, m: int, fp8: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A strided ``o [M, G, K]`` (a transposed, sliced view) and a quantised weight with its scale."""
     generator = torch.Generator().manual_seed(m)
-    o = torch.randn(GROUPS, m, K + 128, generator=generator).bfloat16().transpose(0, 1)[..., :K]
-    w = torch.randn(GROUPS, N, K, generator=generator)
-    return o, *(reference.quantise_single(w, fp8) if path == "bmm" else reference.quantise_blocks(w, fp8))
+    k = FEATURES.get(path, 512)
+    o = torch.randn(GROUPS, m, k + 128, generator=generator).bfloat16().transpose(0, 1)[..., :k]
+    w = torch.randn(GROUPS, N, k, generator=generator)
+    return o, *(reference.quantise_single(w, fp8) if "bmm" in path else reference.quantise_blocks(w, fp8))
 
 
 def run(path: str, o: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -34,9 +38,10 @@ def run(path: str, o: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -
     m = o.shape[0]
     y = torch.full((m + 1, GROUPS, N), float("nan"), dtype=torch.float32)
     kernel, *options = path.split()
-    extra = {"fp8": True} if "fp8" in options else {}
+    extra = {"fp8": True} if {"fp8", "bmm"} & set(options) else {}
     extra |= {"positions": POSITIONS[:m], "table": TABLE} if "rotary" in options else {}
-    getattr(kernels, f"launch_{kernel}")(o, weight, scale, y[:m], Tile(16, 64, 4, 2), **extra)
+    module = split_k if kernel == "split" else kernels
+    getattr(module, f"launch_{kernel}")(o, weight, scale, y[:m], TILE.get(kernel, Tile(16, 128, 4, 2)), **extra)
     assert y[m].isnan().all(), "the kernel wrote beyond its rows"
     return y[:m]
 
@@ -46,11 +51,11 @@ def compare(path: str, m: int, fp8: torch.dtype) -> dict[str, float]:
     o, weight, scale = operands(path, m, fp8)
     y = run(path, o, weight, scale)
     o = reference.inverse_rotary(o.float(), POSITIONS[:m], TABLE) if "rotary" in path else o
-    if path in ("fused", "fused rotary"):
+    if "bmm" not in path and "gloop" not in path and "fp8" not in path:
         expected = reference.project_blocks(o.float(), weight, scale)
     else:
         expected = reference.project_quantised(o.float(), weight, scale)
-    exact = reference.project_fp64(o, weight.double() * (scale if path == "bmm" else reference.expand_blocks(scale)).double())
+    exact = reference.project_fp64(o, weight.double() * (scale if "bmm" in path else reference.expand_blocks(scale)).double())
     return {"reference": reference.relative_error(y, expected), "exact": reference.relative_error(y, exact)}
 
 
