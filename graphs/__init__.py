@@ -1,5 +1,6 @@
 """Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
 
+from graphs.audit import Audit, Finding, audit
 from graphs.capture import CapturedModule, capture
 from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
@@ -10,12 +11,15 @@ from graphs.report import CaptureReport
 from passes import register_decompositions
 
 __all__ = [
+    "Audit",
     "CaptureReport",
     "CapturedModule",
+    "Finding",
     "GraphsError",
     "GroupedProjection",
     "Padding",
     "Refusal",
+    "audit",
     "capture",
     "eager",
     "sentinel",

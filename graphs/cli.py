@@ -40,3 +40,19 @@ def bench(
     from graphs.bench import run_bench
 
     run_bench(experiment, BenchSettings.resolve(device, runs, quick), out)
+
+
+@app.command()
+def audit(
+    factory: Annotated[
+        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List what keeps a step from being recorded, line by line, and what the passes do about it."""
+    from graphs.audit import audit as audit_step
+    from graphs.factory import load_factory
+
+    model, args, kwargs = load_factory(factory)
+    found = audit_step(model, *args, **kwargs)
+    typer.echo(found.to_json() if json else str(found))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
@@ -28,23 +28,43 @@ from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
-_OWN = frozenset(["watch", "audit", "capture", "contract", "measure", "modes", "probe", "record", "recordings", "step", "trial"])
+_OWN = frozenset(
+    "watch audit capture contract findings measure modes probe record recordings step trial".split()  # noqa: SIM905
+)
 
 
 def user_frame(frame: FrameType | None) -> tuple[str, int]:
     """File and line of the innermost frame that belongs neither to a library below the model nor to this package."""
     while frame is not None:
-        package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
-        library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] in _OWN)
-        if not library and not frame.f_code.co_filename.startswith("<"):
+        if is_users(frame):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "", 0
 
 
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame runs the user's program, or a library above torch: what a line can be named in."""
+    package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] in _OWN)
+    return not library and not frame.f_code.co_filename.startswith("<")
+
+
+class TensorUse(NamedTuple):
+    """A tensor as an operator was given it.
+
+    ``origin`` is ``("argument", position)``, ``("operation", index)`` or ``("external", identity of its storage)``.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    origin: tuple[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operator call: constants by value, tensors by shape, dtype, strides and where they come from."""
+    """One operator call: constants by value, tensors as `TensorUse`, keywords as pairs after the positional arguments."""
 
     func: OpOverload
     arguments: tuple[Any, ...]
@@ -55,6 +75,15 @@ class Operation:
         """The user's line that called the operator."""
         return Site.at(self.frame)
 
+    def named(self) -> list[tuple[str, Any]]:
+        """The arguments with their names; host data that becomes a tensor is called ``data``."""
+        names = [argument.name for argument in self.func._schema.arguments]
+        positional = [*names, "data"]
+        return [
+            value if type(value) is tuple and len(value) == 2 and value[0] in names else (positional[position], value)
+            for position, value in enumerate(self.arguments)
+        ]
+
 
 @dataclass
 class Trace:
@@ -64,6 +93,7 @@ class Trace:
         operations: the operators in order.
         findings: what cannot be recorded, in order, one per source line and operator.
         counts: how often each was met, by `Refusal.signature`.
+        asked: the Python function of torch that was running when it was met first.
         reads: every value that the host got from a tensor, in order.
         externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
         written: externals and arguments that were written in place, saved before the first write.
@@ -74,16 +104,18 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     findings: list[Refusal] = field(default_factory=list)
     counts: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    asked: dict[tuple[str, str, str, int], str] = field(default_factory=dict)
     reads: list[HostRead] = field(default_factory=list)
     externals: dict[int, Tensor] = field(default_factory=dict)
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
     checksums: dict[int, Tensor] = field(default_factory=dict)
 
-    def found(self, refusal: Refusal) -> None:
+    def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""
         if refusal.signature not in self.counts:
             self.findings.append(refusal)
+            self.asked[refusal.signature] = asked
         self.counts[refusal.signature] += 1
 
 
@@ -120,18 +152,24 @@ class _Watch(TorchDispatchMode):
 
     def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
         """Note a value that the host got."""
-        asked = getattr(self.function[-1], "__name__", "") if self.function else ""
-        self.trace.reads.append(HostRead(operator, asked, frame, value, index))
+        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
+
+    @property
+    def asked(self) -> str:
+        """Name of the Python function of torch that is running, or an empty string."""
+        return getattr(self.function[-1], "__name__", "") if self.function else ""
 
     def _before(self, func: OpOverload, args: Any, kwargs: Any, frame: tuple[str, int]) -> list[Tensor]:
         trace, tensors = self.trace, list[Tensor]()
+        if func is aten.lift_fresh.default:  # made from host data just now, at another address each time
+            self.origins[storage_id(args[0])] = ("operation", len(trace.operations))
         described = self._describe((*args, *kwargs.items()), tensors)
-        if func is aten.lift_fresh.default and tensors[0].numel() <= 64:
-            described = (*described, str(tensors[0].tolist()))
+        if func is aten.lift_fresh.default:
+            described = (*described, _host_data(tensors[0]))
         operation = Operation(func, described, frame)
         refusal = finding(func, args, kwargs, tensors, self.function)
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
-            trace.found(refusal(operator=str(func), site=operation.site))
+            trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
         for tensor in written_tensors(func, args, kwargs):
             saved = self.before is not None and storage_id(tensor) in self.before.written
@@ -149,7 +187,7 @@ class _Watch(TorchDispatchMode):
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
             tensors.append(value)
-            return (tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
+            return TensorUse(tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(item, tensors) for item in value)
         if isinstance(value, torch.Generator):
@@ -214,6 +252,11 @@ class _Conversions(TorchFunctionMode):
             for tensor in elements:
                 watch.read(operator, frame, tensor.tolist(), index)
         watch.function.pop()
+
+
+def _host_data(tensor: Tensor) -> str:
+    """Host data that becomes a tensor, as text to compare."""
+    return str(tensor.tolist()) if tensor.numel() <= 64 else f"{tensor.numel()} numbers with checksum {int(_checksum(tensor)):#x}"
 
 
 def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:

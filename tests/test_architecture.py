@@ -44,7 +44,8 @@ def within(name: str, package: str) -> bool:
 
 MAIN_PATH = ["graphs.recordings", "graphs.capture"]
 TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify"]
-ABOVE = [*MAIN_PATH, "graphs.bench", "graphs.cli"]
+AUDIT = ["graphs.audit", "graphs.findings"]
+ABOVE = [*MAIN_PATH, *AUDIT, "graphs.bench", "graphs.cli"]
 FORBIDDEN = {
     "graphs.errors": ["graphs", "passes", "torch"],
     "graphs.report": ["graphs", "passes", "torch"],
@@ -56,6 +57,10 @@ FORBIDDEN = {
     "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
     "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.recordings": ["graphs.capture", "graphs.bench", "graphs.cli", "graphs.record.cuda", "graphs.record.tape"],
+    "graphs.audit": [*MAIN_PATH, "graphs.config", "graphs.bench", "graphs.cli"],
+    "graphs.findings": [*MAIN_PATH, "graphs.audit", "graphs.config", "graphs.bench", "graphs.cli"],
+    "graphs.findings.report": ["graphs.watch", "graphs.contract", "torch"],
+    "graphs.findings.cures": ["graphs", "passes", "torch"],
     "graphs.capture": ["graphs.bench", "graphs.cli"],
     "passes": ["graphs"],
 }

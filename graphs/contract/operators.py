@@ -8,6 +8,8 @@ import torch
 from torch._ops import OpOverload
 
 Tensor = torch.Tensor
+RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
+"""Operators that exchange a tensor's storage, which a recording holds fixed."""
 _BATCH_NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
 
 

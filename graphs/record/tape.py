@@ -17,14 +17,13 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_tensors
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.record.step import Body
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
-_RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
 
 
 @dataclass
@@ -66,7 +65,7 @@ class _TapeMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _RESIZING:
+        if func in RESIZING:
             raise UnsupportedOperator("the tape holds tensors at fixed storage and cannot resize them", operator=str(func))
         result = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():

@@ -1,0 +1,1 @@
+"""The parts of `graphs.audit`: observing a step, comparing steps, and saying what was found."""
