@@ -26,7 +26,7 @@ class Case:
         inputs: positional arguments of step ``i``, on the CPU.
         expect: `RECORDED`, or the reason of the refusal that must name a line of ``step``.
         bounds: what the caller says about lengths that nothing else bounds, by the name of the variable that holds them.
-        eager_calls: calls that may run the model itself, because they are the first to meet an outcome.
+        eager_calls: calls that may run the model itself besides the first of each way through the step's Python.
         tolerance: why outputs may differ in their last bits; empty: they may not.
         steady: the host is made to wait, or to upload, but learns the same at each step.
     """
@@ -68,8 +68,9 @@ def noise(step: int, *size: int, salt: int = 0) -> Tensor:
 
 
 def whole(step: int, low: int, high: int) -> Tensor:
-    """A 0-d int64 in ``[low, high)`` that takes every value, in no simple order."""
-    return torch.tensor(low + (5 * step + step // 3) % (high - low))
+    """A 0-d int64 in ``[low, high)`` that takes every value in as many steps, in no simple order."""
+    turn, place = divmod(step, high - low)
+    return low + torch.randperm(high - low, generator=torch.Generator().manual_seed(turn))[place]
 
 
 def phase(step: int, outcomes: int, run: int = 4) -> Tensor:

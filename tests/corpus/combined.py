@@ -55,7 +55,7 @@ class CompressedAttention(nn.Module):
         return torch.stack(out)
 
 
-@case(lambda i: (noise(i, 3, 8), number(i).abs() if i % 3 else torch.tensor(0.0), whole(i, 1, 9)), eager_calls=2)
+@case(lambda i: (noise(i, 3, 8), number(i).abs() if i % 3 else torch.tensor(0.0), whole(i, 1, 9)))
 def sampling_settings(logits: Tensor, temperature: Tensor, k: Tensor) -> Tensor:
     if temperature.item() == 0:
         return logits.argmax(-1)

@@ -29,7 +29,7 @@ def and_or_not(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-@case(lambda i: (noise(i, 5).clamp(-3, 3) * (40 if i % 8 == 5 else 1),), eager_calls=3)
+@case(lambda i: (noise(i, 5).clamp(-3, 3) * (40 if i % 8 == 5 else 1),), eager_calls=1)
 def an_assertion_that_may_fail(x: Tensor) -> Tensor:
     assert (x.abs() <= 3).all(), "out of range"
     assert x.isfinite().all()
@@ -48,7 +48,7 @@ class OneSideWritesState(nn.Module):
         return self.best + value
 
 
-@case(lambda i: (noise(i, 3).abs(),), eager_calls=8)
+@case(lambda i: (noise(i, 3).abs(),))
 class StateIsWrittenBeforeARareBranch(nn.Module):
     """Whoever notices the branch late has to put the state back."""
 
@@ -119,7 +119,7 @@ def an_early_out(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:total].amax(0)
 
 
-@case(lambda i: (noise(i, 5), phase(i, 3)), eager_calls=6)
+@case(lambda i: (noise(i, 5), phase(i, 3)))
 def a_chain_of_cases(x: Tensor, kind: Tensor) -> Tensor:
     which = int(kind)
     if which == 0:
@@ -129,7 +129,7 @@ def a_chain_of_cases(x: Tensor, kind: Tensor) -> Tensor:
     return x.sigmoid()
 
 
-@case(lambda i: (noise(i, 5), phase(i, 3)), eager_calls=6)
+@case(lambda i: (noise(i, 5), phase(i, 3)), eager_calls=2)
 def a_dictionary_of_functions(x: Tensor, kind: Tensor) -> Tensor:
     functions = {0: torch.relu, 1: torch.tanh, 2: torch.sigmoid}
     return functions[kind.item()](x)
@@ -145,21 +145,21 @@ def nested_branches(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x.neg()
 
 
-@case(lambda i: (noise(i, 5) * 2 ** (i // 4),), eager_calls=10)
+@case(lambda i: (noise(i, 5) * 2 ** (i // 4),))
 def a_while_loop(x: Tensor) -> Tensor:
     while x.abs().max() > 1.5:
         x = x / 2
     return x
 
 
-@case(lambda i: (noise(i, 5), torch.tensor(1 + i // 5)), eager_calls=8)
+@case(lambda i: (noise(i, 5), torch.tensor(1 + i // 5)))
 def a_loop_of_as_many_trips(x: Tensor, trips: Tensor) -> Tensor:
     for _ in range(trips):
         x = (x * 1.5).sin()
     return x
 
 
-@case(lambda i: (noise(i, 5), whole(i, 1, 5)), eager_calls=8)
+@case(lambda i: (noise(i, 5), whole(i, 1, 5)))
 def a_loop_over_a_range_with_items(x: Tensor, trips: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for index in range(int(trips)):
@@ -167,7 +167,7 @@ def a_loop_over_a_range_with_items(x: Tensor, trips: Tensor) -> Tensor:
     return out
 
 
-@case(lambda i: (noise(i, 4, 4, salt=i // 4), torch.tensor(0)), eager_calls=10)
+@case(lambda i: (noise(i, 4, 4, salt=i // 4), torch.tensor(0)))
 class GenerationStopsEarly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class GenerationStopsEarly(nn.Module):
         return x + tokens[-1]
 
 
-@case(lambda i: (noise(i, 4), choice(i, 3, 3)), eager_calls=10)
+@case(lambda i: (noise(i, 4), choice(i, 3, 3)))
 def empty_groups_are_skipped(x: Tensor, counts: Tensor) -> Tensor:
     out = x.clone()
     for group in range(3):
@@ -209,7 +209,7 @@ def equal_and_allclose(x: Tensor, y: Tensor) -> Tensor:
     return x.neg()
 
 
-@case(lambda i: (noise(i, 3, 4), noise(i // 4, 3, salt=1)), eager_calls=12)
+@case(lambda i: (noise(i, 3, 4), noise(i // 4, 3, salt=1)), eager_calls=4)
 def an_order_found_on_the_host(x: Tensor, scores: Tensor) -> Tensor:
     order = sorted(range(3), key=lambda row: float(scores[row]))
     return torch.cat([x[row] for row in order])

@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from tests.parity import assert_same, copied, state_of
 
 Tensor = torch.Tensor
 Device = torch.device | str
+Instruction = tuple[CodeType, int]
+Way = tuple[Instruction, ...]
 aten = torch.ops.aten
 _WAITING = {
     *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount),
@@ -33,7 +35,7 @@ _TO_HOST = {getattr(Tensor, name) for name in ("tolist", "numpy", "cpu", "item",
 
 
 def capture(case: Case, step: Callable[..., Any]) -> Any:
-    return graphs.capture(step)
+    return graphs.capture(step, bounds=case.bounds)
 
 
 class _Operators(TorchDispatchMode):
@@ -116,11 +118,12 @@ def check(case: Case, device: Device) -> None:
     reference = case.build(device)
     model = copy.deepcopy(reference)
     step = capture(case, model)
+    replays = STEPS - case.eager_calls - len(set(ways(case))) + 1
     for index in range(STEPS):
         _compare(case, device, index, reference, step)
-    _expected(case, step.report())
+    _expected(case, replays, step.report())
     if case.expect == RECORDED:
-        _watched_again(case, device, reference, step)
+        _watched_again(case, device, replays, reference, step)
     _same(case, _state(reference), _state(model), "state")
 
 
@@ -130,17 +133,17 @@ def _state(model: Any) -> dict[str, Any]:
     return {**state_of(model), **{n: v for n, v in plain if isinstance(v, (list, dict)) and not n.startswith("_")}}
 
 
-def _watched_again(case: Case, device: Device, reference: Callable[..., Any], step: Any) -> None:
+def _watched_again(case: Case, device: Device, replays: int, reference: Callable[..., Any], step: Any) -> None:
     """The modes are not there while something is recorded: frames of theirs would hide the user's line."""
-    replays = 0
+    plain = 0
     for index in range(STEPS):
         before = step.report()
         waits = _compare(case, device, index, reference, step, watching)
         after = step.report()
         if (after.recordings, after.eager_calls) == (before.recordings, before.eager_calls):
             assert waits == [], f"the replay of step {index} waits for the device"
-            replays += 1
-    assert replays >= STEPS - case.eager_calls, f"the second time, {replays} plain replays: {step.report()}"
+            plain += 1
+    assert plain >= replays, f"the second time, {plain} plain replays instead of {replays}: {step.report()}"
 
 
 def _compare(
@@ -176,9 +179,9 @@ def _same(case: Case, wanted: Any, got: Any, what: str) -> None:
             torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
 
 
-def _expected(case: Case, report: graphs.CaptureReport) -> None:
+def _expected(case: Case, replays: int, report: graphs.CaptureReport) -> None:
     if case.expect == RECORDED:
-        assert report.replays >= STEPS - case.eager_calls, f"{report}"
+        assert report.replays >= replays, f"{replays} replays expected: {report}"
         return
     file, lines = case.lines()
     named = [(refusal.reason, refusal.file) for refusal in report.refusals if refusal.line in lines]
@@ -197,28 +200,41 @@ def outcomes(case: Case) -> list[str]:
     return found
 
 
-def unexecuted_lines(case: Case) -> list[str]:
-    """Source lines of the step that no step of the run reaches."""
+def ways(case: Case) -> list[Way]:
+    """For each step, run eagerly, the instructions of the step's own code in the order they ran."""
     body = case.step.forward if isinstance(case.step, type) else case.step
-    step, reached = case.build(), set[tuple[CodeType, int]]()
+    codes, step, found = set(_nested(body.__code__)), case.build(), list[Way]()
 
-    def trace(frame: Any, event: str, argument: Any) -> Any:
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code not in codes:
             return None
-        reached.add((frame.f_code, frame.f_lineno))
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            way.append((frame.f_code, frame.f_lasti))
         return trace
 
-    codes = set(_nested(body.__code__))
     previous = sys.gettrace()
     for index in range(STEPS):
-        given = arguments(case, index, "cpu")
+        way, given = list[Instruction](), arguments(case, index, "cpu")
         sys.settrace(trace)
         try:
             _seeded(index, step, given)
         finally:
             sys.settrace(previous)
-    everything = {(code, line) for code in codes for _, _, line in code.co_lines() if line and line > code.co_firstlineno}
-    return sorted(f"{code.co_name}:{line}" for code, line in everything - reached)
+        found.append(tuple(way))
+    return found
+
+
+def unexecuted_lines(case: Case) -> list[str]:
+    """Source lines of the step that no step of the run reaches."""
+    reached, every = set[tuple[CodeType, int]](), set[tuple[CodeType, int]]()
+    taken = {instruction for way in ways(case) for instruction in way}
+    for code in {code for code, _ in taken}:
+        for start, end, line in code.co_lines():
+            if line is not None and line > code.co_firstlineno:
+                every.add((code, line))
+                reached |= {(code, line) for offset in range(start, end, 2) if (code, offset) in taken}
+    return sorted(f"{code.co_name}:{line}" for code, line in every - reached)
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
