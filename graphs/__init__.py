@@ -1,16 +1,18 @@
 """Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
 
 from graphs.audit import Audit, Finding, audit
+from graphs.backend import backend_report
 from graphs.capture import CapturedModule, capture
 from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
 from graphs.modes import eager
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
-from graphs.report import CaptureReport
+from graphs.report import BackendReport, CaptureReport
 from passes import register_decompositions
 
 __all__ = [
+    "BackendReport",
     "Audit",
     "CaptureReport",
     "CapturedModule",
@@ -20,6 +22,7 @@ __all__ = [
     "Padding",
     "Refusal",
     "audit",
+    "backend_report",
     "capture",
     "eager",
     "sentinel",

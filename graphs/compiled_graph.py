@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -34,11 +35,14 @@ class CompiledGraph:
     """A graph from Dynamo as a callable of flat inputs, and the graph as it was before.
 
     Attributes:
+        name: where it stands in the program, for messages.
         function: the compiled function, of tensors, and of ints for symbolic sizes.
         compiler: ``"inductor"`` or ``"aten"``.
         training: whether it was compiled for autograd, and so must not be recorded.
         device: where it runs.
         static: positions of inputs that stay where they are by intention: parameters, buffers, marked addresses.
+        names: of the inputs.
+        sizes: positions of the inputs that are symbolic sizes.
         operators: operators in the graph as Dynamo traced it.
         owned: tensors of the graph's own.
         changes: what the passes changed; empty where a compile cache made running them needless.
@@ -46,12 +50,15 @@ class CompiledGraph:
     """
 
     def __init__(self, module: GraphModule, inputs: Sequence[Any], compiler: str) -> None:
-        self.function: Callable[..., Any] = module
+        self.function: Any = module
+        self.name = f"graph {module.meta.get('dynamo_compile_id', '')}".rstrip()
         self.compiler = compiler
         self.device = _device(module, inputs)
-        self.training = torch.is_grad_enabled() and any(t.requires_grad for t in (*module.parameters(), *tensors_of(inputs)))
-        self.static = tuple(index for index, node in enumerate(_placeholders(module)) if _is_static(node))
+        self.training = needs_gradients(module, inputs)
+        self.static = static_inputs(module)
         self.operators = sum(node.op.startswith("call_") for node in module.graph.nodes)
+        self.names = [node.name for node in placeholders(module)]
+        self.sizes = [i for i, node in enumerate(placeholders(module)) if not isinstance(node.meta["example_value"], Tensor)]
         self.owned: list[Tensor] = [*module.parameters(), *module.buffers()]
         self.changes: list[passes.Change] = []
         self.modes: Sequence[Any] = ()
@@ -71,30 +78,28 @@ class CompiledGraph:
                     stack.enter_context(mode)
                 return self._run_as_operator(inputs)
         if self._written is None:
-            self._learn(inputs)
+            self.watch(inputs, tensors_of(inputs), Trace())
         return self.function(*inputs)
 
-    def watched(self, inputs: Sequence[Any], given: Sequence[Tensor]) -> tuple[Any, Trace]:
-        """Run the graph as it was before it was compiled, watched and for real; returns output and trace.
+    def watch(self, inputs: Sequence[Any], given: Sequence[Tensor], trace: Trace) -> tuple[int, ...]:
+        """Run the graph as it was before it was compiled, watched, and undo it.
 
         Args:
             given: the inputs that change from call to call; the others count as read in place.
+            trace: filled, also when the run raises.
+
+        Returns:
+            Positions of the inputs in whose memory the graph writes.
         """
-        trace = Trace()
-        return watch_step(lambda: _Located(self._original, trace).run(*inputs), list(given), into=trace)
-
-    def written(self, inputs: Sequence[Any], trace: Trace) -> tuple[int, ...]:
-        """Positions of the inputs in whose memory a watched run wrote."""
-        return tuple(i for i, v in enumerate(inputs) if isinstance(v, Tensor) and storage_id(v) in trace.written)
-
-    def _learn(self, inputs: Sequence[Any]) -> None:
-        """Find what the graph writes and which of its outputs are no tensors; state is as before."""
         random = RandomState(self.device)
-        output, trace = self.watched(inputs, tensors_of(inputs))
-        trace.written.restore()
-        random.restore()
+        try:
+            output, _ = watch_step(lambda: _Located(self._original, trace).run(*inputs), list(given), into=trace)
+        finally:
+            trace.written.restore()
+            random.restore()
         self._constants = {index: value for index, value in enumerate(output) if not isinstance(value, Tensor)}
-        self._written = self.written(inputs, trace)
+        self._written = tuple(i for i, v in enumerate(inputs) if isinstance(v, Tensor) and storage_id(v) in trace.written)
+        return self._written
 
     def _run_as_operator(self, inputs: Sequence[Any]) -> list[Any]:
         if self._written is None:
@@ -112,7 +117,7 @@ class CompiledGraph:
         groups, rest, positions = {True: iter(written), False: iter(read)}, iter(sizes), self._written or ()
         inputs = [
             next(groups[index in positions]) if isinstance(node.meta["example_value"], Tensor) else next(rest)
-            for index, node in enumerate(_placeholders(self._original))
+            for index, node in enumerate(placeholders(self._original))
         ]
         return tensors_of(self.function(*inputs))
 
@@ -151,11 +156,16 @@ def compile_graph(
         from torch._dynamo.backends.common import aot_autograd
 
         def rewritten(lowered: GraphModule, _: Sequence[Any]) -> Any:
-            graph.changes += passes.run(lowered, pipeline)
-            return make_boxed_func(cast(Callable[..., Any], lowered.forward))
+            graph.changes += _run_passes(lowered, pipeline)
+            return make_boxed_func(lowered.forward)
 
         graph.function = aot_autograd(fw_compiler=rewritten, keep_inference_input_mutations=True)(module, inputs)
     return graph
+
+
+def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[passes.Change]:
+    with unset_fake_temporarily():  # compilers run in a mode where a constant that a pass computes would have no value
+        return passes.run(module, pipeline)
 
 
 def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Change]) -> dict[str, Any]:
@@ -171,7 +181,7 @@ def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Chan
         def __call__(self, graph: Graph) -> None:
             if before is not None:
                 before(graph)
-            changes.extend(passes.run(cast(GraphModule, graph.owning_module), pipeline))
+            changes.extend(_run_passes(cast(GraphModule, graph.owning_module), pipeline))
 
         def uuid(self) -> Any:
             return ("passes", *(name_of(one) for one in pipeline), before.uuid() if before is not None else None)
@@ -216,7 +226,18 @@ def site_of(node: Node) -> Site:
     return Site(places[-1][1], int(line), summary[-1].strip())
 
 
-def _placeholders(module: GraphModule) -> list[Node]:
+def needs_gradients(module: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether AOTAutograd makes a graph for training of ``module``."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*module.parameters(), *tensors_of(inputs)))
+
+
+def static_inputs(module: GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs that Dynamo calls static: parameters, buffers, marked addresses."""
+    return tuple(index for index, node in enumerate(placeholders(module)) if _is_static(node))
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    """The inputs of a graph."""
     return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from graphs.contract.padding import Padding, as_padding
 from graphs.errors import ConfigError
@@ -17,6 +18,8 @@ MODES = ("graph", "eager")
 VERIFY = ("capture", "always", "off")
 OUTPUTS = ("owned", "borrowed")
 COMPILERS = ("none", "inductor", "auto")
+BACKEND_COMPILERS = ("inductor", "aten")
+BACKEND_VERIFY = ("capture", "off")
 WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -83,6 +86,38 @@ def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
 def wo_a_path() -> str:
     """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
     return _env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What ``torch.compile(backend="graphs", options={...})`` can be told; see `graphs.backend.graphs_backend`."""
+
+    compiler: str = "inductor"
+    outputs: str = "owned"
+    verify: str = "capture"
+    strict: bool = False
+    max_recordings: int = 64
+    routes: Any = None
+
+    @classmethod
+    def resolve(cls, options: Mapping[str, Any] | None) -> BackendOptions:
+        """Validate the options of a call of ``torch.compile``.
+
+        Raises:
+            ConfigError: an unknown option, or a value that is not legal.
+        """
+        given = dict(options or {})
+        for name in given:
+            choice("option of backend='graphs'", name, tuple(one.name for one in fields(cls)))
+        made = cls(**given)
+        choice("compiler", made.compiler, BACKEND_COMPILERS)
+        choice("outputs", made.outputs, OUTPUTS)
+        choice("verify", made.verify, BACKEND_VERIFY)
+        _require(isinstance(made.strict, bool), "strict", made.strict, "True or False")
+        positive = type(made.max_recordings) is int and made.max_recordings > 0
+        _require(positive, "max_recordings", made.max_recordings, "a positive integer")
+        _require(made.routes is None or callable(made.routes), "routes", made.routes, "a table for passes.routing")
+        return made
 
 
 @dataclass(frozen=True)

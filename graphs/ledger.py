@@ -16,9 +16,9 @@ class NotReplayed(UserWarning):
 
 
 def _frames_of_our_own() -> int:
-    """The stack level of the caller's line: a warning shows where the step was called."""
+    """The stack level of the caller's line: a warning shows where the step was called, also through Dynamo."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("graphs."):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("graphs.", "torch.")):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -40,6 +40,11 @@ class Ledger:
             warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
 
+    @property
+    def refusals(self) -> tuple[RefusalCount, ...]:
+        """Every reason so far, in the order of first sight."""
+        return tuple(self._refusals.values())
+
     def dropped(self, entry: Entry) -> None:
         """Keep the replays of a recording that is being dropped."""
         self._replays_dropped += entry.replays
@@ -52,7 +57,7 @@ class Ledger:
             recordings=len(entries),
             replays=self._replays_dropped + sum(entry.replays for entry in entries),
             eager_calls=self.eager_calls,
-            refusals=tuple(self._refusals.values()),
+            refusals=self.refusals,
             keys=tuple(_key_report(entry) for entry in entries),
         )
 

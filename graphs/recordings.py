@@ -29,12 +29,12 @@ from graphs.errors import (
 )
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
-from graphs.record.step import Recorder, recorder_for
+from graphs.record.step import Recorder, recorder_for, trial_lock
 from graphs.report import CaptureReport
 from graphs.step import Step
 from graphs.trial import Deferred, Refused, compare_replay, run_trial
 
-_recording = threading.RLock()  # one trial at a time in a process: a capture shares allocator and generator state
+_recording = trial_lock
 _MAX_DEFERRALS = 3
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 

@@ -91,11 +91,7 @@ class CaptureReport:
         ]
         for key in self.keys:
             lines += _key_lines(key)
-        for refusal in self.refusals:
-            where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
-            lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
-            lines.append(f"      remedy: {refusal.remedy}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_refusal_lines(self.refusals)])
 
 
 def _key_lines(key: KeyReport) -> list[str]:
@@ -111,3 +107,69 @@ def _key_lines(key: KeyReport) -> list[str]:
         measured = "".join(f"; {us:.0f} us with {name}" for name, us in key.compiler_us.items())
         lines.append(f"      compiler {key.compiler}, compiled in {key.compile_seconds:.1f} s{measured}")
     return lines
+
+
+def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
+    lines = []
+    for refusal in refusals:
+        where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
+        lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
+        lines.append(f"      remedy: {refusal.remedy}")
+    return lines
+
+
+@dataclass(frozen=True)
+class PieceReport:
+    """One graph that Dynamo traced for ``torch.compile(backend="graphs")``.
+
+    Attributes:
+        name: ``graph frame/recompilation``, as Dynamo counts.
+        operators: operators in the graph.
+        ends: why Dynamo ended the graph; empty where the function returned.
+        file, line: where it did.
+        rewrites: what passes changed. Empty as well where a compile cache held the compiled graph.
+        recordings: recordings kept, one for each value of symbolic sizes.
+        replays: calls served by a recording.
+        compiled_calls: calls served by the compiled function.
+        refusals: why.
+    """
+
+    name: str
+    device: str
+    compiler: str
+    operators: int
+    ends: str
+    file: str
+    line: int
+    rewrites: tuple[str, ...]
+    recordings: int
+    replays: int
+    compiled_calls: int
+    capture_seconds: float
+    pool_bytes: int
+    refusals: tuple[RefusalCount, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.operators} operators on {self.device}, {self.compiler}; {self.recordings} recording(s) in "
+            f"{self.capture_seconds:.2f} s, {self.replays} replay(s), {self.compiled_calls} compiled call(s), "
+            f"pool {self.pool_bytes / 2**20:.1f} MiB",
+        ]
+        lines += [f"  {rewrite}" for rewrite in self.rewrites]
+        if self.ends:
+            lines.append(f"  ended by a graph break at {self.file}:{self.line}: {self.ends}")
+        return "\n".join([*lines, *_refusal_lines(self.refusals)])
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """The graphs that were compiled with ``backend="graphs"``, in order."""
+
+    pieces: tuple[PieceReport, ...]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as a JSON object with the attribute names as keys."""
+        return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    def __str__(self) -> str:
+        return "\n".join([f"graphs: {len(self.pieces)} compiled graph(s)", *map(str, self.pieces)])

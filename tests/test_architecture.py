@@ -62,6 +62,10 @@ FORBIDDEN = {
     "graphs.findings.report": ["graphs.watch", "graphs.contract", "torch"],
     "graphs.findings.cures": ["graphs", "passes", "torch"],
     "graphs.capture": ["graphs.bench", "graphs.cli"],
+    "graphs.compiled_graph": ["graphs.trial", "graphs.record", *ABOVE],
+    "graphs.compiler": ["graphs.trial", "graphs.record", "graphs.config", *ABOVE],
+    "graphs.piece": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
+    "graphs.backend": ["graphs.trial", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "passes": ["graphs"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -12,6 +13,9 @@ from graphs.contract.slots import Contract
 Tensor = torch.Tensor
 Body = Callable[[Sequence[Tensor]], list[Tensor]]
 """A step bound to its constants: tensor leaves in, produced output tensors out."""
+
+trial_lock = threading.RLock()
+"""One trial at a time in a process: a capture shares the state of allocators and generators."""
 
 
 class Recording(Protocol):

@@ -1,0 +1,272 @@
+"""``torch.compile(model, backend="graphs")``: what Dynamo traces is compiled, recorded and replayed.
+
+The entry point ``graphs`` of the group ``torch_dynamo_backends`` leads here, so nothing has to be imported for it. Each
+graph of Dynamo's becomes a `Piece`; a graph break ends one and begins another. Dynamo's guards have checked structure,
+shapes, strides, dtypes and devices before a piece is called, so what a call adds is one comparison of addresses and one
+graph launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import passes
+from graphs.admission import is_capturing
+from graphs.config import BackendOptions
+from graphs.errors import AutogradInput, ConfigError, MovedStaticTensor, NestedCapture, Refusal, Site, TooManyKeys
+from graphs.ledger import Ledger
+from graphs.modes import forced_by, forced_eager
+from graphs.piece import RecordedPiece, record_piece
+from graphs.record.step import Recorder, recorder_for, trial_lock
+from graphs.report import BackendReport, PieceReport
+
+if TYPE_CHECKING:
+    from graphs.compiled_graph import CompiledGraph
+
+Tensor = torch.Tensor
+_MOVES = 2  # times that a static input may move before it is copied, or, if it is written, its graph runs unrecorded
+_count = itertools.count()
+
+
+def graphs_backend(
+    module: torch.fx.GraphModule, inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Piece:
+    """Compile one graph of Dynamo's and return what replays it. Called by ``torch.compile``, not by users.
+
+    Args:
+        options: of ``torch.compile(..., options={...})``: ``compiler`` (``"inductor"``, the default, or ``"aten"``),
+            ``outputs``, ``verify``, ``strict`` and ``max_recordings`` as for `graphs.capture`, and ``routes``, a routing
+            table for `passes.routing`.
+
+    Raises:
+        ConfigError: an unknown option, one with a value that is not legal, or ``mode``, which is Inductor's.
+    """
+    from graphs.compiled_graph import compile_graph, needs_gradients
+
+    if mode is not None:
+        raise ConfigError("mode", mode, "left out with backend='graphs': options={...} says what is done")
+    settings = BackendOptions.resolve(options)
+    ending = _Ending.of(getattr(module, "compile_subgraph_reason", None))
+    routed = _route(module, inputs, settings.routes) if settings.routes is not None else _Routed()
+    graph = compile_graph(module, inputs, settings.compiler, () if needs_gradients(module, inputs) else passes.DEFAULT)
+    graph.changes[:0] = routed.changes
+    return Piece(graph, settings, ending, routed)
+
+
+def backend_report() -> BackendReport:
+    """What the graphs compiled with ``backend="graphs"`` did in this process, in the order they were compiled.
+
+    Those that ``torch.compiler.reset()`` or the end of their model dropped are not in it.
+    """
+    return BackendReport(tuple(piece.report() for piece in sorted(_pieces, key=lambda piece: piece.index)))
+
+
+class Piece:
+    """One graph of Dynamo's: a compiled function, and a recording of it for each value of its symbolic sizes.
+
+    Attributes:
+        index: order of compilation in this process.
+    """
+
+    def __init__(self, graph: CompiledGraph, options: BackendOptions, ending: _Ending, routed: _Routed) -> None:
+        self.index, self.__name__ = next(_count), graph.name
+        self._graph, self._options, self._ending, self._routed = graph, options, ending, routed
+        self._place = _Place.of(graph.device)
+        self._lock = self._place.lock
+        self._on_device = graph.device.type == "cuda"
+        self._varying = [i for i in range(len(graph.names)) if i not in graph.static] if graph.sizes else []
+        self._recorded: dict[tuple[Any, ...], RecordedPiece] = {}
+        self._refused: dict[tuple[Any, ...], Refusal] = {}
+        self._moves: Counter[int] = Counter()
+        self._dropped = 0
+        self._ledger = Ledger()
+        _pieces.add(self)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Replay the call; else record it, or run the compiled function and count why."""
+        if self._routed.weights:
+            self._routed.check(inputs)
+        recorded = self._recorded.get(self._key(inputs))
+        if recorded is not None and not forced_by() and not (self._on_device and is_capturing()):
+            with self._lock:
+                if recorded.fits(inputs):
+                    recorded.replays += 1
+                    return recorded.replay(inputs)
+        return self._not_replayed(inputs)
+
+    def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What a recording is found by: Dynamo has guarded everything but the sizes that it keeps symbolic."""
+        if not self._varying:
+            return ()
+        return tuple(value.shape if isinstance(value, Tensor) else value for value in map(inputs.__getitem__, self._varying))
+
+    def _not_replayed(self, inputs: Sequence[Any]) -> Any:
+        if forced_by():
+            self._ledger.eager_calls += 1
+            return self._graph(*inputs)
+        if self._graph.training:
+            return self._run(inputs, AutogradInput("the graph was compiled to record gradients", operator=self._graph.name))
+        if self._on_device and is_capturing():
+            return self._run(inputs, NestedCapture("the current stream is being recorded by somebody else", operator="replay"))
+        with trial_lock, self._lock:
+            key = self._key(inputs)
+            recorded = self._recorded.get(key)
+            if recorded is not None and recorded.fits(inputs):  # another thread was faster
+                recorded.replays += 1
+                return recorded.replay(inputs)
+            if recorded is not None:
+                self._drop(key, recorded, inputs)
+            if key not in self._refused:
+                try:
+                    return self._record(key, inputs)
+                except Refusal as refusal:
+                    self._refused[key] = refusal
+            return self._run(inputs, self._refused[key])
+
+    def _run(self, inputs: Sequence[Any], why: Refusal) -> Any:
+        """The compiled function, with the reason counted, or raised in strict mode."""
+        if self._options.strict:
+            raise why
+        self._ledger.refused(why, outcome="this graph runs compiled and is not recorded")
+        self._ledger.eager_calls += 1
+        return self._graph(*inputs)
+
+    def _record(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> Any:
+        limit = self._options.max_recordings
+        if len(self._recorded) >= limit:
+            raise TooManyKeys(f"{limit} sizes are recorded (max_recordings={limit})", operator=self._graph.name)
+        copied = [position for position, moves in self._moves.items() if moves > _MOVES]
+        owned, check = self._options.outputs == "owned", self._options.verify != "off"
+        with forced_eager("trial"):
+            recorded, outputs = record_piece(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
+        self._recorded[key] = recorded
+        recorded.replays += 1
+        return outputs
+
+    def _drop(self, key: tuple[Any, ...], recorded: RecordedPiece, inputs: Sequence[Any]) -> None:
+        """Give up a recording whose static tensors moved; one that is written and moves again and again is refused."""
+        del self._recorded[key]
+        self._dropped += recorded.replays
+        moved = recorded.moved(inputs)
+        self._moves.update(moved)
+        names = ", ".join(self._graph.names[position] for position in moved[:3]) or "a tensor of the graph"
+        refusal = MovedStaticTensor(f"{len(moved)} of the tensors read in place moved", operator=names)
+        if any(self._moves[position] > _MOVES for position in recorded.written):
+            self._refused[key] = refusal
+        else:
+            self._ledger.refused(refusal, outcome="the graph is recorded anew")
+
+    def report(self) -> PieceReport:
+        """What this piece is and what its calls got."""
+        graph, recorded = self._graph, list(self._recorded.values())
+        return PieceReport(
+            name=graph.name,
+            device=str(graph.device),
+            compiler=graph.compiler,
+            operators=graph.operators,
+            ends=self._ending.reason,
+            file=self._ending.site.file,
+            line=self._ending.site.line,
+            rewrites=tuple(f"{change.by}: {change.before} -> {change.after}" for change in graph.changes),
+            recordings=len(recorded),
+            replays=self._dropped + sum(one.replays for one in recorded),
+            compiled_calls=self._ledger.eager_calls,
+            capture_seconds=sum(one.seconds for one in recorded),
+            pool_bytes=sum(one.recording.pool_bytes for one in recorded),
+            refusals=self._ledger.refusals,
+        )
+
+
+@dataclass
+class _Place:
+    """What the pieces on one device share: a recorder with its stream and pool, and the order of their replays."""
+
+    recorder: Recorder
+    lock: threading.RLock  # type: ignore[valid-type]
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Place:
+        """The place of a device; it lives as long as some piece there."""
+        place = _places.get(device)
+        if place is None:
+            place = _places[device] = cls(recorder_for(device), threading.RLock())
+        return place
+
+    __hash__ = object.__hash__
+
+
+_pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
+_places: weakref.WeakValueDictionary[torch.device, _Place] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Why Dynamo ended a graph, and where; ``reason`` is empty where the function returned."""
+
+    reason: str = ""
+    site: Site = field(default_factory=Site)
+
+    @classmethod
+    def of(cls, reason: Any) -> _Ending:
+        """From what Dynamo left at the graph."""
+        if reason is None or not reason.graph_break:
+            return cls()
+        lines = [line.strip() for line in str(reason.reason).splitlines() if line.strip()]
+        frame = reason.user_stack[-1] if reason.user_stack else None
+        site = Site.at((frame.filename, frame.lineno or 0)) if frame is not None else Site()
+        return cls(" ".join(lines[:2]), site)
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """Weights that a graph holds prepared, since `passes.routing` routed them: the originals must not change any more."""
+
+    changes: tuple[passes.Change, ...] = ()
+    weights: tuple[tuple[int, str, Tensor, int], ...] = ()
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Raise `MovedStaticTensor` where an original is another tensor or was written to."""
+        for position, name, tensor, version in self.weights:
+            if inputs[position] is not tensor or _version(tensor) != version:
+                detail = "the weight was prepared for a routed projection and has changed since"
+                raise MovedStaticTensor(detail, operator=name, remedy="call torch.compiler.reset(), and compile again")
+
+
+def _route(module: torch.fx.GraphModule, inputs: Sequence[Any], routes: Any) -> _Routed:
+    """Route the grouped projections of a graph whose weights Dynamo calls static; not of one that records gradients."""
+    from graphs.compiled_graph import needs_gradients, placeholders, static_inputs
+    from passes.routing import routing
+
+    if needs_gradients(module, inputs):
+        return _Routed()
+    nodes = placeholders(module)
+    static = {nodes[index].name: index for index in static_inputs(module) if nodes[index].users}
+    names = {nodes[index].name: _qualified(nodes[index]) for index in static.values()}
+
+    def named(weight: Tensor, name: str, tokens: int | None) -> Any:
+        return routes(weight, names.get(name, name), tokens)
+
+    made = routing(module, named, constants={name: inputs[index] for name, index in static.items()})
+    prepared = [(index, names[name], inputs[index]) for name, index in static.items() if not nodes[index].users]
+    weights = tuple((index, name, weight, _version(weight)) for index, name, weight in prepared)
+    return _Routed(tuple(passes.Change("routing", before, after) for before, after in made), weights)
+
+
+def _qualified(node: torch.fx.Node) -> str:
+    """``layers.0.weight`` for a placeholder that Dynamo made of ``L['self']._modules['layers']...``."""
+    source = getattr(node, "_dynamo_source", None)
+    parts = re.findall(r"\['([^']+)'\]", str(getattr(source, "name", "")))
+    return ".".join(parts[1:]) or node.name
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
