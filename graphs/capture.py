@@ -34,6 +34,8 @@ def capture(
     strict: bool | None = None,
     max_recordings: int | None = None,
     compiler: str | None = None,
+    passes: str | Iterable[str] | None = None,
+    bounds: Mapping[str, int] | None = None,
 ) -> CapturedModule[Model]:
     """Return a callable that looks like ``model`` and records its steps, to replay them without Python.
 
@@ -61,6 +63,11 @@ def capture(
         compiler: ``"inductor"`` compiles the step once per key with ``torch.compile`` and records what that gives; ``"auto"``
             records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
             that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
+        passes: what takes host values out of a step that reads them (``.item()``, ``nonzero``, branches on tensors):
+            ``"auto"`` (default) all passes, ``"off"`` none, or their names, of ``constants``, ``addressing``,
+            ``arithmetic``, ``bounded`` and ``branches``. Default ``GRAPHS_PASSES``, else ``"auto"``.
+        bounds: largest values of lengths that nothing in the step bounds, by the variable that holds them
+            (``{"n": 4096}`` for ``n = int(t)``) or by ``"file.py:line"``. A length above its bound runs eagerly.
 
     Raises:
         ConfigError: an argument or a ``GRAPHS_*`` variable is not legal.
@@ -77,6 +84,8 @@ def capture(
         strict=strict,
         max_recordings=max_recordings,
         compiler=compiler,
+        passes=passes,
+        bounds=bounds,
     )
     if not callable(model):
         raise ConfigError("model", model, "an nn.Module or a callable")

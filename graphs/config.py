@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from graphs.contract.padding import Padding, as_padding
@@ -18,6 +19,7 @@ MODES = ("graph", "eager")
 VERIFY = ("capture", "always", "off")
 OUTPUTS = ("owned", "borrowed")
 COMPILERS = ("none", "inductor", "auto")
+PASSES = ("constants", "addressing", "arithmetic", "bounded", "branches")
 BACKEND_COMPILERS = ("inductor", "aten")
 BACKEND_VERIFY = ("capture", "off")
 WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
@@ -83,6 +85,23 @@ def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(sizes)))
 
 
+def as_passes(passes: str | Iterable[str]) -> tuple[str, ...]:
+    """The passes that run before a step is recorded: ``"auto"`` for all, ``"off"`` for none, or names."""
+    if isinstance(passes, str):
+        if passes not in ("auto", "off"):
+            raise ConfigError("passes", passes, ("auto", "off", *PASSES))
+        return PASSES if passes == "auto" else ()
+    return tuple(choice("passes", name, PASSES) for name in passes)
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept: ``GRAPHS_CACHE``, else ``stepgraphs`` in the user's cache directory."""
+    given = os.environ.get("GRAPHS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stepgraphs"
+
+
 def wo_a_path() -> str:
     """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
     return _env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
@@ -134,6 +153,8 @@ class CaptureConfig:
     strict: bool = False
     max_recordings: int = 64
     compiler: str = "none"
+    passes: tuple[str, ...] = PASSES
+    bounds: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def resolve(
@@ -149,6 +170,8 @@ class CaptureConfig:
         strict: bool | None,
         max_recordings: int | None,
         compiler: str | None,
+        passes: str | Iterable[str] | None = None,
+        bounds: Mapping[str, int] | None = None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
         _require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
@@ -159,7 +182,12 @@ class CaptureConfig:
         _require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
         positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
         _require(positive, "max_recordings", max_recordings, "a positive integer")
+        limits = dict(bounds) if isinstance(bounds, Mapping) else {"": 0} if bounds is not None else {}
+        legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
+        _require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
         return cls(
+            passes=as_passes(passes if passes is not None else os.environ.get("GRAPHS_PASSES", "auto")),
+            bounds=limits,
             mode=_chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),
             batch_dims=dict(batch_dims) if batch_dims is not None else None,

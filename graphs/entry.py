@@ -18,6 +18,7 @@ from graphs.contract.tensor_state import TensorState
 from graphs.errors import Refusal
 from graphs.measure import CallTime
 from graphs.record.step import Recording
+from graphs.rewriting import CheckedRecording
 
 Tensor = torch.Tensor
 
@@ -40,6 +41,9 @@ class Entry:
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
         candidates: microseconds of one replay by compiler, where more than one was measured.
+        checked: the recording, where it assumes something of host values; None where it holds for any.
+        ways: the recordings of one key, each for other outcomes of what the step decides by host values; the last used first.
+        broken: calls of the key that none of its ways could serve.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
@@ -66,6 +70,12 @@ class Entry:
     compile_seconds: float = 0.0
     candidates: dict[str, float] = field(default_factory=dict)
     not_compiled: Refusal | None = None
+    checked: CheckedRecording | None = None
+    ways: list[Entry] = field(default_factory=list)
+    broken: int = 0
+
+    def __post_init__(self) -> None:
+        self.ways = [self]
 
     @property
     def sentinels(self) -> list[int]:

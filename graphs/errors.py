@@ -123,6 +123,13 @@ class ChangingValue(Refusal):
     remedy = "keep the value in a tensor that the step updates in place, or pass it as an argument"
 
 
+class ManyWays(Refusal):
+    """The step decides by host values in more ways than are recorded."""
+
+    reason = "many-ways"
+    remedy = "decide on the device (torch.where, masks), or pass what decides as an argument: it becomes part of the key"
+
+
 class MovedStaticTensor(Refusal):
     """A tensor that a recording reads in place is no longer where it was."""
 

@@ -21,6 +21,7 @@ from graphs.errors import (
     AutogradInput,
     ChangingValue,
     ConfigError,
+    ManyWays,
     NestedCapture,
     Refusal,
     RowsInteract,
@@ -36,6 +37,7 @@ from graphs.trial import Deferred, Refused, compare_replay, run_trial
 
 _recording = trial_lock
 _MAX_DEFERRALS = 3
+_MAX_WAYS = 8  # recordings of one key, by the outcomes of what the step decides by host values
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -119,9 +121,13 @@ class Recordings:
                 if self.verifies_always:
                     self._verify(entry, rows, call, args, kwargs)
                 produced = entry.recording.replay(call.tensors, rows)
-                entry.replays += 1
-                entry.real_rows += rows
-                return entry.template.fill(produced, call.tensors, call.opaques)
+                if entry.checked is None or entry.checked.held():
+                    entry.replays += 1
+                    entry.real_rows += rows
+                    return entry.template.fill(produced, call.tensors, call.opaques)
+                entry.checked.undo()
+        if stale is None:
+            return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
             return self._outdated(entry, stale, call, args, kwargs)
         return self._refuse([stale], args, kwargs)
@@ -146,18 +152,55 @@ class Recordings:
                 return _Outdated(changes[0], unchecked)
         return None
 
-    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Try to record an unknown key; replay it, or return what the model gave, with the reason counted."""
+    def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
+        or by a new one."""
+        with _recording, self.lock:
+            ways = broken.ways
+            for entry in [other for other in ways if other is not broken]:
+                if self._stale(entry, call) is not None:
+                    continue
+                produced = entry.recording.replay(call.tensors, rows)
+                if entry.checked is None or entry.checked.held():
+                    ways.remove(entry)
+                    ways.insert(0, entry)
+                    self._lead(call, entry, rows)
+                    entry.replays += 1
+                    entry.real_rows += rows
+                    return entry.template.fill(produced, call.tensors, call.opaques)
+                entry.checked.undo()
+            broken.broken += 1
+            detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
+            refusal = ManyWays(detail, operator="branch")
+            if len(ways) < _MAX_WAYS:
+                return self._unknown(call, args, kwargs, beside=broken)
+            if broken.broken > _MAX_WAYS and 2 * broken.broken > sum(way.replays for way in ways):
+                self._remember(call, [refusal])
+            return self._refuse([refusal], args, kwargs)
+
+    def _lead(self, call: Call, entry: Entry, rows: int) -> None:
+        """Let calls of this signature try ``entry`` first."""
+        self.last = None
+        self.routes[call.signature] = (entry, rows)
+
+    def _unknown(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: Entry | None = None
+    ) -> Any:
+        """Try to record an unknown key; replay it, or return what the model gave, with the reason counted.
+
+        Args:
+            beside: a recording of the key whose assumptions do not hold for this call.
+        """
         with _recording, self.lock:
             route = self.routes.get(call.signature)
-            if route is not None and not isinstance(route, _Refused):  # another thread was faster
+            if route is not None and not isinstance(route, _Refused) and beside is None:  # another thread was faster
                 return self._replay(route[0], route[1], call, args, kwargs)
             self._forget_the_dead()
             refusal = self._inadmissible(call)
             if refusal is not None:
                 return self._refuse([refusal], args, kwargs)
             try:
-                found = self._record(call, args, kwargs)
+                found = self._record(call, args, kwargs) if beside is None else self._record_way(beside, call, args, kwargs)
             except Deferred as deferred:
                 self.attempts[call.signature] += 1
                 self.ledger.eager_calls += 1
@@ -217,6 +260,16 @@ class Recordings:
             self.routes[call.signature] = (entry, plan.real)
             return entry, plan.real
 
+    def _record_way(self, beside: Entry, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
+        """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
+        entry = self._try(self._step(call, args, kwargs))
+        ways = beside.ways
+        ways.insert(0, entry)
+        entry.ways = ways
+        self.entries[(call.signature, "way", id(entry))] = entry
+        self._lead(call, entry, 1)
+        return entry, 1
+
     def _try(self, step: Step) -> Entry:
         owned, check = self.config.outputs == "owned", self.config.verify != "off"
         cached = torch.is_autocast_cache_enabled()
@@ -249,6 +302,8 @@ class Recordings:
             padding=dict(config.padding),
             device=device_of(call, self.model),
             compiler=config.compiler,
+            passes=config.passes,
+            bounds=config.bounds,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:
@@ -282,6 +337,7 @@ class Recordings:
 
     def _drop(self, entry: Entry) -> None:
         self.last = None
+        entry.ways.remove(entry)
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
         self.ledger.dropped(entry)

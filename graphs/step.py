@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Step:
         rows: bucket to record at, or None for exact sizes.
         real: rows of this call.
         compiler: what compiles the step before it is recorded; see `graphs.compiler`.
+        passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
@@ -50,6 +51,8 @@ class Step:
     real: int = 1
     compiler: str = "none"
     plain: Callable[..., Any] | None = None
+    passes: tuple[str, ...] = ()
+    bounds: Mapping[str, int] = field(default_factory=dict)
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""

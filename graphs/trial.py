@@ -44,6 +44,7 @@ from graphs.errors import (
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
+from graphs.rewriting import CheckedRecording, is_removable, rewrite
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
@@ -86,7 +87,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     lasting = next((change for change in changed if change.lasting), None)
     if lasting is not None:
         raise Refused(output, [*trace.findings, _changing(lasting)], None)
-    if trace.findings:
+    if trace.findings and not (step.passes and is_removable(trace.findings)):
         raise Refused(output, trace.findings, origin.restore)
     if not origin.python.complete:
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
@@ -108,7 +109,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     except Refusal as refusal:
         after.restore()
-        raise Refused(output, [refusal], origin.restore) from refusal
+        others = [finding for finding in trace.findings if finding.signature != refusal.signature]
+        raise Refused(output, [refusal, *others], origin.restore) from refusal
     except Exception as error:  # whatever else a recording meets, the user gets the eager result and the reason
         after.restore()
         failure = CaptureFailed(f"recording raised {type(error).__name__}: {error}")
@@ -189,7 +191,9 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
-    externals, template = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
+    externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
+    if watched.findings:
+        step = _without_host_values(step, start, watched, stand_ins)
     if plain is not step:
         _compare_substitute(step, start, trace, stand_ins, externals, check=check)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
@@ -201,6 +205,9 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     free = _free_memory(step.device)
     start.restore()
     recording = _recorded(step, recorder, contract, externals, start, trace, owned=owned)
+    assumption = getattr(step.model, "assumption", None)
+    checked = CheckedRecording(recording, assumption) if assumption is not None else None
+    recording = checked or recording
     entry = Entry(
         recording,
         contract,
@@ -215,6 +222,7 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
         device_free_delta=free - _free_memory(step.device),
         slack=1.0 if plain is step else verify.OTHER_KERNELS,
         substitute=None if plain is step else step.model,
+        checked=checked,
     )
     if check:
         start.restore()
@@ -228,8 +236,8 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
 
 def _stand_in_run(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace, stand_ins: list[Tensor], output: Any
-) -> tuple[list[Tensor], OutputTemplate]:
-    """Run C. Returns the tensors the recording reads in place, and the template of its output.
+) -> tuple[list[Tensor], OutputTemplate, Trace]:
+    """Run C. Returns the tensors the recording reads in place, the template of its output, and what was seen.
 
     Only here is an argument told apart from the step's own tensor that it happens to be, and a padded batch from the
     call's: the same tensors must be written, and at exact sizes by the same operators.
@@ -254,7 +262,24 @@ def _stand_in_run(
     refusal = compare_templates(exact.structure, template.structure, arguments=False)
     if refusal is not None:
         raise differing(refusal.detail)
-    return externals, template
+    return externals, template, trace
+
+
+def _without_host_values(step: Step, start: Checkpoint, watched: Trace, stand_ins: list[Tensor]) -> Step:
+    """The step with the graph that the passes make of it in the model's place."""
+    try:
+        substitute = rewrite(step, watched, stand_ins)
+    except Refusal:
+        raise
+    except Exception as error:
+        found = watched.findings[0]
+        detail = f"{found.detail}; the step could not be traced: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise type(found)(detail, operator=found.operator, site=found.site) from error
+    finally:
+        start.restore()
+    if substitute.assumption is not None and step.rows is not None:
+        raise RowsInteract("the step depends on host values, which padded rows take part in")
+    return step.with_substitute(substitute)
 
 
 def _compare_substitute(

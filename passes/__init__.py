@@ -1,17 +1,33 @@
 """Rewrites of FX graphs that make a step recordable, and their lowering to MLIR. Imports torch and nothing of `graphs`."""
 
+from passes.branches import Undo, undo
 from passes.constants import hoist_constants
+from passes.errors import Unremovable
+from passes.example_tracer import trace_with_inputs
+from passes.host_values import remove_host_values
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
+from passes.routing import Routes, Target, routing
+from passes.tracing import Read, trace_step
 
 __all__ = [
     "DEFAULT",
     "Change",
     "Pass",
+    "Read",
+    "Routes",
+    "Target",
+    "Undo",
+    "Unremovable",
     "compile_mlir",
     "hoist_constants",
     "register_decompositions",
+    "remove_host_values",
+    "routing",
     "run",
     "run_mlir",
     "to_mlir",
+    "trace_step",
+    "trace_with_inputs",
+    "undo",
 ]

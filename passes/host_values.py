@@ -19,11 +19,17 @@ TABLES: dict[str, Mapping[Any, Rule]] = {
 }
 
 
-def remove_host_values(module: GraphModule, bounds: Mapping[str, int] | None = None) -> list[tuple[str, str]]:
+def remove_host_values(
+    module: GraphModule, bounds: Mapping[str, int] | None = None, only: Sequence[str] = (*TABLES, "branches")
+) -> list[tuple[str, str]]:
     """Rewrite ``module`` (from `passes.trace_step`) in place, so that it runs without the host reading a value.
 
     Lengths for which some operator has no rule are taken at the value of the traced run, as an assumption. If the graph
     assumes anything its results are followed by a flag and what `passes.branches.undo` needs; see there.
+
+    Args:
+        bounds: largest values of lengths that nothing else bounds; see `passes.bounds.Bounds`.
+        only: the passes to apply, of ``addressing``, ``arithmetic``, ``bounded`` and ``branches``.
 
     Raises:
         Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
@@ -32,13 +38,14 @@ def remove_host_values(module: GraphModule, bounds: Mapping[str, int] | None = N
     if facts is None or not (facts.hints or facts.decisions or any(node.target is ITEM for node in module.graph.nodes)):
         return []
     rules: dict[Any, Rule] = {}
-    for table in TABLES.values():
+    for table in (TABLES[name] for name in TABLES if name in only):
         for target, rule in table.items():
             rules[target] = _either(rules[target], rule) if target in rules else rule
     exact: frozenset[sympy.Symbol] = frozenset()
     before = len(facts.decisions), dict(facts.definitions)
     while True:
-        rewriter = Rewriter(module, rules, bounded.default, bounds, exact, branches.flag)
+        default = bounded.default if "bounded" in only else arithmetic.pointwise if "arithmetic" in only else None
+        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else None)
         try:
             graph = rewriter.run()
             break

@@ -111,7 +111,7 @@ def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, 
     found = out_overload(func)
     if found is not None:
         overload, names = found
-        outputs = tensors_in(result)
+        outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
         plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
         return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
 

@@ -85,8 +85,8 @@ def same(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def squeeze_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
-    """``x.squeeze_(dim)`` and its like on a padded tensor: as a view."""
-    if not _touched(rw, node, args):
+    """``x.squeeze_(dim)`` and its like on a tensor that the step made: as a view, which no later reader can be surprised by."""
+    if not isinstance(rw.aliases.root(args[0]), Node):
         return None
     name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
     return rw.padded(rw.call(getattr(getattr(aten, name.rstrip("_")), overload), *args, **kwargs), rw.expected(node))

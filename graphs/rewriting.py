@@ -1,0 +1,199 @@
+"""Taking host values out of a step before it is recorded: `passes` at work inside `graphs.capture`.
+
+The rewritten graph is a substitute for the model, as a compiled one is: the trial watches the model itself, and the
+warm-up and the recording run the graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import passes
+from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
+from graphs.errors import DataDependentShape, HostConstant, HostSync, Refusal, Site
+from graphs.record.step import Recording
+from graphs.step import Step
+from graphs.watch import Trace
+
+Tensor = torch.Tensor
+REMOVABLE = (HostSync, DataDependentShape, HostConstant)
+"""What the passes can take out of a step."""
+
+
+def is_removable(findings: Iterable[Refusal]) -> bool:
+    """Whether everything that stands in the way of a recording is a matter of passes."""
+    return all(isinstance(finding, REMOVABLE) for finding in findings)
+
+
+def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenStep:
+    """The step as a graph without host values.
+
+    Args:
+        trace: of an eager run with ``tensors`` for its tensor leaves, whose reads are the hints.
+
+    Raises:
+        Refusal: a host value cannot be removed; of the kind that was found at its line.
+    """
+    structure: list[Any] = []
+
+    def flat(*leaves: Tensor) -> list[Any]:
+        args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
+        output = step.model(*args, **kwargs)
+        found: list[Any] = []
+        structure.append(map_leaves(output, lambda leaf: _hole(leaf, found)))
+        return found
+
+    reads = [passes.Read(read.operator, read.frame, read.value) for read in trace.reads]
+    try:
+        module = passes.trace_step(flat, tensors, reads, _modules(step, trace))
+        changes = passes.run(module, _pipeline(step))
+    except passes.Unremovable as reason:
+        raise _refusal(reason, trace) from reason
+    return RewrittenStep(module, structure[-1], changes)
+
+
+def _pipeline(step: Step) -> list[passes.Pass]:
+    names = [name for name in step.passes if name != "constants"]
+    remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names)
+    return [*([passes.hoist_constants] if "constants" in step.passes else []), *([remove] if names else [])]
+
+
+@dataclass(frozen=True)
+class _Hole:
+    index: int
+
+
+def _hole(leaf: Any, found: list[Any]) -> Any:
+    if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        found.append(leaf)
+        return _Hole(len(found) - 1)
+    return leaf
+
+
+def _modules(step: Step, trace: Trace) -> list[str]:
+    """Names of the Python modules whose lines read values, and of those that define the model."""
+    files = {read.frame[0] for read in trace.reads}
+    names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in files]
+    model: Any = step.model
+    parts = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    names += [getattr(part, "__module__", None) or type(part).__module__ for part in parts]
+    return [name for name in dict.fromkeys(names) if name.partition(".")[0] not in ("torch", "graphs", "passes", "builtins")]
+
+
+def _refusal(reason: passes.Unremovable, trace: Trace) -> Refusal:
+    at = [finding for finding in trace.findings if (finding.site.file, finding.site.line) == reason.site]
+    kind = type((at or trace.findings)[0]) if trace.findings else HostSync
+    site = Site.at(reason.site) if reason.site[0] else (at or trace.findings)[0].site
+    return kind(reason.detail, operator=reason.operator, site=site, remedy=reason.remedy or None)
+
+
+class RewrittenStep:
+    """A rewritten graph, called as the model is.
+
+    Attributes:
+        changes: what the passes did.
+        assumption: what the graph assumes of host values; None where it holds for any.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change]) -> None:
+        self.module, self.changes = module, changes
+        self._structure = structure
+        self._results = module.meta.get("results")
+        self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the tensor leaves of a call."""
+        made = self.module(*flatten_call(args, kwargs).tensors)
+        results = made[: self._results]
+        if self.assumption is not None:
+            self.assumption.ran(made[self._results], made[self._results + 1 :])
+        return map_leaves(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
+
+
+class Assumption:
+    """Whether the host values of a run were as its graph assumes, and how to undo it if not.
+
+    The graph counts its runs and leaves ``2 * runs + broken`` in host memory (pinned, where there is a device). The host
+    waits for its own run's number to appear there: as long as the device needs for the part of the step that the values
+    depend on, and for nothing behind it.
+    """
+
+    def __init__(self, plan: Sequence[passes.Undo]) -> None:
+        self._plan = plan
+        self._runs: Tensor | None = None
+        self._word = torch.zeros((), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self._memory = ctypes.c_int64.from_address(self._word.data_ptr())
+        self._saved: Sequence[Tensor] = ()
+
+    def ran(self, broken: Tensor, saved: Sequence[Tensor]) -> None:
+        """Called by each run, eager or recorded, with what its graph computed."""
+        if self._runs is None:
+            self._runs = torch.zeros((), dtype=torch.int64, device=broken.device)
+        self._runs.add_(2)
+        self._word.copy_(self._runs + broken, non_blocking=True)
+        self._saved = saved
+
+    def runs(self) -> int:
+        """How many runs there were. Waits for the device."""
+        assert self._runs is not None
+        return int(self._runs.item()) // 2
+
+    def held(self, run: int) -> bool:
+        """Whether the assumption held in a run, the last one launched. Waits until the device knows.
+
+        Raises:
+            RuntimeError: the device failed before it could say.
+        """
+        spins = 0
+        while self._memory.value >> 1 != run:
+            spins += 1
+            if spins % 4096 == 0 and torch.cuda.current_stream().query() and self._memory.value >> 1 != run:
+                raise RuntimeError(f"run {run} of a recorded step ended without saying whether its assumptions held")
+            if spins > 64:
+                time.sleep(0)  # lets another thread have the interpreter
+        return not self._memory.value & 1
+
+    def undo(self) -> None:
+        """Take back what the last run wrote."""
+        with torch.no_grad():
+            passes.undo(self._plan, self._saved)
+
+
+class CheckedRecording:
+    """A recording that knows whether its last replay was right.
+
+    Args:
+        recording: of a step whose graph assumes something.
+    """
+
+    def __init__(self, recording: Recording, assumption: Assumption) -> None:
+        self._recording, self._assumption = recording, assumption
+        self._run = assumption.runs()
+        self.outputs = recording.outputs  # type: ignore[attr-defined]
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """Replay; `held` tells whether the results can be used."""
+        produced = self._recording.replay(tensors, rows)
+        self._run += 1
+        return produced
+
+    def held(self) -> bool:
+        """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
+        return self._assumption.held(self._run)
+
+    def undo(self) -> None:
+        """Take back what the last replay wrote."""
+        self._assumption.undo()
+
+    @property
+    def pool_bytes(self) -> int:
+        """See `graphs.record.step.Recording`."""
+        return self._recording.pool_bytes
