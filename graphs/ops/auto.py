@@ -1,27 +1,32 @@
-"""Which path ``auto`` takes: a pure function of the device, G and M, read from a small table of measurements."""
+"""Which path ``auto`` takes: a pure function of G and M and of rules that were measured, here or by the user.
+
+Rules are looked for in this order: what ``python -m graphs tune wo_a`` left for this device and these versions
+(:mod:`graphs.ops.tuned`), the packaged :data:`TABLE`, the table of the nearest relative, and :data:`FALLBACK` alone. Only paths
+that leave activations as they are take part: ``bmm`` and ``gloop`` are never faster here than the better of these two and cost
+precision.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
 
 import torch
 
+Limits = tuple[tuple[int, str], ...]
+"""(Up to this many tokens, path), ascending; the last path also serves every larger number."""
 
-class Rule(NamedTuple):
-    """For up to ``max_tokens`` tokens and up to ``max_groups`` groups, ``path`` is the fastest of those measured."""
+Rules = Mapping[int, Limits]
+"""Limits by measured number of groups."""
 
-    max_groups: int
-    max_tokens: int
-    path: str
-
-
+EXACT = ("einsum", "fused")  # paths that quantise no activation
 FALLBACK = "einsum"  # the library GEMM: never wrong, on no device far behind
-TABLE: dict[str, tuple[Rule, ...]] = {  # device key -> rules, the first that fits decides; a device not here takes FALLBACK
-    "sm_90": (  # H200, K = 4096, N = 1024, time in a graph over einsum's
-        Rule(max_groups=2, max_tokens=16, path="fused"),  # G = 2: 0.56 at M = 1, 0.57 at 4, 0.72 at 16; 2.1 at 64
-        Rule(max_groups=7, max_tokens=2**31, path="einsum"),  # not measured between 2 and 8 groups
-        Rule(max_groups=16, max_tokens=16, path="fused"),  # G = 8: 0.86 at M = 4; G = 16: 0.65 at M = 1 and 16
-    ),
+TABLE: dict[str, Rules] = {
+    "sm_90": {  # H200, K = 4096, N = 1024, time in a graph over einsum's
+        2: ((16, "fused"), (64, "einsum")),  # 0.55 at M = 1, 0.57 at 4, 0.73 at 16; 1.75 at 64
+        8: ((16, "fused"), (64, "einsum")),  # 0.61 at M = 4
+        16: ((16, "fused"), (64, "einsum")),  # 0.60 at M = 1, 0.65 at 16
+    },
 }
 
 
@@ -36,15 +41,33 @@ def device_key(device: torch.device | str) -> str:
     return f"sm_{major}{minor}"
 
 
-def choose(key: str, groups: int, tokens: int) -> str:
-    """The path for ``tokens`` rows of ``groups`` groups on the device ``key``."""
-    for rule in TABLE.get(key, ()):
-        if groups <= rule.max_groups and tokens <= rule.max_tokens:
-            return rule.path
-    return FALLBACK
+def packaged(key: str) -> Rules:
+    """The rules in :data:`TABLE` for a device, or for what is most like it.
+
+    NVIDIA's chips after sm_90 take its rules: they run the same kernels, and memory is likewise what decides at few tokens. No
+    AMD chip has been measured, and none is like one that has.
+    """
+    if key in TABLE:
+        return TABLE[key]
+    generation = key.removeprefix("sm_")
+    return TABLE["sm_90"] if generation != key and generation.isdecimal() and int(generation) > 90 else {}
 
 
-def candidates(key: str, groups: int) -> tuple[str, ...]:
-    """Every path :func:`choose` can return for this device and G: the weights to keep, the widest-ranging one last."""
-    paths = [rule.path for rule in TABLE.get(key, ()) if groups <= rule.max_groups]
-    return tuple(dict.fromkeys([*paths, FALLBACK]))
+def limits_for(rules: Rules, groups: int) -> Limits:
+    """The rules of the nearest measured G, by ratio; of two equally near ones the smaller."""
+    if not rules:
+        return ((1, FALLBACK),)
+    return rules[min(sorted(rules), key=lambda g: abs(math.log(g / groups)))]
+
+
+def choose(limits: Limits, tokens: int) -> str:
+    """The path for ``tokens`` rows. A number between two measured ones counts as the larger one."""
+    for limit, path in limits:
+        if tokens <= limit:
+            return path
+    return limits[-1][1]
+
+
+def candidates(limits: Limits) -> tuple[str, ...]:
+    """Every path :func:`choose` can return: the weights to keep, the one for the most tokens last."""
+    return tuple(dict.fromkeys(path for _, path in reversed(limits)))[::-1]

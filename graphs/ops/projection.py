@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from graphs.errors import ConfigError
-from graphs.ops import auto, reference, weights, wo_a
+from graphs.ops import aiter_backend, auto, reference, tuned, weights, wo_a
+from graphs.ops.auto import Limits
 from graphs.ops.weights import BLOCK, PATHS, GroupedWeight
 
 LEGAL_PATHS = (*PATHS, "auto")
+BACKENDS = ("native", "aiter")
 BUFFERS = {  # path -> names of the buffers that hold its weight and its scale; gloop and fused share theirs
     "einsum": ("weight", ""),
     "bmm": ("weight_single", "scale_single"),
@@ -29,21 +31,25 @@ class GroupedProjection(nn.Module):
             :func:`graphs.ops.from_state_dict` and its kin.
         scale: for FP8, one float32 or UE8M0 factor per 128x128 block, ``[G, N/128, K/128]`` or ``[G*N/128, K/128]``.
         path: ``einsum``, ``bmm``, ``gloop``, ``fused`` or ``auto``; ``None`` takes the configured default, which is read now and
-            never again. ``auto`` picks per call from the table of the device and keeps the weights its choices need; a bfloat16
-            weight, or one whose N or K is no multiple of 128, it always gives to ``einsum``.
+            never again. ``auto`` picks per call by rules measured on the device (:mod:`graphs.ops.tuned`) or packaged, and
+            keeps the weights its choices need (both now); a bfloat16 weight, or one whose N or K is no multiple of 128, it always gives to
+            ``einsum``.
         groups: ``G`` of a two-dimensional weight.
         activations: path ``fused`` takes activations as they are (``bf16``) or quantises them in registers (``fp8``).
         overlap: path ``fused`` may request its weight while the kernel in front of it still runs. Right as long as no kernel
             that writes the weight is still running when this is called: the module itself waits for such kernels when it is
             built, moved or loaded. Pass ``False`` if you write its buffers in place from a kernel on the same stream.
+        backend: ``native``, or ``aiter`` for the functions of AMD's package on paths ``bmm`` and ``gloop``, looked up now.
 
     Attributes:
         path: the path as given (or configured).
         paths: the paths whose weights are held: one, or several under ``auto``.
-        weight_bytes: bytes of weights and scales held.
+        memory: bytes of weights and scales held, by path.
+        weight_bytes: their sum; paths that share a weight count it once.
 
     Raises:
-        ConfigError: no such path, or no such kind of activations.
+        ConfigError: no such path, back end or kind of activations, or a path that the back end does not have.
+        MissingDependency: ``backend="aiter"`` without a usable ``amd-aiter``; the message says which release to install.
         WeightError: a weight or scale of wrong shape, dtype or values, or a path this device cannot run.
     """
 
@@ -56,6 +62,7 @@ class GroupedProjection(nn.Module):
         groups: int | None = None,
         activations: str = "bf16",
         overlap: bool = True,
+        backend: str = "native",
     ) -> None:
         super().__init__()
         if path is None:
@@ -66,12 +73,13 @@ class GroupedProjection(nn.Module):
             raise ConfigError("path", path, LEGAL_PATHS)
         if activations not in wo_a.ACTIVATIONS:
             raise ConfigError("activations", activations, wo_a.ACTIVATIONS)
+        _check_backend(backend, path)
         loaded = weight if isinstance(weight, GroupedWeight) else weights.load(weight, scale, groups)
         device = loaded.data.device
-        self.path, self.overlap, self.activations = path, overlap, activations
+        self.path, self.overlap, self.activations, self.backend = path, overlap, activations, backend
         self.groups, self.n, self.k = loaded.data.shape
-        self.paths = _paths_to_hold(path, loaded, device)
-        self._key = auto.device_key(device)
+        self._limits = self._limits_on(device)
+        self.paths = _paths_to_hold(path, loaded, self._limits)
         for held in self.paths:
             self._hold(held, loaded, device)
         _settle(self)
@@ -95,14 +103,21 @@ class GroupedProjection(nn.Module):
             o = reference.inverse_rotary(o, positions, table)
         if path == "einsum":
             return torch.ops.graphs.wo_a_einsum(o, getattr(self, data))
-        return getattr(torch.ops.graphs, "wo_a_" + path)(o, getattr(self, data), getattr(self, scale))
+        prefix = "wo_a_" if self.backend == "native" else "wo_a_aiter_"
+        return getattr(torch.ops.graphs, prefix + path)(o, getattr(self, data), getattr(self, scale))
 
     def choice(self, tokens: int) -> str:
         """The path a call with ``tokens`` rows takes."""
         if len(self.paths) == 1:
             return self.paths[0]
-        path = auto.choose(self._key, self.groups, tokens)
+        path = auto.choose(self._limits, tokens)
         return path if path in self.paths else self.paths[-1]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of weight and scales by path; ``gloop`` and ``fused`` share theirs."""
+        held = dict(self.named_buffers())
+        return {path: sum(held[name].nbytes for name in BUFFERS[path] if name in held) for path in self.paths}
 
     @property
     def weight_bytes(self) -> int:
@@ -111,7 +126,12 @@ class GroupedProjection(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, path and bytes, for ``repr``."""
-        return f"G={self.groups}, N={self.n}, K={self.k}, path={self.path!r}, weight_bytes={self.weight_bytes}"
+        held = ", ".join(f"{path} {size / 1e6:.3g} MB" for path, size in self.memory.items())
+        backend = "" if self.backend == "native" else f", backend={self.backend!r}"
+        return f"G={self.groups}, N={self.n}, K={self.k}, path={self.path!r}{backend}, holding {held}"
+
+    def _limits_on(self, device: torch.device) -> Limits:
+        return auto.limits_for(tuned.rules_for(device), self.groups) if self.path == "auto" else ((1, self.path),)
 
     def _hold(self, path: str, loaded: GroupedWeight, device: torch.device) -> None:
         data_name, scale_name = BUFFERS[path]
@@ -137,7 +157,7 @@ class GroupedProjection(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         super()._apply(keep_dtype, recurse)
-        self._key = auto.device_key(next(self.buffers()).device)
+        self._limits = self._limits_on(next(self.buffers()).device)
         _settle(self)
         return self
 
@@ -150,11 +170,21 @@ def _settle(module: nn.Module) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
-def _paths_to_hold(path: str, loaded: GroupedWeight, device: torch.device) -> tuple[str, ...]:
+def _check_backend(backend: str, path: str) -> None:
+    """Raise unless ``backend`` can run ``path``; resolves the functions of ``aiter``."""
+    if backend not in BACKENDS:
+        raise ConfigError("backend", backend, BACKENDS)
+    if backend == "aiter":
+        if path not in aiter_backend.FUNCTIONS:
+            raise ConfigError("path (with backend='aiter')", path, tuple(aiter_backend.FUNCTIONS))
+        aiter_backend.function(path)
+
+
+def _paths_to_hold(path: str, loaded: GroupedWeight, limits: Limits) -> tuple[str, ...]:
     """The paths to prepare. ``auto`` quantises nothing: a bfloat16 weight, or one of an odd size, goes to ``einsum``."""
     if path != "auto":
         return (path,)
     _, n, k = loaded.data.shape
     if loaded.scale is None or n % BLOCK or k % BLOCK:
         return ("einsum",)
-    return auto.candidates(auto.device_key(device), loaded.data.shape[0])
+    return auto.candidates(limits)

@@ -81,20 +81,36 @@ def test_wrong_path_names_the_legal_ones() -> None:
         GroupedProjection(*fp8(), path="cutlass")
 
 
+@pytest.mark.parametrize("path", ["einsum", "fused", "auto", None])
+def test_a_path_that_the_back_end_lacks_is_named(path: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"path \(with backend='aiter'\) = .* must be one of 'bmm', 'gloop'"):
+        GroupedProjection(*fp8(), path=path, backend="aiter")
+    with pytest.raises(ConfigError, match=r"backend = 'rocm' is not legal; it must be one of 'native', 'aiter'"):
+        GroupedProjection(*fp8(), path=path, backend="rocm")
+
+
 def test_auto_gives_odd_sizes_to_einsum() -> None:
     module = GroupedProjection(torch.randn(2, 100, 60).bfloat16(), path="auto")
     assert module(torch.randn(1, 2, 60).bfloat16()).shape == (1, 2, 100)
 
 
-def test_auto_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = (auto.Rule(max_groups=4, max_tokens=16, path="gloop"), auto.Rule(max_groups=16, max_tokens=2, path="bmm"))
-    monkeypatch.setitem(auto.TABLE, "cpu", rules)
+def test_auto_follows_the_rules_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auto.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
     module = GroupedProjection(*fp8(), path="auto")
-    assert module.paths == ("gloop", "bmm", "einsum")
-    assert [module.choice(m) for m in (1, 16, 17)] == ["gloop", "gloop", "einsum"]
-    assert auto.choose("cpu", 8, 2) == "bmm" and auto.choose("sm_0", 1, 1) == auto.FALLBACK
+    assert module.paths == ("fused", "einsum")
+    assert [module.choice(m) for m in (1, 16, 17, 4096)] == ["fused", "fused", "einsum", "einsum"]
     o = torch.randn(16, G, K).bfloat16()
-    assert torch.equal(module(o), GroupedProjection(*fp8(), path="gloop")(o))
+    assert torch.equal(module(o), GroupedProjection(*fp8(), path="fused")(o))
+    assert module.memory == {path: path_bytes(G, N, K)[path] for path in ("fused", "einsum")}
+    assert module.weight_bytes == sum(module.memory.values())
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(compiled(x), module(x)) for x in (o, torch.randn(17, G, K).bfloat16()))
+    assert "holding fused 0.0656 MB, einsum 0.131 MB" in repr(module)
+
+
+def test_paths_that_share_a_weight_hold_it_once() -> None:
+    module = GroupedProjection(*fp8(), path="gloop")
+    assert module.memory == {"gloop": path_bytes(G, N, K)["gloop"]} and module.weight_bytes == module.memory["gloop"]
 
 
 def test_device_key_of_the_host_touches_no_device() -> None:
