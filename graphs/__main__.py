@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from graphs.errors import GraphsError
+from passes.errors import PassesError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
         from graphs.cli import app
 
         app(arguments)
-    except GraphsError as error:
+    except (GraphsError, PassesError) as error:
         print(f"graphs: error: {error}", file=sys.stderr)
         sys.exit(2)
 

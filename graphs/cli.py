@@ -13,6 +13,7 @@ except ImportError as error:
     raise MissingDependency("typer", "the command line", "pip install stepgraphs") from error
 
 from graphs.bench.settings import DEVICES, EXPERIMENTS, MIN_RUNS, BenchSettings
+from passes.mlir import DIALECTS
 
 app = typer.Typer(
     name="graphs",
@@ -56,3 +57,18 @@ def audit(
     model, args, kwargs = load_factory(factory)
     found = audit_step(model, *args, **kwargs)
     typer.echo(found.to_json() if json else str(found))
+
+
+@app.command()
+def lower(
+    factory: Annotated[
+        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
+    ],
+    dialect: Annotated[str, typer.Option(metavar=f"[{'|'.join(DIALECTS)}]", help="The dialect of MLIR.")] = "linalg",
+) -> None:
+    """Print a step in a dialect of MLIR, the operators of this project included."""
+    from graphs.factory import load_factory
+    from passes import to_mlir
+
+    model, args, kwargs = load_factory(factory)
+    typer.echo(str(to_mlir(model, *args, dialect=dialect, kwargs=kwargs)))

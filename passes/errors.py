@@ -73,3 +73,15 @@ class Unremovable(PassesError):
         self.detail, self.operator, self.site, self.remedy = detail, operator, site, remedy
         where = f" at {site[0]}:{site[1]}" if site[0] else ""
         super().__init__(f"{operator}{where}: {detail}" + (f". {remedy}" if remedy else ""))
+
+
+class IndexOutOfRange(PassesError, IndexError):
+    """A compiled step met an index outside the tensor it indexes."""
+
+    def __init__(self, site: SourceLine) -> None:
+        where = f" at {site.file}:{site.line}" if site.file else ""
+        quoted = f"\n    {site.source}" if site.source else ""
+        super().__init__(
+            f"an index is out of range{where}; nothing was written{quoted}\n  Remedy: pass indices inside the tensor"
+        )
+        self.site = site

@@ -11,5 +11,5 @@ from torch._ops import OpOverload
 from graphs.ops import wo_a
 
 DECOMPOSITIONS: dict[OpOverload, Callable[..., Tensor]] = {
-    getattr(torch.ops.graphs, name).default: cpu for name, (cpu, _, _) in wo_a._IMPLEMENTATIONS.items()
+    getattr(torch.ops.graphs, name).default: cpu for name, (cpu, _, _) in wo_a.IMPLEMENTATIONS.items()
 }

@@ -308,13 +308,13 @@ def arch_of(index: int, path: str, fp8: torch.dtype) -> tiles.Arch:
     return tiles.Arch("hip", major, minor)
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "wo_a_einsum": (_cpu_einsum, _cuda_einsum, _fake_einsum),
     "wo_a_bmm": (_cpu_bmm, _cuda_bmm, _fake_bmm),
     "wo_a_gloop": (_cpu_gloop, _cuda_gloop, _fake_gloop),
     "wo_a_fused": (_cpu_fused, _cuda_fused, _fake_fused),
 }
-for _name, (_cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
+for _name, (_cpu, _cuda, _fake) in IMPLEMENTATIONS.items():
     library.impl(_name, _cpu, "CPU")
     library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"graphs::{_name}", _fake, lib=library)

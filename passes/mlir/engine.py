@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError
+from passes.errors import IndexOutOfRange, OptionError
 from passes.mlir.bindings import bindings
 from passes.mlir.decompositions import Decompositions
 from passes.mlir.fp8 import expand_fp8
+from passes.mlir.guards import guard
 from passes.mlir.lower import LoweredStep, run_pipeline, to_mlir
+from passes.mlir.sites import source_of
 
 _BUFFERIZE = "copy-before-write bufferize-function-boundaries function-boundary-type-conversion=identity-layout-map"
 _SMALL_FLOATS = "source-types=bf16,f16,f8E4M3FN,f8E4M3FNUZ target-type=f32"
@@ -58,7 +60,7 @@ class CompiledStep:
         if lowered.dialect != "linalg":
             raise OptionError("dialect of the lowered step", lowered.dialect, "'linalg': to_mlir(..., dialect='linalg')")
         self.program = lowered.program
-        self._engine = _compile(lowered.module)
+        self._engine, self._places = _compile(lowered.module)
 
     @torch.no_grad()
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +68,7 @@ class CompiledStep:
 
         Raises:
             OptionError: an argument differs from the call that was lowered in structure, shape or dtype, or is not on the CPU.
+            IndexOutOfRange: an index in a tensor is out of range. Nothing was written then.
         """
         program = self.program
         leaves = program.flatten(args, kwargs)
@@ -73,15 +76,22 @@ class CompiledStep:
         for operand, tensor in zip(program.operands, operands, strict=True):
             _check(operand.name, tensor, operand.tensor)
         outputs = [torch.empty(value.shape, dtype=value.dtype) for value in program.outputs]
-        self._invoke([tensor.detach().contiguous() for tensor in operands] + outputs)
+        self._invoke("main", [tensor.detach().contiguous() for tensor in operands] + outputs)
+        self._raise_faults()
         for position, at in program.written:
             operands[position].copy_(outputs[at])
         pairs = zip(program.results, program.constants, strict=True)
         return pytree.tree_unflatten([constant if at is None else outputs[at] for at, constant in pairs], program.structure)
 
-    def _invoke(self, tensors: list[Tensor]) -> None:
+    def _raise_faults(self) -> None:
+        place = torch.zeros((), dtype=torch.int64)
+        self._invoke("take_fault", [place])
+        if place:
+            raise IndexOutOfRange(source_of(self._places[int(place) - 1]))
+
+    def _invoke(self, function: str, tensors: list[Tensor]) -> None:
         descriptors = [_descriptor(tensor) for tensor in tensors]
-        self._engine.invoke("main", *(ctypes.pointer(ctypes.pointer(each)) for each in descriptors))
+        self._engine.invoke(function, *(ctypes.pointer(ctypes.pointer(each)) for each in descriptors))
 
 
 def compile_mlir(lowered: LoweredStep) -> CompiledStep:
@@ -109,17 +119,18 @@ def run_mlir(
     return compile_mlir(lowered)(*args, **(kwargs or {}))
 
 
-def _compile(module: Any) -> Any:
-    """Compile a copy of a linalg module and return the execution engine that holds it."""
+def _compile(module: Any) -> tuple[Any, list[str]]:
+    """Compile a copy of a linalg module. Returns the execution engine that holds it and the places that are guarded."""
     mlir = bindings()
     with module.context:
         copy = mlir.ir.Module.parse(module.operation.get_asm(enable_debug_info=True))
         (main,) = (each for each in copy.body.operations if each.operation.name == "func.func")
         main.attributes["llvm.emit_c_interface"] = mlir.ir.UnitAttr.get()
         run_pipeline(copy, f"builtin.module({TO_LOOPS})", "compiling linalg to loops")
+        places = guard(copy)
         expand_fp8(copy)
         run_pipeline(copy, f"builtin.module({TO_LLVM})", "compiling loops to LLVM")
-        return mlir.execution_engine(copy, opt_level=2)
+        return mlir.execution_engine(copy, opt_level=2), places
 
 
 def _check(name: str, tensor: Any, like: Tensor) -> None:

@@ -123,10 +123,11 @@ def _failure(error: Any, before: str, pipeline: str, stage: str) -> LoweringErro
     named = re.search(r"'(torch\.[\w.]+)'", message)
     operator = named.group(1).removeprefix("torch.") if named else ""
     if operator == "operator":
-        operator = (re.search(r'name = "torch\.([\w.]+)"', message) or named).group(1)  # type: ignore[union-attr]
+        unknown = re.search(r'name = "torch\.([\w.]+)"', message)  # what torch-mlir has no operation of its own for
+        operator = unknown.group(1) if unknown else operator
     return LoweringError(
         stage,
-        message.partition(": ")[0].strip(),
+        f"torch-mlir cannot do that: {message.partition(': ')[0].strip()}",
         operator=operator,
         site=source_of(str(first.location)) if first is not None else None,
         reproduce=f"python -m passes.mlir.reproduce {file.name}",

@@ -21,14 +21,16 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
 from torch.fx import Graph, Node
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.errors import LoweringError, OptionError
 from passes.mlir.bindings import bindings
 from passes.mlir.decompositions import Decompositions, registered
-from passes.mlir.sites import blame, source_of
+from passes.mlir.sites import SourceLines, blame, source_of
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+aten = torch.ops.aten
 _KNOWN = ("aten", "prims", "prim")
 _EXPORT = "torch.export.export(model, args, kwargs, strict=False).run_decompositions()"
 
@@ -103,6 +105,7 @@ def export_program(
     exported = _export(model, args, kwargs)
     program = _staged("decomposition", lambda: exported.run_decompositions(table))
     _drop_assertions(program.graph)
+    _wrap_negative_indices(program.graph)
     for node in program.graph.nodes:
         _check(node)
     return _described(program)
@@ -116,7 +119,7 @@ def _export(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     stands_for = getattr(type(model), "__graphs_walk__", None)  # a captured step says which model it records
     step = stands_for(model) if stands_for else model
     module = step if isinstance(step, nn.Module) else _Function(step)
-    with torch.no_grad():
+    with torch.no_grad(), preserve_node_meta(), SourceLines():
         return _staged("export", lambda: torch.export.export(module, args, dict(kwargs), strict=False))
 
 
@@ -145,8 +148,8 @@ def _staged(stage: str, work: Callable[[], ExportedProgram]) -> ExportedProgram:
             operator=operator,
             site=site,
             reproduce=_EXPORT,
-            remedy="keep values that depend on data in tensors (torch.where, indexing with tensors) and state that is written "
-            "in buffers or arguments, so that torch.export can trace the step",
+            remedy="see that the call runs eagerly; keep values that depend on data in tensors (torch.where, indexing with "
+            "tensors) and state that is written in buffers or arguments, so that torch.export can trace the step",
         ) from error
 
 
@@ -155,6 +158,32 @@ def _drop_assertions(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and not node.users and "assert" in str(node.target):
             graph.erase_node(node)
+
+
+def _wrap_negative_indices(graph: Graph) -> None:
+    """Make the indices of ``index_put`` count from the front: torch-mlir's scatter takes them as they are.
+
+    Before: ``index_put(x, [i], y)``. After: ``index_put(x, [where(i < 0, i + size, i)], y)``.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
+        base, indices = node.args[0].meta["val"], node.args[1]
+        with graph.inserting_before(node), base.fake_mode:
+            wrapped = [
+                _wrapped(graph, node, index, size) if index is not None and index.meta["val"].dtype != torch.bool else index
+                for index, size in zip(indices, base.shape, strict=False)
+            ]
+        node.update_arg(1, wrapped)
+
+
+def _wrapped(graph: Graph, user: Node, index: Node, size: int) -> Node:
+    def call(target: OpOverload, *args: Any) -> Node:
+        node = graph.call_function(target, args)
+        values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+        node.meta.update(val=target(*values), stack_trace=user.meta.get("stack_trace"))
+        return node
+
+    negative = call(aten.lt.Scalar, index, 0)
+    return call(aten.where.self, negative, call(aten.add.Tensor, index, size), index)
 
 
 def _check(node: Node) -> None:
