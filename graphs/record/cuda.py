@@ -17,7 +17,7 @@ import torch
 from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract
 from graphs.errors import CaptureFailed, Refusal
-from graphs.record.copies import AddressTable, Copier, Move
+from graphs.record.copies import AddressTable, Copier, Move, load_kernels
 from graphs.record.policy import current_policy
 from graphs.record.step import Body
 
@@ -27,12 +27,9 @@ _current_device = torch._C._cuda_getDevice
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
 _data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _KEEP = Padding("keep")
-LARGE = 1 << 16
-"""Bytes above which an input is copied by a launch of its own, ahead of the graph.
-
-Each block of the copying kernel (8 KiB) reads its addresses from host memory, which an H200 answers in 3.75 us, one block
-after the other: 30 us for 64 KiB, 480 us for a MiB.
-"""
+LARGE = 1 << 26
+"""Bytes above which an input is copied by a launch of its own, ahead of the graph: next to such a copy a launch is nothing,
+and the units of an input below fit the 32-bit arithmetic of the copying kernel."""
 
 
 class StreamOrder:
@@ -191,11 +188,7 @@ class CudaRecorder:
         """
         table = AddressTable(columns, self.device)
         if table.padded_width not in self._primed:
-            for inbound in (True, False):
-                copier = Copier(0, table, 1, inbound=inbound)
-                copier.bind(())
-                copier.upload()
-                copier.launch()
+            load_kernels(table)
             self.stream.synchronize()  # the table is about to be freed
             self._primed.add(table.padded_width)
         if self._keeper is None:

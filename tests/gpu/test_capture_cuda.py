@@ -156,8 +156,10 @@ def test_padding_in_a_middle_dimension(device):
     assert step.report().keys[0].rows == 4
 
 
+@pytest.mark.parametrize("limit", [1 << 10, 1 << 26], ids=["ahead of the graph", "inside the graph"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_large_inputs_are_copied_ahead_of_the_graph(device, dim):
+def test_large_inputs_are_copied(device, dim, limit, monkeypatch):
+    monkeypatch.setattr("graphs.record.cuda.LARGE", limit)
     step = graphs.capture(lambda x, y: (x.float().sum(-1), y * 2), buckets=(8,), batch_dims={"x": dim, "y": 0})
     for rows in (5, 8, 1):
         shape = (rows, 3, 40000) if dim == 0 else (3, rows, 40000)
@@ -167,6 +169,17 @@ def test_large_inputs_are_copied_ahead_of_the_graph(device, dim):
         torch.testing.assert_close(a, x.float().sum(-1))
         assert torch.equal(b, y * 2)
     assert step.report().keys[0].rows == 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_any_number_of_small_inputs(device, count):
+    """Few of them read their addresses from host memory themselves, for more one kernel fetches them."""
+    step = graphs.capture(lambda *inputs: [x * 2 for x in inputs])
+    for turn in range(600):  # more than the ring of addresses holds
+        inputs = [torch.full((17,), 10.0 * turn + index, device=device) for index in range(count)]
+        outputs = step(*inputs)
+        if turn % 50 == 0:
+            assert all(torch.equal(out, x * 2) for out, x in zip(outputs, inputs, strict=True)), turn
 
 
 def test_interacting_rows_are_recorded_at_exact_sizes(device):

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from graphs.contract.padding import Padding, pad_rows
 from graphs.record import copies
-from graphs.record.copies import RING, Copier, Move
+from graphs.record.copies import RING, Copier, Move, load_kernels
 
 Tensor = torch.Tensor
 POLICIES = (Padding("repeat"), Padding("zero"), Padding("keep"), Padding("sentinel", 3))
@@ -28,6 +28,7 @@ DTYPES = (
 )
 SHAPES = ("r", "r,3", "r,7,1", "2,r,3", "3,5,r", "r,129", "2,r,4,8")  # r stands for the rows
 BATCHES = ((1, 4), (3, 4), (4, 4), (5, 8))  # real rows, recorded rows
+MANY = 1000  # more programs than any of these copies takes
 MARGIN = 16  # elements on either side of a tensor that nobody may write
 copies._BLOCK = 64  # so that toy tensors take several blocks, the last of them ragged
 
@@ -108,8 +109,12 @@ def make_table(columns: int, turn: int) -> SimpleNamespace:
     return SimpleNamespace(width=1 + columns, padded_width=width, pinned=pinned, cursor=cursor, current=current)
 
 
-def run(cases: list[Case], real: int, rows: int, turn: int) -> dict[str, list[str]]:
-    """Copy every case in and, in the other direction, out; returns what came out wrong."""
+def run(cases: list[Case], real: int, rows: int, turn: int, few: int) -> dict[str, list[str]]:
+    """Copy every case in and, in the other direction, out; returns what came out wrong.
+
+    ``few``: programs up to which each reads the row itself.
+    """
+    copies.FEW = few
     wrong: dict[str, list[str]] = {"inbound": [], "outbound": [], "guards": [], "turn": []}
     sources = [case.values(real, 2 * i, guard=0) for i, case in enumerate(cases)]
     slots = [replace(case, displaced=case.displaced // 2).values(rows, 2 * i + 1) for i, case in enumerate(cases)]
@@ -142,6 +147,30 @@ def run(cases: list[Case], real: int, rows: int, turn: int) -> dict[str, list[st
     return wrong
 
 
+def launched(table: Any) -> list[str]:
+    """The kernels that are launched for inputs of few and of many programs, with the warps and whether each reads the table."""
+    found = []
+
+    class Spy:
+        def __init__(self, kernel: Any) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*_: Any, num_warps: int, **constants: Any) -> None:
+                found.append(f"{self._kernel.__name__}{list(grid)} {num_warps} {constants.get('FETCH')}")
+
+            return launch
+
+    kernels = copies.fetch_row, copies.move_rows
+    copies.fetch_row, copies.move_rows = map(Spy, kernels)
+    for programs in (1, 3):
+        copier = Copier(1, table, 1, inbound=True)
+        copier.bind([Move(torch.zeros(programs * copies._BLOCK, dtype=torch.int64), None, POLICIES[0])])
+        copier.launch()
+    copies.fetch_row, copies.move_rows = kernels
+    return found
+
+
 def main() -> None:
     out: dict[str, dict[str, list[str]]] = {}
     for dtype in DTYPES:
@@ -150,16 +179,20 @@ def main() -> None:
         for index, (real, rows) in enumerate(BATCHES):
             policies = POLICIES if dtype.itemsize <= 8 else POLICIES[:-1]  # a wider element takes no sentinel
             cases = [Case(dtype, next(shapes), policy, next(displaced)) for policy in policies for _ in range(2)]
-            for part, wrong in run(cases, real, rows, turn=RING - 2 + index).items():
-                found[part] += wrong
+            for few in (0, MANY):
+                for part, wrong in run(cases, real, rows, RING - 2 + index, few).items():
+                    found[part] += [f"few={few}: {text}" for text in wrong]
         out[str(dtype).removeprefix("torch.")] = found
+    copies.FEW = 2
     none = make_table(0, 7)
     for inbound in (True, False):  # nothing to copy: the kernels carry the turn all the same
         copier = Copier(0, none, 1, inbound=inbound)  # type: ignore[arg-type]
         copier.bind(())
         copier.upload()
         copier.launch()
+    load_kernels(none)  # type: ignore[arg-type]
     out["nothing"] = {"turn": [str(none.cursor.item())]}
+    out["kernels"] = {"launched": launched(none)}
     json.dump(out, sys.stdout)
 
 

@@ -55,7 +55,13 @@ def test_the_turn_and_its_row_are_carried_across_the_end_of_the_ring(interpreted
 
 
 def test_a_recording_without_tensors_still_counts_its_turn(interpreted: dict[str, Any]) -> None:
-    assert interpreted["nothing"]["turn"] == ["8"]
+    assert interpreted["nothing"]["turn"] == ["9"], "one replay, and the launches that load the kernels"
+
+
+def test_a_row_that_many_programs_read_is_fetched_ahead_of_them(interpreted: dict[str, Any]) -> None:
+    alone, fetch, many = interpreted["kernels"]["launched"]
+    assert alone == "move_rows[1, 1] 1 True"
+    assert (fetch, many) == ("fetch_row[1] 1 None", "move_rows[1, 3] 4 False")
 
 
 def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
@@ -64,40 +70,59 @@ def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
     assert Padding("sentinel", 0).fill_bits(torch.complex128) == 0
 
 
-def compiled(target: str, inbound: bool, width: int = 32) -> tuple[Any, str]:
-    """The kernel compiled for a chip as it is launched there, and its assembly."""
+VARIANTS = {  # what `Copier` launches: kernel, constants, warps
+    "fetch": (copies.fetch_row, {}, 1),
+    "few inputs": (move_rows, {"INBOUND": True, "FETCH": True}, 1),
+    "many inputs": (move_rows, {"INBOUND": True, "FETCH": False}, copies._WARPS),
+    "outputs": (move_rows, {"INBOUND": False, "FETCH": False}, copies._WARPS),
+}
+
+
+def compiled(target: str, variant: str, width: int = 32) -> tuple[Any, str]:
+    """A kernel compiled for a chip as it is launched there, and its assembly."""
     triton = copies.triton
+    kernel, constants, warps = VARIANTS[variant]
     vendor, arch, warp, *_ = offline.TARGETS[target]
-    constants = {"INBOUND": inbound, "WIDTH": width, "HEADER": copies._HEADER, "FIELDS": copies._FIELDS, "BLOCK": copies._BLOCK}
-    signature = {name: "constexpr" if name in constants else "*i64" for name in move_rows.arg_names}
+    known = constants | {"WIDTH": width, "HEADER": copies._HEADER, "FIELDS": copies._FIELDS}
+    known["BLOCK"] = copies._BLOCK * warps // copies._WARPS
+    known = {name: value for name, value in known.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in known else "*i64" for name in kernel.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind == "*i64"}
-    source = triton.compiler.ASTSource(move_rows, signature, constants, aligned)
+    source = triton.compiler.ASTSource(kernel, signature, known, aligned)
     chip = triton.backends.compiler.GPUTarget(vendor, arch, warp)
-    binary = triton.compile(source, target=chip, options={"enable_fp_fusion": True})
+    binary = triton.compile(source, target=chip, options={"enable_fp_fusion": True, "num_warps": warps})
     return binary, binary.asm["amdgcn" if vendor == "hip" else "ptx"]
 
 
-@pytest.mark.parametrize("inbound", [True, False], ids=["inbound", "outbound"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("target", offline.TARGETS)
-def test_the_kernel_compiles_without_spills(target: str, inbound: bool) -> None:
-    binary, text = compiled(target, inbound)
+def test_the_kernels_compile_without_spills(target: str, variant: str) -> None:
+    binary, text = compiled(target, variant)
     if offline.TARGETS[target][0] == "hip":
-        _, spills = offline.amd_registers(text)
+        registers, spills = offline.amd_registers(text)
     else:
-        _, spills = offline.nvidia_registers(binary.asm["cubin"])
+        registers, spills = offline.nvidia_registers(binary.asm["cubin"])
     assert spills == 0
+    assert registers <= 128, "a program that waits for host memory should not have to wait for room as well"
     assert binary.metadata.shared <= 1024, "only a sum over one row of addresses goes through shared memory"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_the_table_in_host_memory_is_read_past_the_caches(target: str) -> None:
-    """A row is written anew by the host; only the kernel that reads it asks for volatile loads."""
-    assert "ld.volatile.global" in compiled(target, True)[1]
-    assert "ld.volatile.global" not in compiled(target, False)[1]
+    """A row is written anew by the host; only the kernels that read it ask for volatile loads."""
+    volatile = {variant for variant in VARIANTS if "ld.volatile.global" in compiled(target, variant)[1]}
+    assert volatile == {"fetch", "few inputs"}
+
+
+@pytest.mark.parametrize("variant", ["fetch", "few inputs"])
+def test_one_warp_reads_a_usual_row_with_one_load(variant: str) -> None:
+    """Each warp waits for each of its loads from host memory, one after the other."""
+    assert compiled("sm_90", variant)[1].count("ld.volatile.global") == 1
 
 
 def test_a_wide_table_compiles() -> None:
-    assert compiled("sm_90", True, width=256)[0].asm["cubin"]
+    assert compiled("sm_90", "fetch", width=256)[0].asm["cubin"]
+    assert compiled("sm_90", "outputs", width=256)[0].asm["cubin"]
 
 
 def test_fields_of_a_tensor_with_rows_in_the_middle() -> None:
