@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from graphs.admission import ambient_of, device_of, parameter_names
+from graphs.admission import ambient_of, device_of, inadmissible, parameter_names
 from graphs.contract.arguments import flatten_call, leaf_names
-from graphs.errors import UnsupportedArgument
+from graphs.errors import MixedDevices, UnsupportedArgument
 from graphs.findings.diagnose import diagnose
 from graphs.findings.observe import observe
 from graphs.findings.report import Audit, Finding
@@ -35,7 +35,7 @@ def audit(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audit:
         args, kwargs: the arguments of one step.
 
     Raises:
-        Refusal: an argument is not a dense tensor.
+        Refusal: a tensor argument is not dense or not on a CPU or GPU, or the current stream is being recorded.
         Exception: what the first step raises; a later step that raises is a finding.
     """
     step = _step(model, args, kwargs)
@@ -56,6 +56,9 @@ def _step(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         call = flatten_call(args, kwargs, ambient_of(model))
     except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
         raise UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments") from error
+    refusal = inadmissible(call)
+    if refusal is not None and not isinstance(refusal, MixedDevices):
+        raise refusal
     names, opaque_names = leaf_names(args, kwargs, parameter_names(model))
     return Step(
         model=model,

@@ -24,9 +24,10 @@ def change_findings(seen: Observation) -> list[Finding]:
     """
     found: dict[object, Finding] = {}
     for later, pair in enumerate(reversed(seen.pairs())):
-        once = later > 0 and seen.runs[-1].error is None and not changed_reads(*pair)
+        settled = seen.runs[-1].error is None and not changed_reads(*pair)
         for key, changes in _by_argument(differences(pair[0].trace, pair[1].trace), pair[1]).items():
             if key not in found:
+                once = later > 0 and settled and not _comes_back(changes[0], seen.runs)
                 found[key] = _operator_finding(pair, changes, once)
     settled = seen.runs[-1].error is None
     for later, run in enumerate(reversed(seen.runs)):
@@ -34,6 +35,12 @@ def change_findings(seen: Observation) -> list[Finding]:
             if key not in found:
                 found[key] = _attribute_finding(differing, seen.stores, once=later > 0 and settled)
     return list(found.values())
+
+
+def _comes_back(change: Change, runs: Sequence[Run]) -> bool:
+    """Whether operators of a line ran in the second of three steps and not in the third, or the other way round."""
+    ran = [any(operation.frame == change.frame for operation in run.trace.operations) for run in runs[-2:]]
+    return change.kind == "operators" and ran[0] != ran[-1]
 
 
 def changed_reads(first: Run, second: Run) -> list[tuple[Any, Any, Frame]]:
@@ -61,7 +68,7 @@ def _by_argument(changes: Iterable[Change], second: Run) -> dict[object, list[Ch
 def _operator_finding(pair: tuple[Run, Run], changes: Sequence[Change], once: bool) -> Finding:
     change = changes[0]
     read, attribute = _causes(pair, change)
-    classes, why = _class_of(change, read)
+    classes, why = _class_of(change, read, [difference for run in pair for difference in run.changed])
     detail = _text(change)
     if attribute:
         detail += f", as {attribute}"
@@ -100,25 +107,29 @@ def _numbers(a: Any, b: Any) -> list[tuple[Any, Any]]:
     return list(zip(a, b, strict=False)) if isinstance(a, list) and isinstance(b, list) else [(a, b)]
 
 
-def _class_of(change: Change, read: Frame | None) -> tuple[tuple[str, ...], str]:
+def _class_of(change: Change, read: Frame | None, attributes: Sequence[Difference]) -> tuple[tuple[str, ...], str]:
     """Classes, and why no pass applies."""
     if change.kind == "operators":
         return (CONTROL_FLOW,), "" if read is not None else NO_CURE["operators"]
     if change.kind == "constant":
         return (HOST_CONSTANT, CHANGING_VALUE), NO_CURE["constant"]
     if change.kind == "scalar":
-        return (CHANGING_VALUE,), "" if _counts(change.before, change.after) else NO_CURE["attribute"]
+        integers = type(change.before) is int and type(change.after) is int
+        counted = integers and change.after - change.before in {_advance(attribute) for attribute in attributes}
+        return (CHANGING_VALUE,), "" if counted else NO_CURE["attribute"]
     return (CHANGING_VALUE,), NO_CURE[change.kind]
 
 
-def _counts(before: Any, after: Any) -> bool:
-    return type(before) is int and type(after) is int
+def _advance(difference: Difference) -> int | None:
+    """By how much an integer advanced; None for anything else."""
+    numbers = [text for text in (difference.before, difference.after) if text.lstrip("-").isdigit()]
+    return int(numbers[1]) - int(numbers[0]) if len(numbers) == 2 else None
 
 
 def _text(change: Change) -> str:
     a, b = change.before, change.after
     if change.kind == "operators":
-        return f"{a} operators ran, then {b}"
+        return f"{a} operators ran here in one step, {b} in the next"
     if change.kind == "address":
         return f"{change.argument} is another tensor in each step"
     if isinstance(a, TensorUse) and isinstance(b, TensorUse):
@@ -143,7 +154,7 @@ def _attribute_finding(differing: Sequence[Difference], stores: dict[str, Site],
     detail = f"{before}, then {after}" if before != after else f"another {after.removeprefix('a ')} in each step"
     if len(differing) > 1:
         detail += f"; and {len(differing) - 1} more like it"
-    evenly = all(d.before.lstrip("-").isdigit() and d.after.lstrip("-").isdigit() for d in differing)
+    evenly = all(_advance(d) is not None for d in differing)
     why = NO_CURE["lasting"] if one.lasting else "" if evenly else NO_CURE["attribute"]
     if before.startswith("tensor") and after.startswith("tensor"):
         why = NO_CURE["address" if before == after else "shape"]

@@ -24,8 +24,8 @@ class Change:
         before, after: the values; for operators, how many of a row ran in each step.
         frame: file and line of the user's program.
         index: place of the operator in the second step.
-        follows: True where the tensor was made by the step itself, or a number is a size of such a tensor: the reason is an
-            earlier change or a data-dependent size.
+        follows: True where the step itself made the tensor, or the view of it, or a number is a size of such a tensor: the
+            reason is an earlier change, other operators or a data-dependent size.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Change:
 def differences(first: Trace, second: Trace) -> list[Change]:
     """Every change between the operators of two steps, in the order of the second."""
     rows = list(_aligned(first.operations, second.operations))
-    moved = {i: j for a, b, c, _, same_ in rows if same_ for i, j in zip(range(a, b), range(c, c + b - a), strict=True)}
+    moved = {i: j for a, b, c, d, equal in rows if equal for i, j in zip(range(a, b), range(c, d), strict=True)}
     changes: list[Change] = []
     for a, b, c, d, equal in rows:
         if equal:
@@ -91,13 +91,25 @@ def _operation_changes(a: Operation, b: Operation, index: int, moved: dict[int, 
 def _value_changes(a: Any, b: Any, moved: dict[int, int]) -> Iterator[tuple[str, Any, Any, bool]]:
     """Kind, before, after and whether it only follows from something else."""
     if isinstance(a, TensorUse) and isinstance(b, TensorUse):
-        made = a.origin[0] == b.origin[0] == "operation"
+        same_origin = a.origin == b.origin or _moved(a, b, moved)
+        follows = same_origin or _unmatched(a, b, moved)
         if (a.shape, a.strides, a.dtype, a.device) != (b.shape, b.strides, b.dtype, b.device):
-            yield "shape", a, b, made
-        elif a.origin != b.origin and not (made and moved.get(a.origin[1], b.origin[1]) == b.origin[1]):
-            yield "address", a, b, False
+            yield "shape", a, b, follows
+        elif not same_origin:
+            yield "address", a, b, follows
     elif type(a) is tuple and type(b) is tuple and len(a) == len(b):
         for x, y in zip(a, b, strict=True):
             yield from _value_changes(x, y, moved)
     elif not same(a, b):
         yield "scalar", a, b, False
+
+
+def _moved(a: TensorUse, b: TensorUse, moved: dict[int, int]) -> bool:
+    """Whether two tensors were made by what is the same operator of two steps."""
+    return a.origin[0] == b.origin[0] == "operation" and moved.get(a.origin[1]) == b.origin[1]
+
+
+def _unmatched(a: TensorUse, b: TensorUse, moved: dict[int, int]) -> bool:
+    """Whether one of two tensors was made by an operator that ran in one of the steps only."""
+    gone = a.origin[0] == "operation" and a.origin[1] not in moved
+    return gone or (b.origin[0] == "operation" and b.origin[1] not in moved.values())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from graphs.admission import inadmissible
+from graphs.contract.arguments import map_leaves
 from graphs.contract.host_values import HostRead
 from graphs.contract.operators import RESIZING
 from graphs.contract.outputs import compare_templates
@@ -20,7 +21,7 @@ from graphs.errors import (
     UnsupportedOutput,
 )
 from graphs.findings.changes import change_findings, changed_reads
-from graphs.findings.cures import BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE, UNKNOWN, UNSUPPORTED
+from graphs.findings.cures import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE, UNKNOWN, UNSUPPORTED
 from graphs.findings.observe import Observation, Run
 from graphs.findings.report import Audit, Finding, finding
 from graphs.findings.uses import uses_of
@@ -75,7 +76,7 @@ def _read_findings(seen: Observation) -> Iterator[Finding]:
     for by_run in groups.values():
         latest = max(by_run)
         reads, trace = by_run[latest], seen.runs[latest].trace
-        kind, classes, why = _kind_of(reads[0], trace)
+        kind, classes, why = _kind_of(reads[0], trace, seen.runs[latest].output)
         once = latest == 0 and _settled(seen)
         yield finding(
             kind,
@@ -96,7 +97,7 @@ def _settled(seen: Observation) -> bool:
     return len(seen.runs) == 3 and seen.runs[-1].error is None and not changed_reads(*seen.runs[:2])
 
 
-def _kind_of(read: HostRead, trace: Trace) -> tuple[str, set[str], str]:
+def _kind_of(read: HostRead, trace: Trace, output: Any) -> tuple[str, set[str], str]:
     """Kind, classes, and why no pass applies."""
     if (DataDependentShape.reason, read.operator, *read.frame) in trace.counts:
         return DataDependentShape.reason, {BOUND}, ""
@@ -105,14 +106,24 @@ def _kind_of(read: HostRead, trace: Trace) -> tuple[str, set[str], str]:
     if read.value is None:
         why = NO_CURE["check" if "_check_errors" in read.operator else "conversion"]
         return HostSync.reason, {UNSUPPORTED}, why
-    return HostSync.reason, uses_of(read, trace.operations) or {UNKNOWN}, ""
+    uses = uses_of(read, trace.operations).classes
+    if not uses and _returned(read.value, output):
+        return HostSync.reason, {UNSUPPORTED}, NO_CURE["output"]
+    return HostSync.reason, uses or {UNKNOWN}, ""
+
+
+def _returned(value: Any, output: Any) -> bool:
+    """Whether a step returns the number that was read."""
+    leaves: list[Any] = []
+    map_leaves(output, leaves.append)
+    return any(type(leaf) is type(value) and leaf == value for leaf in leaves)
 
 
 def _values(by_run: dict[int, list[HostRead]]) -> str:
     """The values read: of a line that reads one, in each step; of others, the first few of the last step."""
     latest = by_run[max(by_run)]
     if latest[0].value is None:
-        return "copied to the host"
+        return "checked on the host" if "_check_errors" in latest[0].operator else "copied to the host"
     if all(len(reads) == 1 for reads in by_run.values()):
         texts = [_short(reads[0].value) for _, reads in sorted(by_run.items())]
         return texts[0] if len(set(texts)) == 1 else ", then ".join(texts)
@@ -128,6 +139,7 @@ def _short(value: Any) -> str:
 def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator[Finding]:
     """What is wrong with operators and arguments, other than what the host reads."""
     known: set[object] = set()
+    read_first = _uploads(seen)
     changing = {(one.file, one.line): one.detail for one in changes if one.kind == "changing-constant" and not one.once}
     for index, run in reversed(list(enumerate(seen.runs))):
         for refusal in [*run.trace.findings, *_unsupported(run)]:
@@ -138,6 +150,8 @@ def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator
             once = index == 0 and _settled(seen)
             if not isinstance(refusal, HostConstant):
                 yield _of_refusal(seen, run, refusal, (UNSUPPORTED,), refusal.remedy, once=once)
+            elif place[1:] in read_first:
+                yield _of_refusal(seen, run, refusal, (ARITHMETIC,), "", once=once, detail=read_first[place[1:]])
             elif place[1:] in changing:
                 both, data = (HOST_CONSTANT, CHANGING_VALUE), changing[place[1:]]
                 yield _of_refusal(seen, run, refusal, both, NO_CURE["constant"], detail=data)
@@ -146,6 +160,18 @@ def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator
     refusal_of_call = inadmissible(seen.step.call)
     if refusal_of_call is not None:
         yield _of_refusal(seen, seen.runs[-1], refusal_of_call, (UNSUPPORTED,), refusal_of_call.remedy)
+
+
+def _uploads(seen: Observation) -> dict[tuple[str, int], str]:
+    """Lines that make a tensor of a number that the host has just read from one."""
+    reads = {(read.frame, read.function): (read, run.trace) for run in seen.runs for read in run.trace.reads}
+    lines = {}
+    for read, trace in reads.values():
+        if read.value is not None:
+            lines.update(
+                dict.fromkeys(uses_of(read, trace.operations).uploads, f"made of the value read in line {read.frame[1]}")
+            )
+    return lines
 
 
 def _of_refusal(

@@ -93,7 +93,8 @@ def _totals(audit: Audit, shown: list[Finding]) -> str:
     cured = sum(bool(one.passes) for one in shown)
     waits = sum(one.cost_us or 0 for one in shown)
     left = f"; {len(shown) - cured} need the remedy named" if cured < len(shown) else ""
-    return f"{len(shown)} findings: passes apply to {cured}{left}. us: {audit.cost} per step, {waits:,.0f} in all."
+    count = "1 finding" if len(shown) == 1 else f"{len(shown)} findings"
+    return f"{count}: passes apply to {cured}{left}. us: {audit.cost} per step, {waits:,.0f} in all."
 
 
 def _places(found: list[Finding]) -> str:
