@@ -42,5 +42,10 @@ def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
             module.graph.eliminate_dead_code()
             module.graph.lint()
             module.recompile()
-        changes += [Change(getattr(one, "__name__", repr(one)), before, after) for before, after in made]
+        changes += [Change(_name(one), before, after) for before, after in made]
     return changes
+
+
+def _name(one: Pass) -> str:
+    """The name of a pass, also of one whose settings were bound with `functools.partial`."""
+    return str(getattr(getattr(one, "func", one), "__name__", repr(one)))
