@@ -97,7 +97,7 @@ def a_length_bounded_by_a_check(x: Tensor, length: Tensor) -> Tensor:
     return x + torch.arange(n, device=x.device).float().sin().sum()
 
 
-@case(lambda i: (noise(i, 4), whole(i, 0, 9)), "data-dependent-shape")
+@case(lambda i: (noise(i, 4), whole(i, 0, 9)), "host-sync", remedy="bounds={")
 def an_unbounded_length(x: Tensor, length: Tensor) -> Tensor:
     return x + torch.arange(int(length), device=x.device).float().sum()
 

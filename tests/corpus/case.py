@@ -17,7 +17,7 @@ DUPLICATES = "a GPU adds rows with the same index in any order"
 PADDED_GEMM = "a product with more rows may take another GEMM kernel"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One step function with one way of making the host wait, or of depending on a host value.
 
@@ -25,6 +25,7 @@ class Case:
         step: the function, or the module class whose instances are the step with its state.
         inputs: positional arguments of step ``i``, on the CPU.
         expect: `RECORDED`, or the reason of the refusal that must name a line of ``step``.
+        remedy: what the remedy of the refusal must say.
         bounds: what the caller says about lengths that nothing else bounds, by the name of the variable that holds them.
         eager_calls: calls that may run the model itself besides the first of each way through the step's Python.
         tolerance: why outputs may differ in their last bits; empty: they may not.
@@ -34,6 +35,7 @@ class Case:
     step: Callable[..., Any]
     inputs: Callable[[int], tuple[Any, ...]]
     expect: str = RECORDED
+    remedy: str = ""
     bounds: Mapping[str, int] | None = None
     eager_calls: int = 0
     tolerance: str = ""

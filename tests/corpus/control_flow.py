@@ -74,13 +74,6 @@ def random_numbers_decide(x: Tensor) -> Tensor:
 
 
 @case(lambda i: (noise(i, 3), number(i)))
-def an_argument_is_written_on_one_side(x: Tensor, value: Tensor) -> Tensor:
-    if value > 0:
-        x.mul_(2)
-    return x + value
-
-
-@case(lambda i: (noise(i, 3), number(i)))
 class BothSidesWriteState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -234,6 +227,12 @@ class ACounterInATensorDrivesABranch(nn.Module):
         if self.steps % 3 == 0:
             self.kept.copy_(x)
         return self.kept * position
+
+
+@case(lambda i: (noise(i, 3), whole(i, 1, 4)), eager_calls=2)
+def a_slice_is_returned(x: Tensor, length: Tensor) -> Tensor:
+    """Each length is a way of its own: the size of a result is a host value."""
+    return torch.arange(3, device=x.device)[: int(length)] + 1
 
 
 @case(lambda i: (noise(i, 3), number(i)), "changing-value")

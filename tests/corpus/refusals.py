@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import torch
 from torch import Tensor, nn
 
 from tests.corpus.case import case, mask, noise, number, whole
@@ -52,6 +51,7 @@ def a_set_of_items(x: Tensor, keep: Tensor) -> Tensor:
     return x + 1
 
 
-@case(lambda i: (noise(i, 3), whole(i, 1, 4)), "data-dependent-shape")
-def the_length_decides_the_output(x: Tensor, length: Tensor) -> Tensor:
-    return torch.arange(3, device=x.device)[: int(length)] + 1
+@case(lambda i: (noise(i, 3), whole(i, 0, 3)), "host-sync")
+def text_picks_a_constant(x: Tensor, kind: Tensor) -> Tensor:
+    weights = {"kind 0": 0.5, "kind 1": 1.5, "kind 2": 2.5}
+    return x * weights[f"kind {kind.item()}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 import warnings
@@ -141,7 +142,7 @@ def _watched_again(case: Case, device: Device, replays: int, reference: Callable
         waits = _compare(case, device, index, reference, step, watching)
         after = step.report()
         if (after.recordings, after.eager_calls) == (before.recordings, before.eager_calls):
-            assert waits == [], f"the replay of step {index} waits for the device"
+            assert waits == [], f"the replay of step {index} waits for the device: {waits}"
             plain += 1
     assert plain >= replays, f"the second time, {plain} plain replays instead of {replays}: {step.report()}"
 
@@ -184,9 +185,9 @@ def _expected(case: Case, replays: int, report: graphs.CaptureReport) -> None:
         assert report.replays >= replays, f"{replays} replays expected: {report}"
         return
     file, lines = case.lines()
-    named = [(refusal.reason, refusal.file) for refusal in report.refusals if refusal.line in lines]
-    assert (case.expect, file) in named, f"no refusal {case.expect!r} at {file}:{lines.start}-{lines.stop - 1}; {report}"
-    assert report.replays == 0, f"{report}"
+    named = {refusal.reason: refusal.remedy for refusal in report.refusals if refusal.file == file and refusal.line in lines}
+    assert case.expect in named, f"no refusal {case.expect!r} at {file}:{lines.start}-{lines.stop - 1}; {report}"
+    assert case.remedy in named[case.expect], f"the remedy should name {case.remedy!r}: {report}"
 
 
 def outcomes(case: Case) -> list[str]:
@@ -200,6 +201,7 @@ def outcomes(case: Case) -> list[str]:
     return found
 
 
+@functools.cache
 def ways(case: Case) -> list[Way]:
     """For each step, run eagerly, the instructions of the step's own code in the order they ran."""
     body = case.step.forward if isinstance(case.step, type) else case.step
