@@ -9,11 +9,12 @@ from graphs.modes import eager
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.report import BackendReport, CaptureReport
+from graphs.route import route
 from passes import register_decompositions
 
 __all__ = [
-    "BackendReport",
     "Audit",
+    "BackendReport",
     "CaptureReport",
     "CapturedModule",
     "Finding",
@@ -25,6 +26,7 @@ __all__ = [
     "backend_report",
     "capture",
     "eager",
+    "route",
     "sentinel",
 ]
 __version__ = "0.1.0"

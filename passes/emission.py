@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from passes.calls import attribute, call
 from passes.layouts import Digit, Digits, Layout, compose, identity, size_of
-from passes.views import attribute, call
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
-from passes.views import call
+from passes.calls import call
 
 Tensor = torch.Tensor
 

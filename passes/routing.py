@@ -30,10 +30,11 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
+from passes.calls import attribute, writes
 from passes.emission import Emitter, Rows, Step, activation_steps, result_steps
 from passes.grouped import GroupedProjection, grouped_projections
 from passes.layouts import Layout, compose
-from passes.views import GraphViews, attribute, writes
+from passes.views import GraphViews
 
 Tensor = torch.Tensor
 

@@ -66,6 +66,7 @@ FORBIDDEN = {
     "graphs.compiler": ["graphs.trial", "graphs.record", "graphs.config", *ABOVE],
     "graphs.piece": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.backend": ["graphs.trial", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
+    "graphs.route": ["graphs.record", "graphs.contract", *TRIAL, *ABOVE],
     "passes": ["graphs"],
 }
 
@@ -103,7 +104,14 @@ def test_only_the_configuration_reads_settings_from_the_environment() -> None:
 @pytest.mark.parametrize("package", sorted(OPTIONAL))
 def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
     allowed = {
-        "triton": {"graphs.ops.kernels", "graphs.ops.hopper", "graphs.ops.split_k", "graphs.ops.offline", "graphs.record.copies"},
+        "triton": {
+            "graphs.ops.kernels",
+            "graphs.ops.hopper",
+            "graphs.ops.split_k",
+            "graphs.ops.offline",
+            "graphs.record.copies",
+            "graphs.bench.read_floor",
+        },
         "aiter": {"graphs.ops.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
         "transformers": {"graphs.bench.llama"},
