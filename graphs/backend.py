@@ -169,6 +169,7 @@ class Piece:
         """What this piece is and what its calls got."""
         graph, recorded = self._graph, list(self._recorded.values())
         return PieceReport(
+            index=self.index,
             name=graph.name,
             device=str(graph.device),
             compiler=graph.compiler,
@@ -243,20 +244,26 @@ class _Routed:
 
 def _route(module: torch.fx.GraphModule, inputs: Sequence[Any], routes: Any) -> _Routed:
     """Route the grouped projections of a graph whose weights Dynamo calls static; not of one that records gradients."""
+    from torch._dynamo.source import ConstantSource
+
     from graphs.compiled_graph import needs_gradients, placeholders, static_inputs
     from passes.routing import routing
 
     if needs_gradients(module, inputs):
         return _Routed()
     nodes = placeholders(module)
-    static = {nodes[index].name: index for index in static_inputs(module) if nodes[index].users}
-    names = {nodes[index].name: _qualified(nodes[index]) for index in static.values()}
+    static = {str(nodes[index].target): index for index in static_inputs(module) if nodes[index].users}
+    names = {target: _qualified(nodes[index]) for target, index in static.items()}
 
     def named(weight: Tensor, name: str, tokens: int | None) -> Any:
         return routes(weight, names.get(name, name), tokens)
 
-    made = routing(module, named, constants={name: inputs[index] for name, index in static.items()})
-    prepared = [(index, names[name], inputs[index]) for name, index in static.items() if not nodes[index].users]
+    known = {name for name, _ in module.named_buffers()}
+    sources: dict[str, Any] = vars(module)["_param_name_to_source"]
+    made = routing(module, named, constants={target: inputs[index] for target, index in static.items()})
+    for name in {name for name, _ in module.named_buffers()} - known:
+        sources[name] = ConstantSource(name)  # AOTAutograd asks where each tensor comes from
+    prepared = [(index, names[target], inputs[index]) for target, index in static.items() if not nodes[index].users]
     weights = tuple((index, name, weight, _version(weight)) for index, name, weight in prepared)
     return _Routed(tuple(passes.Change("routing", before, after) for before, after in made), weights)
 

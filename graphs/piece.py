@@ -65,25 +65,21 @@ class RecordedPiece:
     """
 
     def __init__(self, recording: Recording, trial: _Trial, static: Sequence[int], outputs: list[Any]) -> None:
-        inputs, ranges = trial.inputs, [(w.data_ptr(), w.data_ptr() + w.nbytes) for w in trial.trace.written.tensors]
+        inputs = trial.inputs
         self.recording, self.written = recording, trial.written
         self.replays, self.seconds = 0, 0.0
         self._static = list(static)
         self._addresses = [v.data_ptr() if i in set(static) else None for i, v in enumerate(inputs)]
-        self._copied = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in set(static)]
         self._owned = [(tensor, tensor.data_ptr()) for tensor in trial.graph.owned]
-        self._ranges = ranges
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
 
     def fits(self, inputs: Sequence[Any]) -> bool:
-        """Whether everything that is read in place is where it was, and nothing that is copied lies in what is written."""
+        """Whether everything that is read in place is where it was. Which inputs share memory, Dynamo has guarded."""
         if _equal_addresses is not None:
             if not _equal_addresses(list(inputs), self._addresses, self._static):
                 return False
         elif any(inputs[index].data_ptr() != self._addresses[index] for index in self._static):
-            return False
-        if self._ranges and any(first <= inputs[i].data_ptr() < end for i in self._copied for first, end in self._ranges):
             return False
         return all(tensor.data_ptr() == address for tensor, address in self._owned)
 

@@ -123,6 +123,7 @@ class PieceReport:
     """One graph that Dynamo traced for ``torch.compile(backend="graphs")``.
 
     Attributes:
+        index: order of compilation in this process.
         name: ``graph frame/recompilation``, as Dynamo counts.
         operators: operators in the graph.
         ends: why Dynamo ended the graph; empty where the function returned.
@@ -134,6 +135,7 @@ class PieceReport:
         refusals: why.
     """
 
+    index: int
     name: str
     device: str
     compiler: str

@@ -206,7 +206,7 @@ def calls(number: int) -> list[tuple[Tensor]]:
 
 def test_every_reason_is_met_by_some_test_or_needs_a_device() -> None:
     catalogue = {kind.reason for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Refusal)}
-    elsewhere = {"refused", "moved-static-tensor", "above-largest-bucket", "too-many-keys", "rows-interact"}
+    elsewhere = {"refused", "compile-failed", "moved-static-tensor", "above-largest-bucket", "too-many-keys", "rows-interact"}
     arguments = {"autograd", "mixed-devices", "unsupported-argument"}
     on_a_device = {"nested-capture"}
     assert {case.reason for case in CASES} | elsewhere | arguments | on_a_device == catalogue

@@ -1,0 +1,366 @@
+"""``torch.compile(backend="graphs")``: called the ordinary way it gives what eager gives, replays, and says why not."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphs
+from graphs.backend import backend_report, graphs_backend
+from graphs.errors import MovedStaticTensor, Refusal
+from graphs.ledger import NotReplayed
+from graphs.ops.routing import wo_a_routes
+from graphs.report import PieceReport
+
+Tensor = torch.Tensor
+older: set[int] = set()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Step(nn.Module):
+    """A layer and a buffer that the step writes; returns new tensors, an argument, a buffer, and views of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("cache", torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        self.cache.add_(x)
+        y = self.layer(x) + self.cache
+        return y.relu(), x, self.cache, x.t(), self.cache[1:]
+
+
+class Broken(Step):
+    """A graph break in the middle."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        torch._dynamo.graph_break()
+        return y * 2 + self.cache
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    gc.collect()
+    older.clear()
+    older.update(piece.index for piece in backend_report().pieces)  # Dynamo keeps what ends in a graph break
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+def compiled(model: Callable[..., Any], dynamic: bool | None = False, **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend=graphs_backend, dynamic=dynamic, options={"compiler": "aten", **options})
+
+
+def pair(kind: type[Step] = Step, **options: Any) -> tuple[Step, Step, Callable[..., Any]]:
+    """A model, a twin to run eagerly, and the model compiled."""
+    model, twin = kind(), kind()
+    twin.load_state_dict(model.state_dict())
+    return model, twin, compiled(model, **options)
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def pieces() -> tuple[PieceReport, ...]:
+    return tuple(piece for piece in backend_report().pieces if piece.index not in older)
+
+
+def reasons(piece: PieceReport) -> dict[str, int]:
+    return {refusal.reason: refusal.count for refusal in piece.refusals}
+
+
+@pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_calls_give_what_eager_gives_and_state_advances_once_per_call(compiler: str) -> None:
+    model, twin, step = pair(compiler=compiler)
+    for _ in range(4):
+        x = torch.randn(4, 8)
+        same(step(x), twin(x.clone()))
+        same(model.cache, twin.cache)
+    (piece,) = pieces()
+    assert (piece.compiler, piece.recordings, piece.replays, piece.compiled_calls) == (compiler, 1, 4, 0)
+
+
+def test_outputs_are_the_callers_and_views_are_of_the_callers_tensors() -> None:
+    model, _, step = pair()
+    first = torch.randn(4, 8)
+    kept = step(first)[0]
+    before = kept.clone()
+    x = torch.randn(4, 8)
+    _, same_x, cache, transposed, rows = step(x)
+    assert torch.equal(kept, before)
+    assert same_x is x and cache is model.cache
+    assert transposed.data_ptr() == x.data_ptr() and transposed.shape == (8, 4)
+    assert rows.data_ptr() == model.cache[1:].data_ptr()
+
+
+def test_borrowed_outputs_are_overwritten_by_the_next_call() -> None:
+    step = compiled(lambda x: x * 2, outputs="borrowed")
+    first = step(torch.ones(3))
+    step(torch.full((3,), 5.0))
+    same(first, torch.full((3,), 10.0))
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda x: x.t().contiguous().t(), lambda x: x[:1].expand(4, 8), lambda x: torch.cat([x, x], 1)[:, 2:10]],
+    ids=["transposed", "expanded", "sliced"],
+)
+def test_strides_that_dynamo_guarded_are_kept(arrange: Callable[[Tensor], Tensor]) -> None:
+    _, twin, step = pair()
+    for _ in range(3):
+        x = arrange(torch.randn(4, 8))
+        same(step(x), twin(x))
+    assert pieces()[0].replays == 3
+
+
+def test_a_graph_break_makes_two_pieces_and_is_named() -> None:
+    _, twin, step = pair(Broken)
+    for _ in range(3):
+        x = torch.randn(4, 8)
+        same(step(x), twin(x))
+    first, second = pieces()
+    assert (first.replays, second.replays) == (3, 3)
+    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "dynamo.graph_break" in text)
+    assert (Path(first.file), first.line) == (Path(__file__), line)
+    assert "graph_break" in first.ends and second.ends == ""
+    assert f"{Path(__file__).name}:{line}" in str(backend_report())
+    assert json.loads(backend_report().to_json())["pieces"][0]["line"] == line
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_weights_that_move_are_recorded_anew() -> None:
+    model, twin, step = pair()
+    same(step(x := torch.randn(4, 8)), twin(x))
+    model.layer.weight.data = model.layer.weight.data * 2  # the same Parameter, other memory
+    twin.layer.weight.data.mul_(2)
+    same(step(x := torch.randn(4, 8)), twin(x))
+    model.layer.weight = nn.Parameter(model.layer.weight * 2)
+    twin.layer.weight.data.mul_(2)
+    same(step(x := torch.randn(4, 8)), twin(x))
+    model.layer.weight.mul_(3)  # in place: nothing moves
+    twin.layer.weight.mul_(3)
+    same(step(x := torch.randn(4, 8)), twin(x))
+    (piece,) = pieces()
+    assert reasons(piece) == {"moved-static-tensor": 2} and piece.replays == 4
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_is_written_and_moves_at_each_call_runs_compiled_and_is_counted() -> None:
+    model, twin, step = pair()
+    for _ in range(6):
+        model.cache = model.cache.clone()
+        same(step(x := torch.randn(4, 8)), twin(x))
+        same(model.cache, twin.cache)
+    (piece,) = pieces()
+    assert piece.compiled_calls == 3 and reasons(piece) == {"moved-static-tensor": 5}
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_is_only_read_and_moves_at_each_call_is_copied() -> None:
+    model, twin, step = pair()
+    for _ in range(8):
+        model.layer.bias.data = torch.randn(8)
+        twin.layer.bias.data = model.layer.bias.data.clone()
+        same(step(x := torch.randn(4, 8)), twin(x))
+    (piece,) = pieces()
+    assert piece.compiled_calls == 0 and reasons(piece) == {"moved-static-tensor": 3}
+
+
+def test_a_written_argument_is_written_in_place() -> None:
+    def write(x: Tensor, cache: Tensor) -> None:
+        cache[0].copy_(x)
+
+    step, cache = compiled(write), torch.zeros(2, 3)
+    for value in (1.0, 2.0, 3.0):
+        step(torch.full((3,), value), cache)
+        same(cache[0], torch.full((3,), value))
+    assert pieces()[0].replays == 3
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_gradients_run_the_compiled_function_and_are_counted() -> None:
+    _, twin, step = pair()
+    with torch.enable_grad():
+        x = torch.randn(4, 8, requires_grad=True)
+        step(x)[0].sum().backward()
+        y = x.detach().clone().requires_grad_()
+        twin(y)[0].sum().backward()
+    same(x.grad, y.grad)
+    (piece,) = pieces()
+    assert (piece.recordings, piece.compiled_calls, reasons(piece)) == (0, 1, {"autograd": 1})
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_symbolic_sizes_are_recorded_per_value_up_to_a_limit() -> None:
+    step = compiled(lambda x: (x * x.shape[0]).sum(0), dynamic=True, max_recordings=2)
+    for rows in (2, 3, 2, 4, 3, 4):
+        x = torch.randn(rows, 5)
+        same(step(x), (x * rows).sum(0))
+    (piece,) = pieces()
+    assert (piece.recordings, piece.replays, reasons(piece)) == (2, 4, {"too-many-keys": 2})
+
+
+def test_strict_raises_the_reason() -> None:
+    step = compiled(lambda x: x * 2, strict=True)
+    with torch.enable_grad(), pytest.raises(Refusal, match="autograd"):
+        step(torch.ones(3, requires_grad=True))
+
+
+def test_host_values_that_dynamo_keeps_in_the_graph_are_refused_at_their_line() -> None:
+    def nonzero(x: Tensor) -> Tensor:
+        return x.nonzero()  # here
+
+    step = compiled(nonzero)
+    x = torch.tensor([0.0, 1.0, 2.0])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), pytest.warns(NotReplayed, match="data-dependent"):
+        same(step(x), x.nonzero())
+    (refusal,) = pieces()[0].refusals
+    assert Path(refusal.file) == Path(__file__) and "nonzero" in refusal.operator
+    assert Path(__file__).read_text().splitlines()[refusal.line - 1].endswith("# here")
+
+
+def test_constants_of_the_step_are_hoisted_and_reported() -> None:
+    step = compiled(lambda x: x + torch.tensor([1.0, 2.0, 3.0]))
+    for _ in range(2):
+        same(step(torch.ones(3)), torch.tensor([2.0, 3.0, 4.0]))
+    (piece,) = pieces()
+    assert piece.replays == 2 and "hoist_constants" in "".join(piece.rewrites)
+
+
+def test_random_numbers_go_on() -> None:
+    step = compiled(lambda x: x + torch.rand(3))
+    torch.manual_seed(5)
+    found = [step(torch.zeros(3)) for _ in range(3)]
+    torch.manual_seed(5)
+    same(found, [torch.rand(3) for _ in range(3)])
+
+
+def test_eager_blocks_run_the_compiled_function() -> None:
+    step = compiled(lambda x: x * 2)
+    step(torch.ones(3))
+    with graphs.eager():
+        same(step(torch.ones(3)), torch.full((3,), 2.0))
+    assert (pieces()[0].replays, pieces()[0].compiled_calls) == (1, 1)
+
+
+def test_a_captured_step_may_hold_compiled_pieces() -> None:
+    _, twin, step = pair()
+    captured = graphs.capture(step)
+    for _ in range(3):
+        same(captured(x := torch.randn(4, 8)), twin(x))
+    assert captured.report().replays == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kompiler": "aten"}, "'kompiler' is not legal; it must be one of 'compiler', 'outputs', 'verify', 'strict'"),
+        ({"compiler": "llvm"}, "'llvm' is not legal; it must be one of 'inductor', 'aten'"),
+        ({"max_recordings": 0}, "a positive integer"),
+        ({"verify": "always"}, "'capture', 'off'"),
+        ({"routes": 3}, "a table for passes.routing"),
+    ],
+)
+def test_bad_options_name_the_legal_ones(options: dict[str, Any], message: str) -> None:
+    step = torch.compile(lambda x: x * 2, backend=graphs_backend, options=options)
+    with pytest.raises(Exception, match=re.escape(message)):
+        step(torch.ones(3))
+
+
+def test_a_mode_of_inductors_is_refused() -> None:
+    with pytest.raises(Exception, match="left out with backend='graphs'"):
+        torch.compile(lambda x: x * 2, backend=graphs_backend, mode="reduce-overhead")(torch.ones(3))
+
+
+def test_the_entry_point_leads_to_the_backend() -> None:
+    declared = re.search(
+        r'\[project.entry-points.torch_dynamo_backends\]\ngraphs = "(.*)"', (ROOT / "pyproject.toml").read_text()
+    )
+    assert declared is not None
+    point = importlib.metadata.EntryPoint("graphs", declared[1], "torch_dynamo_backends")
+    assert point.load() is graphs_backend
+
+
+def test_an_installed_project_is_found_by_name() -> None:
+    if not importlib.metadata.entry_points(group="torch_dynamo_backends").select(name="graphs"):
+        pytest.skip("stepgraphs is not installed, so torch cannot find its entry point: pip install --editable .")
+    step = torch.compile(lambda x: x * 2, backend="graphs", options={"compiler": "aten"})
+    same(step(torch.ones(3)), torch.full((3,), 2.0))
+    assert pieces()[0].replays == 1
+
+
+OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda x, c: x + c,
+    "mul": lambda x, c: x * c.sum(0),
+    "matmul": lambda x, c: x @ c,
+    "transpose": lambda x, c: x.t(),
+    "write": lambda x, c: c.add_(x) * 1,
+    "write row": lambda x, c: (c[1].copy_(x[0]), x)[1],
+    "softmax": lambda x, c: x.softmax(-1),
+    "view": lambda x, c: x.reshape(-1, 2).sum(1).expand(4, -1)[:, :4],
+    "constant": lambda x, c: x + torch.tensor([1.0, 2.0, 3.0, 4.0]),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(names=st.lists(st.sampled_from(sorted(OPERATORS)), min_size=1, max_size=5), moving=st.booleans())
+def test_random_programs_agree_with_eager(names: list[str], moving: bool) -> None:
+    def program(x: Tensor, cache: Tensor) -> Tensor:
+        for name in names:
+            x = OPERATORS[name](x, cache).tanh()
+        return x
+
+    torch.compiler.reset()
+    step, cache, twin = compiled(program), torch.rand(4, 4), torch.zeros(4, 4)
+    twin.copy_(cache)
+    for _ in range(4):
+        cache = cache.clone() if moving else cache
+        x = torch.rand(4, 4)
+        same(step(x, cache), program(x.clone(), twin))
+        same(cache, twin)
+
+
+class Grouped(nn.Module):
+    """A projection of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, o: Tensor) -> Tensor:
+        return torch.einsum("sgd,grd->sgr", o, self.weight)
+
+
+def test_grouped_projections_are_routed_by_the_name_of_their_weight() -> None:
+    model = Grouped()
+    step = compiled(model, routes=wo_a_routes("einsum", only="weight"))
+    for _ in range(3):
+        same(step(o := torch.randn(3, 2, 4)), model(o))
+    (piece,) = pieces()
+    assert piece.replays == 3 and "wo_a_einsum" in "".join(piece.rewrites)
+    model.weight.mul_(2)
+    with pytest.raises(MovedStaticTensor, match=r"prepared for a routed projection.*\n.*torch.compiler.reset"):
+        step(torch.randn(3, 2, 4))
+
+
+def test_a_route_for_another_weight_changes_nothing() -> None:
+    model = Grouped()
+    step = compiled(model, routes=wo_a_routes("einsum", only="other.weight"))
+    same(step(o := torch.randn(3, 2, 4)), model(o))
+    assert pieces()[0].rewrites == ()
