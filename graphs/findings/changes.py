@@ -114,8 +114,8 @@ def _class_of(change: Change, read: Frame | None, attributes: Sequence[Differenc
     if change.kind == "constant":
         return (HOST_CONSTANT, CHANGING_VALUE), NO_CURE["constant"]
     if change.kind == "scalar":
-        integers = type(change.before) is int and type(change.after) is int
-        counted = integers and change.after - change.before in {_advance(attribute) for attribute in attributes}
+        held = [one for one in attributes if (one.before, one.after) == (repr(change.before), repr(change.after))]
+        counted = any(_advance(one) is not None for one in held or attributes)  # or calculated from one that counts
         return (CHANGING_VALUE,), "" if counted else NO_CURE["attribute"]
     return (CHANGING_VALUE,), NO_CURE[change.kind]
 

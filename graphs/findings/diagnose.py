@@ -103,20 +103,22 @@ def _kind_of(read: HostRead, trace: Trace, output: Any) -> tuple[str, set[str], 
         return DataDependentShape.reason, {BOUND}, ""
     if read.function == "__bool__":
         return "data-dependent-branch", {CONTROL_FLOW}, ""
-    if read.value is None:
-        why = NO_CURE["check" if "_check_errors" in read.operator else "conversion"]
-        return HostSync.reason, {UNSUPPORTED}, why
-    uses = uses_of(read, trace.operations).classes
-    if not uses and _returned(read.value, output):
+    if "_check_errors" in read.operator:
+        return HostSync.reason, {UNSUPPORTED}, NO_CURE["check"]
+    uses = uses_of(read, trace.operations)
+    if not uses.classes and _returned(read.value, output):
         return HostSync.reason, {UNSUPPORTED}, NO_CURE["output"]
-    return HostSync.reason, uses or {UNKNOWN}, ""
+    if UNSUPPORTED in uses.classes or (read.value is None and not uses.classes):
+        return HostSync.reason, {*uses.classes, UNSUPPORTED}, NO_CURE["conversion"]
+    return HostSync.reason, uses.classes or ({ARITHMETIC} if uses.uploads else {UNKNOWN}), ""
 
 
 def _returned(value: Any, output: Any) -> bool:
     """Whether a step returns the number that was read."""
     leaves: list[Any] = []
     map_leaves(output, leaves.append)
-    return any(type(leaf) is type(value) and leaf == value for leaf in leaves)
+    returned = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
+    return bool(returned) and set(value if isinstance(value, list) else [value]) <= set(returned)
 
 
 def _values(by_run: dict[int, list[HostRead]]) -> str:

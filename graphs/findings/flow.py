@@ -7,7 +7,7 @@ import functools
 import linecache
 from collections.abc import Iterator
 
-from graphs.findings.cures import ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW
+from graphs.findings.cures import ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW, UNSUPPORTED
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -15,11 +15,17 @@ _CONVERSIONS = {"__int__": "int", "__float__": "float", "__bool__": "bool"}
 _PASSED_ON = frozenset(
     "int float bool abs min max round sum len divmod list tuple sorted set zip reversed ceil floor pairwise enumerate".split()  # noqa: SIM905
 )
-_SIZES = frozenset(
-    "range arange zeros ones empty full rand randn eye linspace new_zeros new_ones new_empty new_full view reshape "  # noqa: SIM905
+SIZES = frozenset(
+    "range arange zeros ones empty rand randn eye linspace new_zeros new_ones new_empty view reshape "  # noqa: SIM905
     "expand repeat topk split chunk unflatten nonzero_static repeat_interleave tril_indices triu_indices".split()
 )
-_POSITIONS = frozenset("select index_select narrow roll gather index_copy_ index_fill_".split())  # noqa: SIM905
+POSITIONS = frozenset("select index_select narrow roll gather index_copy_ index_fill_".split())  # noqa: SIM905
+_FILLED = frozenset(("full", "new_full"))
+_OPERANDS = frozenset(
+    "add sub mul div pow clamp clip lerp lerp_ where masked_fill masked_fill_ fill_ add_ sub_ mul_ div_ clamp_".split()  # noqa: SIM905
+)
+_OUTWARD = frozenset("print write debug info warning error exception".split())  # noqa: SIM905
+_COLLECTING = frozenset("append add extend insert appendleft".split())  # noqa: SIM905
 _UPLOADS = frozenset(("tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"))
 
 
@@ -29,6 +35,7 @@ class Flow:
     Attributes:
         classes: the classes of its uses.
         uploads: lines that make a tensor of it.
+        calculates: whether an expression calculates with it.
     """
 
     def __init__(self, frame: tuple[str, int], function: str, scaling: frozenset[int]) -> None:
@@ -42,6 +49,7 @@ class Flow:
         self.scaling = scaling
         self.classes: set[str] = set()
         self.uploads: set[int] = set()
+        self.calculates = False
         self._held: list[tuple[ast.AST, str]] = []
         for node in ast.walk(scope_of(self.tree, frame[1])):
             if _covers(node, frame[1]) and _asks(node, function):
@@ -57,6 +65,7 @@ class Flow:
     def _follow(self, node: ast.AST) -> None:
         parent = _parent(node)
         while parent is not None:
+            self.calculates |= isinstance(parent, (ast.BinOp, ast.Compare))
             if self._scales_a_tensor(parent):
                 self.classes.add(ARITHMETIC)
                 return
@@ -98,6 +107,8 @@ class Flow:
             position = next((i for i, argument in enumerate(parent.args) if argument is node), 0)
             return self._given(parent, position, node)
         else:
+            if isinstance(parent, ast.JoinedStr):
+                self.classes.add(UNSUPPORTED)
             return isinstance(parent, (ast.stmt, ast.Lambda, ast.JoinedStr))
         return True
 
@@ -106,10 +117,17 @@ class Flow:
         called = last_name(call.func)
         if called in _PASSED_ON:
             return False
-        if called in _SIZES or (called == "narrow" and argument == len(call.args) - 1):
+        last = argument == len(call.args) - 1
+        if called in SIZES or (called == "narrow" and last) or (called in _FILLED and not last):
             self.classes.add(BOUND)
-        elif called in _POSITIONS:
+        elif called in POSITIONS:
             self.classes.add(ADDRESSING)
+        elif called in _COLLECTING and isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+            self._hold(call.func.value)
+        elif (called in _COLLECTING and isinstance(_parent(call), ast.Expr)) or called in _OUTWARD:
+            self.classes.add(UNSUPPORTED)
+        elif called in _OPERANDS or called in _FILLED:
+            self.classes.add(ARITHMETIC)
         elif called in _UPLOADS:
             self.uploads.update(range(call.lineno, (call.end_lineno or call.lineno) + 1))
         else:

@@ -8,15 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphs.contract.host_values import HostRead
-from graphs.findings.cures import ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW
-from graphs.findings.flow import Flow, numbers_written, scope_of, tree_of
+from graphs.findings.cures import ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW, UNSUPPORTED
+from graphs.findings.flow import POSITIONS, SIZES, Flow, numbers_written, scope_of, tree_of
 from graphs.watch import Operation, TensorUse
 
 _ROLES = {
     ADDRESSING: frozenset(("index", "start", "storage_offset", "shifts", "diagonal", "offset")),
     BOUND: frozenset("size sizes split_size split_sizes shape length end k repeats steps output_size n m pad".split()),  # noqa: SIM905
-    ARITHMETIC: frozenset("other value alpha beta exponent fill_value scalar min max eps p".split()),  # noqa: SIM905
+    ARITHMETIC: frozenset("other value alpha beta exponent fill_value scalar min max eps p weight".split()),  # noqa: SIM905
 }
+_ASKED = {
+    **dict.fromkeys(("__bool__", "__contains__"), CONTROL_FLOW),
+    **dict.fromkeys(("__format__", "__repr__"), UNSUPPORTED),
+    **dict.fromkeys(SIZES | {"one_hot"}, BOUND),  # one_hot checks its classes on a CPU, and counts them anywhere
+    **dict.fromkeys(POSITIONS - {"narrow"}, ADDRESSING),
+}
+"""Functions of torch that say by themselves what they need a number for."""
 _COMMON = (-2, -1, 0, 1, 2)
 """Numbers that so many arguments hold that finding one says nothing."""
 
@@ -31,14 +38,16 @@ class Uses:
 
 def uses_of(read: HostRead, operations: Sequence[Operation]) -> Uses:
     """How a number is used that was read in a step with these operators."""
-    if read.function in ("__contains__", "__bool__"):
-        return Uses({CONTROL_FLOW})
+    if read.function in _ASKED:
+        return Uses({_ASKED[read.function]})
     file, line = read.frame
-    later = [operation for operation in operations[read.index + 1 :] if operation.frame[0] == file]
+    later = [operation for operation in operations[read.index :] if operation.frame[0] == file]
     flow = Flow(read.frame, read.function, _scaling(file, later))
     uploads = {(file, line) for line in flow.uploads}
     if flow.classes or uploads:
         return Uses(flow.classes, uploads)
+    if read.value is None:  # copied as a tensor
+        return Uses({ARITHMETIC} if flow.calculates else set())
     following = next((o for o in later if not o.func._schema.name.endswith("_local_scalar_dense")), None)
     if following is not None and following.frame == read.frame:
         found = _roles(read, [following], common=True)
@@ -65,12 +74,12 @@ def _scaling(file: str, operations: Sequence[Operation]) -> frozenset[int]:
 def _roles(read: HostRead, operations: Sequence[Operation], *, common: bool) -> set[str]:
     """Classes of the arguments, of these operators, that hold the value; ``common`` numbers only if asked for."""
     values = {v for v in (read.value if isinstance(read.value, list) else [read.value]) if type(v) in (int, float)}
-    values = values if common else values.difference(_COMMON)
+    typed = {(type(value), value) for value in values if common or value not in _COMMON}
     held = {
         name
         for operation in operations
         for name, value in operation.named()
-        if any(number in values for number in _numbers(value))
+        if any((type(number), number) in typed for number in _numbers(value))
     }
     return {role for role, names in _ROLES.items() if names & held}
 
