@@ -63,7 +63,7 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenSte
 def _pipeline(step: Step) -> list[passes.Pass]:
     names = [name for name in step.passes if name != "constants"]
     remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names)
-    return [*([passes.hoist_constants] if "constants" in step.passes else []), *([remove] if names else [])]
+    return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
 
 
 @dataclass(frozen=True)

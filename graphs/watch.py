@@ -235,7 +235,7 @@ class _Conversions(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             watch.converting = False
-        watch.read(operator, frame, result if operator == "Tensor.tolist" else None, index)
+        watch.read(operator, frame, result.tolist() if operator == "Tensor.numpy" else result if operator == "Tensor.tolist" else None, index)
         return result
 
     def _read_elements(self, func: Any, args: Any, kwargs: Any) -> None:

@@ -91,7 +91,7 @@ def gather(rw: Rewriter, x: Node, dim: int, start: Any, count: int, length: symp
     """
     value = x.meta["val"]
     size, device = value.shape[dim], value.device
-    if count == 1 and length is None:
+    if count == 1 and length is None and isinstance(start, Node):
         index = rw.call(aten.view.default, rw.call(aten.remainder.Scalar, start, size), [1])
     else:
         index = rw.call(aten.clamp.default, rw.call(aten.add.Tensor, rw.iota(count, device), start), 0, size - 1)

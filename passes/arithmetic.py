@@ -37,6 +37,8 @@ _LOW = (torch.float16, torch.bfloat16)
 
 def pointwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """A binary operator, in place or not, of a tensor and a symbol."""
+    if is_symbol(kwargs.get("alpha")):
+        return _scaled(rw, node, args, kwargs["alpha"])
     if len(args) < 2 or not (is_symbol(args[0]) or is_symbol(args[1])) or any(map(is_symbol, kwargs.values())):
         return None
     name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
@@ -57,6 +59,55 @@ def pointwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     if in_place:
         return rw.padded(rw.call(aten.copy_.default, tensor, rw.keep(tensor, cast(rw, result, dtype))), lengths)
     return rw.padded(cast(rw, result, node.meta["val"].dtype), lengths)
+
+
+def _scaled(rw: Rewriter, node: Node, args: tuple[Any, ...], alpha: Node) -> Node | None:
+    """``x.add(y, alpha=u)``: a multiply-add that rounds once, done in float64 where that tells the difference."""
+    x, y = args[:2]
+    dtype = node.meta["val"].dtype
+    if not isinstance(y, Node) or is_symbol(y):
+        return None
+    wide = torch.float64 if dtype == torch.float32 else torch.float32 if dtype in _LOW else dtype
+    scale = rw.scalar(alpha)
+    scale = rw.call(aten._to_copy.default, scale, dtype=dtype if dtype not in _LOW else torch.float32)
+    product = rw.call(aten.mul.Tensor, cast(rw, y, wide), cast(rw, scale, wide))
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    made = rw.call(aten.sub.Tensor if name.startswith("sub") else aten.add.Tensor, cast(rw, x, wide), product)
+    made = cast(rw, made, dtype)
+    if name.endswith("_"):
+        return rw.padded(rw.call(aten.copy_.default, x, rw.keep(x, made)), rw.lengths(x))
+    return rw.padded(made, rw.expected(node))
+
+
+def lerp(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.lerp(end, u)``, in place or not."""
+    x, end, weight = args
+    if not is_symbol(weight):
+        return None
+    value = x.meta["val"]
+    number = rw.call(aten.expand.default, on_device(rw, weight, value.dtype, value.device), list(node.meta["val"].shape))
+    made = rw.call(aten.lerp.Tensor, x, end, number)
+    if node.target is aten.lerp_.Scalar:
+        return rw.padded(rw.call(aten.copy_.default, x, rw.keep(x, made)), rw.lengths(x))
+    return rw.padded(made, rw.lengths(x))
+
+
+def roll(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.roll(u, dim)``: rows by index."""
+    x, shifts = args[0], args[1]
+    dims = args[2] if len(args) > 2 else kwargs.get("dims", [])
+    if not any(map(is_symbol, shifts)):
+        return None
+    if rw.lengths(x) or not dims:
+        rw.no_rule("a roll of a padded or flattened tensor by an amount that only the device knows", node)
+    made = x
+    for shift, dim in zip(shifts, dims, strict=True):
+        size, device = x.meta["val"].shape[dim], x.meta["val"].device
+        amount = rw.scalar(shift)
+        how = aten.sub.Tensor if isinstance(amount, Node) else aten.sub.Scalar
+        rows = rw.call(aten.remainder.Scalar, rw.call(how, rw.iota(size, device), amount), size)
+        made = rw.call(aten.index_select.default, made, dim, rows)
+    return made
 
 
 def cast(rw: Rewriter, value: Any, dtype: torch.dtype) -> Any:
@@ -179,6 +230,9 @@ def arange(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 RULES: dict[Any, Rule] = {
+    aten.lerp.Scalar: lerp,
+    aten.lerp_.Scalar: lerp,
+    aten.roll.default: roll,
     aten.fill_.Scalar: fill_,
     aten.full.default: full,
     aten.full_like.default: full_like,

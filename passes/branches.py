@@ -23,10 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.aliases import Aliases, written
+from passes.errors import Unremovable
 from passes.rewriter import Rewriter
 
 aten = torch.ops.aten
@@ -42,6 +44,8 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
         condition = rw.facts.resolve(decision.holds)
         if rw.bounds.certain(condition):
             continue
+        if rw.facts.hint(condition) == sympy.false:
+            raise Unremovable(f"the step itself does not keep to {condition}", "bound", decision.site, "Raise the bound")
         holds = rw.number(condition)
         if isinstance(holds, bool) and holds:
             continue

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from passes.errors import Unremovable
+from passes.sites import user_site
+
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ABSENT = object()
 
@@ -74,6 +77,11 @@ def _max(*args: Any, **kwargs: Any) -> Any:
     return builtins.max(*args, **kwargs)
 
 
+def _divmod(a: Any, b: Any) -> Any:
+    a, b = _value(a), _value(b)
+    return (a // b, a % b) if _symbolic((a, b)) else builtins.divmod(a, b)
+
+
 def _len(value: Any) -> Any:
     return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else builtins.len(value)
 
@@ -82,8 +90,18 @@ def _range(*args: Any) -> Any:
     return builtins.range(*map(_value, args))
 
 
-SYMBOLIC = {"int": _Int, "float": _Float, "min": _min, "max": _max, "len": _len, "range": _range}
+SYMBOLIC = {"int": _Int, "float": _Float, "min": _min, "max": _max, "len": _len, "range": _range, "divmod": _divmod}
 """What stands for each builtin."""
+
+
+def _no_text(self: Any, form: str) -> str:
+    """Text needs the value: formatting a symbol would write its name."""
+    raise Unremovable("its text needs the value", "format", user_site())
+
+
+def _hash_of_value(self: Any) -> int:
+    """A symbol as the key of a dictionary: the value is taken as it is, which becomes an assumption of the graph."""
+    return hash(builtins.int(self)) if isinstance(self, torch.SymInt) else hash(builtins.float(self)) if isinstance(self, torch.SymFloat) else hash(bool(self))
 
 
 @contextlib.contextmanager
@@ -91,10 +109,20 @@ def symbolic_builtins(modules: Iterable[str]) -> Iterator[None]:
     """Let `SYMBOLIC` hide the builtins in the named modules; a name that a module defines itself is left alone."""
     spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
     hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
+    kinds = [(kind, name) for kind in _SYMBOLS for name in ("__format__", "__hash__")]
+    methods = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in kinds]
     try:
         for space, name in hidden:
             space[name] = SYMBOLIC[name]
+        for kind in _SYMBOLS:
+            kind.__format__ = _no_text  # type: ignore[assignment, method-assign]
+            kind.__hash__ = _hash_of_value  # type: ignore[assignment, method-assign]
         yield
     finally:
         for space, name in hidden:
             space.pop(name, None)
+        for kind, name, method in methods:
+            if method is _ABSENT:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, method)

@@ -13,9 +13,9 @@ from passes.errors import Unremovable
 from passes.rewriter import ITEM, NoRule, Rewriter, Rule
 
 TABLES: dict[str, Mapping[Any, Rule]] = {
-    "bounded": bounded.RULES,
-    "arithmetic": arithmetic.RULES,
     "addressing": addressing.RULES,
+    "arithmetic": arithmetic.RULES,
+    "bounded": bounded.RULES,
 }
 
 

@@ -104,6 +104,8 @@ class Rewriter:
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
                 return made
+        if node.op == "call_function" and hasattr(node.target, "_schema") and self.sized_by_symbols(node):
+            return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
         self.aliases.made(copied)
@@ -128,6 +130,7 @@ class Rewriter:
         """Keep what the host read here: the tensor may be written before the value is used."""
         if self.aliases.is_written_later(tensor):
             tensor = self.call(aten.clone.default, tensor)
+        self.changes.append((_text(node), _text(tensor)))
         self.define(node.meta["val"], tensor)
 
     def _output(self, node: Node, values: Any) -> Node:
@@ -208,6 +211,9 @@ class Rewriter:
             if expression not in self._symbols:
                 raise Unremovable(f"nothing in the graph holds the value of {expression}", "scalar", self.site)
             return self._zero_dim(self._symbols[expression])
+        special = _SPECIAL.get(type(expression))
+        if special is not None:
+            return special(self, expression)
         made = _OPERATIONS.get(type(expression))
         if made is None:
             raise Unremovable(f"{type(expression).__name__} has no operator for it", "scalar", self.site)
@@ -293,6 +299,12 @@ class Rewriter:
 
     def has_dynamic_result(self, node: Node) -> bool:
         """Whether a traced result has a size that only the device knows."""
+        leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        sizes = [size for value in leaves if isinstance(value, Tensor) for size in value.shape]
+        return any(self.facts.resolve(size.node.expr).free_symbols for size in sizes if isinstance(size, torch.SymInt))
+
+    def sized_by_symbols(self, node: Node) -> bool:
+        """Whether a traced result has symbols for sizes, be they constants."""
         leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
         return any(isinstance(size, torch.SymInt) for value in leaves if isinstance(value, Tensor) for size in value.shape)
 
@@ -434,6 +446,65 @@ _OPERATIONS: dict[type, Any] = {
     sympy.And: aten.logical_and,
     sympy.Or: aten.logical_or,
     sympy.Not: aten.logical_not,
+}
+
+
+def _to_double(rw: Rewriter, expression: sympy.Basic) -> Any:
+    return rw.call(aten._to_copy.default, rw.number(expression.args[0]), dtype=torch.float64)
+
+
+def _to_whole(rounding: Any) -> Callable[[Rewriter, sympy.Basic], Any]:
+    def emit(rw: Rewriter, expression: sympy.Basic) -> Any:
+        return rw.call(aten._to_copy.default, rw.call(rounding, rw.number(expression.args[0])), dtype=torch.int64)
+
+    return emit
+
+
+def _divided(rw: Rewriter, expression: sympy.Basic) -> Any:
+    """A true division of integers or floats, in float64 as Python does it."""
+    a, b = (rw.number(part) for part in expression.args)
+    like = a if isinstance(a, Node) else b
+    doubles = [
+        rw.call(aten._to_copy.default, v, dtype=torch.float64) if isinstance(v, Node) else rw._filled(float(v), like) for v in (a, b)
+    ]
+    return rw.call(aten.div.Tensor, *doubles)
+
+
+def _chosen(rw: Rewriter, expression: sympy.Basic) -> Any:
+    """A piecewise expression: the first value whose condition holds."""
+    *cases, last = expression.args
+    if last.args[1] != sympy.true:
+        cases, last = list(expression.args), expression.args[-1]
+    made = rw.number(last.args[0])
+    for value, condition in reversed([case.args for case in cases]):
+        holds = rw.number(condition)
+        if isinstance(holds, bool):
+            made = rw.number(value) if holds else made
+            continue
+        sides = [side if isinstance(side, Node) else rw._filled(side, holds) for side in (rw.number(value), made)]
+        made = rw.call(aten.where.self, holds, *sides)
+    return made
+
+
+def _power(rw: Rewriter, expression: sympy.Basic) -> Any:
+    base, exponent = (rw.number(part) for part in expression.args)
+    if isinstance(base, Node) and not isinstance(exponent, Node):
+        return rw.call(aten.pow.Tensor_Scalar, base, exponent)
+    if isinstance(base, Node):
+        return rw.call(aten.pow.Tensor_Tensor, base, exponent)
+    return rw.call(aten.pow.Scalar, base, exponent)
+
+
+_SPECIAL: dict[type, Callable[[Rewriter, sympy.Basic], Any]] = {
+    sympy_functions.ToFloat: _to_double,
+    sympy_functions.TruncToInt: _to_whole(aten.trunc.default),
+    sympy_functions.FloorToInt: _to_whole(aten.floor.default),
+    sympy_functions.CeilToInt: _to_whole(aten.ceil.default),
+    sympy_functions.RoundToInt: _to_whole(aten.round.default),
+    sympy_functions.IntTrueDiv: _divided,
+    sympy_functions.FloatTrueDiv: _divided,
+    sympy_functions.PowByNatural: _power,
+    sympy.Piecewise: _chosen,
 }
 _SWAPPED: dict[type, Any] = {
     **dict.fromkeys((sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy_functions.Max, sympy_functions.Min)),

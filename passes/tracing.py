@@ -16,7 +16,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import sympy
@@ -30,11 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.sites import Site, user_site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-Site = tuple[str, int]
-_LIBRARIES = frozenset(("torch", "sympy", "passes", "graphs", "contextlib", "functools"))
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _TO_HOST = {getattr(Tensor, name): name for name in ("numpy", "__array__", "__repr__", "__format__", "__dlpack__", "__reduce_ex__")}
 
@@ -71,6 +69,7 @@ class Facts:
         definitions: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
         sources: file and line that read each symbol.
+        offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
 
@@ -79,6 +78,7 @@ class Facts:
     definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
+    offsets: set[sympy.Symbol] = field(default_factory=set)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
@@ -117,6 +117,8 @@ class _Hinted(ShapeEnv):
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
             self.facts.decide(expression, bool(value), user_site())
+        elif not value.is_Integer:
+            raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
         else:
             self.facts.decide(sympy.Eq(expression, value), True, user_site())
         return value
@@ -126,17 +128,6 @@ class _Hinted(ShapeEnv):
         if self._maybe_evaluate_static(expression) is None:
             self.facts.decide(expression, True, user_site())
         return True
-
-
-def user_site() -> Site:
-    """File and line of the innermost frame that belongs to no library below the model."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in _LIBRARIES and not frame.f_code.co_filename.startswith("<"):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return "", 0
 
 
 class _Follow(TorchDispatchMode):
@@ -152,12 +143,13 @@ class _Follow(TorchDispatchMode):
         site = user_site()
         result = func(*args, **(kwargs or {}))
         self._mark(site)
+        self._forget_offsets(result)
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **(kwargs or {}))
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
             self._name(result, [self.given.pop(0)], site)
-        elif self.reads and self.reads[0].operator == str(func):
-            self._name(result, self._next(str(func), site), site)
+        elif (values := self._next(str(func), site)) is not None:
+            self._name(result, values, site)
         return result
 
     def _mark(self, site: Site) -> None:
@@ -173,8 +165,15 @@ class _Follow(TorchDispatchMode):
         if self.reads and self.reads[0].operator == operator:
             self.reads.pop(0)
 
-    def _next(self, operator: str, site: Site) -> list[Any]:
-        """The values of the reads of one operator call."""
+    def _next(self, operator: str, site: Site) -> list[Any] | None:
+        """The values of the reads of one operator call; None where the eager run read none here.
+
+        Reads that the traced step does not make are passed over: some operators check their arguments on a CPU only.
+        """
+        index = next((i for i, r in enumerate(self.reads) if (r.operator, r.site) == (operator, site)), None)
+        if index is None:
+            return None
+        del self.reads[:index]
         first = self.reads.pop(0)
         values = [first.value]
         while operator != str(aten._local_scalar_dense.default) and self.reads and self.reads[0] == first:
@@ -183,7 +182,7 @@ class _Follow(TorchDispatchMode):
 
     def _lists(self) -> bool:
         """Whether the host read a list here, of which the traced step reads one item after the other."""
-        if self.reads and self.reads[0].operator == "Tensor.tolist":
+        if self.reads and self.reads[0].operator in _OTHER_READS:
             self.given = _flat(self.reads.pop(0).value)
         return bool(self.given)
 
@@ -201,9 +200,26 @@ class _Follow(TorchDispatchMode):
         fresh = _fresh(result, self.facts)
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or step != 1:
             return
-        whole = _expression(x.shape[dim])
-        first, last = _index(start, 0, whole), _index(end, whole, whole)
-        self.facts.definitions[size.node.expr] = self.facts.resolve(sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole)))
+        facts, whole = self.facts, _expression(x.shape[dim])
+        first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole), _index(end, whole, whole)))
+        count = sympy.simplify(last - first)
+        hint = facts.hint(sympy.Le(last, whole))
+        if count.is_Integer and hint == sympy.true:  # a window of fixed size, as long as it does not reach over the end
+            facts.decide(sympy.Le(last, whole), True, user_site())
+            length = sympy.Max(0, count)
+        else:
+            length = sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole))
+        facts.definitions[size.node.expr] = facts.resolve(length)
+
+    def _forget_offsets(self, result: Any) -> None:
+        """The place of a view in its storage may be a symbol too; nothing reads it."""
+        offset = result.storage_offset() if isinstance(result, Tensor) and result.layout == torch.strided else 0
+        if isinstance(offset, torch.SymInt):
+            known = {*self.facts.hints, *self.facts.definitions}
+            self.facts.offsets |= {symbol for symbol in offset.node.expr.free_symbols if symbol not in known}
+
+
+_OTHER_READS = ("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default), "torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor")
 
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
@@ -239,22 +255,89 @@ class _Symbolic(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _FROM_LISTS and not isinstance(args[-1], Tensor) and _has_symbols(args[-1]):
+            return _tensor_of(args[-1], args[0] if len(args) > 1 else None, kwargs)
+        if func is Tensor.__iter__ and isinstance(args[0].shape[0], torch.SymInt):
+            return iter([args[0].select(0, row) for row in range(int(args[0].shape[0]))])
+        if func is Tensor.numpy and args[0].dtype in _WHOLE:
+            return _object_array(args[0])
         if func in _TO_HOST:
             raise Unremovable("the host needs the tensor itself", f"Tensor.{_TO_HOST[func]}", user_site())
         if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
             self.follow.drop(f"Tensor.{func.__name__}")
             return args[0] if func is Tensor.cpu else args[0].to(*_dtypes(args[1:]), **_dtypes_of(kwargs))
+        if func in (torch.equal, Tensor.equal):
+            a, b = args
+            return a.shape == b.shape and bool(torch.eq(a, b).all())
+        if func in (torch.allclose, Tensor.allclose):
+            return bool(torch.isclose(*args, **kwargs).all())
+        if func is torch.nn.functional.pad and _has_symbols(args[1]):
+            return _pad(*args, **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             index = _with_symbols(args[1])
-            if func is Tensor.__getitem__ and any(isinstance(part, torch.SymInt) for part in _parts(index)):
-                return _select(args[0], _parts(index))
+            if any(isinstance(part, torch.SymInt) for part in _parts(index)):
+                view, rest = _select(args[0], _parts(index))
+                plain = all(part == slice(None) for part in rest)
+                if func is Tensor.__getitem__:
+                    return view if plain else view[rest]
+                view.__setitem__(... if plain else rest, args[2])
+                return None
             args = (args[0], index, *args[2:])
         elif func in _COUNTED:
             args, kwargs = tuple(map(_number, args)), {key: _number(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
+_FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _object_array(tensor: Tensor) -> Any:
+    """Whole numbers as a NumPy array of symbols."""
+    import numpy as np
+
+    array = np.empty(tuple(tensor.shape), dtype=object)
+    for place in np.ndindex(*array.shape):
+        array[place] = tensor[place].item()
+    return array
+
+
+def _has_symbols(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return any(map(_has_symbols, data))
+    return isinstance(data, (*_SYMBOLS, Tensor))
+
+
+def _tensor_of(data: Any, like: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """``torch.tensor(data)`` where some of the numbers are symbols, or tensors that stand for their values."""
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_tensor_of(item, like, kwargs) for item in data])
+    value = data.item() if isinstance(data, Tensor) else data
+    kind = torch.get_default_dtype() if isinstance(value, (float, torch.SymFloat)) else torch.int64
+    settings = {"dtype": kwargs.get("dtype") or (like.dtype if like is not None else kind)}
+    settings["device"] = kwargs.get("device") or (like.device if like is not None else None)
+    if isinstance(value, (bool, torch.SymBool)):
+        value, settings["dtype"] = torch.sym_ite(value, 1, 0) if isinstance(value, torch.SymBool) else value, torch.bool
+    return torch.scalar_tensor(value, **settings)
+
+
 _COUNTED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.empty)
+
+
+def _pad(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    """``F.pad`` by amounts that are symbols, as concatenation."""
+    if mode != "constant":
+        raise Unremovable("padding by an amount that only the device knows, other than with a constant", "pad", user_site())
+    for position in range(len(pad) // 2):
+        dim, parts = x.dim() - 1 - position, [x]
+        for amount, side in ((pad[2 * position], 0), (pad[2 * position + 1], 1)):
+            if isinstance(amount, torch.SymInt) or amount:
+                shape = (*x.shape[:dim], amount, *x.shape[dim + 1 :])
+                parts.insert(0 if side == 0 else len(parts), x.new_full(shape, 0.0 if value is None else value))
+        x = torch.cat(parts, dim) if len(parts) > 1 else x
+    return x
 
 
 def _flat(value: Any) -> list[Any]:
@@ -285,17 +368,37 @@ def _with_symbols(index: Any) -> Any:
     """An index whose slices are bounded by tensors, with their values as bounds."""
     if isinstance(index, tuple):
         return tuple(map(_with_symbols, index))
+    if isinstance(index, list) and _has_symbols(index):
+        return _tensor_of(index, None, {})
     if isinstance(index, slice):
         return slice(_number(index.start), _number(index.stop), _number(index.step))
     return index
+
+
+def _name_state(module: GraphModule) -> None:
+    """Tell the step's own tensors from constants made of host data, which `make_fx` names alike."""
+    constants = {n.args[0].target for n in module.graph.nodes if n.target in _LIFTS and isinstance(n.args[0], torch.fx.Node)}
+    names: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr" or node.target in constants or not str(node.target).startswith("_tensor_constant"):
+            continue
+        if node.target not in names:
+            names[node.target] = f"state_{len(names)}"
+            module.register_buffer(names[node.target], getattr(module, node.target), persistent=False)
+            delattr(module, node.target)
+        node.target = names[node.target]
+    module.recompile()
+
+
+_LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
 def _parts(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 
-def _select(x: Tensor, index: tuple[Any, ...]) -> Tensor:
-    """``x[index]`` where integers of the index are symbols, which torch's own indexing does not take."""
+def _select(x: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """``x`` at the integers of an index that are symbols, which torch's own indexing does not take, and the rest of the index."""
     taken = sum(1 for part in index if part is not None and part is not Ellipsis)
     spread = [p for part in index for p in ([slice(None)] * (x.dim() - taken) if part is Ellipsis else [part])]
     rest: list[Any] = []
@@ -304,7 +407,7 @@ def _select(x: Tensor, index: tuple[Any, ...]) -> Tensor:
             x = x.select(sum(1 for other in rest if other is not None), part)
         else:
             rest.append(part)
-    return x[tuple(rest)] if any(part != slice(None) for part in rest) else x
+    return x, tuple(rest)
 
 
 def trace_step(
@@ -338,6 +441,8 @@ def trace_step(
 
     with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
-    facts.decisions = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
+    resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
+    facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    _name_state(module)
     module.meta["facts"] = facts
     return module

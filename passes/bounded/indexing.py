@@ -227,7 +227,27 @@ def index_copy(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
     return x
 
 
+def masked_scatter(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.masked_scatter(mask, source)``: the n-th true element takes the n-th of the source."""
+    x, mask, source = args[:3]
+    if not any(rw.lengths(a) for a in args[:3]):
+        return None
+    shape = list(x.meta["val"].shape)
+    wide = rw.call(aten.expand.default, rw.neutral(mask, 0), shape)
+    flat = rw.call(aten.reshape.default, wide, [-1])
+    position = rw.call(aten.sub.Tensor, rw.call(aten.cumsum.default, flat, 0), 1)
+    count = source.meta["val"].numel()
+    rows = rw.call(aten.clamp.default, position, 0, max(count - 1, 0))
+    taken = rw.call(aten.index_select.default, rw.call(aten.reshape.default, source, [-1]), 0, rows)
+    made = rw.call(aten.where.self, wide, rw.call(aten.reshape.default, taken, shape), x)
+    if node.target is aten.masked_scatter_.default:
+        made = rw.call(aten.copy_.default, x, made)
+    return rw.padded(made, rw.lengths(x))
+
+
 RULES: dict[Any, Rule] = {
+    aten.masked_scatter.default: masked_scatter,
+    aten.masked_scatter_.default: masked_scatter,
     aten.index.Tensor: index,
     aten.index_select.default: index_select,
     aten.gather.default: gather,

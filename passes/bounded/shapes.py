@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from passes.rewriter import Rewriter, Rule, is_symbol
+from passes.addressing import gather
+from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
 
 aten = torch.ops.aten
 
@@ -176,6 +177,31 @@ def split(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any
     return rw.call(node.target, *args, **kwargs)
 
 
+def split_with_sizes(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.split([u, v, ...])``: each part is a window that begins where the one before it ends."""
+    x, sizes = args[:2]
+    if not _touched(rw, node, args):
+        return None
+    if not any(map(is_symbol, sizes)):
+        return split(rw, node, args, kwargs)
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.meta["val"].dim()
+    total, parts, start = x.meta["val"].shape[dim], [], sympy.Integer(0)
+    lengths = [rw.facts.resolve(expression_of(size)) for size in sizes]
+    if dim in rw.lengths(x):
+        rw.no_rule("a split of a dimension whose length only the device knows", node)
+    rw.facts.decide(sympy.Eq(sum(lengths), total), True, rw.site)
+    for index, length in enumerate(lengths):
+        rw.facts.decide(sympy.Ge(length, 0), True, rw.site)
+        rw.bounds.limit(length, total)
+        first = rw.number(start)
+        count = rw.bound(length)
+        known = length if length.free_symbols and not rw.is_exact(length) else None
+        part = gather(rw, x, dim, first, count, known)
+        parts.append(rw.padded(part, {**rw.lengths(x), **({dim: length} if known is not None else {})}))
+        start = rw.facts.resolve(start + length)
+    return tuple(parts)
+
+
 def cat(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """``torch.cat``: along a padded dimension, the second part moves up to where the first truly ends."""
     if not _touched(rw, node, args):
@@ -239,6 +265,7 @@ RULES: dict[Any, Rule] = {
             aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.rand.default, aten.randn.default,
         )
     },
-    **{target: split for target in (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)},
+    **{target: split for target in (aten.unbind.int, aten.split.Tensor)},
+    aten.split_with_sizes.default: split_with_sizes,
     aten.copy_.default: lambda rw, node, args, kwargs: elementwise(rw, node, args, kwargs) if _touched(rw, node, args) else None,
 }  # fmt: skip

@@ -26,7 +26,7 @@ _SMALL_FLOATS = "source-types=bf16,f16,f8E4M3FN,f8E4M3FNUZ target-type=f32"
 TO_LOOPS = ",".join(
     [
         "func.func(refback-generalize-tensor-pad,refback-generalize-tensor-concat)",
-        "func.func(linalg-generalize-named-ops,linalg-fuse-elementwise-ops,tm-tensor-bufferize)",
+        "func.func(linalg-fuse-elementwise-ops,tm-tensor-bufferize)",  # not into matrix products: that repeats the work
         f"one-shot-bufferize{{{_BUFFERIZE}}}",
         "buffer-results-to-out-params{modify-public-functions=1 hoist-static-allocs=1}",
         "buffer-deallocation-pipeline",
@@ -67,12 +67,13 @@ class CompiledStep:
         """Run the step.
 
         Raises:
-            OptionError: an argument differs from the call that was lowered in structure, shape or dtype, or is not on the CPU.
+            OptionError: an argument differs from the call that was lowered in structure, shape, dtype or (where it is no tensor)
+                value, or a tensor is not on the CPU.
             IndexOutOfRange: an index in a tensor is out of range. Nothing was written then.
         """
         program = self.program
-        leaves = program.flatten(args, kwargs)
-        operands = [operand.tensor if operand.argument is None else leaves[operand.argument] for operand in program.operands]
+        leaves = program.call.match(args, kwargs)
+        operands = [operand.tensor if operand.leaf is None else leaves[operand.leaf] for operand in program.operands]
         for operand, tensor in zip(program.operands, operands, strict=True):
             _check(operand.name, tensor, operand.tensor)
         outputs = [torch.empty(value.shape, dtype=value.dtype) for value in program.outputs]
@@ -136,7 +137,7 @@ def _compile(module: Any) -> tuple[Any, list[str]]:
 def _check(name: str, tensor: Any, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else tensor
-        raise OptionError(f"argument {name}", got, f"{like.dtype} {tuple(like.shape)}, for which the step was lowered")
+        raise OptionError(name, got, f"{like.dtype} {tuple(like.shape)}, for which the step was lowered")
     if tensor.device.type != "cpu":
         raise OptionError(f"device of {name}", str(tensor.device), "'cpu': move the model and its arguments there")
 

@@ -16,23 +16,22 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import Graph, Node
-from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from passes.errors import LoweringError, OptionError
+from passes.errors import LoweringError
 from passes.mlir.bindings import bindings
 from passes.mlir.decompositions import Decompositions, registered
-from passes.mlir.sites import SourceLines, blame, source_of
+from passes.mlir.sites import source_of
+from passes.mlir.tracing import EXPORT, Call, Step, staged, trace
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 aten = torch.ops.aten
 _KNOWN = ("aten", "prims", "prim")
-_EXPORT = "torch.export.export(model, args, kwargs, strict=False).run_decompositions()"
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,14 @@ class Operand:
     """One tensor argument of the lowered function.
 
     Attributes:
-        name: the qualified name of a weight or buffer, the name of an argument otherwise.
-        tensor: what it was lowered for: the weight or buffer itself; for an argument, an empty tensor that only tells shape,
-            dtype.
-        argument: the position among the flattened arguments of a call; ``None`` for weights and buffers.
+        name: the qualified name of a weight or buffer; ``args[0]`` or ``kwargs['x']``, with the way inside, for an argument.
+        tensor: the weight, buffer or other tensor of the model itself; for an argument a fake one, which tells shape and dtype.
+        leaf: the position among the leaves of the call; ``None`` for tensors that the model has without being given them.
     """
 
     name: str
     tensor: Tensor
-    argument: int | None
+    leaf: int | None
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,13 @@ class Program:
 
     Attributes:
         graph: ATen operators; its placeholders are ``operands`` in order, each of its outputs is given once.
-        operands: weights and buffers that are read, then tensor arguments.
+        operands: tensors the model has, then tensor arguments.
         outputs: fake tensors: shape and dtype of each output.
         written: ``(operand, output)``: positions of tensors that are written, and of their new values.
-        results: for each leaf of the model's result, the position among the outputs, or ``None`` for a constant.
-        constants: the constant leaves of the result; ``None`` where the leaf is a tensor.
-        signature: structure of ``(args, kwargs)``.
-        structure: structure of the result.
+        results: for each leaf of the model's result, the position among the outputs, or ``None`` where it is no tensor.
+        constants: the leaves of the result that are no tensors, ``None`` in place of tensors.
+        structure: of the result.
+        call: the arguments it was lowered for.
     """
 
     graph: Graph
@@ -72,22 +70,8 @@ class Program:
     written: tuple[tuple[int, int], ...]
     results: tuple[int | None, ...]
     constants: tuple[Any, ...]
-    signature: pytree.TreeSpec
     structure: pytree.TreeSpec
-
-    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The leaves of a call, keywords in the order of the call that was lowered.
-
-        Raises:
-            OptionError: the call has another structure than that one.
-        """
-        _, keywords = self.signature.children()
-        ordered = {name: kwargs[name] for name in keywords.context if name in kwargs}
-        ordered.update(kwargs)
-        leaves, structure = pytree.tree_flatten((args, ordered))
-        if structure != self.signature:
-            raise OptionError("structure of the arguments", structure, f"the one that was lowered, {self.signature}")
-        return leaves
+    call: Call
 
 
 def export_program(
@@ -102,55 +86,13 @@ def export_program(
         LoweringError: the model cannot be traced, or an operator has no decomposition.
     """
     table = {**bindings().decompositions(), **registered(), **decompositions}
-    exported = _export(model, args, kwargs)
-    program = _staged("decomposition", lambda: exported.run_decompositions(table))
+    exported, step = trace(model, args, kwargs)
+    program = staged("decomposition", lambda: exported.run_decompositions(table))
     _drop_assertions(program.graph)
     _wrap_negative_indices(program.graph)
     for node in program.graph.nodes:
         _check(node)
-    return _described(program)
-
-
-def _export(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
-    if isinstance(model, ExportedProgram):
-        return model
-    if not callable(model):
-        raise OptionError("model", model, "an nn.Module, a function, a torch.fx.GraphModule or a torch.export.ExportedProgram")
-    stands_for = getattr(type(model), "__graphs_walk__", None)  # a captured step says which model it records
-    step = stands_for(model) if stands_for else model
-    module = step if isinstance(step, nn.Module) else _Function(step)
-    with torch.no_grad(), preserve_node_meta(), SourceLines():
-        return _staged("export", lambda: torch.export.export(module, args, dict(kwargs), strict=False))
-
-
-class _Function(nn.Module):
-    """A plain function as a module, which is what ``torch.export`` takes; its parameters keep their names."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def _staged(stage: str, work: Callable[[], ExportedProgram]) -> ExportedProgram:
-    try:
-        return work()
-    except LoweringError:
-        raise
-    except Exception as error:
-        operator, site = blame(error)
-        detail = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise LoweringError(
-            stage,
-            f"{type(error).__name__}: {detail}",
-            operator=operator,
-            site=site,
-            reproduce=_EXPORT,
-            remedy="see that the call runs eagerly; keep values that depend on data in tensors (torch.where, indexing with "
-            "tensors) and state that is written in buffers or arguments, so that torch.export can trace the step",
-        ) from error
+    return _described(program, step)
 
 
 def _drop_assertions(graph: Graph) -> None:
@@ -198,57 +140,40 @@ def _check(node: Node) -> None:
         f"nobody said what {name} is made of",
         operator=name,
         site=source_of(node.meta.get("stack_trace")),
-        reproduce=_EXPORT,
+        reproduce=EXPORT,
         remedy=f"passes.register_decompositions({{torch.ops.{name}: function}}), or decompositions= of this call, with a "
         "function of ATen operators",
     )
 
 
-def _described(program: ExportedProgram) -> Program:
-    """Sort the inputs and outputs of an exported program; arguments that are constants leave the graph."""
+def _described(program: ExportedProgram, step: Step) -> Program:
+    """Say what the inputs and outputs of an exported step are; outputs that are one value are given once."""
     graph, signature = program.graph, program.graph_signature
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     operands: list[Operand] = []
-    position: dict[str, int] = {}
-    argument = 0
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
-        if not isinstance(spec.arg, TensorArgument):
-            argument += spec.kind is InputKind.USER_INPUT
-            _erase(node, spec)
-            continue
-        user = spec.kind is InputKind.USER_INPUT
-        position[spec.target or spec.arg.name] = position[spec.arg.name] = len(operands)
-        tensor = node.meta["val"] if user else _held(program, spec)
-        operands.append(Operand(spec.target or spec.arg.name, tensor, argument if user else None))
-        argument += user
+    arguments = iter(step.tensors)
+    for node, spec in zip(graph.find_nodes(op="placeholder"), signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            leaf = next(arguments)
+            operands.append(Operand(step.call.names[leaf], node.meta["val"], leaf))
+        else:
+            operands.append(Operand((spec.target or "").removeprefix("model."), _held(program, spec), None))
+    position = {spec.target or spec.arg.name: at for at, spec in enumerate(signature.input_specs)}
     values: dict[Node, int] = {}
     written: list[tuple[int, int]] = []
-    results: list[int | None] = []
-    constants: list[Any] = []
-    returned = cast("tuple[Node, ...]", graph.output_node().args[0])
-    for value, out in zip(returned, signature.output_specs, strict=True):
-        at = None if isinstance(out.arg, ConstantArgument) else values.setdefault(value, len(values))
-        if out.kind in _WRITES and at is not None:
+    returned: list[int] = []
+    for value, out in zip(cast("tuple[Node, ...]", graph.output_node().args[0]), signature.output_specs, strict=True):
+        at = values.setdefault(value, len(values))
+        if out.kind in _WRITES:
             written.append((position[out.target or ""], at))
         else:
-            results.append(at)
-            constants.append(out.arg.value if isinstance(out.arg, ConstantArgument) else None)
+            returned.append(at)
     graph.output_node().args = (tuple(values),)
-    spec_in, spec_out = program.call_spec.in_spec, program.call_spec.out_spec
-    assert spec_in is not None and spec_out is not None
     outputs = tuple(value.meta["val"] for value in values)
-    return Program(graph, tuple(operands), outputs, tuple(written), tuple(results), tuple(constants), spec_in, spec_out)
-
-
-def _erase(node: Node, spec: InputSpec) -> None:
-    if node.users:
-        raise LoweringError(
-            "export",
-            f"argument {node.name!r} is neither a tensor nor a constant: {spec.arg}",
-            reproduce=_EXPORT,
-            remedy="pass tensors, numbers, strings or containers of them",
-        )
-    node.graph.erase_node(node)
+    order = iter(returned)
+    results = tuple(next(order) if tensor else None for tensor in step.result.tensors)
+    assert step.result.structure is not None, "the step was traced"
+    constants = step.result.leaves
+    return Program(graph, tuple(operands), outputs, tuple(written), results, constants, step.result.structure, step.call)
 
 
 def _held(program: ExportedProgram, spec: InputSpec) -> Tensor:
