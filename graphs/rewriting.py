@@ -51,7 +51,7 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenSte
         structure.append(map_leaves(output, lambda leaf: _hole(leaf, found)))
         return found
 
-    reads = [passes.Read(read.operator, read.frame, read.value) for read in trace.reads]
+    reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
     try:
         module = passes.trace_step(flat, tensors, reads, _modules(step, trace))
         changes = passes.run(module, _pipeline(step))

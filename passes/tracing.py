@@ -39,11 +39,17 @@ _TO_HOST = {getattr(Tensor, name): name for name in ("numpy", "__array__", "__re
 
 @dataclass(frozen=True)
 class Read:
-    """A value that the host read in an eager run of the step: which operator gave it, at which line, and the value."""
+    """A value that the host read in an eager run of the step.
+
+    Attributes:
+        operator, site: which operator gave it, at which line.
+        call: the same number for values that one call gave.
+    """
 
     operator: str
     site: Site
     value: Any
+    call: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ class _Follow(TorchDispatchMode):
         del self.reads[:index]
         first = self.reads.pop(0)
         values = [first.value]
-        while operator != str(aten._local_scalar_dense.default) and self.reads and self.reads[0] == first:
+        while self.reads and (self.reads[0].operator, self.reads[0].call) == (operator, first.call):
             values.append(self.reads.pop(0).value)
         return values
 
@@ -257,8 +263,9 @@ class _Symbolic(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FROM_LISTS and not isinstance(args[-1], Tensor) and _has_symbols(args[-1]):
             return _tensor_of(args[-1], args[0] if len(args) > 1 else None, kwargs)
-        if func is Tensor.__iter__ and isinstance(args[0].shape[0], torch.SymInt):
-            return iter([args[0].select(0, row) for row in range(int(args[0].shape[0]))])
+        if func in (torch.unbind, Tensor.unbind) and isinstance(args[0].shape[_dim(args, kwargs)], torch.SymInt):
+            dim = _dim(args, kwargs)
+            return tuple(args[0].select(dim, row) for row in range(int(args[0].shape[dim])))
         if func is Tensor.numpy and args[0].dtype in _WHOLE:
             return _object_array(args[0])
         if func in _TO_HOST:
@@ -302,6 +309,10 @@ def _object_array(tensor: Tensor) -> Any:
     for place in np.ndindex(*array.shape):
         array[place] = tensor[place].item()
     return array
+
+
+def _dim(args: Any, kwargs: dict[str, Any]) -> int:
+    return int(kwargs.get("dim", args[1] if len(args) > 1 else 0))
 
 
 def _has_symbols(data: Any) -> bool:

@@ -1,0 +1,21 @@
+"""Where in the user's program something happens."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+Site = tuple[str, int]
+"""File and line; the file is empty where no Python frame is known."""
+_LIBRARIES = frozenset(("torch", "sympy", "passes", "graphs", "contextlib", "functools"))
+
+
+def user_site() -> Site:
+    """File and line of the innermost frame that belongs to no library below the model."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _LIBRARIES and not frame.f_code.co_filename.startswith("<"):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
