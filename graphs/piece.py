@@ -69,7 +69,9 @@ class RecordedPiece:
         self.recording, self.written = recording, trial.written
         self.replays, self.seconds = 0, 0.0
         self._static = list(static)
-        self._addresses = [v.data_ptr() if i in set(static) else None for i, v in enumerate(inputs)]
+        self._static_addresses = [inputs[index].data_ptr() for index in static]
+        known = dict(zip(static, self._static_addresses, strict=True))
+        self._addresses = [known.get(index) for index in range(len(inputs))]
         self._owned = [(tensor, tensor.data_ptr()) for tensor in trial.graph.owned]
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
@@ -79,7 +81,7 @@ class RecordedPiece:
         if _equal_addresses is not None:
             if not _equal_addresses(list(inputs), self._addresses, self._static):
                 return False
-        elif any(inputs[index].data_ptr() != self._addresses[index] for index in self._static):
+        elif list(map(Tensor.data_ptr, map(inputs.__getitem__, self._static))) != self._static_addresses:
             return False
         return all(tensor.data_ptr() == address for tensor, address in self._owned)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphs.bench.decode import measure_decode
+from graphs.bench.inductor import measure_compilers
 from graphs.bench.launches import count_launches
 from graphs.bench.llama import size_for
 from graphs.bench.machine import describe_machine
@@ -64,6 +65,8 @@ def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem:
             results = _kept(results, stem, rows=tuple(row for case in cases for row in case.rows))
     if experiment in ("all", "overhead"):
         results = _kept(results, stem, bars=tuple(measure_bars(settings, progress)))
+    if experiment == "compile":  # takes minutes, so it is not part of "all"
+        results = _kept(results, stem, bars=tuple(measure_compilers(settings, progress)))
     return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
 
 

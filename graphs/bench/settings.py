@@ -10,7 +10,7 @@ from graphs.config import choice
 from graphs.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
-EXPERIMENTS = ("all", "decode", "wo_a", "overhead")
+EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile")
 MIN_RUNS = 20  # below this, quartiles say little
 
 

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from graphs.bench import inductor
+from graphs.bench.inductor import BACKEND, BARE, CAPTURED, NARROW, REDUCED, measure_compilers
+from graphs.bench.llama import WIDE, LlamaSize
+from graphs.bench.progress import Progress
+from graphs.bench.settings import BenchSettings
+from graphs.errors import ConfigError
+
+TIMES = {BARE: [1.0, 1.0], CAPTURED: [1.02, 1.02], BACKEND: [1.1, 1.1], REDUCED: [1.2, 1.2]}
+
+
+@pytest.mark.parametrize(("size", "met"), [(WIDE, [True, False, True]), (NARROW, [False, False])])
+def test_bars_are_ratios_of_the_times_with_limits_by_width(size: LlamaSize, met: list[bool], settings: BenchSettings) -> None:
+    bars = inductor._bars(size, TIMES, settings)
+    assert [bar.met for bar in bars] == met
+    assert bars[-1].measured.median == pytest.approx(1.2 / 1.1) and bars[-1].at_least
+    assert bars[-1].sides[REDUCED].median == pytest.approx(1.2e6 / inductor.STEPS)
+
+
+def test_a_cpu_is_refused(settings: BenchSettings, progress: Progress) -> None:
+    with pytest.raises(ConfigError, match="'cuda' for this experiment"):
+        measure_compilers(settings, progress, (dataclasses.replace(NARROW, layers=1),))
