@@ -1,4 +1,8 @@
-"""The grouped projection by path and number of tokens. Every case is within its tolerance of float64 before it is timed."""
+"""The grouped projection by path, groups and tokens. Every case is within its tolerance of float64 before it is timed.
+
+``python -m graphs bench wo_a`` prints one table of all of it, with ratios from one run; here single cases can be picked with
+``-k`` and compared between runs by pytest-benchmark.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,53 @@ from typing import Any
 import pytest
 import torch
 
-import graphs
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a import (
-    PATHS,
-    ProjectionSize,
-    ProjectionStack,
-    activations,
-    compare_with_float64,
-    make_weights,
-    projection_size_for,
-)
+from graphs.bench.wo_a import Selection, activations, check, exact_results, make_weights, selection_for
+from graphs.bench.wo_a_paths import PATHS, absent
+from graphs.bench.wo_a_record import ProjectionStack, record
 from graphs.ops import GroupedWeight
 
 Timer = Callable[..., None]
-Weights = tuple[ProjectionSize, list[GroupedWeight]]
+Weights = Callable[[int], list[GroupedWeight]]
 
 
 @pytest.fixture(scope="module")
-def loaded(device: torch.device) -> Weights:
-    """Shapes and weights for this device, shared by the paths."""
-    size = projection_size_for(BenchSettings(device))
-    return size, make_weights(size, device)
+def selection(device: torch.device) -> Selection:
+    """The shapes for this device."""
+    return selection_for(BenchSettings(device))
 
 
+@pytest.fixture(scope="module")
+def loaded(device: torch.device, selection: Selection) -> Weights:
+    """Weights of G groups, made once and shared by the paths; those of one G at a time."""
+    return functools.lru_cache(maxsize=1)(lambda groups: make_weights(selection, groups, device))
+
+
+@pytest.mark.parametrize("groups", [2, 8, 16])
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024])
 def test_projections(
-    benchmark: Any, time_call: Timer, loaded: Weights, device: torch.device, tokens: int, path: str, mode: str
+    benchmark: Any,
+    time_call: Timer,
+    loaded: Weights,
+    selection: Selection,
+    device: torch.device,
+    groups: int,
+    tokens: int,
+    path: str,
+    mode: str,
 ) -> None:
-    size, weights = loaded
-    benchmark.group = f"{size.layers} projections, M={tokens}, {path}"
+    if groups not in selection.groups or tokens not in selection.tokens:
+        pytest.skip(f"too large for {device}: {selection.name}")
+    why = absent(path, device)
+    if why:
+        pytest.skip(f"{path}: {why}")
+    weights = loaded(groups)
+    benchmark.group = f"{len(weights)} projections, G={groups}, M={tokens}"
     stack = ProjectionStack(weights, path)
-    step = graphs.capture(stack)
-    o = activations(tokens, size, device)
+    o = activations(tokens, groups, selection.k, device)
     with torch.no_grad():
-        compare_with_float64(stack, step, weights, o, path)
-        step.mode = mode
-        time_call(functools.partial(step, o), device)
+        made = record(stack, o)
+        benchmark.extra_info["error"] = check(stack, made.replay(), o, exact_results(weights, o))
+        benchmark.extra_info["weight_bytes"] = stack.weight_bytes
+        time_call(functools.partial(stack, o) if mode == "eager" else made.replay, device)

@@ -13,6 +13,7 @@ except ImportError as error:
     raise MissingDependency("typer", "the command line", "pip install stepgraphs") from error
 
 from graphs.bench.settings import DEVICES, EXPERIMENTS, MIN_RUNS, BenchSettings
+from graphs.bench.wo_a_paths import PATHS
 from passes.mlir import DIALECTS
 
 app = typer.Typer(
@@ -36,11 +37,29 @@ def bench(
     runs: Annotated[int, typer.Option(help=f"Measured repetitions of everything, at least {MIN_RUNS}.")] = MIN_RUNS,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer batch sizes and shorter sequences.")] = False,
     device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
+    groups: Annotated[str, typer.Option(help="wo_a: numbers of groups, separated by commas.")] = "",
+    tokens: Annotated[str, typer.Option(help="wo_a: numbers of tokens, separated by commas.")] = "",
+    paths: Annotated[str, typer.Option(help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
 ) -> None:
     """Measure decode steps, the grouped projection and the overhead of a captured call, eager against graph."""
     from graphs.bench import run_bench
 
-    run_bench(experiment, BenchSettings.resolve(device, runs, quick), out)
+    settings = BenchSettings.resolve(device, runs, quick, groups=groups, tokens=tokens, paths=paths)
+    run_bench(experiment, settings, out)
+
+
+@app.command()
+def tune(
+    operator: Annotated[str, typer.Argument(metavar="[wo_a]", help="What to measure again.")],
+    runs: Annotated[int, typer.Option(help=f"Measured repetitions, at least {MIN_RUNS}.")] = MIN_RUNS,
+    device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
+    groups: Annotated[str, typer.Option(help="Numbers of groups, separated by commas.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "",
+) -> None:
+    """Measure on this machine which path `auto` should take, and keep the answer for its device and versions."""
+    from graphs.bench import tune as run_tune
+
+    run_tune(operator, BenchSettings.resolve(device, runs, groups=groups, tokens=tokens))
 
 
 @app.command()

@@ -105,12 +105,12 @@ def test_only_the_configuration_reads_settings_from_the_environment() -> None:
 def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
     allowed = {
         "triton": {
-            "graphs.ops.kernels",
-            "graphs.ops.hopper",
-            "graphs.ops.split_k",
-            "graphs.ops.offline",
-            "graphs.record.copies",
             "graphs.bench.read_floor",
+            "graphs.ops.hopper",
+            "graphs.ops.kernels",
+            "graphs.ops.offline",
+            "graphs.ops.split_k",
+            "graphs.record.copies",
         },
         "aiter": {"graphs.ops.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},

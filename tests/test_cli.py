@@ -31,6 +31,21 @@ def test_options_reach_the_bench(ran: list[tuple], tmp_path: Path) -> None:
     assert (experiment, out, settings.runs, settings.quick, settings.device.type) == ("wo_a", tmp_path, 25, True, "cpu")
 
 
+def test_the_projection_can_be_narrowed_down(ran: list[tuple]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "wo_a", "--device", "cpu", "--groups", "2", "--tokens", "1,4", "--paths", "fused,aiter bmm"])
+    settings = ran[0][1]
+    assert (settings.groups, settings.tokens, settings.paths) == ((2,), (1, 4), ("fused", "aiter bmm"))
+
+
+def test_tune_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr("graphs.bench.tune", lambda *arguments: calls.append(arguments))
+    with pytest.raises(SystemExit) as done:
+        main(["tune", "wo_a", "--device", "cpu", "--groups", "2"])
+    assert done.value.code == 0 and calls[0][0] == "wo_a" and calls[0][1].groups == (2,)
+
+
 def test_everything_is_the_default(ran: list[tuple]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "--device", "cpu"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from graphs.bench.progress import Progress, make_console
 from graphs.bench.rows import BenchRow, Case, Results
 from graphs.bench.settings import EXPERIMENTS, BenchSettings
 from graphs.bench.table import bars_table, results_table
-from graphs.bench.wo_a import measure_wo_a, projection_size_for
+from graphs.bench.wo_a import measure_wo_a, selection_for
+from graphs.bench.wo_a_paths import absent
+from graphs.bench.wo_a_table import projection_bars_table, projections_table
 from graphs.config import choice
-
-_CASES: dict[str, Callable[[BenchSettings, Progress], list[Case]]] = {"decode": measure_decode, "wo_a": measure_wo_a}
 
 
 def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any = None) -> Results:
@@ -45,12 +45,17 @@ def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any 
     with _one_cpu_thread():
         results = _measure(experiment, settings, Progress(console), stem)
     written = [stem.with_suffix(".json").name]
-    if results.rows:
+    workloads = {row.workload for row in results.rows}
+    if "decode" in workloads:
         console.print(results_table(results))
+    if "wo_a" in workloads:
+        console.print(projections_table(results))
+        console.print(projection_bars_table(results))
+    if any(not bar.where for bar in results.bars):
+        console.print(bars_table(results))
+    if results.rows:
         draw_results(results, stem.with_suffix(".png"))
         written.append(stem.with_suffix(".png").name)
-    if results.bars:
-        console.print(bars_table(results))
     console.print(f"Written to {out}: {', '.join(written)}")
     return results
 
@@ -59,15 +64,22 @@ def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem:
     """Everything that is asked for, written to the JSON file as it comes in."""
     results = Results(describe_machine(settings.device), settings.runs, settings.quick, _notes(experiment, settings))
     cases: list[Case] = []
-    for part, measure in _CASES.items():
-        if experiment in ("all", part):
-            cases += measure(settings, progress)
-            results = _kept(results, stem, rows=tuple(row for case in cases for row in case.rows))
+    if experiment in ("all", "decode"):
+        cases += measure_decode(settings, progress)
+        results = _kept(results, stem, rows=_rows(cases))
+    if experiment in ("all", "wo_a"):
+        found = measure_wo_a(settings, progress, selection_for(settings, experiment))
+        cases += found.cases
+        results = _kept(results, stem, rows=_rows(cases), bars=tuple(found.bars), notes=(*results.notes, *found.notes))
     if experiment in ("all", "overhead"):
-        results = _kept(results, stem, bars=tuple(measure_bars(settings, progress)))
+        results = _kept(results, stem, bars=(*results.bars, *measure_bars(settings, progress)))
     if experiment == "compile":  # takes minutes, so it is not part of "all"
         results = _kept(results, stem, bars=tuple(measure_compilers(settings, progress)))
     return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
+
+
+def _rows(cases: list[Case]) -> tuple[BenchRow, ...]:
+    return tuple(row for case in cases for row in case.rows)
 
 
 def _kept(results: Results, stem: Path, **parts: Any) -> Results:
@@ -91,11 +103,13 @@ def _one_cpu_thread() -> Iterator[None]:
 def _count(cases: list[Case], settings: BenchSettings, progress: Progress) -> list[BenchRow]:
     """The rows with their submissions: counted last, since a profiler can slow down the launches after it."""
     rows = []
-    with progress.case("counting launches", sum(len(case.rows) for case in cases)) as tick:
+    with progress.case("counting launches", sum(len(case.calls) for case in cases)) as tick:
         for case in cases:
             for row in case.rows:
-                rows.append(dataclasses.replace(row, launches=count_launches(case.calls[row.mode], settings.device)))
-                tick()
+                if row.mode in case.calls:
+                    row = dataclasses.replace(row, launches=count_launches(case.calls[row.mode], settings.device))
+                    tick()
+                rows.append(row)
     return rows
 
 
@@ -105,7 +119,9 @@ def _notes(experiment: str, settings: BenchSettings) -> tuple[str, ...]:
     if experiment in ("all", "decode"):
         notes.append(size_for(settings.device).describe())
     if experiment in ("all", "wo_a"):
-        notes.append(projection_size_for(settings).describe())
+        selection = selection_for(settings, experiment)
+        notes.append(selection.describe())
+        notes += [f"{path} was not measured: {why}" for path in selection.paths if (why := absent(path, settings.device))]
     if settings.device.type != "cuda" and notes:
         notes.append("No GPU was used: the model and the shapes are smaller than on a GPU, and graph mode is the operator tape.")
     return tuple(notes)

@@ -8,6 +8,7 @@ from typing import Any
 from graphs.bench.optional import optional_module
 from graphs.bench.rows import BenchRow, Results
 from graphs.bench.table import pairs
+from graphs.bench.wo_a_paths import OURS
 
 _COLOURS = {"eager": "#b0b7c3", "graph": "#2563a8"}
 _WIDTH = 0.38
@@ -29,10 +30,12 @@ def draw_results(results: Results, path: Path) -> None:
 
 
 def _panels(results: Results) -> dict[str, list[tuple[BenchRow, BenchRow]]]:
-    """Rows of each panel by its title."""
+    """Rows of each panel by its title; of the grouped projection the paths of this project, at the smallest G."""
     panels: dict[str, list[tuple[BenchRow, BenchRow]]] = {}
+    fewest = min((row.groups for row in results.rows if row.workload == "wo_a"), default=0)
     for eager, graph in pairs(results):
-        panels.setdefault(f"{eager.workload}, {eager.case}", []).append((eager, graph))
+        if eager.workload != "wo_a" or (eager.groups == fewest and eager.case in OURS):
+            panels.setdefault(f"{eager.workload}, {eager.case}", []).append((eager, graph))
     return panels
 
 

@@ -36,6 +36,8 @@ class BenchRow:
         error: relative error against float64; None where tokens were compared instead.
         launches: what the host submits in one call: kernels, copies and graphs; operators on a CPU. None if not counted.
         capture_seconds, pool_bytes: cost of the recording; 0 in eager mode.
+        groups, weight_bytes, first_call_seconds: ``wo_a``: G, the bytes of one weight with its scales, and the first call of this
+            path and M, with compilation and tuning as far as no cache on disk had them.
         break_even_calls: calls until the recording has paid for ``capture_seconds``, by the medians of this run; None in
             eager mode, or where it never does.
     """
@@ -53,6 +55,9 @@ class BenchRow:
     capture_seconds: float = 0.0
     pool_bytes: int = 0
     break_even_calls: int | None = None
+    groups: int = 0
+    weight_bytes: int = 0
+    first_call_seconds: float = 0.0
 
     @property
     def call_us(self) -> float:
@@ -62,7 +67,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Case:
-    """One workload: a row for each mode, and one call in each mode to count submissions of, later."""
+    """One workload: a row for each mode, and one call in each mode whose submissions are not known yet, to count them later."""
 
     rows: tuple[BenchRow, ...]
     calls: Mapping[str, Callable[[], Any]]
@@ -88,6 +93,8 @@ class BarRow:
         at_least: whether ``measured`` has to reach the limit, or stay under it.
         sides: what was compared, microseconds.
         device: where it was measured.
+        where: the case among those that the same limit holds for; empty if there is one only.
+        goal: what one would like to reach, in ``unit``.
     """
 
     name: str
@@ -98,6 +105,8 @@ class BarRow:
     at_least: bool
     sides: dict[str, Spread]
     device: str
+    where: str = ""
+    goal: float | None = None
 
     @property
     def met(self) -> bool:

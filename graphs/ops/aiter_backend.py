@@ -29,8 +29,7 @@ from torch import Tensor
 
 from graphs.errors import MissingDependency, WeightError
 from graphs.ops import wo_a
-from graphs.ops.reference import BLOCK, FP8_MAX
-from graphs.ops.tiles import quantise_rows
+from graphs.ops.reference import BLOCK
 
 AMD_ONLY = frozenset({"waves_per_eu", "matrix_instr_nonkdim", "kpack"})  # launch options that only Triton's AMD compiler knows
 INSTALL = "pip install amd-aiter" if torch.version.hip else "pip install --no-deps amd-aiter"
@@ -224,21 +223,10 @@ def _launch_bmm(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, config: str
 
 
 def _launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, config: str) -> None:
-    q, q_scale = _quantise(o, weight.dtype)
+    q, q_scale = wo_a.kernels().quantise(o, weight.dtype)
     for g in range(weight.shape[0]):
         options = _options("gloop", o.shape[0], weight, config, NUM_KSPLIT=1)
         function("gloop")(q[g], weight[g], q_scale[g], scale[g], dtype=o.dtype, y=y[:, g], config=options)
-
-
-def _quantise(o: Tensor, fp8: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One launch: ``o [M, G, K]`` as FP8 ``[G, M, K]`` with float32 scales ``[G, M, K/128]``."""
-    m, g, k = o.shape
-    q = o.new_empty((g, m, k), dtype=fp8)
-    scale = o.new_empty((g, m, k // BLOCK), dtype=torch.float32)
-    rows = quantise_rows(k // BLOCK)
-    launch = wo_a.kernels().wo_a_quantise_kernel[(m, g, -(-k // BLOCK // rows))]
-    launch(o, q, scale, m, k, *o.stride(), rows, FP8_MAX[fp8], num_warps=4, enable_fp_fusion=True)
-    return q, scale
 
 
 def _fake(path: str, o: Tensor, weight: Tensor, scale: Tensor, config: str = "") -> Tensor:

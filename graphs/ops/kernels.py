@@ -233,19 +233,26 @@ def programmatic(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
+def quantise(o: Tensor, fp8: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One launch: ``o [M, G, K]`` as FP8 ``[G, M, K]`` with float32 scales ``[G, M, K/128]``."""
+    m, g, k = o.shape
+    q = o.new_empty((g, m, k), dtype=fp8)
+    scale = o.new_empty((g, m, k // 128), dtype=torch.float32)
+    rows = quantise_rows(k // 128)
+    wo_a_quantise_kernel[(m, g, triton.cdiv(k // 128, rows))](
+        o, q, scale, m, k, *o.stride(), rows, FP8_MAX[fp8], num_warps=4, enable_fp_fusion=True
+    )
+    return q, scale
+
+
 def launch_gloop(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, tile: Tile, overlap: bool = False) -> None:
     """1 + G launches: one that quantises ``o``, then one block-scaled GEMM per group. ``scale [G, N/128, K/128]`` float32.
 
     ``overlap``: the groups run side by side (see the kernel), on one stream, by programmatic dependent launch.
     """
     m, g, k = o.shape
-    n, blocks = weight.shape[1], k // 128
-    q = torch.empty((g, m, k), dtype=weight.dtype, device=o.device)
-    q_scale = torch.empty((g, m, blocks), dtype=torch.float32, device=o.device)
-    rows = quantise_rows(blocks)
-    wo_a_quantise_kernel[(m, g, triton.cdiv(blocks, rows))](
-        o, q, q_scale, m, k, *o.stride(), rows, FP8_MAX[weight.dtype], num_warps=4, enable_fp_fusion=True
-    )
+    n = weight.shape[1]
+    q, q_scale = quantise(o, weight.dtype)
     grid = (n // tile.block_n, triton.cdiv(m, tile.block_m))
     for group in range(g):
         wo_a_block_gemm_kernel[grid](

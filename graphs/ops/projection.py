@@ -32,8 +32,8 @@ class GroupedProjection(nn.Module):
         scale: for FP8, one float32 or UE8M0 factor per 128x128 block, ``[G, N/128, K/128]`` or ``[G*N/128, K/128]``.
         path: ``einsum``, ``bmm``, ``gloop``, ``fused`` or ``auto``; ``None`` takes the configured default, which is read now and
             never again. ``auto`` picks per call by rules measured on the device (:mod:`graphs.ops.tuned`) or packaged, and
-            keeps the weights its choices need (both now); a bfloat16 weight, or one whose N or K is no multiple of 128, it always gives to
-            ``einsum``.
+            keeps the weights its choices need (both now); a bfloat16 weight, or one whose N or K is no multiple of 128, it
+            always gives to ``einsum``.
         groups: ``G`` of a two-dimensional weight.
         activations: path ``fused`` takes activations as they are (``bf16``) or quantises them in registers (``fp8``).
         overlap: path ``fused`` may request its weight while the kernel in front of it still runs. Right as long as no kernel

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ def small(tiny: LlamaSize, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiments at sizes of a test."""
     monkeypatch.setattr(decode, "size_for", lambda device: tiny)
     monkeypatch.setattr(decode, "batch_sizes", lambda settings: (2,))
-    monkeypatch.setattr(wo_a, "SMALL", wo_a.ProjectionSize("tiny", 2, 2, 128, 128, (1, 3)))
+    tiny_projections = wo_a.Selection("tiny", (2, 4), 128, 128, (1, 3), wo_a.PATHS, lambda groups: 2)
+    monkeypatch.setattr(wo_a, "SMALL", tiny_projections)
     monkeypatch.setattr(experiment, "measure_bars", lambda settings, progress: [tape_bar(settings, progress, tiny)])
 
 
@@ -41,8 +43,8 @@ def test_everything_leaves_tables_json_and_figure(settings: BenchSettings, out: 
         ("wo_a", "einsum", 1, "eager"),
     ]
     assert all(r["launches"] > 0 for r in found["rows"])
-    assert len(results.rows) == 2 + 2 * 3 * 2 and len(found["bars"]) == 1
-    for text in ("wo_a, gloop", "No GPU was used", "eager over tape replay", "decode, batch 2"):
+    assert len(results.rows) == 2 + 2 * 5 * 2 and [bar["where"] for bar in found["bars"]].count("") == 1
+    for text in ("G=2 M=3", "No GPU was used", "eager over tape replay", "decode, batch 2", "error of fused against float64"):
         assert text in printed
 
 
@@ -54,6 +56,23 @@ def test_one_experiment_writes_files_of_its_own_name(settings: BenchSettings, ou
 
 
 @pytest.mark.usefixtures("small")
+def test_the_projections_alone_are_the_whole_comparison(
+    settings: BenchSettings, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run_bench("wo_a", settings, out)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert {(row.groups, row.rows, row.case) for row in results.rows} == {
+        (g, m, p) for g in (2, 4) for m in (1, 3) for p in wo_a.OURS
+    }
+    assert "deepgemm was not measured: it needs a GPU" in printed and "aiter gloop was not measured" in printed
+    asked = dataclasses.replace(settings, groups=(4,), tokens=(1,), paths=("einsum", "fused"))
+    results = run_bench("wo_a", asked, out, make_console(quiet=True))
+    assert [(row.groups, row.rows, row.case, row.mode) for row in results.rows] == [
+        (4, 1, path, mode) for path in ("einsum", "fused") for mode in ("eager", "graph")
+    ]
+
+
+@pytest.mark.usefixtures("small")
 def test_a_failing_part_keeps_what_was_measured(settings: BenchSettings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise WrongResult("a test")
@@ -61,7 +80,7 @@ def test_a_failing_part_keeps_what_was_measured(settings: BenchSettings, out: Pa
     monkeypatch.setattr(experiment, "measure_bars", fail)
     with pytest.raises(WrongResult):
         run_bench("all", settings, out, make_console(quiet=True))
-    assert len(json.loads((out / "results.json").read_text())["rows"]) == 14
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 22
 
 
 def test_bad_settings_name_the_legal_ones(settings: BenchSettings, out: Path) -> None:
@@ -71,6 +90,14 @@ def test_bad_settings_name_the_legal_ones(settings: BenchSettings, out: Path) ->
         BenchSettings.resolve("gpu")
     with pytest.raises(ConfigError, match=r"19.*at least 20"):
         BenchSettings.resolve("cpu", 19)
+    with pytest.raises(ConfigError, match=r"--groups = '2,x' .* positive integers separated by commas"):
+        BenchSettings.resolve("cpu", groups="2,x")
+    with pytest.raises(ConfigError, match=r"--tokens = '0'"):
+        BenchSettings.resolve("cpu", tokens="0")
+    with pytest.raises(ConfigError, match=r"--paths = 'cutlass'.*'einsum', 'bmm', 'gloop', 'fused', 'auto', 'aiter bmm'"):
+        BenchSettings.resolve("cpu", paths="einsum,cutlass")
+    resolved = BenchSettings.resolve("cpu", groups="8, 2,8", tokens="16", paths="aiter bmm,fused")
+    assert (resolved.groups, resolved.tokens, resolved.paths) == ((2, 8), (16,), ("aiter bmm", "fused"))
 
 
 def test_cuda_where_there_is_none_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,6 @@ def test_table_has_the_promised_columns_and_fits_100(results: Results) -> None:
         "tokens",
         "break-even",
         "decode, Llama",
-        "wo_a, gloop",
         "sizes of a test",
         "a GPU",
     ):
