@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
@@ -11,6 +12,7 @@ from graphs.config import MODES, CaptureConfig, choice
 from graphs.contract.padding import Padding
 from graphs.errors import ConfigError
 from graphs.modes import forced_by
+from graphs.ops.projection import bytes_by_path
 from graphs.recordings import Recordings
 from graphs.report import CaptureReport
 
@@ -122,7 +124,8 @@ class CapturedModule(Generic[Model]):
 
     def report(self) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
-        return self._graphs_recordings.report(self.mode)
+        report = self._graphs_recordings.report(self.mode)
+        return dataclasses.replace(report, projection_bytes=bytes_by_path(self._graphs_model))
 
     def record_buckets(self, /, *args: Any, **kwargs: Any) -> None:
         """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.

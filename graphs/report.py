@@ -70,6 +70,7 @@ class CaptureReport:
         eager_calls: calls served by the model itself: refused, switched off, or the observed first call of a key.
         refusals: why calls were not replayed.
         keys: one entry per recording.
+        projection_bytes: bytes of the weights that the model's `graphs.GroupedProjection` modules hold, by path.
     """
 
     device: str
@@ -79,6 +80,7 @@ class CaptureReport:
     eager_calls: int
     refusals: tuple[RefusalCount, ...]
     keys: tuple[KeyReport, ...]
+    projection_bytes: dict[str, int] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as a JSON object with the attribute names as keys."""
@@ -91,6 +93,9 @@ class CaptureReport:
         ]
         for key in self.keys:
             lines += _key_lines(key)
+        if self.projection_bytes:
+            held = ", ".join(f"{path} {size / 2**20:.1f} MiB" for path, size in self.projection_bytes.items())
+            lines.append(f"  grouped projections hold: {held}")
         return "\n".join([*lines, *_refusal_lines(self.refusals)])
 
 

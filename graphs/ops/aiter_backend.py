@@ -1,7 +1,8 @@
 """The grouped output projection through AMD's ``amd-aiter`` package: a peer to compare with, and a back end on ROCm.
 
 Importing this module defines ``graphs::wo_a_aiter_bmm`` and ``graphs::wo_a_aiter_gloop``, with the operands of ``wo_a_bmm`` and
-``wo_a_gloop``; the package itself is looked for at the first call. On ROCm it is imported as usual and picks its own tuned tiles.
+``wo_a_gloop``; the package itself is looked for at the first call, or when a
+``GroupedProjection(backend="aiter")`` is built. On ROCm it is imported as usual and picks its own tuned tiles.
 Elsewhere its ``__init__`` cannot run (it asks for a HIP toolchain), but the operators below ``aiter/ops/triton`` are plain
 Triton: they are imported alone (:func:`bare_package`) and get a tile from :func:`default_config`, as the tuned ones are AMD's.
 

@@ -162,6 +162,15 @@ class GroupedProjection(nn.Module):
         return self
 
 
+def bytes_by_path(model: object) -> dict[str, int]:
+    """Bytes of the weights that every :class:`GroupedProjection` in ``model`` holds, by path, summed; empty without any."""
+    total: dict[str, int] = {}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for path, size in module.memory.items() if isinstance(module, GroupedProjection) else ():
+            total[path] = total.get(path, 0) + size
+    return total
+
+
 def _settle(module: nn.Module) -> None:
     """Wait for the kernels that wrote the weights: with ``overlap`` the first call must not meet them."""
     devices = {buffer.device for buffer in module.buffers()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.ops import aiter_backend, reference, weights
+from graphs.ops import GroupedProjection, aiter_backend, reference, weights
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)
@@ -57,6 +57,17 @@ def test_against_float64(path: str, g: int, m: int, layout: str) -> None:
     y = OPERATORS[path](o, weight, scale)
     assert y.shape == (m, g, N) and y.is_contiguous() and y.dtype == torch.bfloat16
     assert reference.relative_error(y, reference.project_fp64(o, exact)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("path", OPERATORS)
+def test_a_projection_with_this_back_end_calls_the_operator(path: str) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    data, scale = reference.quantise_blocks(torch.randn(2, N, K, device=DEVICE, generator=generator))
+    module = GroupedProjection(data, scale, path=path, backend="aiter")
+    o = activations(5, 2)
+    expected = OPERATORS[path](o, *module.buffers())
+    assert torch.equal(module(o), expected)
+    assert torch.equal(torch.compile(module, fullgraph=True)(o), expected)
 
 
 @pytest.mark.parametrize("path", OPERATORS)

@@ -15,7 +15,7 @@ import sys
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from graphs.ops import aiter_backend, reference
+from graphs.ops import GroupedProjection, aiter_backend, reference
 
 InterpreterBuilder.create_assume = lambda self, condition: None
 CASES = {"1": (1, 1, 128, 128), "5": (5, 2, 128, 256), "17": (17, 2, 256, 384)}  # name -> M, G, N, K
@@ -43,6 +43,17 @@ def compare(path: str, m: int, g: int, n: int, k: int, config: dict[str, object]
     return {"error": reference.relative_error(y, expected), "shaped": shaped}
 
 
+def module(path: str) -> dict[str, bool]:
+    """Whether the module calls the operator, and undoes a rotary embedding in front of it."""
+    o, *_ = operands(path, 3, 2, 128, 512)
+    data, scale = reference.quantise_blocks(torch.randn(2, 128, 512, generator=torch.Generator().manual_seed(1)))
+    projection = GroupedProjection(data, scale, path=path, backend="aiter")
+    expected = getattr(aiter_backend, path)(o, *projection.buffers())
+    still = torch.cat((torch.ones(4, 32), torch.zeros(4, 32)), -1)  # every angle is zero
+    turned = projection(o, torch.tensor([3, 0, 1]), still)
+    return {"same": torch.equal(projection(o), expected), "turned": torch.equal(turned, expected)}
+
+
 def main() -> None:
     before = set(sys.modules)
     out: dict[str, object] = {"available": aiter_backend.available()}
@@ -52,6 +63,7 @@ def main() -> None:
             out[f"{path}-{name}"] = compare(path, *shape)
         config = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 32, "waves_per_eu": 2, "kpack": 2}
         out[f"{path}-config"] = compare(path, 5, 2, 128, 256, config)
+        out[f"{path}-module"] = module(path)
         empty = getattr(aiter_backend, path)(*(t[:0] if i == 0 else t for i, t in enumerate(operands(path, 1, 2, 128, 128))))
         out[f"{path}-empty"] = list(empty.shape)
     out["gloop-ksplit"] = compare("gloop", 5, 2, 128, 256, {"NUM_KSPLIT": 2})

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphs.errors import MissingDependency, WeightError
-from graphs.ops import aiter_backend, reference
+from graphs.ops import GroupedProjection, aiter_backend, reference
 
 SCRIPT = Path(__file__).with_name("interpret_aiter.py")
 NAMES = {path: wanted.name for path, wanted in aiter_backend.FUNCTIONS.items()}
@@ -73,6 +73,21 @@ def test_an_absent_package_is_named_with_the_command_that_installs_it(site: Buil
         aiter_backend.function("bmm")
     assert "amd-aiter" in (aiter_backend.available() or "")
     assert aiter_backend.version() is None
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_projection_looks_for_its_function_when_it_is_built(site: Builder, path: str) -> None:
+    data, scale = reference.quantise_blocks(torch.randn(2, 128, 128))
+    with pytest.raises(MissingDependency, match="needs the package 'amd-aiter'"):
+        GroupedProjection(data, scale, path=path, backend="aiter")
+    site(amd_package({f"gemm/moved/{NAMES[path]}.py": ""}))
+    if torch.version.hip is None:
+        with pytest.raises(aiter_backend.UnusableAiter, match=r"0\.1\.7 has it in .*gemm/moved|gemm/moved.*0\.1\.7 has it in"):
+            GroupedProjection(data, scale, path=path, backend="aiter")
+    site(amd_package({f"{NAMES[path]}.py": stub(path), "sibling.py": "VALUE = 42\n"}))
+    if torch.version.hip is None:
+        module = GroupedProjection(data, scale, path=path, backend="aiter")
+        assert module.paths == (path,) and f"path={path!r}, backend='aiter', holding {path} 0.0328 MB" in repr(module)
 
 
 @pytest.mark.parametrize("files", [{"aiter/__init__.py": EXPLODES, "aiter/join_aiters.py": ""}, {"aiter.py": EXPLODES}])
@@ -215,6 +230,11 @@ def test_the_real_package_has_both_functions_and_leaves_no_module_behind(interpr
 def test_the_real_operators_agree_with_the_reference(interpreted: dict, path: str, case: str) -> None:
     assert interpreted[f"{path}-{case}"]["shaped"]
     assert interpreted[f"{path}-{case}"]["error"] < 0.006
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_projection_runs_the_real_operator(interpreted: dict, path: str) -> None:
+    assert interpreted[f"{path}-module"] == {"same": True, "turned": True}
 
 
 def test_split_k_and_no_rows(interpreted: dict) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 
+import graphs
 from graphs.errors import ConfigError, WeightError
 from graphs.ops import GroupedProjection, auto, load, path_bytes, reference
 
@@ -106,6 +108,17 @@ def test_auto_follows_the_rules_of_its_device(monkeypatch: pytest.MonkeyPatch) -
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(compiled(x), module(x)) for x in (o, torch.randn(17, G, K).bfloat16()))
     assert "holding fused 0.0656 MB, einsum 0.131 MB" in repr(module)
+
+
+def test_the_report_of_a_captured_model_sums_the_weights_of_each_path() -> None:
+    model = torch.nn.Sequential(
+        GroupedProjection(*fp8(), path="fused"), GroupedProjection(torch.randn(G, K, N).bfloat16(), path="einsum")
+    )
+    report = graphs.capture(model).report()
+    assert report.projection_bytes == {path: path_bytes(G, N, K)[path] for path in ("fused", "einsum")}
+    assert "grouped projections hold: fused 0.1 MiB, einsum 0.1 MiB" in str(report)
+    assert json.loads(report.to_json())["projection_bytes"] == report.projection_bytes
+    assert graphs.capture(torch.nn.Linear(1, 1)).report().projection_bytes == {} == graphs.capture(abs).report().projection_bytes
 
 
 def test_paths_that_share_a_weight_hold_it_once() -> None:

@@ -134,6 +134,44 @@ def test_fnuz_preparation_of_every_quantised_path() -> None:
         assert error == 0 if path != "bmm" else error < 0.05
 
 
+@st.composite
+def checkpoints(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Any finite bytes (zeros and subnormals in plenty), scales of any size in either form, and the float64 weight they mean."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    n, k = draw(st.sampled_from([(128, 128), (256, 128), (128, 384)]))
+    bits = torch.randint(0, 256, (n, k), dtype=torch.uint8, generator=generator)
+    bits[(bits & 0x7F) == 0x7F] = 0x80
+    small = draw(st.sampled_from([0x87, 0xFF]))  # only subnormals, or everything
+    bits &= small
+    shape = (n // 128, k // 128)
+    lowest = draw(st.integers(0, 240))
+    exponents = torch.randint(lowest, min(lowest + 8, 246), shape, dtype=torch.uint8, generator=generator)  # 448 * 2**118 fits
+    scale = as_float32(exponents)
+    stored: torch.Tensor = exponents
+    if draw(st.booleans()):
+        scale = stored = (scale.double() * (1 + torch.rand(shape, generator=generator).double())).float()
+    return bits.view(FP8), stored, reference.dequantise_blocks(bits.view(FP8), scale, torch.float64)[None]
+
+
+@given(checkpoints(), st.sampled_from([FP8, torch.float8_e4m3fnuz]))
+@settings(max_examples=60, deadline=None)
+def test_every_path_stands_for_the_numbers_of_the_checkpoint(
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor], fp8: torch.dtype
+) -> None:
+    data, stored, exact = made
+    loaded = weights.load(data, stored, 1)
+    for path in weights.PATHS:
+        prepared = weights.prepare(loaded, path, fp8)
+        assert weights.prepare(prepared, path, fp8) is prepared
+        if prepared.scale is None:  # bfloat16: eight bits, and subnormals below 2**-126
+            assert ((prepared.data.double() - exact).abs() <= exact.abs() * 2.0**-8 + 2.0**-133).all()
+        elif path == "bmm":  # one scale: half a quantum of the value, or of the smallest step
+            found, step = prepared.data.double() * prepared.scale.double(), prepared.scale.double() * 2.0**-10
+            assert ((found - exact).abs() <= torch.maximum(exact.abs() * 2.0**-4, step) * (1 + 1e-6) + 1e-44).all()
+        else:
+            assert torch.equal(prepared.data.double() * reference.expand_blocks(prepared.scale).double(), exact)
+
+
 def test_a_scale_too_large_to_double_is_refused() -> None:
     with pytest.raises(WeightError, match="overflows float32"):
         weights.to_fnuz(torch.zeros(1, 128, 128).to(FP8), torch.full((1, 1, 1), 3e38))
