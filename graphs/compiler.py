@@ -7,8 +7,9 @@ recording run what ``torch.compile`` made of it. A replay touches neither Dynamo
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from graphs.entry import Entry
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
 from graphs.measure import CallTime
+from graphs.rewriting import RewrittenStep
 from graphs.step import Step
 from graphs.watch import Trace
 
@@ -50,6 +52,14 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
     return compiled if _cost(compiled.replay) < _cost(plain.replay) else plain
 
 
+def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
+    """The step with its rewritten graph in the model's place, compiled where the step is to be compiled."""
+    if isinstance(step.model, CompiledModel):
+        step.model.stand_for(rewritten.module)
+        rewritten.module = step.model
+    return step.with_substitute(rewritten)
+
+
 def _cost(replay: CallTime | None) -> float:
     return max(replay.host_us, replay.device_us or 0.0) if replay is not None else float("inf")
 
@@ -65,16 +75,22 @@ class CompiledModel:
     On a CPU the model has to be one graph: the tape sees compiled graphs as operators, and Dynamo, whose guards fail while
     operators are watched, is run with the watching suspended. Operators between two graphs would be lost.
 
+    Args:
+        random: draw the random numbers that eager draws, not Inductor's own.
+        settings: further settings of Inductor.
+
     Attributes:
         seconds: time spent compiling so far.
     """
 
-    def __init__(self, model: Callable[..., Any], device: torch.device, *, random: bool) -> None:
+    def __init__(
+        self, model: Callable[..., Any], device: torch.device, *, random: bool, settings: Mapping[str, Any] | None = None
+    ) -> None:
         from graphs.compiled_graph import CompiledGraph, compile_graph
 
         self.seconds = 0.0
         self._graphs: list[CompiledGraph] = []
-        patches = {"fallback_random": True} if random else {}
+        patches = {"fallback_random": random, **(settings or {})} if random or settings else {}
 
         def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> CompiledGraph:
             started = time.perf_counter()
@@ -82,8 +98,12 @@ class CompiledModel:
             self.seconds += time.perf_counter() - started
             return self._graphs[-1]
 
-        one_graph = device.type == "cpu"
-        self._compiled = torch.compile(getattr(model, "_orig_mod", model), backend=backend, dynamic=False, fullgraph=one_graph)
+        self._compile = functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=device.type == "cpu")
+        self.stand_for(getattr(model, "_orig_mod", model))
+
+    def stand_for(self, model: Callable[..., Any]) -> None:
+        """Compile ``model`` from now on."""
+        self._compiled = self._compile(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled model; the first call compiles it.

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,20 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenSte
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
+    try:
+        module, structure = traced(step, trace, tensors)
+        changes = passes.run(module, pipeline_of(step))
+    except passes.Unremovable as reason:
+        raise refusal_of(reason, trace) from reason
+    return RewrittenStep(module, structure, changes)
+
+
+def traced(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> tuple[torch.fx.GraphModule, Any]:
+    """The step as a graph with its host values, and how the graph's flat results make the step's output.
+
+    Raises:
+        passes.Unremovable: the step does with a host value what no graph can do.
+    """
     structure: list[Any] = []
 
     def flat(*leaves: Tensor) -> list[Any]:
@@ -52,15 +66,11 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenSte
         return found
 
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
-    try:
-        module = passes.trace_step(flat, tensors, reads, _modules(step, trace))
-        changes = passes.run(module, _pipeline(step))
-    except passes.Unremovable as reason:
-        raise _refusal(reason, trace) from reason
-    return RewrittenStep(module, structure[-1], changes)
+    return passes.trace_step(flat, tensors, reads, _modules(step, trace)), structure[-1]
 
 
-def _pipeline(step: Step) -> list[passes.Pass]:
+def pipeline_of(step: Step) -> list[passes.Pass]:
+    """The passes that a step is to go through, in order."""
     names = [name for name in step.passes if name != "constants"]
     remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names)
     return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
@@ -88,7 +98,8 @@ def _modules(step: Step, trace: Trace) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.partition(".")[0] not in ("torch", "graphs", "passes", "builtins")]
 
 
-def _refusal(reason: passes.Unremovable, trace: Trace) -> Refusal:
+def refusal_of(reason: passes.Unremovable, trace: Trace) -> Refusal:
+    """The refusal for what a pass could not do: of the kind that was found at that line."""
     at = [finding for finding in trace.findings if (finding.site.file, finding.site.line) == reason.site]
     kind = type((at or trace.findings)[0]) if trace.findings else HostSync
     site = Site.at(reason.site) if reason.site[0] else (at or trace.findings)[0].site
@@ -104,7 +115,8 @@ class RewrittenStep:
     """
 
     def __init__(self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change]) -> None:
-        self.module, self.changes = module, changes
+        self.module: Callable[..., Any] = module
+        self.changes = changes
         self._structure = structure
         self._results = module.meta.get("results")
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from graphs import verify
-from graphs.compiler import record_compiled
+from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.arguments import map_leaves
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
@@ -268,7 +268,7 @@ def _stand_in_run(
 def _without_host_values(step: Step, start: Checkpoint, watched: Trace, stand_ins: list[Tensor]) -> Step:
     """The step with the graph that the passes make of it in the model's place."""
     try:
-        substitute = rewrite(step, watched, stand_ins)
+        substitute = rewrite(step.without_substitute(), watched, stand_ins)
     except Refusal:
         raise
     except Exception as error:
@@ -279,7 +279,7 @@ def _without_host_values(step: Step, start: Checkpoint, watched: Trace, stand_in
         start.restore()
     if substitute.assumption is not None and step.rows is not None:
         raise RowsInteract("the step depends on host values, which padded rows take part in")
-    return step.with_substitute(substitute)
+    return compile_rewritten(step, substitute)
 
 
 def _compare_substitute(

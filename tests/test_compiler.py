@@ -114,6 +114,19 @@ def test_buckets_are_compiled_at_their_size() -> None:
 
 
 @pytest.mark.slow
+def test_a_step_that_is_rewritten_is_compiled_as_rewritten() -> None:
+    def step_of(x: Tensor, position: Tensor) -> Tensor:
+        return (x[int(position)] * 2 + 1).relu()
+
+    step = graphs.capture(step_of, compiler="inductor")
+    x = torch.randn(4, 3)
+    for row in (1, 3, 0):
+        torch.testing.assert_close(step(x, torch.tensor(row)), (x[row] * 2 + 1).relu())
+    assert step.report().replays == 3 and step.report().keys[0].compiler == "inductor"
+    assert "graphs.compiled.default" in operators(step)
+
+
+@pytest.mark.slow
 def test_random_numbers_are_those_that_eager_draws() -> None:
     parity(lambda: lambda x: x * torch.rand(3), [(torch.ones(3),)] * 3, compiler="inductor")
 
