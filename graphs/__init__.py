@@ -6,8 +6,10 @@ from graphs.capture import CapturedModule, capture
 from graphs.contract.padding import Padding, sentinel
 from graphs.errors import GraphsError, Refusal
 from graphs.modes import eager
+from graphs.operator_check import capture_check
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
+from graphs.register import register_op
 from graphs.report import BackendReport, CaptureReport
 from graphs.route import route
 from passes import register_decompositions
@@ -25,7 +27,9 @@ __all__ = [
     "audit",
     "backend_report",
     "capture",
+    "capture_check",
     "eager",
+    "register_op",
     "route",
     "sentinel",
 ]

@@ -179,6 +179,20 @@ class UndeclaredWrite(Refusal):
     remedy = "name what the operator writes: mutates_args= of torch.library.custom_op, or (a!) in its schema"
 
 
+class HiddenState(Refusal):
+    """An operator whose result or effect depends on more than its arguments."""
+
+    reason = "hidden-state"
+    remedy = "pass what it remembers as a tensor argument, named in mutates_args, and keep nothing from one call to the next"
+
+
+class UnsafeOperator(Refusal):
+    """An operator that its author has registered as one that no recording may hold."""
+
+    reason = "unsafe-operator"
+    remedy = "use another operator in this step, or change it until graphs.capture_check passes and register it as graph_safe"
+
+
 class UnsupportedOperator(Refusal):
     """An operator that this recorder cannot replay."""
 

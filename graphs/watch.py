@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from graphs.contract.host_values import FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
 
@@ -29,7 +30,7 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
 _OWN = frozenset(
-    "watch audit capture contract findings measure modes probe record recordings step trial".split()  # noqa: SIM905
+    "watch audit capture contract findings measure modes operator_check probe record recordings register step trial".split()  # noqa: SIM905
 )
 
 
@@ -136,6 +137,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = user_frame(sys._getframe(1))
+        self.inside = True
+        try:
+            check_once(func, args, kwargs)
+        finally:
+            self.inside = False
         with torch._C.DisableTorchFunction():
             tensors = self._before(func, args, kwargs, frame)
         self.inside = True
@@ -235,7 +241,12 @@ class _Conversions(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             watch.converting = False
-        watch.read(operator, frame, result.tolist() if operator == "Tensor.numpy" else result if operator == "Tensor.tolist" else None, index)
+        watch.read(
+            operator,
+            frame,
+            result.tolist() if operator == "Tensor.numpy" else result if operator == "Tensor.tolist" else None,
+            index,
+        )
         return result
 
     def _read_elements(self, func: Any, args: Any, kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch._ops import OpOverload
 
 from graphs.contract.operators import tensors_in
+from graphs.contract.registered import refusal_of
 from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 
 Tensor = torch.Tensor
@@ -59,13 +61,19 @@ def leaves_the_device(func: Any, args: Any, kwargs: Any) -> bool:
     return func is not Tensor.__format__ or args[0].dim() > 0  # a single number is formatted through item()
 
 
+@functools.cache
 def _reads_a_value(func: OpOverload) -> bool:
     return func in _READS or (torch.Tag.data_dependent_output in func.tags and bool(func._schema.returns))
 
 
+@functools.cache
+def _may_be_sized_by_data(func: OpOverload) -> bool:
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
 def _sized_by_data(func: OpOverload, kwargs: Any) -> bool:
     """Whether a result's size depends on data; a caller of ``repeat_interleave`` may have given it."""
-    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
+    return _may_be_sized_by_data(func) and kwargs.get("output_size") is None
 
 
 def values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[Any]:
@@ -85,6 +93,13 @@ def finding(
     func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
 ) -> Callable[..., Refusal] | None:
     """The class and text of what is wrong with an operator call, or None."""
+    return refusal_of(func, tensors) or host_finding(func, args, kwargs, tensors, function)
+
+
+def host_finding(
+    func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
+) -> Callable[..., Refusal] | None:
+    """The same, whatever the operator is registered as."""
     if _reads_a_value(func):
         return _with(HostSync, "the host waits for a value of a tensor")
     if func in _MASKED:
