@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graphs.contract.counters import Counter
 from graphs.contract.outputs import OutputTemplate
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract
@@ -76,6 +77,13 @@ class Entry:
 
     def __post_init__(self) -> None:
         self.ways = [self]
+
+    def advances(self, counters: Sequence[Counter]) -> None:
+        """Leave numbers to the recording, which advances them itself."""
+        for counter in counters:
+            self.python.leave_to_recording(counter.container, counter.key)
+        if counters:
+            self.steering = Steering(self.python.steering())
 
     @property
     def sentinels(self) -> list[int]:

@@ -37,7 +37,7 @@ from graphs.trial import Deferred, Refused, compare_replay, run_trial
 
 _recording = trial_lock
 _MAX_DEFERRALS = 3
-_MAX_WAYS = 8  # recordings of one key, by the outcomes of what the step decides by host values
+_MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -121,11 +121,10 @@ class Recordings:
                 if self.verifies_always:
                     self._verify(entry, rows, call, args, kwargs)
                 produced = entry.recording.replay(call.tensors, rows)
-                if entry.checked is None or entry.checked.held():
+                if entry.checked is None or entry.checked.settled():
                     entry.replays += 1
                     entry.real_rows += rows
                     return entry.template.fill(produced, call.tensors, call.opaques)
-                entry.checked.undo()
         if stale is None:
             return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
@@ -161,14 +160,13 @@ class Recordings:
                 if self._stale(entry, call) is not None:
                     continue
                 produced = entry.recording.replay(call.tensors, rows)
-                if entry.checked is None or entry.checked.held():
+                if entry.checked is None or entry.checked.settled():
                     ways.remove(entry)
                     ways.insert(0, entry)
                     self._lead(call, entry, rows)
                     entry.replays += 1
                     entry.real_rows += rows
                     return entry.template.fill(produced, call.tensors, call.opaques)
-                entry.checked.undo()
             broken.broken += 1
             detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
             refusal = ManyWays(detail, operator="branch")

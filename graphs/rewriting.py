@@ -18,6 +18,8 @@ import torch
 
 import passes
 from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
+from graphs.contract.counters import Counters
+from graphs.contract.tensor_state import RandomState
 from graphs.errors import DataDependentShape, HostConstant, HostSync, Refusal, Site
 from graphs.record.step import Recording
 from graphs.step import Step
@@ -33,24 +35,27 @@ def is_removable(findings: Iterable[Refusal]) -> bool:
     return all(isinstance(finding, REMOVABLE) for finding in findings)
 
 
-def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> RewrittenStep:
+def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None) -> RewrittenStep:
     """The step as a graph without host values.
 
     Args:
         trace: of an eager run with ``tensors`` for its tensor leaves, whose reads are the hints.
+        counters: numbers of Python that the step advances.
 
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
     try:
-        module, structure = traced(step, trace, tensors)
+        module, structure = traced(step, trace, tensors, counters)
         changes = passes.run(module, pipeline_of(step))
     except passes.Unremovable as reason:
         raise refusal_of(reason, trace) from reason
-    return RewrittenStep(module, structure, changes)
+    return RewrittenStep(module, structure, changes, counters)
 
 
-def traced(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> tuple[torch.fx.GraphModule, Any]:
+def traced(
+    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None
+) -> tuple[torch.fx.GraphModule, Any]:
     """The step as a graph with its host values, and how the graph's flat results make the step's output.
 
     Raises:
@@ -58,15 +63,26 @@ def traced(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> tuple[torch.f
     """
     structure: list[Any] = []
 
-    def flat(*leaves: Tensor) -> list[Any]:
+    places = counters.counters if counters is not None else []
+    advanced: list[Any] = []
+
+    def flat(leaves: Sequence[Tensor], symbols: Sequence[Any]) -> list[Any]:
+        for place, symbol in zip(places, symbols, strict=True):
+            place.container[place.key] = symbol
         args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
         output = step.model(*args, **kwargs)
+        advanced[:] = [place.container[place.key] for place in places]
         found: list[Any] = []
         structure.append(map_leaves(output, lambda leaf: _hole(leaf, found)))
         return found
 
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
-    return passes.trace_step(flat, tensors, reads, _modules(step, trace)), structure[-1]
+    held = counters.tensors if counters is not None else []
+    numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
+    module = passes.trace_step(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced)
+    if counters is not None:
+        counters.advance = module.meta["advance"]
+    return module, structure[-1]
 
 
 def pipeline_of(step: Step) -> list[passes.Pass]:
@@ -114,7 +130,10 @@ class RewrittenStep:
         assumption: what the graph assumes of host values; None where it holds for any.
     """
 
-    def __init__(self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change]) -> None:
+    def __init__(
+        self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change], counters: Counters | None
+    ) -> None:
+        self.counters = counters
         self.module: Callable[..., Any] = module
         self.changes = changes
         self._structure = structure
@@ -122,12 +141,21 @@ class RewrittenStep:
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on the tensor leaves of a call."""
+        """Run the graph on the tensor leaves of a call. Python's numbers stay what they are."""
         made = self.module(*flatten_call(args, kwargs).tensors)
         results = made[: self._results]
         if self.assumption is not None:
             self.assumption.ran(made[self._results], made[self._results + 1 :])
         return map_leaves(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
+
+
+    def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedRecording | None:
+        """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""
+        if self.assumption is None and self.counters is None:
+            return None
+        if self.counters is not None:
+            self.counters.unknown()
+        return CheckedRecording(recording, self.assumption, self.counters, random)
 
 
 class Assumption:
@@ -180,30 +208,61 @@ class Assumption:
 
 
 class CheckedRecording:
-    """A recording that knows whether its last replay was right.
+    """A recording of a rewritten step: it knows whether its last replay was right, and keeps Python's numbers.
 
     Args:
-        recording: of a step whose graph assumes something.
+        recording: what replays the graph.
+        assumption: what the graph assumes of host values, if anything.
+        counters: numbers that the step advances, if any.
+        random: saves the random generators, for steps that draw from them.
     """
 
-    def __init__(self, recording: Recording, assumption: Assumption) -> None:
-        self._recording, self._assumption = recording, assumption
-        self._run = assumption.runs()
+    def __init__(
+        self,
+        recording: Recording,
+        assumption: Assumption | None,
+        counters: Counters | None,
+        random: Callable[[], RandomState] | None,
+    ) -> None:
+        self._recording, self._assumption, self._counters = recording, assumption, counters
+        self._random = random if assumption is not None else None
+        self._before: RandomState | None = None
+        self._run = assumption.runs() if assumption is not None else 0
         self.outputs = recording.outputs  # type: ignore[attr-defined]
 
     def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """Replay; `held` tells whether the results can be used."""
+        """Replay; `settled` tells whether the results can be used."""
+        if self._random is not None:
+            self._before = self._random()
+        if self._counters is not None:
+            self._counters.load()
         produced = self._recording.replay(tensors, rows)
         self._run += 1
+        if self._counters is not None:
+            self._counters.ran()
         return produced
 
     def held(self) -> bool:
         """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
-        return self._assumption.held(self._run)
+        return self._assumption is None or self._assumption.held(self._run)
 
-    def undo(self) -> None:
-        """Take back what the last replay wrote."""
+    def store(self) -> None:
+        """Give Python the numbers that the last replay advanced."""
+        if self._counters is not None:
+            self._counters.store()
+
+    def settled(self) -> bool:
+        """Whether the last replay counts: if so Python's numbers are advanced, else all that it did is undone."""
+        if self.held():
+            self.store()
+            return True
+        assert self._assumption is not None
         self._assumption.undo()
+        if self._before is not None:
+            self._before.restore()
+        if self._counters is not None:
+            self._counters.undone()
+        return False
 
     @property
     def pool_bytes(self) -> int:

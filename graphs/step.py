@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphs.contract.arguments import Call, replace_tensors
+from graphs.contract.counters import Counter, find_counters
 from graphs.contract.outputs import OutputTemplate, output_template
 from graphs.contract.places import Difference
 from graphs.contract.python_state import PythonState
@@ -121,6 +122,10 @@ class Checkpoint:
     def differences(self) -> list[Difference]:
         """What Python state is not as it was."""
         return [*self._arguments.differences(), *self.python.differences()]
+
+    def counters(self) -> list[Counter] | None:
+        """The whole numbers of Python that changed since; None where something else did."""
+        return find_counters(self.python) if not self._arguments.differences() else None
 
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
         """This checkpoint with the Python state of another."""

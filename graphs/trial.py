@@ -24,6 +24,7 @@ import torch
 from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.arguments import map_leaves
+from graphs.contract.counters import Counter, Counters
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
 from graphs.contract.places import Difference
@@ -31,6 +32,7 @@ from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static import StaticTensors
 from graphs.contract.steering import Steering
+from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to, sliced
 from graphs.errors import (
     CaptureFailed,
@@ -44,7 +46,7 @@ from graphs.errors import (
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
-from graphs.rewriting import CheckedRecording, is_removable, rewrite
+from graphs.rewriting import RewrittenStep, is_removable, rewrite
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
@@ -83,7 +85,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     origin = Checkpoint(step)
     output, trace = watch_step(step.run, step.call.tensors)
     origin.covers(trace)
-    changed = origin.differences()
+    changed, counters = origin.differences(), origin.counters()
     lasting = next((change for change in changed if change.lasting), None)
     if lasting is not None:
         raise Refused(output, [*trace.findings, _changing(lasting)], None)
@@ -96,11 +98,16 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     adopt_returned(trace, output, after.python)
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
-        initialised = _compare_consecutive(step, recorder, start, trace, output, changed)
+        initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
+        if advanced != counters and advanced:
+            initialised = initialised or changed[0].path
         if initialised:
             after.restore()
             raise Deferred(output, initialised, origin.restore)
-        record = functools.partial(_record, recorder=recorder, start=start, trace=trace, output=output, owned=owned, check=check)
+        if advanced:
+            start = origin
+        settings = {"recorder": recorder, "start": start, "trace": trace, "output": output, "owned": owned, "check": check}
+        record = functools.partial(_record, counters=advanced, **settings)
         entry = record_compiled(step, trace, record)
     except Deferred:
         raise
@@ -117,6 +124,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [failure], origin.restore) from error
     start.restore()
     trace.written.release()
+    entry.advances(advanced)
     entry.capture_seconds = time.perf_counter() - started
     return entry
 
@@ -142,47 +150,59 @@ def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingVal
 
 def _compare_consecutive(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace, output: Any, changed: list[Difference]
-) -> str:
+) -> tuple[str, list[Counter]]:
     """Run B: the next step from the same tensors, with Python state one step further.
 
-    Returns what the step initialised in its first run, or an empty string.
+    Returns what the step initialised in its first run, or an empty string, and the numbers that it advances.
     """
-    second, changes, error, result = _again(step, recorder, start, first)
+    second, changes, error, result, counters = _again(step, recorder, start, first)
     refusal = compare_traces(first, second)
+    if changes and not (counters and error is None and changed and "arithmetic" in step.passes):
+        raise _changing(changes[0], refusal or next(iter(first.findings), None))
     if changes:
-        raise _changing(changes[0], refusal)
+        return "", counters or []
     if error is not None:
         raise CaptureFailed(f"a second run of the step raised {type(error).__name__}: {error}") from error
     if changed:
-        return changed[0].path
+        return changed[0].path, []
     if refusal is not None:
-        third, changes, error, _ = _again(step, recorder, start, first)
+        third, changes, error, *_ = _again(step, recorder, start, first)
         if error is None and not changes and compare_traces(second, third) is None:
-            return f"a value computed once, at {refusal.site}"  # behind a cache that cannot be seen from here
+            return f"a value computed once, at {refusal.site}", []  # behind a cache that cannot be seen from here
         raise refusal
     externals, (tensors, opaques) = list(first.externals.values()), (step.call.tensors, step.call.opaques)
     templates = [output_template(value, tensors, opaques, externals)[0].structure for value in (output, result)]
     refusal = compare_templates(*templates)
     if refusal is not None:
         raise refusal
-    return ""
+    return "", []
 
 
 def _again(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace
-) -> tuple[Trace, list[Difference], Exception | None, Any]:
+) -> tuple[Trace, list[Difference], Exception | None, Any, list[Counter] | None]:
     start.restore()
     trace, result, error = Trace(), None, None
     try:
         result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
     except Exception as raised:  # the user's step may fail in its second run; the caller looks for the reason
         error = raised
-    changes = start.differences()
+    changes, counters = start.differences(), start.counters()
     start.restore()
-    return trace, changes, error, result
+    return trace, changes, error, result, counters
 
 
-def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, output: Any, *, owned: bool, check: bool) -> Entry:
+def _record(
+    step: Step,
+    recorder: Recorder,
+    start: Checkpoint,
+    trace: Trace,
+    output: Any,
+    *,
+    owned: bool,
+    check: bool,
+    counters: Sequence[Counter] = (),
+) -> Entry:
     """C, R, the recording, V and P. Raises a `Refusal`; the caller restores the state.
 
     Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
@@ -192,8 +212,8 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
-    if watched.findings:
-        step = _without_host_values(step, start, watched, stand_ins)
+    if watched.findings or counters:
+        step = _without_host_values(step, start, watched, stand_ins, counters)
     if plain is not step:
         _compare_substitute(step, start, trace, stand_ins, externals, check=check)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
@@ -205,8 +225,7 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     free = _free_memory(step.device)
     start.restore()
     recording = _recorded(step, recorder, contract, externals, start, trace, owned=owned)
-    assumption = getattr(step.model, "assumption", None)
-    checked = CheckedRecording(recording, assumption) if assumption is not None else None
+    checked = step.model.checked(recording, _draws(step.device, trace)) if isinstance(step.model, RewrittenStep) else None
     recording = checked or recording
     entry = Entry(
         recording,
@@ -227,6 +246,8 @@ def _record(step: Step, recorder: Recorder, start: Checkpoint, trace: Trace, out
     if check:
         start.restore()
         _verify_first_replay(entry, tensors, step.real, reference, state)
+        if counters:
+            _verify_second_replay(plain, entry, start, stand_ins)
     if probe is not None:
         probe.prove(entry)
     entry.eager = time_call(lambda: plain.run(stand_ins), step.device, before=start.restore)
@@ -265,13 +286,26 @@ def _stand_in_run(
     return externals, template, trace
 
 
-def _without_host_values(step: Step, start: Checkpoint, watched: Trace, stand_ins: list[Tensor]) -> Step:
+def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:
+    """What saves the random generators before a replay that may have to be undone; None where the step draws nothing."""
+    seeded = any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
+    return functools.partial(RandomState, device) if seeded else None
+
+
+def _without_host_values(
+    step: Step, start: Checkpoint, watched: Trace, stand_ins: list[Tensor], counters: Sequence[Counter]
+) -> Step:
     """The step with the graph that the passes make of it in the model's place."""
+    start.restore()
     try:
-        substitute = rewrite(step.without_substitute(), watched, stand_ins)
+        substitute = rewrite(step.without_substitute(), watched, stand_ins, Counters(counters, step.device) if counters else None)
     except Refusal:
         raise
     except Exception as error:
+        if not watched.findings:
+            path = counters[0].path
+            detail = f"{path} is advanced by the step, which could not be traced: {type(error).__name__}: {error}"
+            raise ChangingValue(detail, operator=path) from error
         found = watched.findings[0]
         detail = f"{found.detail}; the step could not be traced: {type(error).__name__}: {str(error).splitlines()[0]}"
         raise type(found)(detail, operator=found.operator, site=found.site) from error
@@ -358,6 +392,24 @@ def _verify_first_replay(
     found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
         raise VerifyMismatch(found[1], operator=found[0])
+
+
+def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_ins: list[Tensor]) -> None:
+    """Two steps in a row, eagerly and replayed: what Python advances has to reach the second one."""
+    assert entry.checked is not None
+    start.restore()
+    plain.produced(stand_ins, entry.externals)
+    expected = [out.clone() for out in plain.produced(stand_ins, entry.externals)]
+    state = entry.written.copies()
+    start.restore()
+    entry.recording.replay(stand_ins, plain.real)
+    entry.checked.store()
+    produced = entry.recording.replay(stand_ins, plain.real)
+    if entry.checked.held():  # else the second step goes another way
+        found = verify.run_difference(expected, produced, state, entry.written.tensors, slack=entry.slack)
+        if found is not None:
+            raise VerifyMismatch(f"{found[1]} in the second of two steps", operator=found[0])
+    start.restore()
 
 
 def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:

@@ -8,11 +8,12 @@ from passes.host_values import remove_host_values
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.routing import Routes, Target, routing
-from passes.tracing import Read, trace_step
+from passes.tracing import Number, Read, trace_step
 
 __all__ = [
     "DEFAULT",
     "Change",
+    "Number",
     "Pass",
     "Read",
     "Routes",

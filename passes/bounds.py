@@ -38,6 +38,11 @@ class Bounds:
             if name is not None:
                 self.limit(symbol, self._promised[name])
                 facts.decide(symbol <= self._promised[name], True, site)
+        for symbol, path in facts.names.items():
+            name = next((n for n in (path, path.rpartition(".")[2]) if n in self._promised), None)
+            if name is not None:
+                self.limit(symbol, self._promised[name])
+                facts.decide(symbol <= self._promised[name], True, ("", 0))
         for _ in range(2):  # an equality may carry a bound that was learned after it
             for condition in facts.decisions:
                 for part in _conjuncts(condition.holds):

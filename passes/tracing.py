@@ -13,6 +13,7 @@ lines read values, these names mean symbolic versions while the step is traced (
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
@@ -75,6 +77,7 @@ class Facts:
         definitions: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
         sources: file and line that read each symbol.
+        names: what symbols are called that stand for numbers of Python.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -84,6 +87,7 @@ class Facts:
     definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
+    names: dict[sympy.Symbol, str] = field(default_factory=dict)
     offsets: set[sympy.Symbol] = field(default_factory=set)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
@@ -421,16 +425,47 @@ def _select(x: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]
     return x, tuple(rest)
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number of Python that the step advances, with the 0-d int64 tensor that will hold it, and its value now."""
+
+    tensor: Tensor
+    value: int
+    name: str
+
+
+def _advance(facts: Facts, numbers: Sequence[Number], symbols: Sequence[Any], advanced: Sequence[Any]) -> Any:
+    """Write the new numbers to their tensors, and return a function that computes them from the old ones."""
+    for number, value in zip(numbers, advanced, strict=True):
+        number.tensor.copy_(torch.scalar_tensor(value, dtype=torch.int64, device=number.tensor.device))
+    names = [symbol.node.expr for symbol in symbols]
+    expressions = [facts.resolve(_expression(value)) for value in advanced]
+    for number, expression in zip(numbers, expressions, strict=True):
+        if not expression.free_symbols <= set(names):
+            detail = f"{number.name} advances by a value that only the device knows"
+            raise Unremovable(detail, number.name, user_site(), "Keep it in a tensor")
+    printer = PythonPrinter()
+    source = f"lambda {', '.join(map(str, names))}: ({', '.join(map(printer.doprint, expressions))},)"
+    return eval(source, {"math": math})  # printed from expressions of whole numbers, nothing of the user's
+
+
 def trace_step(
-    step: Callable[..., list[Any]], tensors: Sequence[Tensor], reads: Sequence[Read] = (), modules: Iterable[str] = ()
+    step: Callable[[Sequence[Tensor], Sequence[Any]], list[Any]],
+    tensors: Sequence[Tensor],
+    reads: Sequence[Read] = (),
+    modules: Iterable[str] = (),
+    numbers: Sequence[Number] = (),
+    advanced: Callable[[], Sequence[Any]] = tuple,
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
 
     Args:
-        step: takes ``tensors`` and returns a flat list. Python state it changes is the caller's to restore; tensors that it
+        step: takes ``tensors`` and symbols for ``numbers``, and returns a flat list. Python state it changes is the caller's to restore; tensors that it
             reaches without being given them become ``get_attr`` nodes, and nothing is written to them.
         tensors: real tensors, for their shapes, dtypes and devices.
         reads: what an eager run read, in order.
+        numbers: numbers of Python that the step advances.
+        advanced: gives, after the step, what they became; `module.meta["advance"]` computes the same from the old ones.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -445,15 +480,23 @@ def trace_step(
     with mode:
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
     follow = _Follow(facts, reads)
+    meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
         with _Symbolic(follow), follow:
-            return step(*arguments)
+            symbols = [number.tensor.item() for number in numbers]
+            for symbol, number in zip(symbols, numbers, strict=True):
+                facts.hints[symbol.node.expr] = number.value
+                facts.names[symbol.node.expr] = number.name
+            results = step(arguments, symbols)
+            if numbers:
+                meta["advance"] = _advance(facts, numbers, symbols, advanced())
+            return results
 
     with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
     _name_state(module)
-    module.meta["facts"] = facts
+    module.meta.update(meta, facts=facts)
     return module

@@ -99,6 +99,8 @@ class Place:
     write: Callable[[Any], None]
     transient: bool = False  # changes between calls are the caller's own affair
     lasting: bool = False
+    container: Any = None  # the dict or list itself, where it is one
+    counted: frozenset[Any] = frozenset()  # keys of numbers that a recording advances itself
 
 
 def write_list(container: Any, content: list[Any]) -> None:
@@ -156,7 +158,14 @@ def place_differences(place: Place) -> list[Difference]:
         if before == after:
             return []
         return [Difference(place.form.format(""), "in another state", "advanced", place.lasting)]
+    return [Difference(place.form.format(key), text_of(a), text_of(b)) for key, a, b in changed_entries(place)]
+
+
+def changed_entries(place: Place) -> list[tuple[Any, Any, Any]]:
+    """Key, value before and value now of what changed in a mapping or list."""
+    before, after = place.content, place.read()
     old = before if isinstance(before, dict) else dict(enumerate(before))
     new = after if isinstance(after, dict) else dict(enumerate(after))
-    pairs = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in [*old, *(k for k in new if k not in old)]]
-    return [Difference(place.form.format(key), text_of(a), text_of(b)) for key, a, b in pairs if not same(a, b)]
+    keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in place.counted]
+    pairs = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys]
+    return [(key, a, b) for key, a, b in pairs if not same(a, b)]

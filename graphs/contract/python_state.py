@@ -28,6 +28,7 @@ from graphs.contract.places import (
     Difference,
     LengthView,
     Place,
+    changed_entries,
     place_differences,
     text_of,
     write_list,
@@ -205,13 +206,17 @@ class PythonState:
     def _container(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         form = path + "[{!r}]"
         if isinstance(value, MutableMapping):
-            self._places.append(Place(form, dict(value), lambda: dict(value), functools.partial(write_mapping, value)))
+            self._places.append(
+                Place(form, dict(value), lambda: dict(value), functools.partial(write_mapping, value), container=value)
+            )
             yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(value.items()))
         elif isinstance(value, (set, bytearray)):
             self._places.append(Place(path + "{}", value.copy(), value.copy, functools.partial(write_set, value)))
         else:
             if isinstance(value, (list, deque)):
-                self._places.append(Place(form, list(value), lambda: list(value), functools.partial(write_list, value)))
+                self._places.append(
+                    Place(form, list(value), lambda: list(value), functools.partial(write_list, value), container=value)
+                )
             indexed = value if not isinstance(value, frozenset) else tuple(value)
             yield from (self._entry(form.format(index), indexed, index, item, link) for index, item in enumerate(indexed))
 
@@ -222,7 +227,10 @@ class PythonState:
         if isinstance(attributes, dict):
             form = path + ".{}"
             self._places.append(
-                Place(form, dict(attributes), lambda: dict(attributes), functools.partial(write_mapping, attributes))
+                Place(
+                    *(form, dict(attributes), lambda: dict(attributes), functools.partial(write_mapping, attributes)),
+                    container=attributes,
+                )
             )
             for key, item in list(attributes.items()):
                 if module and key in ("_parameters", "_buffers", "_modules"):
@@ -312,6 +320,25 @@ class PythonState:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 found.append(Difference(path, text_of(alias), text_of(tensor)))
         return found
+
+    def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
+        """Path, container, key, value before and value now of all that changed; no container where there is no mapping."""
+        for place in self._places:
+            if isinstance(place.content, (dict, list)):
+                for key, before, after in changed_entries(place):
+                    yield place.form.format(key), place.container, key, before, after
+            elif place_differences(place):
+                yield place.form, None, None, None, None
+        for path, tensor, alias in self._storages:
+            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
+                yield path, None, None, None, None
+
+    def leave_to_recording(self, container: Any, key: Any) -> None:
+        """Do not compare a number that a recording advances itself."""
+        for place in self._places:
+            if place.container is container:
+                place.counted |= {key}
+        self._steering = [entry for entry in self._steering if not (entry[1] is container and entry[2] == key)]
 
     def restore(self) -> None:
         """Put back what the snapshot saw."""
