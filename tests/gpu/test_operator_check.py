@@ -16,7 +16,7 @@ tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
 
 @triton.jit
-def _scale(x, y, n, factor, BLOCK: tl.constexpr):  # noqa: N803
+def _scale(x, y, n, factor, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + place, tl.load(x + place, place < n) * factor, place < n)
 
