@@ -38,7 +38,7 @@ def audit(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audit:
         Refusal: a tensor argument is not dense or not on a CPU or GPU, or the current stream is being recorded.
         Exception: what the first step raises; a later step that raises is a finding.
     """
-    step = _step(model, args, kwargs)
+    step = step_of(model, args, kwargs)
     cached = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()  # a weight cast in the first step only would look like a change
     torch.set_autocast_cache_enabled(False)
@@ -49,7 +49,12 @@ def audit(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audit:
         torch.set_autocast_cache_enabled(cached)
 
 
-def _step(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+def step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+    """A step as `capture` would see it, at the exact sizes of this call.
+
+    Raises:
+        Refusal: a tensor argument is not dense or not on a CPU or GPU, or the current stream is being recorded.
+    """
     walk = getattr(type(model), "__graphs_walk__", None)
     model = walk(model) if walk is not None else model  # a captured module stands for its model
     try:

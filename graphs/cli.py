@@ -91,3 +91,18 @@ def lower(
 
     model, args, kwargs = load_factory(factory)
     typer.echo(str(to_mlir(model, *args, dialect=dialect, kwargs=kwargs)))
+
+
+@app.command()
+def explain(
+    factory: Annotated[
+        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
+    ],
+    fuse: Annotated[bool, typer.Option(help="Compile with Inductor as well, to count its kernels.")] = True,
+) -> None:
+    """Show what becomes of a step: its graph before and after each pass, fused kernels, launches, and why it is not recorded."""
+    from graphs.explain import explain as explain_step
+    from graphs.factory import load_factory
+
+    model, args, kwargs = load_factory(factory)
+    typer.echo(str(explain_step(model, args, kwargs, fuse=fuse)))

@@ -66,6 +66,7 @@ FORBIDDEN = {
     "graphs.compiler": ["graphs.trial", "graphs.record", "graphs.config", *ABOVE],
     "graphs.piece": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.backend": ["graphs.trial", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
+    "graphs.explain": ["graphs.cli"],
     "graphs.operator_check": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.register": ["graphs.trial", "graphs.config", "graphs.record", *ABOVE],
     "graphs.route": ["graphs.record", "graphs.contract", *TRIAL, *ABOVE],

@@ -1,0 +1,189 @@
+"""`explain`: what becomes of a step, from its graph to the launches of a replay. What to read when speed is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+import passes
+from graphs.audit import step_of
+from graphs.backend import backend_report, graphs_backend
+from graphs.bench.launches import count_launches
+from graphs.capture import capture
+from graphs.compiler import CompiledModel
+from graphs.config import PASSES
+from graphs.errors import CompileFailed
+from graphs.modes import forced_eager
+from graphs.ops.routing import wo_a_routes
+from graphs.report import CaptureReport, PieceReport
+from graphs.rewriting import pipeline_of, refusal_of, traced
+from graphs.step import Checkpoint, Step
+from graphs.watch import Trace, watch_step
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class PassEffect:
+    """What one pass did to the graph of a step.
+
+    Attributes:
+        name: of the pass.
+        changes: nodes that it replaced.
+        diff: unified diff of the printed graph; empty where nothing changed.
+        refusal: why it could not do its work; empty where it could.
+    """
+
+    name: str
+    changes: int
+    diff: str
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What Inductor makes of a step.
+
+    Attributes:
+        scheduled: nodes before fusion, calls of libraries included.
+        generated: kernels generated; calls of libraries are not among them.
+        refusal: why the step could not be compiled; empty where it could.
+    """
+
+    scheduled: int = 0
+    generated: int = 0
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What becomes of a step.
+
+    Attributes:
+        device: where it runs.
+        graph: the step as ATen operators, printed; empty where it could not be traced.
+        untraced: why not.
+        effects: of the passes, in the order they run. Routing is what ``graphs.route(model)`` would do.
+        fusion: None where it was not asked for.
+        launches: submissions per step, by how the step is called: ``"eager"``, ``"recorded"``. Operators on a CPU.
+        pieces: the graphs that ``torch.compile(backend="graphs")`` makes of it, with its graph breaks.
+        report: of the captured step, with the reasons why it is not recorded.
+    """
+
+    device: str
+    graph: str
+    untraced: str
+    effects: tuple[PassEffect, ...]
+    fusion: Fusion | None
+    launches: dict[str, int | None]
+    pieces: tuple[PieceReport, ...]
+    report: CaptureReport
+
+    def __str__(self) -> str:
+        parts = [f"# Graph of the step, on {self.device}", self.graph or f"not traced: {self.untraced}"]
+        for effect in self.effects:
+            parts += [f"# Pass {effect.name}: {effect.changes} change(s)", *filter(None, [effect.diff, effect.refusal])]
+        if self.fusion is not None:
+            made = f"{self.fusion.scheduled} nodes before fusion, {self.fusion.generated} generated kernel(s) after"
+            parts += ["# Inductor", self.fusion.refusal or made]
+        counts = [f"{name} {'not counted' if count is None else count}" for name, count in self.launches.items()]
+        parts += ["# Launches per step", ", ".join(counts)]
+        parts += ['# Pieces of torch.compile(backend="graphs")', *map(str, self.pieces)]
+        return "\n".join([*parts, "# Recording", str(self.report)])
+
+
+def explain(
+    model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, fuse: bool = True
+) -> Explanation:
+    """Run one step of ``model`` in every way that this project has, and tell what came of it.
+
+    The step runs a dozen times; its tensors, Python state and random numbers are put back.
+
+    Args:
+        fuse: compile the step with Inductor as well, which takes a while.
+
+    Raises:
+        Refusal: an argument is not dense or not on a CPU or GPU.
+        Exception: what the step raises when it runs eagerly.
+    """
+    step = dataclasses.replace(step_of(model, args, kwargs or {}), passes=PASSES)
+    start = Checkpoint(step)
+    with forced_eager("trial"):
+        _, trace = watch_step(step.run, step.call.tensors)
+        start.covers(trace)
+        start.restore()
+        graph, untraced, effects = _passes(step, trace)
+        start.restore()
+    fusion = _fusion(step) if fuse else None
+    start.restore()
+    pieces = _pieces(step)
+    start.restore()
+    launches, report = _launches(step)
+    start.restore()
+    return Explanation(str(step.device), graph, untraced, effects, fusion, launches, pieces, report)
+
+
+def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...]]:
+    """The printed graph, why there is none, and what the passes do to it."""
+    try:
+        module, _ = traced(step, trace, step.call.tensors)
+    except passes.Unremovable as reason:
+        return "", str(refusal_of(reason, trace)), ()
+    graph = str(module.graph)
+    effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing)]
+    return graph, "", tuple(effects)
+
+
+def _routing(module: GraphModule) -> list[tuple[str, str]]:
+    return passes.routing(module, wo_a_routes())
+
+
+def _effect(module: GraphModule, one: passes.Pass, trace: Trace) -> PassEffect:
+    name = str(getattr(getattr(one, "func", one), "__name__", one)).lstrip("_")
+    before = str(module.graph).splitlines()
+    try:
+        changes = passes.run(module, [one])
+    except passes.Unremovable as reason:
+        return PassEffect(name, 0, "", str(refusal_of(reason, trace)))
+    after = str(module.graph).splitlines()
+    diff = difflib.unified_diff(before, after, "before", "after", n=1, lineterm="")
+    return PassEffect(name, len(changes), "\n".join(diff) if changes else "")
+
+
+def _fusion(step: Step) -> Fusion:
+    """Compile the step anew, since a cache of compiled graphs does not say what was fused."""
+    from torch._inductor import metrics
+
+    compiled = CompiledModel(step.model, step.device, random=False, settings={"force_disable_caches": True})
+    metrics.reset()
+    try:
+        step.with_substitute(compiled).run()
+    except CompileFailed as refusal:
+        return Fusion(refusal=str(refusal))
+    return Fusion(metrics.ir_nodes_pre_fusion, metrics.generated_kernel_count)
+
+
+def _pieces(step: Step) -> tuple[PieceReport, ...]:
+    """The graphs that Dynamo makes of the step, called twice; no Inductor, since it changes nothing about them."""
+    known = {piece.index for piece in backend_report().pieces}
+    compiled = torch.compile(step.model, backend=graphs_backend, options={"compiler": "aten"})
+    for _ in range(2):
+        step.with_substitute(compiled).run()
+    return tuple(piece for piece in backend_report().pieces if piece.index not in known)
+
+
+def _launches(step: Step) -> tuple[dict[str, int | None], CaptureReport]:
+    captured = capture(step.model)
+    recorded = step.with_substitute(captured)
+    for _ in range(3):
+        recorded.run()
+    launches = {"eager": count_launches(step.run, step.device)}
+    if captured.report().replays:
+        launches["recorded"] = count_launches(recorded.run, step.device)
+    return launches, captured.report()

@@ -1,0 +1,96 @@
+"""``graphs.explain``: what passes changed, what was routed and fused, launches, and why a step is not recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from graphs.__main__ import main
+from graphs.explain import explain
+
+Tensor = torch.Tensor
+
+
+class Step(nn.Module):
+    """A host value, a host constant, a grouped projection and a buffer that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 4))
+        self.register_buffer("cache", torch.zeros(4, 8))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.cache[int(position)] = x[0]  # reads the position
+        y = nn.functional.silu(x + self.cache) * 2 + torch.tensor([1.0, 2.0]).repeat(4)
+        return torch.einsum("sgd,grd->sgr", y.view(4, 2, 4), self.weight)
+
+
+def factory() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return Step().eval(), (torch.randn(4, 8), torch.tensor(2))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_each_pass_is_shown_as_a_diff_of_the_printed_graph() -> None:
+    model, args = factory()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = explain(model, args, fuse=False)
+    effects = {effect.name: effect for effect in found.effects}
+    assert list(effects) == ["remove_host_values", "hoist_constants", "routing"]
+    assert "_local_scalar_dense" in found.graph
+    removed, added = (
+        [line for effect in found.effects for line in effect.diff.splitlines() if line.startswith(sign)] for sign in "-+"
+    )
+    for name, where in (("_local_scalar_dense", removed), ("lift_fresh", removed), ("_hoisted_constant_0", added)):
+        assert any(name in line for line in where)
+    assert effects["routing"].changes == 1 and "wo_a_einsum" in effects["routing"].diff
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_launches_pieces_and_the_recording_are_shown() -> None:
+    model, args = factory()
+    found = explain(model, args, fuse=False)
+    assert found.launches["recorded"] < found.launches["eager"]
+    line = next(
+        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# reads the position" in text
+    )
+    assert [(piece.line, Path(piece.file).name) for piece in found.pieces if piece.ends] == [(line, Path(__file__).name)]
+    assert found.report.replays and found.fusion is None
+    printed = str(found)
+    for title in ("# Graph of the step", "# Pass routing: 1 change(s)", "# Launches per step", "# Pieces of", "# Recording"):
+        assert title in printed
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_a_step_that_cannot_be_recorded_says_why() -> None:
+    found = explain(lambda x: x * x.new_tensor(x.numpy().sum().item()), (torch.ones(3),), fuse=False)
+    assert "recorded" not in found.launches
+    assert [refusal.file for refusal in found.report.refusals if refusal.reason == "host-sync"] == [__file__]
+    assert f"{Path(__file__).name}" in (found.untraced or str(found))
+
+
+@pytest.mark.slow
+def test_fusion_counts_kernels() -> None:
+    found = explain(lambda x: (x * 2 + 1).relu().sum(), (torch.ones(64),))
+    assert found.fusion is not None and found.fusion.refusal == ""
+    assert found.fusion.scheduled >= found.fusion.generated == 1
+    assert "1 generated kernel(s)" in str(found)
+
+
+def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer", reason="typer is not installed")
+    with pytest.raises(SystemExit) as done:
+        main(["explain", "tests.test_explain:factory", "--no-fuse"])
+    assert done.value.code == 0
+    assert "# Pass hoist_constants: 1 change(s)" in capsys.readouterr().out
