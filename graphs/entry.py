@@ -25,6 +25,21 @@ Tensor = torch.Tensor
 
 
 @dataclass
+class Ways:
+    """The recordings of one key.
+
+    Attributes:
+        ways: each for other outcomes of what the step decides by host values; the last used first.
+        broken: calls that none of them could serve.
+        refusals: why another way cannot be recorded, once that was found.
+    """
+
+    ways: list[Entry]
+    broken: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+@dataclass
 class Entry:
     """A recording with everything a replay needs.
 
@@ -43,8 +58,7 @@ class Entry:
         compile_seconds: what compiling took, of ``capture_seconds``.
         candidates: microseconds of one replay by compiler, where more than one was measured.
         checked: the recording, where it assumes something of host values; None where it holds for any.
-        ways: the recordings of one key, each for other outcomes of what the step decides by host values; the last used first.
-        broken: calls of the key that none of its ways could serve.
+        group: the recordings of the key.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
@@ -72,11 +86,10 @@ class Entry:
     candidates: dict[str, float] = field(default_factory=dict)
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None
-    ways: list[Entry] = field(default_factory=list)
-    broken: int = 0
+    group: Ways = field(default_factory=lambda: Ways([]))
 
     def __post_init__(self) -> None:
-        self.ways = [self]
+        self.group = Ways([self])
 
     def advances(self, counters: Sequence[Counter]) -> None:
         """Leave numbers to the recording, which advances them itself."""

@@ -155,7 +155,7 @@ class Recordings:
         """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
         or by a new one."""
         with _recording, self.lock:
-            ways = broken.ways
+            ways = broken.group.ways
             for entry in [other for other in ways if other is not broken]:
                 if self._stale(entry, call) is not None:
                     continue
@@ -167,12 +167,18 @@ class Recordings:
                     entry.replays += 1
                     entry.real_rows += rows
                     return entry.template.fill(produced, call.tensors, call.opaques)
-            broken.broken += 1
+            broken.group.broken += 1
+            if broken.group.refusals:
+                return self._refuse(broken.group.refusals, args, kwargs)
             detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
             refusal = ManyWays(detail, operator="branch")
             if len(ways) < _MAX_WAYS:
-                return self._unknown(call, args, kwargs, beside=broken)
-            if broken.broken > _MAX_WAYS and 2 * broken.broken > sum(way.replays for way in ways):
+                try:
+                    return self._unknown(call, args, kwargs, beside=broken)
+                except Exception:  # the step's own: it ran eagerly and says what is wrong with this call
+                    self.ledger.eager_calls += 1
+                    raise
+            if broken.group.broken > _MAX_WAYS and 2 * broken.group.broken > sum(way.replays for way in ways):
                 self._remember(call, [refusal])
             return self._refuse([refusal], args, kwargs)
 
@@ -206,7 +212,10 @@ class Recordings:
                     self._remember(call, [ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))])
                 return deferred.output
             except Refused as refused:
-                self._remember(call, refused.refusals)
+                if beside is None:
+                    self._remember(call, refused.refusals)
+                else:
+                    beside.group.refusals = refused.refusals
                 return self._refused(refused, args, kwargs)
             except AboveLargestBucket as too_large:
                 self._remember(call, [too_large])
@@ -261,9 +270,8 @@ class Recordings:
     def _record_way(self, beside: Entry, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
         entry = self._try(self._step(call, args, kwargs))
-        ways = beside.ways
-        ways.insert(0, entry)
-        entry.ways = ways
+        entry.group = beside.group
+        entry.group.ways.insert(0, entry)
         self.entries[(call.signature, "way", id(entry))] = entry
         self._lead(call, entry, 1)
         return entry, 1
@@ -335,7 +343,7 @@ class Recordings:
 
     def _drop(self, entry: Entry) -> None:
         self.last = None
-        entry.ways.remove(entry)
+        entry.group.ways.remove(entry)
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
         self.ledger.dropped(entry)

@@ -149,6 +149,12 @@ class RewrittenStep:
         return map_leaves(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
 
 
+    def prepare(self) -> None:
+        """Make the device hold Python's numbers, before the graph is run outside a recording."""
+        if self.counters is not None:
+            self.counters.unknown()
+            self.counters.load()
+
     def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedRecording | None:
         """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""
         if self.assumption is None and self.counters is None:

@@ -217,7 +217,7 @@ def _record(
     if plain is not step:
         _compare_substitute(step, start, trace, stand_ins, externals, check=check)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
-    start.restore()
+    _reset(step, start)
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
     state = trace.written.copies()
     dims = (None,) * len(reference) if probe is None else probe.output_dims(reference)
@@ -286,6 +286,13 @@ def _stand_in_run(
     return externals, template, trace
 
 
+def _reset(step: Step, start: Checkpoint) -> None:
+    """The state before the call, for a run of the step or of its substitute."""
+    start.restore()
+    if isinstance(step.model, RewrittenStep):
+        step.model.prepare()
+
+
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:
     """What saves the random generators before a replay that may have to be undone; None where the step draws nothing."""
     seeded = any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
@@ -324,7 +331,7 @@ def _compare_substitute(
     start.restore()
     expected: list[Tensor] = _guarded(plain, lambda: [out.clone() for out in plain.produced(stand_ins, externals)])
     state = trace.written.copies()
-    start.restore()
+    _reset(step, start)
     produced = step.produced(stand_ins, externals)
     found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
     if check and found is not None:

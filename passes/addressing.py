@@ -63,16 +63,16 @@ def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     expected = rw.expected(node)
     length = expected.get(dim, sympy.sympify(node.meta["val"].shape[dim]) if dim not in expected else None)
     size = x.meta["val"].shape[dim]
-    if step != 1:
-        rw.no_rule("a slice with a step, bounded by a device value", node)
+    if is_symbol(step) or (step != 1 and (is_symbol(start) or whole is not None or (start or 0) < 0)):
+        rw.no_rule("a slice with a step whose first row only the device knows", node)
     first = sympy.Integer(0) if start is None else expression_of(start)
     if first.is_negative:
         first = sympy.Max(first + (size if whole is None else whole), 0)
     count = min(rw.bound(length), size)
     if first.is_Integer:
         first = min(int(first), size)
-        count = min(count, size - first)
-        return rw.padded(rw.call(aten.slice.Tensor, x, dim, first, first + count), expected)
+        last = min(first + count * step, size)
+        return rw.padded(rw.call(aten.slice.Tensor, x, dim, first, last, step), expected)
     if first.is_negative is not False:  # a start that may count from the end
         total = sympy.Integer(size) if whole is None else whole
         hint = rw.facts.hint(first)

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
@@ -208,17 +209,18 @@ class _Follow(TorchDispatchMode):
     def _define_slice(self, result: Tensor, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> None:
         size = result.shape[dim]
         fresh = _fresh(result, self.facts)
-        if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or step != 1:
+        if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, _expression(x.shape[dim])
         first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole), _index(end, whole, whole)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
-        if count.is_Integer and hint == sympy.true:  # a window of fixed size, as long as it does not reach over the end
+        if step == 1 and count.is_Integer and hint == sympy.true:  # a window of fixed size, as long as it does not reach over the end
             facts.decide(sympy.Le(last, whole), True, user_site())
             length = sympy.Max(0, count)
         else:
             length = sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole))
+            length = length if step == 1 else FloorDiv(length + step - 1, step)
         facts.definitions[size.node.expr] = facts.resolve(length)
 
     def _forget_offsets(self, result: Any) -> None:
@@ -390,6 +392,18 @@ def _with_symbols(index: Any) -> Any:
     return index
 
 
+def _hold(module: GraphModule, tensors: Sequence[Tensor]) -> None:
+    """Make the last inputs of a graph tensors that it holds itself."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for index, (node, tensor) in enumerate(zip(placeholders[len(placeholders) - len(tensors) :], tensors, strict=True)):
+        module.register_buffer(f"number_{index}", tensor, persistent=False)
+        with module.graph.inserting_after(placeholders[-1]):
+            held = module.graph.get_attr(f"number_{index}")
+        held.meta = dict(node.meta)
+        node.replace_all_uses_with(held)
+        module.graph.erase_node(node)
+
+
 def _name_state(module: GraphModule) -> None:
     """Tell the step's own tensors from constants made of host data, which `make_fx` names alike."""
     constants = {n.args[0].target for n in module.graph.nodes if n.target in _LIFTS and isinstance(n.args[0], torch.fx.Node)}
@@ -434,10 +448,12 @@ class Number:
     name: str
 
 
-def _advance(facts: Facts, numbers: Sequence[Number], symbols: Sequence[Any], advanced: Sequence[Any]) -> Any:
+def _advance(
+    facts: Facts, numbers: Sequence[Number], tensors: Sequence[Tensor], symbols: Sequence[Any], advanced: Sequence[Any]
+) -> Any:
     """Write the new numbers to their tensors, and return a function that computes them from the old ones."""
-    for number, value in zip(numbers, advanced, strict=True):
-        number.tensor.copy_(torch.scalar_tensor(value, dtype=torch.int64, device=number.tensor.device))
+    for tensor, value in zip(tensors, advanced, strict=True):
+        tensor.copy_(torch.scalar_tensor(value, dtype=torch.int64, device=tensor.device))
     names = [symbol.node.expr for symbol in symbols]
     expressions = [facts.resolve(_expression(value)) for value in advanced]
     for number, expression in zip(numbers, expressions, strict=True):
@@ -478,25 +494,29 @@ def trace_step(
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
     with mode:
-        fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+        inputs = [*tensors, *(number.tensor for number in numbers)]
+        fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     follow = _Follow(facts, reads)
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
         with _Symbolic(follow), follow:
-            symbols = [number.tensor.item() for number in numbers]
+            count = len(arguments) - len(numbers)
+            arguments, held = arguments[:count], arguments[count:]
+            symbols = [tensor.item() for tensor in held]
             for symbol, number in zip(symbols, numbers, strict=True):
                 facts.hints[symbol.node.expr] = number.value
                 facts.names[symbol.node.expr] = number.name
             results = step(arguments, symbols)
             if numbers:
-                meta["advance"] = _advance(facts, numbers, symbols, advanced())
+                meta["advance"] = _advance(facts, numbers, held, symbols, advanced())
             return results
 
     with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    _hold(module, [number.tensor for number in numbers])
     _name_state(module)
     module.meta.update(meta, facts=facts)
     return module

@@ -134,6 +134,6 @@ class AMovingAverage(nn.Module):
         return self.mean * 2
 
 
-@case(lambda i: (noise(i, 5), number(i)), "many-ways")
+@case(lambda i: (noise(i, 5), number(i)), "host-sync")
 def a_c_function_needs_a_real_float(x: Tensor, value: Tensor) -> Tensor:
     return x * math.exp(value.item())
