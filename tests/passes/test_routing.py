@@ -461,6 +461,16 @@ def test_a_copy_is_seen_through_only_if_nothing_writes_after_it() -> None:
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("level", [by_functions, by_make_fx])
+def test_a_cast_of_the_weight_is_computed_once(level: Any) -> None:
+    def body(w: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("sgd,grd->sgr", x.bfloat16(), w.to(torch.bfloat16).view(G, N, K))
+
+    module, given_ = level(Model(body), torch.randn(3, G, K))
+    assert len(passes.routing(module, Table(), **given_)) == 1
+    assert [buffer.dtype for buffer in module.buffers()] == [torch.bfloat16] and not list(module.parameters())
+
+
 def test_a_table_may_decline() -> None:
     x = torch.randn(3, G, K)
     module = passes.trace_with_inputs(Model(einsum), (x,))
