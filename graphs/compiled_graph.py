@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 import passes
-from graphs.contract.operators import storage_id
+from graphs.contract.operators import storage_id, tensors_in
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import Site
 from graphs.watch import Trace, watch_step
@@ -93,7 +94,8 @@ class CompiledGraph:
         """
         random = RandomState(self.device)
         try:
-            output, _ = watch_step(lambda: _Located(self._original, trace).run(*inputs), list(given), into=trace)
+            located = _Located(self._original, trace, {storage_id(tensor) for tensor in tensors_of(inputs)})
+            output, _ = watch_step(lambda: located.run(*inputs), list(given), into=trace)
         finally:
             trace.written.restore()
             random.restore()
@@ -200,14 +202,25 @@ def tensors_of(values: Sequence[Any]) -> list[Tensor]:
 
 
 class _Located(Interpreter):
-    """Runs a graph; what is found in it is found at the user's line that a node was traced from."""
+    """Runs a graph; what is found in it is found at the user's line that a node was traced from.
 
-    def __init__(self, module: GraphModule, trace: Trace) -> None:
+    Args:
+        inputs: storages of the graph's inputs. A higher-order operator (a kernel of the user's, a conditional) has no schema,
+            and dispatch modes do not see into it: what it is given of them counts as written.
+    """
+
+    def __init__(self, module: GraphModule, trace: Trace, inputs: set[int]) -> None:
         super().__init__(module)
-        self._trace = trace
+        self._trace, self._inputs = trace, inputs
 
     def run_node(self, n: Node) -> Any:
         """Run one node and place what it adds to the findings."""
+        if isinstance(n.target, HigherOrderOperator):
+            for tensor in tensors_in(self.fetch_args_kwargs_from_env(n)):
+                if storage_id(tensor) in self._inputs:
+                    self._trace.written.save(tensor)
+            with _disable_current_modes():
+                return super().run_node(n)
         known = len(self._trace.findings)
         result = super().run_node(n)
         for index, finding in enumerate(self._trace.findings[known:], known):

@@ -19,7 +19,15 @@ from graphs.contract.arguments import Call
 from graphs.contract.operators import storage_id
 from graphs.contract.slots import Contract, Slot
 from graphs.contract.tensor_state import RandomState
-from graphs.errors import CaptureFailed, HostConstant, Refusal, UnsupportedOperator, UnsupportedOutput, VerifyMismatch
+from graphs.errors import (
+    CaptureFailed,
+    HostConstant,
+    MixedDevices,
+    Refusal,
+    UnsupportedOperator,
+    UnsupportedOutput,
+    VerifyMismatch,
+)
 from graphs.record.step import Recorder, Recording
 from graphs.watch import Trace
 
@@ -147,6 +155,8 @@ class _Trial:
         refusal = inadmissible(Call(tensors, [], ()))
         if refusal is not None:
             raise refusal
+        if any(tensor.device != graph.device for tensor in tensors):
+            raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
         self.graph, self.inputs = graph, inputs
         self.trace, self._random = Trace(), RandomState(graph.device)
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]  # for operators like t_()

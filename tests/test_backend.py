@@ -116,13 +116,14 @@ def test_borrowed_outputs_are_overwritten_by_the_next_call() -> None:
     same(first, torch.full((3,), 10.0))
 
 
+@pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "arrange",
     [lambda x: x.t().contiguous().t(), lambda x: x[:1].expand(4, 8), lambda x: torch.cat([x, x], 1)[:, 2:10]],
     ids=["transposed", "expanded", "sliced"],
 )
-def test_strides_that_dynamo_guarded_are_kept(arrange: Callable[[Tensor], Tensor]) -> None:
-    _, twin, step = pair()
+def test_strides_that_dynamo_guarded_are_kept(arrange: Callable[[Tensor], Tensor], compiler: str) -> None:
+    _, twin, step = pair(compiler=compiler)
     for _ in range(3):
         x = arrange(torch.randn(4, 8))
         same(step(x), twin(x))
@@ -241,6 +242,18 @@ def test_constants_of_the_step_are_hoisted_and_reported() -> None:
         same(step(torch.ones(3)), torch.tensor([2.0, 3.0, 4.0]))
     (piece,) = pieces()
     assert piece.replays == 2 and "hoist_constants" in "".join(piece.rewrites)
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_conditional_takes_both_ways(compiler: str) -> None:
+    def choose(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y.sin() + 1, lambda y: y.cos() - 1, (x,))
+
+    step = compiled(choose, compiler=compiler)
+    for sign in (1.0, 1.0, -1.0, 1.0, -1.0):
+        x = torch.full((3,), sign)
+        same(step(x), x.sin() + 1 if sign > 0 else x.cos() - 1)
 
 
 def test_random_numbers_go_on() -> None:
