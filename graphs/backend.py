@@ -158,7 +158,7 @@ class Piece:
         self._dropped += recorded.replays
         moved = recorded.moved(inputs)
         self._moves.update(moved)
-        names = ", ".join(self._graph.names[position] for position in moved[:3]) or "a tensor of the graph"
+        names = ", ".join(self._graph.names[position] for position in moved[:3])
         refusal = MovedStaticTensor(f"{len(moved)} of the tensors read in place moved", operator=names)
         if any(self._moves[position] > _MOVES for position in recorded.written):
             self._refused[key] = refusal

@@ -80,18 +80,14 @@ class RecordedPiece:
         self._static_addresses = [inputs[index].data_ptr() for index in static]
         known = dict(zip(static, self._static_addresses, strict=True))
         self._addresses = [known.get(index) for index in range(len(inputs))]
-        self._owned = [(tensor, tensor.data_ptr()) for tensor in trial.graph.owned]
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
 
     def fits(self, inputs: Sequence[Any]) -> bool:
         """Whether everything that is read in place is where it was. Which inputs share memory, Dynamo has guarded."""
         if _equal_addresses is not None:
-            if not _equal_addresses(list(inputs), self._addresses, self._static):
-                return False
-        elif list(map(Tensor.data_ptr, map(inputs.__getitem__, self._static))) != self._static_addresses:
-            return False
-        return all(tensor.data_ptr() == address for tensor, address in self._owned)
+            return bool(_equal_addresses(list(inputs), self._addresses, self._static))
+        return list(map(Tensor.data_ptr, map(inputs.__getitem__, self._static))) == self._static_addresses
 
     def moved(self, inputs: Sequence[Any]) -> list[int]:
         """Positions of the static inputs that are not where they were."""

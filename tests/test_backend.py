@@ -262,6 +262,7 @@ def test_random_numbers_go_on() -> None:
     found = [step(torch.zeros(3)) for _ in range(3)]
     torch.manual_seed(5)
     same(found, [torch.rand(3) for _ in range(3)])
+    assert pieces()[0].replays == 3
 
 
 def test_eager_blocks_run_the_compiled_function() -> None:

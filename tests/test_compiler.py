@@ -128,7 +128,8 @@ def test_a_step_that_is_rewritten_is_compiled_as_rewritten() -> None:
 
 @pytest.mark.slow
 def test_random_numbers_are_those_that_eager_draws() -> None:
-    parity(lambda: lambda x: x * torch.rand(3), [(torch.ones(3),)] * 3, compiler="inductor")
+    step = parity(lambda: lambda x: x * torch.rand(3), [(torch.ones(3),)] * 3, compiler="inductor")
+    assert step.report().keys[0].compiler == "inductor"
 
 
 def test_what_the_compiler_raises_is_named_and_the_step_recorded_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
