@@ -9,6 +9,7 @@ import graphs
 from graphs.bench.bare import bare_step
 from graphs.bench.compiled import host_bar, wall_bar
 from graphs.bench.decode import compare_tokens
+from graphs.bench.inductor import BACKEND, CAPTURED, REDUCED, measure_compilers
 from graphs.bench.launches import count_launches
 from graphs.bench.llama import Decoding, LlamaSize, build_llama
 from graphs.bench.overhead import call_bar, device_bar, small_arguments, small_step
@@ -53,6 +54,13 @@ def test_bars_with_a_compiler(measure, on_gpu: BenchSettings, progress: Progress
     model = build_llama(SIZE, on_gpu.device)
     bar = measure(model, Decoding(model, SIZE, 2, on_gpu.device), on_gpu, progress)
     assert bar.measured.runs == on_gpu.runs
+
+
+@pytest.mark.slow
+def test_bars_of_the_compiler_integration(on_gpu: BenchSettings, progress: Progress) -> None:
+    captured, backend = measure_compilers(on_gpu, progress, (SIZE,))
+    assert set(captured.sides) == {CAPTURED, REDUCED} and set(backend.sides) == {REDUCED, BACKEND}
+    assert captured.measured.runs == on_gpu.runs
 
 
 def test_tokens_are_equal_on_the_device(on_gpu: BenchSettings) -> None:
