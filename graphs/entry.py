@@ -57,6 +57,7 @@ class Entry:
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
         candidates: microseconds of one replay by compiler, where more than one was measured.
+        uploads: versions of host tensors that the recording holds a copy of, to be compared like ``steering``.
         checked: the recording, where it assumes something of host values; None where it holds for any.
         group: the recordings of the key.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
@@ -86,6 +87,7 @@ class Entry:
     candidates: dict[str, float] = field(default_factory=dict)
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None
+    uploads: list[tuple[str, Any, Any, Any]] = field(default_factory=list)
     group: Ways = field(default_factory=lambda: Ways([]))
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class Entry:
         for counter in counters:
             self.python.leave_to_recording(counter.container, counter.key)
         if counters:
-            self.steering = Steering(self.python.steering())
+            self.steering = Steering([*self.python.steering(), *self.uploads])
 
     @property
     def sentinels(self) -> list[int]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from graphs import verify
-from graphs.watch import Trace, watch_again
 from graphs.contract.slots import Contract
 from graphs.entry import Entry, sliced
 from graphs.errors import RowsInteract
 from graphs.step import Checkpoint, Step
+from graphs.watch import Trace, watch_again
 
 Tensor = torch.Tensor
 

@@ -153,7 +153,8 @@ class Recordings:
 
     def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
-        or by a new one."""
+        or by a new one.
+        """
         with _recording, self.lock:
             ways = broken.group.ways
             for entry in [other for other in ways if other is not broken]:

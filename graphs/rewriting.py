@@ -20,13 +20,13 @@ import passes
 from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
 from graphs.contract.counters import Counters
 from graphs.contract.tensor_state import RandomState
-from graphs.errors import DataDependentShape, HostConstant, HostSync, Refusal, Site
+from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.record.step import Recording
 from graphs.step import Step
 from graphs.watch import Trace
 
 Tensor = torch.Tensor
-REMOVABLE = (HostSync, DataDependentShape, HostConstant)
+REMOVABLE = (HostSync, DataDependentShape, HostConstant, MixedDevices)
 """What the passes can take out of a step."""
 
 
@@ -135,6 +135,7 @@ class RewrittenStep:
     ) -> None:
         self.counters = counters
         self.module: Callable[..., Any] = module
+        self.traced = module
         self.changes = changes
         self._structure = structure
         self._results = module.meta.get("results")

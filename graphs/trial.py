@@ -27,7 +27,7 @@ from graphs.contract.arguments import map_leaves
 from graphs.contract.counters import Counter, Counters
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
-from graphs.contract.places import Difference
+from graphs.contract.places import Difference, VersionView
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static import StaticTensors
@@ -233,7 +233,7 @@ def _record(
         template,
         StaticTensors([(i, step.names[i], tensors[i]) for i in static], externals, trace.written.tensors, start.python.owners),
         start.python,
-        Steering(start.python.steering()),
+        Steering([*start.python.steering(), *_uploads(step)]),
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
         trace.written,
@@ -242,6 +242,7 @@ def _record(
         slack=1.0 if plain is step else verify.OTHER_KERNELS,
         substitute=None if plain is step else step.model,
         checked=checked,
+        uploads=_uploads(step),
     )
     if check:
         start.restore()
@@ -291,6 +292,13 @@ def _reset(step: Step, start: Checkpoint) -> None:
     start.restore()
     if isinstance(step.model, RewrittenStep):
         step.model.prepare()
+
+
+def _uploads(step: Step) -> list[tuple[str, Any, Any, Any]]:
+    """The versions of host tensors that a rewritten graph uploaded once, as values to be compared at every call."""
+    module = getattr(step.model, "traced", None)
+    uploaded = module.meta.get("uploaded", []) if module is not None else []
+    return [("a host tensor's version", VersionView(tensor), "", tensor._version) for tensor in uploaded]
 
 
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:

@@ -160,8 +160,8 @@ def scalar_tensor(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[
     """``torch.tensor(u)``."""
     if not is_symbol(args[0]):
         return None
-    value = node.meta["val"]
-    return rw.call(aten.clone.default, on_device(rw, args[0], value.dtype, value.device))
+    number = rw.scalar(args[0])
+    return rw.call(aten.clone.default, cast(rw, number, node.meta["val"].dtype))  # it stays on the device of what it comes from
 
 
 def masked_fill(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 import sympy
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from passes.tracing import Facts, Site
+from passes.sites import Site
+from passes.tracing import Facts
 
 _LIMIT = 1 << 24  # rows: a larger bound is none
 

@@ -33,6 +33,8 @@ def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
             continue
         constant = _constant(module, node.args[0])
         if constant is None:
+            constant = _host_table(module, node)
+        if constant is None:
             continue
         before = node.format_node() or str(node)
         name = _fresh_name(module)
@@ -59,6 +61,25 @@ def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
         owner = getattr(owner, part)
     value = getattr(owner, name)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
+    """A tensor of the step's own that lives on the host and is uploaded by ``node``.
+
+    Its content is taken as it is now: `module.meta["uploaded"]` lists such tensors, for the caller to notice that one was
+    written since (``tensor._version``).
+    """
+    source, device = node.args[0], node.kwargs.get("device")
+    if not isinstance(source, Node) or source.op != "get_attr" or node.target is not aten._to_copy.default or device is None:
+        return None
+    value = getattr(module, str(source.target), None)
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or torch.device(device).type == "cpu":
+        return None
+    same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source.target]
+    if any(_is_written(n) for n in same):
+        return None
+    module.meta.setdefault("uploaded", []).append(value)
+    return value
 
 
 def _is_written(node: Node) -> bool:

@@ -20,7 +20,8 @@ from torch.utils._sympy import functions as sympy_functions
 from passes.aliases import Aliases
 from passes.bounds import Bounds
 from passes.errors import Unremovable
-from passes.tracing import Facts, Site
+from passes.sites import Site
+from passes.tracing import Facts
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ class Rewriter:
         return self.graph
 
     def _visit(self, node: Node) -> Any:
-        args, kwargs = self._loaded(node)
+        args, kwargs = self._together(node, *self._loaded(node))
         if node.op == "output":
             return self._output(node, args[0])
         if node.op == "call_function":
@@ -125,6 +126,24 @@ class Rewriter:
             return {key: load(item) for key, item in value.items()} if isinstance(value, dict) else value
 
         return tuple(load(value) for value in node.args), {key: load(value) for key, value in node.kwargs.items()}
+
+    def _together(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments on one device: an operator takes a 0-d tensor of the host's as a number, which would be frozen."""
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Node)]
+        tensors = [a for a in tensors if isinstance(a.meta.get("val"), Tensor)]
+        devices = {a.meta["val"].device for a in tensors}
+        away = next((device for device in devices if device.type != "cpu"), None)
+        if len(devices) < 2 or away is None or node.target in _MOVES:
+            return args, kwargs
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Node) and value in tensors and value.meta["val"].device.type == "cpu" and not value.meta["val"].dim():
+                return self.call(aten._to_copy.default, value, device=away)
+            if isinstance(value, (tuple, list)):
+                return type(value)(moved(item) for item in value)
+            return value
+
+        return tuple(map(moved, args)), {key: moved(value) for key, value in kwargs.items()}
 
     def _read(self, node: Node, tensor: Node) -> None:
         """Keep what the host read here: the tensor may be written before the value is used."""
@@ -425,6 +444,7 @@ class Rewriter:
         return self.padded(made, self.lengths(node))
 
 
+_MOVES = (aten._to_copy.default, aten.copy_.default)
 _OPERATIONS: dict[type, Any] = {
     sympy.Add: aten.add,
     sympy.Mul: aten.mul,

@@ -25,19 +25,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.python_entry import SymbolicEntry
 from passes.sites import Site, user_site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_TO_HOST = {getattr(Tensor, name): name for name in ("numpy", "__array__", "__repr__", "__format__", "__dlpack__", "__reduce_ex__")}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,9 @@ class _Hinted(ShapeEnv):
             self.facts.decide(sympy.Eq(expression, value), True, user_site())
         return value
 
-    def guard_or_defer_runtime_assert(self, orig_expr: Any, msg: str, fx_node: Any = None, **_: Any) -> bool:
+    def guard_or_defer_runtime_assert(  # type: ignore[override]  # of a method that torch caches
+        self, orig_expr: Any, msg: str, fx_node: Any = None, **_: Any
+    ) -> bool:
         expression = self.facts.resolve(orig_expr)
         if self._maybe_evaluate_static(expression) is None:
             self.facts.decide(expression, True, user_site())
@@ -215,7 +216,7 @@ class _Follow(TorchDispatchMode):
         first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole), _index(end, whole, whole)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
-        if step == 1 and count.is_Integer and hint == sympy.true:  # a window of fixed size, as long as it does not reach over the end
+        if step == 1 and count.is_Integer and hint == sympy.true:  # a window of fixed size that ends before its tensor does
             facts.decide(sympy.Le(last, whole), True, user_site())
             length = sympy.Max(0, count)
         else:
@@ -231,7 +232,10 @@ class _Follow(TorchDispatchMode):
             self.facts.offsets |= {symbol for symbol in offset.node.expr.free_symbols if symbol not in known}
 
 
-_OTHER_READS = ("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default), "torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor")
+_OTHER_READS = (
+    *("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default)),
+    *("torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor"),
+)
 
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
@@ -245,6 +249,10 @@ def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
     return list(dict.fromkeys(found))
 
 
+def _flat(value: Any) -> list[Any]:
+    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
+
+
 def _expression(value: Any) -> sympy.Basic:
     return value.node.expr if isinstance(value, _SYMBOLS) else sympy.sympify(value)
 
@@ -256,140 +264,6 @@ def _index(value: Any, default: Any, whole: sympy.Basic) -> sympy.Basic:
     if isinstance(value, torch.SymInt):
         return value.node.expr if bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
     return sympy.Integer(min(value, sys.maxsize)) if value >= 0 else sympy.Max(value + whole, 0)
-
-
-class _Symbolic(TorchFunctionMode):
-    """Keeps symbols where torch's Python entry points would turn them, or tensors, into plain numbers."""
-
-    def __init__(self, follow: _Follow) -> None:
-        super().__init__()
-        self.follow = follow
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _FROM_LISTS and not isinstance(args[-1], Tensor) and _has_symbols(args[-1]):
-            return _tensor_of(args[-1], args[0] if len(args) > 1 else None, kwargs)
-        if func in (torch.unbind, Tensor.unbind) and isinstance(args[0].shape[_dim(args, kwargs)], torch.SymInt):
-            dim = _dim(args, kwargs)
-            return tuple(args[0].select(dim, row) for row in range(int(args[0].shape[dim])))
-        if func is Tensor.numpy and args[0].dtype in _WHOLE:
-            return _object_array(args[0])
-        if func in _TO_HOST:
-            raise Unremovable("the host needs the tensor itself", f"Tensor.{_TO_HOST[func]}", user_site())
-        if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
-            self.follow.drop(f"Tensor.{func.__name__}")
-            return args[0] if func is Tensor.cpu else args[0].to(*_dtypes(args[1:]), **_dtypes_of(kwargs))
-        if func in (torch.equal, Tensor.equal):
-            a, b = args
-            return a.shape == b.shape and bool(torch.eq(a, b).all())
-        if func in (torch.allclose, Tensor.allclose):
-            return bool(torch.isclose(*args, **kwargs).all())
-        if func is torch.nn.functional.pad and _has_symbols(args[1]):
-            return _pad(*args, **kwargs)
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
-            index = _with_symbols(args[1])
-            if any(isinstance(part, torch.SymInt) for part in _parts(index)):
-                view, rest = _select(args[0], _parts(index))
-                plain = all(part == slice(None) for part in rest)
-                if func is Tensor.__getitem__:
-                    return view if plain else view[rest]
-                view.__setitem__(... if plain else rest, args[2])
-                return None
-            args = (args[0], index, *args[2:])
-        elif func in _COUNTED:
-            args, kwargs = tuple(map(_number, args)), {key: _number(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-_FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
-
-
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _object_array(tensor: Tensor) -> Any:
-    """Whole numbers as a NumPy array of symbols."""
-    import numpy as np
-
-    array = np.empty(tuple(tensor.shape), dtype=object)
-    for place in np.ndindex(*array.shape):
-        array[place] = tensor[place].item()
-    return array
-
-
-def _dim(args: Any, kwargs: dict[str, Any]) -> int:
-    return int(kwargs.get("dim", args[1] if len(args) > 1 else 0))
-
-
-def _has_symbols(data: Any) -> bool:
-    if isinstance(data, (list, tuple)):
-        return any(map(_has_symbols, data))
-    return isinstance(data, (*_SYMBOLS, Tensor))
-
-
-def _tensor_of(data: Any, like: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """``torch.tensor(data)`` where some of the numbers are symbols, or tensors that stand for their values."""
-    if isinstance(data, (list, tuple)):
-        return torch.stack([_tensor_of(item, like, kwargs) for item in data])
-    value = data.item() if isinstance(data, Tensor) else data
-    kind = torch.get_default_dtype() if isinstance(value, (float, torch.SymFloat)) else torch.int64
-    settings = {"dtype": kwargs.get("dtype") or (like.dtype if like is not None else kind)}
-    settings["device"] = kwargs.get("device") or (like.device if like is not None else None)
-    if isinstance(value, (bool, torch.SymBool)):
-        value, settings["dtype"] = torch.sym_ite(value, 1, 0) if isinstance(value, torch.SymBool) else value, torch.bool
-    return torch.scalar_tensor(value, **settings)
-
-
-_COUNTED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.empty)
-
-
-def _pad(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    """``F.pad`` by amounts that are symbols, as concatenation."""
-    if mode != "constant":
-        raise Unremovable("padding by an amount that only the device knows, other than with a constant", "pad", user_site())
-    for position in range(len(pad) // 2):
-        dim, parts = x.dim() - 1 - position, [x]
-        for amount, side in ((pad[2 * position], 0), (pad[2 * position + 1], 1)):
-            if isinstance(amount, torch.SymInt) or amount:
-                shape = (*x.shape[:dim], amount, *x.shape[dim + 1 :])
-                parts.insert(0 if side == 0 else len(parts), x.new_full(shape, 0.0 if value is None else value))
-        x = torch.cat(parts, dim) if len(parts) > 1 else x
-    return x
-
-
-def _flat(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
-
-
-def _names_the_host(args: Any, kwargs: Any) -> bool:
-    target = kwargs.get("device", args[0] if args else None)
-    return isinstance(target, (str, torch.device)) and torch.device(target).type == "cpu"
-
-
-def _dtypes(args: Any) -> list[Any]:
-    return [value for value in args if isinstance(value, torch.dtype)]
-
-
-def _dtypes_of(kwargs: Any) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking")}
-
-
-def _number(value: Any) -> Any:
-    """A tensor given where a function wants a number, as the symbol that stands for its value."""
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return value.item()
-    return tuple(map(_number, value)) if isinstance(value, (tuple, list)) else value
-
-
-def _with_symbols(index: Any) -> Any:
-    """An index whose slices are bounded by tensors, with their values as bounds."""
-    if isinstance(index, tuple):
-        return tuple(map(_with_symbols, index))
-    if isinstance(index, list) and _has_symbols(index):
-        return _tensor_of(index, None, {})
-    if isinstance(index, slice):
-        return slice(_number(index.start), _number(index.stop), _number(index.step))
-    return index
 
 
 def _hold(module: GraphModule, tensors: Sequence[Tensor]) -> None:
@@ -420,23 +294,6 @@ def _name_state(module: GraphModule) -> None:
 
 
 _LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
-
-
-def _parts(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
-
-
-def _select(x: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-    """``x`` at the integers of an index that are symbols, which torch's own indexing does not take, and the rest of the index."""
-    taken = sum(1 for part in index if part is not None and part is not Ellipsis)
-    spread = [p for part in index for p in ([slice(None)] * (x.dim() - taken) if part is Ellipsis else [part])]
-    rest: list[Any] = []
-    for part in spread:
-        if isinstance(part, torch.SymInt):
-            x = x.select(sum(1 for other in rest if other is not None), part)
-        else:
-            rest.append(part)
-    return x, tuple(rest)
 
 
 @dataclass(frozen=True)
@@ -476,8 +333,9 @@ def trace_step(
     """Trace ``step`` without running anything on a device.
 
     Args:
-        step: takes ``tensors`` and symbols for ``numbers``, and returns a flat list. Python state it changes is the caller's to restore; tensors that it
-            reaches without being given them become ``get_attr`` nodes, and nothing is written to them.
+        step: takes ``tensors`` and symbols for ``numbers``, and returns a flat list. Python state it changes is the
+            caller's to restore; tensors that it reaches without being given them become ``get_attr`` nodes, and nothing
+            is written to them.
         tensors: real tensors, for their shapes, dtypes and devices.
         reads: what an eager run read, in order.
         numbers: numbers of Python that the step advances.
@@ -500,10 +358,10 @@ def trace_step(
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
-        with _Symbolic(follow), follow:
+        with SymbolicEntry(follow.drop), follow:
             count = len(arguments) - len(numbers)
             arguments, held = arguments[:count], arguments[count:]
-            symbols = [tensor.item() for tensor in held]
+            symbols: list[Any] = [tensor.item() for tensor in held]
             for symbol, number in zip(symbols, numbers, strict=True):
                 facts.hints[symbol.node.expr] = number.value
                 facts.names[symbol.node.expr] = number.name

@@ -129,8 +129,9 @@ class Decoding:
 
     def same_step(self, model: Forward, times: int) -> None:
         """``times`` decode steps on the same token, without looking at what comes out."""
-        for index in range(times):
-            self.forward(model, self.first, self._positions[index])
+        with torch.no_grad():  # entered once, as a decode loop does
+            for index in range(times):
+                model(self.first, past_key_values=self._cache, position_ids=self._positions[index])
 
     def host_microseconds(self, model: Forward, steps: int, before: Callable[[], None] = lambda: None) -> list[float]:
         """Host time of each of ``steps`` decode steps in a row, as a decode loop issues them, from an idle device.

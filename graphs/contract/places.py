@@ -151,6 +151,16 @@ class LengthView:
         return len(self._container)
 
 
+class VersionView:
+    """How often a tensor was written, as a mapping with one item."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, key: str) -> int:
+        return self._tensor._version
+
+
 def place_differences(place: Place) -> list[Difference]:
     """What changed in one place since it was read first."""
     before, after = place.content, place.read()

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from passes.arithmetic import pointwise as with_symbols
 from passes.bounded import indexing, products, reductions, shapes, sources
 from passes.rewriter import Rewriter, Rule, is_symbol
-from passes.arithmetic import pointwise as with_symbols
 
 RULES: dict[Any, Rule] = {**sources.RULES, **shapes.RULES, **reductions.RULES, **products.RULES, **indexing.RULES}
 

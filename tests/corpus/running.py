@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import random
 import sys
 import warnings
@@ -92,7 +93,10 @@ def watching() -> Iterator[_Operators]:
     """What the host waits for in the body: the modes see it on any device, the driver's own check only on a GPU."""
     operators = _Operators()
     mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    gc.collect()  # recordings of other cases wait for their replays when they are freed
+    gc.disable()
     with contextlib.ExitStack() as stack:
+        stack.callback(gc.enable)
         caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         if torch.cuda.is_available():
