@@ -188,9 +188,7 @@ class Recordings:
         self.last = None
         self.routes[call.signature] = (entry, rows)
 
-    def _unknown(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: Entry | None = None
-    ) -> Any:
+    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: Entry | None = None) -> Any:
         """Try to record an unknown key; replay it, or return what the model gave, with the reason counted.
 
         Args:

@@ -138,7 +138,7 @@ class RewrittenStep:
         self.traced = module
         self.changes = changes
         self._structure = structure
-        self._results = module.meta.get("results")
+        self._results: int = module.meta.get("results", sys.maxsize)
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,6 @@ class RewrittenStep:
         if self.assumption is not None:
             self.assumption.ran(made[self._results], made[self._results + 1 :])
         return map_leaves(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
-
 
     def prepare(self) -> None:
         """Make the device hold Python's numbers, before the graph is run outside a recording."""

@@ -30,7 +30,8 @@ import torch
 from torch.fx import Node
 
 from passes.aliases import Gathered
-from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
 
@@ -53,7 +54,8 @@ def select(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
 
 def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """``x[start:end]`` with bounds on the device, of a length known or not."""
-    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    x, dim, start, end, step = args + defaults[len(args) - 1 :]
     dim %= x.meta["val"].dim()
     whole = rw.lengths(x).get(dim)
     if whole is None and not is_symbol(start) and not is_symbol(end):

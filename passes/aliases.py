@@ -125,10 +125,12 @@ class Aliases:
             how = self._gathered[node]
             made = how.gather(self.fresh(how.base))
             self._stale.discard(node)
-        elif node in self._parents and (parent := self.fresh(self._parents[node])) is not self._parents[node] and not written(node):
-            made = self._rewriter.call(node.target, parent, *node.args[1:], **node.kwargs)
         else:
-            return node
+            parent = self._parents.get(node)
+            base = self.fresh(parent) if parent is not None else None
+            if base is parent or base is None or written(node):
+                return node
+            made = self._rewriter.call(node.target, base, *node.args[1:], **node.kwargs)
         made.meta.update({key: node.meta[key] for key in ("lengths",) if key in node.meta})
         self._renewed[node] = made
         return made

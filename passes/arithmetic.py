@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
 _TENSOR = {
@@ -181,9 +182,7 @@ def where(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any
     if not any(map(is_symbol, args[1:])):
         return None
     value = node.meta["val"]
-    sides = [
-        on_device(rw, a, value.dtype, value.device) if is_symbol(a) else cast(rw, a, value.dtype) for a in args[1:]
-    ]
+    sides = [on_device(rw, a, value.dtype, value.device) if is_symbol(a) else cast(rw, a, value.dtype) for a in args[1:]]
     sides = [
         a if isinstance(a, Node) else rw.call(aten.full.default, [], a, dtype=value.dtype, device=value.device) for a in sides
     ]
@@ -202,8 +201,10 @@ def clamp(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any
         if limit is None:
             continue
         device = x.meta["val"].device
-        other = on_device(rw, limit, dtype, device) if is_symbol(limit) else rw.call(
-            aten.full.default, [], limit, dtype=dtype, device=device
+        other = (
+            on_device(rw, limit, dtype, device)
+            if is_symbol(limit)
+            else rw.call(aten.full.default, [], limit, dtype=dtype, device=device)
         )
         made = rw.call(function, made, other)
     return rw.padded(made, rw.lengths(x))
@@ -213,7 +214,8 @@ def arange(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     """``torch.arange(u, u + 4)``, ``torch.arange(u)``: from a constant ``arange``."""
     if not any(map(is_symbol, args)):
         return None
-    start, step = 0, 1
+    start: Any = 0
+    step: Any = 1
     if node.target is not aten.arange.default:
         start = args[0]
         step = args[2] if node.target is aten.arange.start_step and len(args) > 2 else 1
@@ -223,9 +225,9 @@ def arange(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     made = rw.iota(rw.bound(expression_of(value.shape[0])), value.device)
     if step != 1:
         made = rw.call(aten.mul.Tensor, made, step)
-    first = rw.scalar(start)
+    first = on_device(rw, start, torch.int64, value.device) if is_symbol(start) else start
     if isinstance(first, Node) or first:
-        made = rw.call(aten.add.Tensor, made, on_device(rw, start, torch.int64, value.device) if is_symbol(start) else first)
+        made = rw.call(aten.add.Tensor, made, first)
     return rw.padded(cast(rw, made, value.dtype), rw.expected(node))
 
 

@@ -68,7 +68,9 @@ class Bounds:
         if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
             return bool(condition == sympy.true)
         small, large = condition.lts, condition.gts
-        ranges = {s: ValueRanges(0, self._sizes[s]) if s in self._sizes else ValueRanges.unknown_int() for s in condition.free_symbols}
+        ranges = {
+            s: ValueRanges(0, self._sizes[s]) if s in self._sizes else ValueRanges.unknown_int() for s in condition.free_symbols
+        }
         if any(not s.is_integer for s in condition.free_symbols):
             return False
         high = bound_sympy(small, ranges).upper  # type: ignore[arg-type]

@@ -17,9 +17,10 @@ import torch
 
 from passes.errors import Unremovable
 from passes.sites import user_site
+from passes.symbols import SYMBOLS
 
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ABSENT = object()
+_KINDS: dict[type, type] = {torch.SymInt: builtins.int, torch.SymFloat: builtins.float, torch.SymBool: builtins.bool}
 
 
 def _value(value: Any) -> Any:
@@ -35,7 +36,7 @@ class _Number(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         value = _value(args[0]) if len(args) == 1 and not kwargs else None
-        return cls.convert(value) if isinstance(value, _SYMBOLS) else cls.kind(*args, **kwargs)
+        return cls.convert(value) if isinstance(value, SYMBOLS) else cls.kind(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, (cls.kind, *cls.symbols))
@@ -62,7 +63,7 @@ class _Float(metaclass=_Number):
 
 
 def _symbolic(values: Iterable[Any]) -> bool:
-    return any(isinstance(value, (*_SYMBOLS, torch.Tensor)) for value in values)
+    return any(isinstance(value, (*SYMBOLS, torch.Tensor)) for value in values)
 
 
 def _min(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +102,8 @@ def _no_text(self: Any, form: str) -> str:
 
 def _hash_of_value(self: Any) -> int:
     """A symbol as the key of a dictionary: the value is taken as it is, which becomes an assumption of the graph."""
-    return hash(builtins.int(self)) if isinstance(self, torch.SymInt) else hash(builtins.float(self)) if isinstance(self, torch.SymFloat) else hash(bool(self))
+    kind: type = next(kind for cls, kind in _KINDS.items() if isinstance(self, cls))
+    return hash(kind(self))
 
 
 @contextlib.contextmanager
@@ -109,12 +111,12 @@ def symbolic_builtins(modules: Iterable[str]) -> Iterator[None]:
     """Let `SYMBOLIC` hide the builtins in the named modules; a name that a module defines itself is left alone."""
     spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
     hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
-    kinds = [(kind, name) for kind in _SYMBOLS for name in ("__format__", "__hash__")]
+    kinds = [(kind, name) for kind in SYMBOLS for name in ("__format__", "__hash__")]
     methods = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in kinds]
     try:
         for space, name in hidden:
             space[name] = SYMBOLIC[name]
-        for kind in _SYMBOLS:
+        for kind in SYMBOLS:
             kind.__format__ = _no_text  # type: ignore[assignment, method-assign]
             kind.__hash__ = _hash_of_value  # type: ignore[assignment, method-assign]
         yield

@@ -73,7 +73,7 @@ def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
     if not isinstance(source, Node) or source.op != "get_attr" or node.target is not aten._to_copy.default or device is None:
         return None
     value = getattr(module, str(source.target), None)
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or torch.device(device).type == "cpu":
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or torch.device(str(device)).type == "cpu":
         return None
     same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source.target]
     if any(_is_written(n) for n in same):

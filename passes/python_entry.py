@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from passes.errors import Unremovable
 from passes.sites import user_site
+from passes.symbols import SYMBOLS
 
 Tensor = torch.Tensor
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TO_HOST = {
     getattr(Tensor, name): name
@@ -73,7 +73,7 @@ def has_symbols(data: Any) -> bool:
     """Whether nested lists hold a symbol, or a tensor that stands for its value."""
     if isinstance(data, (list, tuple)):
         return any(map(has_symbols, data))
-    return isinstance(data, (*_SYMBOLS, Tensor))
+    return isinstance(data, (*SYMBOLS, Tensor))
 
 
 def tensor_of(data: Any, like: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

@@ -15,18 +15,18 @@ from typing import Any, NoReturn
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy import functions as sympy_functions
 
 from passes.aliases import Aliases
 from passes.bounds import Bounds
 from passes.errors import Unremovable
+from passes.scalars import Scalars
 from passes.sites import Site
+from passes.symbols import SYMBOLS, expression_of, is_symbol
 from passes.tracing import Facts
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Lengths = dict[int, sympy.Basic]
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
@@ -44,15 +44,11 @@ def _text(value: Any) -> str:
     return (value.format_node() or str(value)) if isinstance(value, Node) else str(value)
 
 
-def is_symbol(value: Any) -> bool:
-    """Whether a value of a graph is a number that only the device knows."""
-    return isinstance(value, Node) and isinstance(value.meta.get("val"), _SYMBOLIC)
-
-
-def expression_of(value: Any) -> sympy.Basic:
-    """The expression of a number, or of a node that stands for one."""
-    value = value.meta["val"] if isinstance(value, Node) else value
-    return value.node.expr if isinstance(value, _SYMBOLIC) else sympy.sympify(value)
+def _symbolic_sizes(node: Node) -> list[Any]:
+    """The sizes of a traced result that are symbols."""
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    sizes: list[Any] = [size for value in leaves if isinstance(value, Tensor) for size in value.shape]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 class Rewriter:
@@ -79,10 +75,10 @@ class Rewriter:
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
         self.changes: list[tuple[str, str]] = []
-        self._symbols: dict[sympy.Symbol, Node] = {}
         self._cache: dict[Any, Node] = {}
         self._constants = 0
         self.aliases = Aliases(self)
+        self._scalars = Scalars(self)
 
     def run(self) -> Graph:
         """Build the new graph.
@@ -135,9 +131,10 @@ class Rewriter:
         away = next((device for device in devices if device.type != "cpu"), None)
         if len(devices) < 2 or away is None or node.target in _MOVES:
             return args, kwargs
+        numbers = [a for a in tensors if a.meta["val"].device.type == "cpu" and not a.meta["val"].dim()]
 
         def moved(value: Any) -> Any:
-            if isinstance(value, Node) and value in tensors and value.meta["val"].device.type == "cpu" and not value.meta["val"].dim():
+            if value in numbers:
                 return self.call(aten._to_copy.default, value, device=away)
             if isinstance(value, (tuple, list)):
                 return type(value)(moved(item) for item in value)
@@ -155,7 +152,9 @@ class Rewriter:
     def _output(self, node: Node, values: Any) -> Node:
         for value in values:
             if is_symbol(value):
-                raise Unremovable("the step returns a number that only the device knows", "output", self.site, "Return the tensor")
+                raise Unremovable(
+                    "the step returns a number that only the device knows", "output", self.site, "Return the tensor"
+                )
             symbols = {s for length in self.lengths(value).values() for s in self.facts.resolve(length).free_symbols}
             if symbols:
                 raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols)
@@ -196,103 +195,15 @@ class Rewriter:
 
     def define(self, value: Any, tensor: Node) -> None:
         """Say that the 0-d ``tensor`` holds the symbol of ``value``."""
-        expression = expression_of(value)
-        if isinstance(expression, sympy.Eq):  # a flag is Eq(symbol, 1)
-            expression = next(iter(expression.free_symbols))
-        if isinstance(expression, sympy.Symbol) and expression not in self._symbols:
-            self._symbols[expression] = tensor
-            self._cache.pop(("scalar", expression), None)
+        self._scalars.define(value, tensor)
 
     def scalar(self, value: Any) -> Any:
         """A number as it is, or the 0-d tensor (int64, float64 or bool) that stands for a symbol."""
-        if not is_symbol(value):
-            return value
-        if isinstance(value.meta["val"], torch.SymFloat):
-            return self._floating(value)
-        return self.number(expression_of(value))
+        return self._scalars.of(value)
 
     def number(self, expression: sympy.Basic) -> Any:
         """An integer or boolean expression as a number, or as a 0-d tensor."""
-        expression = self.facts.resolve(expression)
-        if expression.is_Integer:
-            return int(expression)
-        if expression in (sympy.true, sympy.false):
-            return bool(expression)
-        if expression.is_Number:
-            return float(expression)
-        key = ("scalar", expression)
-        if key not in self._cache:
-            self._cache[key] = self._emit(expression)
-        return self._cache[key]
-
-    def _emit(self, expression: sympy.Basic) -> Any:
-        if isinstance(expression, sympy.Symbol):
-            if expression not in self._symbols:
-                raise Unremovable(f"nothing in the graph holds the value of {expression}", "scalar", self.site)
-            return self._zero_dim(self._symbols[expression])
-        special = _SPECIAL.get(type(expression))
-        if special is not None:
-            return special(self, expression)
-        made = _OPERATIONS.get(type(expression))
-        if made is None:
-            raise Unremovable(f"{type(expression).__name__} has no operator for it", "scalar", self.site)
-        values = [self.number(part) for part in expression.args]
-        if len(values) == 1:
-            return self.call(made.default, *values)
-        total = values[0]
-        for value in values[1:]:
-            total = self._combined(type(expression), made, total, value)
-        return total
-
-    def _combined(self, kind: type, packet: Any, a: Any, b: Any) -> Any:
-        """One operator over two values, of which at least one is a tensor."""
-        if not isinstance(a, Node) and not isinstance(b, Node):
-            raise Unremovable(f"{kind.__name__} of two numbers is left over", "scalar", self.site)
-        if not isinstance(a, Node) and kind in _SWAPPED:
-            a, b, packet = b, a, _SWAPPED[kind] or packet
-        if not isinstance(a, Node):
-            a = self._filled(a, b)
-        if isinstance(b, Node):
-            return self.call(getattr(packet, "Tensor", packet.default) if hasattr(packet, "Tensor") else packet.default, a, b)
-        if packet in _CLAMPS:
-            return self.call(_CLAMPS[packet], a, b)
-        if packet in (aten.logical_and, aten.logical_or):
-            return a if b == (packet is aten.logical_and) else self._filled(b, a, torch.bool)
-        return self.call(getattr(packet, "Scalar", None) or packet.Tensor, a, b)
-
-    def _filled(self, number: Any, like: Any, dtype: torch.dtype | None = None) -> Node:
-        dtype = dtype or (torch.float64 if isinstance(number, float) else torch.int64)
-        return self.call(aten.full_like.default, like, number, dtype=dtype)
-
-    def _zero_dim(self, tensor: Node) -> Node:
-        value = tensor.meta["val"]
-        kind = torch.float64 if value.dtype.is_floating_point else torch.int64
-        made = tensor if value.dim() == 0 else self.call(aten.view.default, tensor, [])
-        return made if value.dtype == kind else self.call(aten._to_copy.default, made, dtype=kind)
-
-    def _floating(self, node: Node) -> Any:
-        """A float symbol, operation by operation in float64, as Python computes it."""
-        key = ("float", node)
-        if key not in self._cache:
-            if node.target is ITEM:
-                made: Any = self._zero_dim(node.args[0])  # type: ignore[arg-type]
-            elif node.target is torch.sym_float:
-                made = self.call(aten._to_copy.default, self.scalar(node.args[0]), dtype=torch.float64)
-            elif node.target in _PYTHON:
-                values = [self.scalar(argument) for argument in node.args]
-                made = self._python(_PYTHON[node.target], values)
-            else:
-                raise Unremovable("no operator computes this from a value on the device", str(node.target), self.site)
-            self._cache[key] = made
-        return self._cache[key]
-
-    def _python(self, target: Any, values: list[Any]) -> Node:
-        first = next(value for value in values if isinstance(value, Node))
-        doubles = [
-            self.call(aten._to_copy.default, v, dtype=torch.float64) if isinstance(v, Node) else self._filled(float(v), first)
-            for v in values
-        ]
-        return self.call(target, *doubles)
+        return self._scalars.number(expression)
 
     # lengths
 
@@ -318,14 +229,11 @@ class Rewriter:
 
     def has_dynamic_result(self, node: Node) -> bool:
         """Whether a traced result has a size that only the device knows."""
-        leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
-        sizes = [size for value in leaves if isinstance(value, Tensor) for size in value.shape]
-        return any(self.facts.resolve(size.node.expr).free_symbols for size in sizes if isinstance(size, torch.SymInt))
+        return any(self.facts.resolve(size.node.expr).free_symbols for size in _symbolic_sizes(node))
 
     def sized_by_symbols(self, node: Node) -> bool:
         """Whether a traced result has symbols for sizes, be they constants."""
-        leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
-        return any(isinstance(size, torch.SymInt) for value in leaves if isinstance(value, Tensor) for size in value.shape)
+        return bool(_symbolic_sizes(node))
 
     def results(self, node: Node, made: Node) -> Any:
         """``made`` with the lengths of the old node's result, or a tuple where there are several."""
@@ -339,6 +247,12 @@ class Rewriter:
         made = self.graph.call_function(operator.getitem, (node, index))
         made.meta.update(val=node.meta["val"][index], site=self.site)
         return made
+
+    def front(self, node: Node, dim: int, count: int) -> Node:
+        """``node`` with no more than ``count`` rows of a dimension, of which the true ones are among the first."""
+        if node.meta["val"].shape[dim] <= count:
+            return node
+        return self.padded(self.call(aten.slice.Tensor, node, dim, 0, count), self.lengths(node))
 
     def replaced(self, symbol: sympy.Symbol, value: int) -> None:
         """Take a symbol for a number from here on, because the graph assumes it."""
@@ -370,10 +284,10 @@ class Rewriter:
             return int(hint)
         largest = self.bounds.of(expression)
         if largest is None:
-            name = next((f"{file.rsplit('/', 1)[-1]}:{line}" for s in expression.free_symbols for file, line in [self.facts.sources.get(s, self.site)]), "name")
-            raise Unremovable(
-                f"a length ({expression}) has no upper bound", "size", self.site, f'Pass bounds={{"{name}": the largest value}}'
-            )
+            sites = [self.facts.sources.get(symbol, self.site) for symbol in sorted(expression.free_symbols, key=str)]
+            name = f"{sites[0][0].rsplit('/', 1)[-1]}:{sites[0][1]}" if sites else "name"
+            remedy = f'Pass bounds={{"{name}": the largest value}}'
+            raise Unremovable(f"a length ({expression}) has no upper bound", "size", self.site, remedy)
         self.facts.decide(expression <= largest, True, self.site)
         return largest
 
@@ -430,7 +344,7 @@ class Rewriter:
         found: set[sympy.Symbol] = set()
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
             for part in value.shape if isinstance(value, Tensor) else (value,):
-                if isinstance(part, _SYMBOLIC):
+                if isinstance(part, SYMBOLS):
                     found |= self.facts.resolve(part.node.expr).free_symbols
         return found
 
@@ -445,105 +359,3 @@ class Rewriter:
 
 
 _MOVES = (aten._to_copy.default, aten.copy_.default)
-_OPERATIONS: dict[type, Any] = {
-    sympy.Add: aten.add,
-    sympy.Mul: aten.mul,
-    sympy_functions.FloorDiv: aten.floor_divide,
-    sympy_functions.CleanDiv: aten.floor_divide,
-    sympy_functions.Mod: aten.remainder,
-    sympy_functions.PythonMod: aten.remainder,
-    sympy.Max: aten.maximum,
-    sympy.Min: aten.minimum,
-    sympy_functions.Max: aten.maximum,
-    sympy_functions.Min: aten.minimum,
-    sympy.Abs: aten.abs,
-    sympy.Eq: aten.eq,
-    sympy.Ne: aten.ne,
-    sympy.Lt: aten.lt,
-    sympy.Le: aten.le,
-    sympy.Gt: aten.gt,
-    sympy.Ge: aten.ge,
-    sympy.And: aten.logical_and,
-    sympy.Or: aten.logical_or,
-    sympy.Not: aten.logical_not,
-}
-
-
-def _to_double(rw: Rewriter, expression: sympy.Basic) -> Any:
-    return rw.call(aten._to_copy.default, rw.number(expression.args[0]), dtype=torch.float64)
-
-
-def _to_whole(rounding: Any) -> Callable[[Rewriter, sympy.Basic], Any]:
-    def emit(rw: Rewriter, expression: sympy.Basic) -> Any:
-        return rw.call(aten._to_copy.default, rw.call(rounding, rw.number(expression.args[0])), dtype=torch.int64)
-
-    return emit
-
-
-def _divided(rw: Rewriter, expression: sympy.Basic) -> Any:
-    """A true division of integers or floats, in float64 as Python does it."""
-    a, b = (rw.number(part) for part in expression.args)
-    like = a if isinstance(a, Node) else b
-    doubles = [
-        rw.call(aten._to_copy.default, v, dtype=torch.float64) if isinstance(v, Node) else rw._filled(float(v), like) for v in (a, b)
-    ]
-    return rw.call(aten.div.Tensor, *doubles)
-
-
-def _chosen(rw: Rewriter, expression: sympy.Basic) -> Any:
-    """A piecewise expression: the first value whose condition holds."""
-    *cases, last = expression.args
-    if last.args[1] != sympy.true:
-        cases, last = list(expression.args), expression.args[-1]
-    made = rw.number(last.args[0])
-    for value, condition in reversed([case.args for case in cases]):
-        holds = rw.number(condition)
-        if isinstance(holds, bool):
-            made = rw.number(value) if holds else made
-            continue
-        sides = [side if isinstance(side, Node) else rw._filled(side, holds) for side in (rw.number(value), made)]
-        made = rw.call(aten.where.self, holds, *sides)
-    return made
-
-
-def _power(rw: Rewriter, expression: sympy.Basic) -> Any:
-    base, exponent = (rw.number(part) for part in expression.args)
-    if isinstance(base, Node) and not isinstance(exponent, Node):
-        return rw.call(aten.pow.Tensor_Scalar, base, exponent)
-    if isinstance(base, Node):
-        return rw.call(aten.pow.Tensor_Tensor, base, exponent)
-    return rw.call(aten.pow.Scalar, base, exponent)
-
-
-_SPECIAL: dict[type, Callable[[Rewriter, sympy.Basic], Any]] = {
-    sympy_functions.ToFloat: _to_double,
-    sympy_functions.TruncToInt: _to_whole(aten.trunc.default),
-    sympy_functions.FloorToInt: _to_whole(aten.floor.default),
-    sympy_functions.CeilToInt: _to_whole(aten.ceil.default),
-    sympy_functions.RoundToInt: _to_whole(aten.round.default),
-    sympy_functions.IntTrueDiv: _divided,
-    sympy_functions.FloatTrueDiv: _divided,
-    sympy_functions.PowByNatural: _power,
-    sympy.Piecewise: _chosen,
-}
-_SWAPPED: dict[type, Any] = {
-    **dict.fromkeys((sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy_functions.Max, sympy_functions.Min)),
-    **dict.fromkeys((sympy.And, sympy.Or, sympy.Eq, sympy.Ne)),
-    sympy.Lt: aten.gt,
-    sympy.Le: aten.ge,
-    sympy.Gt: aten.lt,
-    sympy.Ge: aten.le,
-}
-"""What operator takes its arguments the other way round; None for the same."""
-_CLAMPS = {aten.maximum: aten.clamp_min.default, aten.minimum: aten.clamp_max.default}
-_PYTHON = {
-    operator.add: aten.add.Tensor,
-    operator.sub: aten.sub.Tensor,
-    operator.mul: aten.mul.Tensor,
-    operator.truediv: aten.div.Tensor,
-    operator.pow: aten.pow.Tensor_Tensor,
-    operator.neg: aten.neg.default,
-    operator.abs: aten.abs.default,
-    torch.sym_max: aten.maximum.default,
-    torch.sym_min: aten.minimum.default,
-}

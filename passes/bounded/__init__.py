@@ -28,7 +28,8 @@ from torch.fx import Node
 
 from passes.arithmetic import pointwise as with_symbols
 from passes.bounded import indexing, products, reductions, shapes, sources
-from passes.rewriter import Rewriter, Rule, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import is_symbol
 
 RULES: dict[Any, Rule] = {**sources.RULES, **shapes.RULES, **reductions.RULES, **products.RULES, **indexing.RULES}
 

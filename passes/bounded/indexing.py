@@ -65,9 +65,7 @@ def _from_front(rw: Rewriter, position: Node, length: sympy.Basic) -> Node:
     """Indices below zero count from the true end."""
     total = rw.number(length)
     below = rw.call(aten.lt.Scalar, position, 0)
-    return rw.padded(
-        rw.call(aten.where.self, below, rw.call(aten.add.Tensor, position, total), position), rw.lengths(position)
-    )
+    return rw.padded(rw.call(aten.where.self, below, rw.call(aten.add.Tensor, position, total), position), rw.lengths(position))
 
 
 def _broadcast_lengths(rw: Rewriter, node: Node, made: Node) -> dict[int, sympy.Basic]:
@@ -88,9 +86,8 @@ def gather(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     if not rw.lengths(x) and not rw.lengths(rows):
         return None
     for other in range(x.meta["val"].dim()):
-        count = rows.meta["val"].shape[other]
-        if other != dim % x.meta["val"].dim() and x.meta["val"].shape[other] < count:
-            rows = rw.padded(rw.call(aten.slice.Tensor, rows, other, 0, x.meta["val"].shape[other]), rw.lengths(rows))
+        if other != dim % x.meta["val"].dim():
+            rows = rw.front(rows, other, x.meta["val"].shape[other])
     return rw.padded(rw.call(aten.gather.default, x, dim, _safe(rw, rows)), rw.expected(node))
 
 
@@ -173,14 +170,14 @@ def _write_rows(rw: Rewriter, node: Node, x: Node, indices: list[Any], values: N
 def _column(rw: Rewriter, index: Node, count: int) -> Node:
     value = index.meta["val"]
     if value.dim() == 0 or value.shape[0] != count:
-        return rw.call(aten.expand.default, index, [count]) if value.numel() == 1 else rw.call(aten.slice.Tensor, index, 0, 0, count)
+        return rw.call(aten.expand.default, index, [count]) if value.numel() == 1 else rw.front(index, 0, count)
     return index
 
 
 def _rows_of(rw: Rewriter, values: Node, count: int, trailing: list[int]) -> Node:
     value = values.meta["val"]
-    if value.dim() == len(trailing) + 1 and value.shape[0] > count:
-        values = rw.call(aten.slice.Tensor, values, 0, 0, count)
+    if value.dim() == len(trailing) + 1:
+        values = rw.front(values, 0, count)
     return rw.call(aten.expand.default, values, [count, *trailing])
 
 
@@ -191,9 +188,7 @@ def index_add(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
         return None
     dim %= x.meta["val"].dim()
     count = min(rows.meta["val"].shape[0], source.meta["val"].shape[dim])
-    rows = rw.padded(rw.call(aten.slice.Tensor, rows, 0, 0, count), rw.lengths(rows)) if rows.meta["val"].shape[0] > count else rows
-    if source.meta["val"].shape[dim] > count:
-        source = rw.padded(rw.call(aten.slice.Tensor, source, dim, 0, count), rw.lengths(source))
+    rows, source = rw.front(rows, 0, count), rw.front(source, dim, count)
     length = rw.lengths(rows).get(0, rw.lengths(source).get(dim))
     value = source.meta["val"]
     beyond = rw.beyond(length, count, value.device, value.dim() - dim - 1)  # type: ignore[arg-type]

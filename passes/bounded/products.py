@@ -35,13 +35,7 @@ def _product(left: int, right: int, first: int = 0) -> Rule:
 
 def _same_size(rw: Rewriter, a: Node, b: Node, left: int, right: int) -> tuple[Node, Node]:
     count = min(a.meta["val"].shape[left], b.meta["val"].shape[right])
-    return _front(rw, a, left, count), _front(rw, b, right, count)
-
-
-def _front(rw: Rewriter, x: Node, dim: int, count: int) -> Node:
-    if x.meta["val"].shape[dim] == count:
-        return x
-    return rw.padded(rw.call(aten.slice.Tensor, x, dim, 0, count), rw.lengths(x))
+    return rw.front(a, left, count), rw.front(b, right, count)
 
 
 def _zeroed(rw: Rewriter, x: Node, dim: int, length: Any) -> Node:
@@ -63,9 +57,9 @@ def attention(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
         rw.no_rule("causal or dropped-out attention over lengths that only the device knows", node)
     keys = next((rw.lengths(x)[2] for x in (k, v) if 2 in rw.lengths(x)), None)
     count = min(k.meta["val"].shape[2], v.meta["val"].shape[2])
-    k, v = _front(rw, k, 2, count), _front(rw, v, 2, count)
+    k, v = rw.front(k, 2, count), rw.front(v, 2, count)
     if isinstance(mask, Node):
-        mask = _front(rw, mask, mask.meta["val"].dim() - 1, count)
+        mask = rw.front(mask, mask.meta["val"].dim() - 1, count)
     if keys is not None:
         k, v = _zeroed(rw, k, 2, keys), _zeroed(rw, v, 2, keys)
         allowed = rw.within(keys, count, k.meta["val"].device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
 
@@ -34,14 +36,20 @@ def _highest(dtype: torch.dtype) -> float | int | bool:
     return math.inf if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).max
 
 
-def _reduction(fill: Any) -> Rule:
+def _zero(dtype: torch.dtype) -> int:
+    return 0
+
+
+def _one(dtype: torch.dtype) -> int:
+    return 1
+
+
+def _reduction(fill: Callable[[torch.dtype], float]) -> Rule:
     def rule(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0]
         if not rw.lengths(x):
             return None
-        value = fill(x.meta["val"].dtype) if callable(fill) else fill
-        dims = _dims(node, args, kwargs)
-        made = rw.call(node.target, rw.neutral(x, value, dims), *args[1:], **kwargs)
+        made = rw.call(node.target, rw.neutral(x, fill(x.meta["val"].dtype), _dims(node, args, kwargs)), *args[1:], **kwargs)
         return rw.results(node, made)
 
     return rule
@@ -131,6 +139,17 @@ def layer_norm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
     return rw.results(node, rw.call(node.target, *args, **kwargs))
 
 
+_NEUTRAL: dict[Any, tuple[Any, ...]] = {
+    _zero: (
+        *(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default),
+        *(aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.any.default, aten.any.dim, aten.any.dims),
+    ),
+    _one: (aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims),
+    _lowest: (aten.max.default, aten.max.dim, aten.amax.default, aten.argmax.default, aten.logsumexp.default),
+    _highest: (aten.min.default, aten.min.dim, aten.amin.default, aten.argmin.default),
+}
+"""Reductions by the element that changes nothing in them."""
+
 RULES: dict[Any, Rule] = {
     aten.mean.default: mean,
     aten.mean.dim: mean,
@@ -143,10 +162,5 @@ RULES: dict[Any, Rule] = {
     aten.sort.stable: sort,
     aten.argsort.default: sort,
     aten.native_layer_norm.default: layer_norm,
-    **{t: _reduction(0) for t in (aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.count_nonzero.dim_IntList, aten.count_nonzero.default)},
-    **{t: _reduction(1) for t in (aten.prod.default, aten.prod.dim_int)},
-    **{t: _reduction(False) for t in (aten.any.default, aten.any.dim, aten.any.dims)},
-    **{t: _reduction(True) for t in (aten.all.default, aten.all.dim, aten.all.dims)},
-    **{t: _reduction(_lowest) for t in (aten.max.default, aten.max.dim, aten.amax.default, aten.argmax.default, aten.logsumexp.default)},
-    **{t: _reduction(_highest) for t in (aten.min.default, aten.min.dim, aten.amin.default, aten.argmin.default)},
-}  # fmt: skip
+    **{target: _reduction(fill) for fill, targets in _NEUTRAL.items() for target in targets},
+}

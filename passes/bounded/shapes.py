@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 from passes.addressing import gather
-from passes.rewriter import Rewriter, Rule, expression_of, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
 
@@ -60,14 +61,11 @@ def in_place(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, 
         return made
     if node.target is aten.copy_.default:
         new = args[1]
-        if new.meta["val"].dtype != target.meta["val"].dtype:
-            new = rw.call(aten._to_copy.default, new, dtype=target.meta["val"].dtype)
     else:
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
         new = rw.call(getattr(getattr(aten, name.rstrip("_")), overload), *args, **kwargs)
-        new = new if new.meta["val"].dtype == target.meta["val"].dtype else rw.call(
-            aten._to_copy.default, new, dtype=target.meta["val"].dtype
-        )
+    if new.meta["val"].dtype != target.meta["val"].dtype:
+        new = rw.call(aten._to_copy.default, new, dtype=target.meta["val"].dtype)
     return rw.padded(rw.call(aten.copy_.default, target, rw.keep(target, new)), lengths)
 
 
@@ -136,7 +134,7 @@ def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
 
 
 def _expr(rw: Rewriter, size: Any) -> sympy.Basic:
-    return rw.facts.resolve(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    return rw.facts.resolve(expression_of(size))
 
 
 def expand(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -190,7 +188,7 @@ def split_with_sizes(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: di
     if dim in rw.lengths(x):
         rw.no_rule("a split of a dimension whose length only the device knows", node)
     rw.facts.decide(sympy.Eq(sum(lengths), total), True, rw.site)
-    for index, length in enumerate(lengths):
+    for length in lengths:
         rw.facts.decide(sympy.Ge(length, 0), True, rw.site)
         rw.bounds.limit(length, total)
         first = rw.number(start)

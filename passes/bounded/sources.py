@@ -8,7 +8,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from passes.rewriter import Rewriter, Rule, is_symbol
+from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
 
@@ -22,7 +23,7 @@ def true_rows(rw: Rewriter, mask: Node, symbol_of: Any) -> tuple[Node, sympy.Bas
     mask = rw.neutral(mask, 0)
     value = mask.meta["val"]
     flags = mask if value.dtype == torch.bool else rw.call(aten.ne.Scalar, mask, 0)
-    length = rw.facts.resolve(symbol_of.node.expr) if isinstance(symbol_of, torch.SymInt) else sympy.Integer(int(symbol_of))
+    length = rw.facts.resolve(expression_of(symbol_of))
     if isinstance(length, sympy.Symbol):
         rw.bounds.count(length, value.numel())
         rw.define(length, rw.call(aten.sum.default, flags))
@@ -48,7 +49,7 @@ def masked_select(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[
 def repeat_interleave(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``repeat_interleave(repeats)``: how often each index is repeated is data."""
     repeats = rw.neutral(args[0], 0)
-    length = rw.facts.resolve(sympy.sympify(node.meta["val"].shape[0]) if not isinstance(node.meta["val"].shape[0], torch.SymInt) else node.meta["val"].shape[0].node.expr)
+    length = rw.facts.resolve(expression_of(node.meta["val"].shape[0]))
     ends = rw.call(aten.cumsum.default, repeats, 0)
     if isinstance(length, sympy.Symbol):
         rw.define(length, rw.call(aten.select.int, ends, 0, -1))
@@ -70,7 +71,7 @@ def bincount(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, 
     mask = rw.mask(x)
     wide = rw.call(aten._to_copy.default, rw.neutral(x, 0), dtype=torch.int64)
     top = rw.call(aten.add.Tensor, rw.call(aten.amax.default, wide, [0]), 1) if value.numel() else None
-    bins: sympy.Basic = rw.facts.resolve(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    bins: sympy.Basic = rw.facts.resolve(expression_of(size))
     if isinstance(bins, sympy.Symbol) and top is not None:
         floor = rw.call(aten.full.default, [], int(least), dtype=torch.int64, device=device)
         rw.define(bins, rw.call(aten.maximum.default, top, floor))
@@ -106,7 +107,7 @@ def unique2(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
         top = torch.finfo(value.dtype).max if value.dtype.is_floating_point else torch.iinfo(value.dtype).max
         flat = rw.neutral(x, top)
     ordered = rw.call(aten.sort.default, flat)
-    values, order = _item(rw, ordered, 0), _item(rw, ordered, 1)
+    values, order = rw.item(ordered, 0), rw.item(ordered, 1)
     inverse, counts, first = _runs(rw, values)
     if mask is not None:
         first = rw.call(aten.logical_and.default, first, mask)
@@ -149,14 +150,12 @@ def unique_consecutive(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: 
     rows, length = true_rows(rw, first, node.meta["val"][0].shape[0])
     picked = rw.call(aten.index_select.default, flat, 0, rw.call(aten.select.int, rows, 1, 0))
     zeros = rw.call(aten.full.default, [count], 0, dtype=torch.int64, device=x.meta["val"].device)
-    number = rw.call(aten.slice.Tensor, rw.call(aten.scatter_add.default, zeros, 0, runs, ones), 0, 0, picked.meta["val"].shape[0])
+    number = rw.call(
+        aten.slice.Tensor, rw.call(aten.scatter_add.default, zeros, 0, runs, ones), 0, 0, picked.meta["val"].shape[0]
+    )
     lengths = {0: length} if length.free_symbols else {}
     inverse = rw.call(aten.reshape.default, runs, list(x.meta["val"].shape))
     return rw.padded(picked, lengths), inverse, rw.padded(number, lengths)
-
-
-def _item(rw: Rewriter, node: Node, index: int) -> Node:
-    return rw.item(node, index)
 
 
 def assert_scalar(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[()]:
