@@ -93,8 +93,7 @@ def watching() -> Iterator[_Operators]:
     """What the host waits for in the body: the modes see it on any device, the driver's own check only on a GPU."""
     operators = _Operators()
     mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
-    gc.collect()  # recordings of other cases wait for their replays when they are freed
-    gc.disable()
+    gc.disable()  # recordings of other cases wait for their replays when they are freed
     with contextlib.ExitStack() as stack:
         stack.callback(gc.enable)
         caught = stack.enter_context(warnings.catch_warnings(record=True))
@@ -141,6 +140,7 @@ def _state(model: Any) -> dict[str, Any]:
 def _watched_again(case: Case, device: Device, replays: int, reference: Callable[..., Any], step: Any) -> None:
     """The modes are not there while something is recorded: frames of theirs would hide the user's line."""
     plain = 0
+    gc.collect()
     for index in range(STEPS):
         before = step.report()
         waits = _compare(case, device, index, reference, step, watching)
