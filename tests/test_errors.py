@@ -179,6 +179,16 @@ CASES = [
     Case(failing_when_repeated, "capture-failed", "", placed=False),
     Case(launched, "opaque-kernel", "my_kernel"),
 ]
+REMOVED = [case.body for case in CASES if case.reason in ("host-sync", "data-dependent-shape", "host-constant")]
+REMOVED.remove(to_numpy)  # NumPy needs the numbers themselves
+EITHER_WAY = [(case, "off") for case in CASES] + [(case, "auto") for case in CASES if case.body not in REMOVED]
+"""Every case without the passes, and those that the passes do not remove with them."""
+
+
+def over(cases: list[tuple[Case, str]]) -> Any:
+    """A test of each case, with and without passes."""
+    named = [pytest.param(case, passes, id=f"{case.body.__name__}-{passes}") for case, passes in cases]
+    return pytest.mark.parametrize(("case", "passes"), named)
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +217,7 @@ def calls(number: int) -> list[tuple[Tensor]]:
 def test_every_reason_is_met_by_some_test_or_needs_a_device() -> None:
     catalogue = {kind.reason for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Refusal)}
     elsewhere = {"refused", "compile-failed", "moved-static-tensor", "above-largest-bucket", "too-many-keys", "rows-interact"}
+    elsewhere |= {"many-ways"}
     arguments = {"autograd", "mixed-devices", "unsupported-argument"}
     on_a_device = {"nested-capture"}
     of_operators = {"hidden-state", "unsafe-operator"}
@@ -220,9 +231,9 @@ def test_every_reason_has_a_remedy_of_its_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.body.__name__)
-def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case) -> None:
-    step = graphs.capture(case.body)
+@over(EITHER_WAY)
+def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case, passes: str) -> None:
+    step = graphs.capture(case.body, passes=passes)
     step(*calls(1)[0])
     (refusal,) = step.report().refusals
     assert (refusal.reason, refusal.operator) == (case.reason, case.operator)
@@ -230,20 +241,27 @@ def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case) -> None:
     assert refusal.remedy and refusal.detail
 
 
-PURE = [case for case in CASES if case.reason not in ("verify-mismatch", "undeclared-write", "changing-value", "capture-failed")]
+IMPURE = ("verify-mismatch", "undeclared-write", "changing-value", "capture-failed", "unsupported-output")
 
 
 @pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
-@pytest.mark.parametrize("case", [case for case in PURE if case.body is not made_anew], ids=lambda case: case.body.__name__)
-def test_a_refused_step_is_the_eager_step(case: Case) -> None:
-    report = parity(lambda: Stateful(case.body), calls(3)).report()
+@over([(case, passes) for case, passes in EITHER_WAY if case.reason not in IMPURE])
+def test_a_refused_step_is_the_eager_step(case: Case, passes: str) -> None:
+    report = parity(lambda: Stateful(case.body), calls(3), passes=passes).report()
     assert (report.recordings, report.replays, report.eager_calls) == (0, 0, 3)
     assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [(case.reason, 3)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.body.__name__)
-def test_a_reason_is_warned_about_once_and_counted_each_time(case: Case) -> None:
-    step = graphs.capture(case.body)
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.parametrize("body", REMOVED, ids=lambda body: body.__name__)
+def test_what_passes_remove_is_recorded(body: Body) -> None:
+    report = parity(lambda: Stateful(body), calls(3)).report()
+    assert report.replays == 3 and report.eager_calls == 0 and report.refusals == ()
+
+
+@over(EITHER_WAY)
+def test_a_reason_is_warned_about_once_and_counted_each_time(case: Case, passes: str) -> None:
+    step = graphs.capture(case.body, passes=passes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call in calls(4):
@@ -255,10 +273,10 @@ def test_a_reason_is_warned_about_once_and_counted_each_time(case: Case) -> None
     assert texts[0].endswith(f"Remedy: {refusal.remedy}") and (not refusal.file or f"{refusal.file}:{refusal.line}" in texts[0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.body.__name__)
-def test_strict_raises_and_leaves_the_state_as_it_was(case: Case) -> None:
+@over(EITHER_WAY)
+def test_strict_raises_and_leaves_the_state_as_it_was(case: Case, passes: str) -> None:
     model = Stateful(case.body)
-    step = graphs.capture(model, strict=True)
+    step = graphs.capture(model, strict=True, passes=passes)
     random = torch.get_rng_state()
     for _ in range(2):  # the first call finds the reason, the second remembers it
         with pytest.raises(graphs.Refusal) as raised:
@@ -278,18 +296,26 @@ class Counting(nn.Module):
         return x * self.k  # here
 
 
-def test_a_changing_attribute_is_named_with_the_line_that_uses_it() -> None:
-    step = graphs.capture(Counting())
-    with pytest.warns(NotReplayed, match="self.k was 1, then 2"):
+class Doubling(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.k = self.k * 2 + 1.0
+        return x * self.k  # here
+
+
+@pytest.mark.parametrize(("make", "passes"), [(Counting, "off"), (Doubling, "off"), (Doubling, "auto")])
+def test_a_changing_attribute_is_named_with_the_line_that_uses_it(make: type[Counting], passes: str) -> None:
+    step = graphs.capture(make(), passes=passes)
+    with pytest.warns(NotReplayed, match=r"self.k was 1(\.0)?, then [23]"):
         step(torch.ones(3))
     (refusal,) = step.report().refusals
     assert (refusal.reason, refusal.operator) == ("changing-value", "self.k")
-    assert (refusal.file, refusal.line) == (__file__, Case(Counting.forward, "", "").line)
+    assert (refusal.file, refusal.line) == (__file__, Case(make.forward, "", "").line)
     assert step.k == 1
 
 
-def test_strict_leaves_a_changing_attribute_as_it_was() -> None:
-    step = graphs.capture(Counting(), strict=True)
+@pytest.mark.parametrize(("make", "passes"), [(Counting, "off"), (Doubling, "auto")])
+def test_strict_leaves_a_changing_attribute_as_it_was(make: type[Counting], passes: str) -> None:
+    step = graphs.capture(make(), strict=True, passes=passes)
     for _ in range(2):
         with pytest.raises(errors.ChangingValue, match=r"self\.k"):
             step(torch.ones(3))
@@ -304,7 +330,7 @@ def two_faults(x: Tensor) -> Tensor:
 
 def test_every_faulty_line_of_a_step_is_reported() -> None:
     start = inspect.getsourcelines(two_faults)[1]
-    step = graphs.capture(two_faults)
+    step = graphs.capture(two_faults, passes="off")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call in calls(3):

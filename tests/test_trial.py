@@ -237,7 +237,7 @@ def test_state_made_under_inference_mode_is_written_or_refused() -> None:
 
 def test_the_first_refused_call_is_as_differentiable_as_eager() -> None:
     linear = nn.Linear(2, 2)
-    step = graphs.capture(lambda x: linear(x) * x.sum().item())
+    step = graphs.capture(lambda x: linear(x) * x.sum().item(), passes="off")
     with pytest.warns(UserWarning, match="host-sync"):
         assert step(torch.ones(1, 2)).requires_grad
     assert step(torch.ones(1, 2)).requires_grad
