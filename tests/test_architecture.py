@@ -46,6 +46,8 @@ MAIN_PATH = ["graphs.recordings", "graphs.capture"]
 TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify"]
 AUDIT = ["graphs.audit", "graphs.findings"]
 ABOVE = [*MAIN_PATH, *AUDIT, "graphs.bench", "graphs.cli"]
+RULES = ["passes.addressing", "passes.arithmetic", "passes.bounded", "passes.branches"]
+REWRITING = ["passes.rewriter", "passes.aliases", "passes.scalars", "passes.bounds", "passes.host_values", *RULES]
 FORBIDDEN = {
     "graphs.errors": ["graphs", "passes", "torch"],
     "graphs.report": ["graphs", "passes", "torch"],
@@ -70,7 +72,23 @@ FORBIDDEN = {
     "graphs.operator_check": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.register": ["graphs.trial", "graphs.config", "graphs.record", *ABOVE],
     "graphs.route": ["graphs.record", "graphs.contract", *TRIAL, *ABOVE],
+    "graphs.rewriting": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
+    "graphs.entry": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "passes": ["graphs"],
+    "passes.errors": ["passes", "torch"],
+    "passes.sites": ["passes", "torch"],
+    "passes.symbols": ["passes"],
+    "passes.builtins": ["passes.tracing", *REWRITING],
+    "passes.python_entry": ["passes.tracing", *REWRITING],
+    "passes.tracing": REWRITING,
+    "passes.rewriter": ["passes.host_values", *RULES],
+    "passes.scalars": ["passes.tracing", "passes.host_values", *RULES],
+    "passes.aliases": ["passes.tracing", "passes.host_values", *RULES],
+    "passes.bounds": ["passes.rewriter", "passes.host_values", *RULES],
+    "passes.addressing": ["passes.host_values", "passes.arithmetic", "passes.bounded", "passes.branches"],
+    "passes.arithmetic": ["passes.host_values", "passes.addressing", "passes.bounded", "passes.branches"],
+    "passes.bounded": ["passes.host_values", "passes.branches"],
+    "passes.branches": ["passes.host_values", "passes.addressing", "passes.arithmetic", "passes.bounded"],
 }
 
 
