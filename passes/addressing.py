@@ -7,9 +7,7 @@ Reading, before::
 
 After::
 
-    %index : remainder.Tensor(%position, %rows)
-    %copy : index_select.default(%cache, 0, %index)
-    %row : select.int(%copy, 0, 0)
+    %row : index.Tensor(%cache, [%position])
 
 Writing, before::
 
@@ -18,7 +16,10 @@ Writing, before::
 
 After, in place and one row only::
 
-    %_ : index_copy_.default(%cache, 0, %index, %rows)
+    %_ : index_put_.default(%cache, [%position], %new)
+
+An index outside of its tensor is refused by these operators as it is by ``select``. Where the graph assumes something in
+any case, the index is kept inside and that it was is one more assumption: a run that goes wrong has to get to its flag.
 """
 
 from __future__ import annotations
@@ -45,11 +46,38 @@ def select(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
         if not rw.lengths(x):
             return None
         return rw.padded(rw.call(aten.select.int, x, dim, index), rw.expected(node))
-    where = expression_of(index)
-    if length is not None:
-        where = sympy.Max(where + length, 0) if where.is_Integer else where
-    row = gather(rw, x, dim, rw.number(where), 1, None)
-    return rw.padded(rw.call(aten.select.int, row, dim, 0), rw.expected(node))
+    return rw.padded(row_of(rw, x, dim, rw.facts.resolve(expression_of(index)), length), rw.expected(node))
+
+
+def row_of(rw: Rewriter, x: Node, dim: int, index: sympy.Basic, length: sympy.Basic | None) -> Node:
+    """Row ``index`` of ``x`` as a copy that knows how to be written back; below zero it counts from the end.
+
+    Args:
+        length: the true length of the dimension; None where it is the size.
+    """
+    size = x.meta["val"].shape[dim]
+    total = sympy.Integer(size) if length is None else length
+    inside = sympy.And(sympy.Ge(index, -total), sympy.Lt(index, total))
+    if length is not None and not rw.bounds.certain(sympy.Ge(index, 0)):
+        index = sympy.Piecewise((index + total, sympy.Lt(index, 0)), (index, True))
+    where = rw.number(index)
+    if not rw.bounds.certain(inside):
+        if rw.guarded or rw.trips or length is not None:
+            rw.assume(inside)
+            where = rw.call(aten.remainder.Scalar, where, size) if isinstance(where, Node) else where % size
+        else:
+            rw.trusted = True
+    if not isinstance(where, Node):
+        return rw.call(aten.select.int, x, dim, where)
+    place = [*[None] * dim, where]
+
+    def read(base: Node) -> Node:
+        return rw.aliases.gathered(rw.call(aten.index.Tensor, base, place), Gathered(base, read, write))
+
+    def write(base: Node, row: Node) -> None:
+        rw.call(aten.index_put_.default, base, place, row)
+
+    return read(x)
 
 
 def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -93,10 +121,7 @@ def gather(rw: Rewriter, x: Node, dim: int, start: Any, count: int, length: symp
     """
     value = x.meta["val"]
     size, device = value.shape[dim], value.device
-    if count == 1 and length is None and isinstance(start, Node):
-        index = rw.call(aten.view.default, rw.call(aten.remainder.Scalar, start, size), [1])
-    else:
-        index = rw.call(aten.clamp.default, rw.call(aten.add.Tensor, rw.iota(count, device), start), 0, size - 1)
+    index = rw.call(aten.clamp.default, rw.call(aten.add.Tensor, rw.iota(count, device), start), 0, size - 1)
 
     def read(base: Node) -> Node:
         copy = rw.call(aten.index_select.default, base, dim, index)
@@ -122,4 +147,18 @@ def write_rows(rw: Rewriter, base: Node, dim: int, index: Node, rows: Node, leng
     rw.call(aten.index_copy_.default, base, dim, target, rw.call(aten.where.self, any_row, chosen, present))
 
 
-RULES: dict[Any, Rule] = {aten.select.int: select, aten.slice.Tensor: slice_}
+def copy_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``row.copy_(new)`` where the row is a copy: ``new`` is written to where the row came from, and nowhere else."""
+    row, new = args[:2]
+    if rw.lengths(row) or rw.lengths(new) or not rw.aliases.is_gathered(row):
+        return None
+    value = row.meta["val"]
+    if new.meta["val"].dtype != value.dtype:
+        new = rw.call(aten._to_copy.default, new, dtype=value.dtype)
+    if new.meta["val"].shape != value.shape:
+        new = rw.call(aten.expand.default, new, list(value.shape))
+    rw.aliases.overwrite(row, new)
+    return row
+
+
+RULES: dict[Any, Rule] = {aten.select.int: select, aten.slice.Tensor: slice_, aten.copy_.default: copy_}

@@ -101,6 +101,15 @@ class Aliases:
         root = self.root(node)
         return root in self._written_roots or isinstance(root, Node)
 
+    def is_gathered(self, node: Node) -> bool:
+        """Whether ``node`` is a copy as a whole: not a view of one."""
+        return node in self._gathered
+
+    def overwrite(self, copy: Node, new: Node) -> None:
+        """Write ``new`` to where ``copy`` came from, and have the copy made again for whoever reads it."""
+        how = self._gathered[copy]
+        how.scatter(self.fresh(how.base), new)
+
     def wrote(self, tensor: Node) -> None:
         """After a write to ``tensor``: write copies back, and make other copies of the same memory stale."""
         if not self._gathered:

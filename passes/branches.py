@@ -57,11 +57,13 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
 class Undo:
     """One write to take back: how many of the extra results belong to it, and what they are.
 
-    ``dim`` is the dimension of an ``index_copy_``, -1 for a write through index tensors, None for a whole view.
+    ``dim`` is the dimension of an ``index_copy_``, or how many dimensions there are before those that index tensors pick
+    from (``indexed``); None for a whole view.
     """
 
     parts: int
     dim: int | None
+    indexed: bool = False
 
 
 def make_undoable(module: GraphModule) -> list[tuple[str, str]]:
@@ -94,11 +96,12 @@ def _saved(module: GraphModule, node: Node, target: Node) -> tuple[list[Node], U
         dim, index = node.args[1], node.args[2]
         return [target, index, graph.call_function(aten.index_select.default, (target, dim, index))], Undo(3, dim)  # type: ignore[list-item, arg-type]
     if node.target in _BY_INDEX:
-        indices = [i for i in node.args[1] if i is not None]  # type: ignore[union-attr]
-        plain = len(indices) == len(node.args[1]) and all(_dtype(i) not in (torch.bool, torch.uint8) for i in indices)  # type: ignore[arg-type]
-        if plain:
-            old = graph.call_function(aten.index.Tensor, (target, list(indices)))
-            return [target, *indices, old], Undo(2 + len(indices), -1)  # type: ignore[list-item]
+        given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+        indices = [i for i in given if i is not None]
+        first = len(given) - len(indices)
+        if not any(given[:first]) and all(_dtype(i) not in (torch.bool, torch.uint8) for i in indices):
+            old = graph.call_function(aten.index.Tensor, (target, given))
+            return [target, *indices, old], Undo(2 + len(indices), first, indexed=True)
     return [target, graph.call_function(aten.clone.default, (target,))], Undo(2, None)
 
 
@@ -115,7 +118,7 @@ def undo(plan: Sequence[Undo], tensors: Sequence[Tensor]) -> None:
         position -= step.parts
         if step.dim is None:
             parts[0].copy_(parts[1])
-        elif step.dim == -1:
-            parts[0].index_put_(tuple(parts[1:-1]), parts[-1])
+        elif step.indexed:
+            parts[0].index_put_((*[None] * step.dim, *parts[1:-1]), parts[-1])
         else:
             parts[0].index_copy_(step.dim, parts[1], parts[2])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from passes import addressing, arithmetic, bounded, branches
 from passes.errors import Unremovable
@@ -42,24 +42,27 @@ def remove_host_values(
         for target, rule in table.items():
             rules[target] = _either(rules[target], rule) if target in rules else rule
     exact: frozenset[sympy.Symbol] = frozenset()
+    guarded = False
     before = len(facts.decisions), dict(facts.definitions)
     while True:
         default = bounded.default if "bounded" in only else arithmetic.pointwise if "arithmetic" in only else None
-        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else None)
+        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else None, guarded)
         try:
             graph = rewriter.run()
-            break
+            if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):
+                break
+            guarded = True  # there is a flag, and a run must get as far as that
         except NoRule as missing:
             known = {s for s in missing.symbols if s in facts.hints}
             if not known - exact:
                 raise Unremovable(missing.detail, missing.operator, missing.site) from missing
             exact |= known
-            del facts.decisions[before[0] :]
-            facts.definitions = dict(before[1])
-    count = len(next(n for n in module.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
+        del facts.decisions[before[0] :]
+        facts.definitions = dict(before[1])
+    count = _results(module.graph)
     module.graph = graph
     module.graph.eliminate_dead_code()
-    assumes = len(next(n for n in graph.nodes if n.op == "output").args[0]) > count  # type: ignore[arg-type]
+    assumes = _results(graph) > count
     changes = list(rewriter.changes)
     if assumes:
         changes += branches.make_undoable(module)
@@ -68,6 +71,11 @@ def remove_host_values(
     if left is not None:
         raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
     return changes
+
+
+def _results(graph: Graph) -> int:
+    """How many results a graph has."""
+    return len(next(node for node in graph.nodes if node.op == "output").args[0])  # type: ignore[arg-type]
 
 
 def _either(first: Rule, second: Rule) -> Rule:

@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from passes.errors import Unremovable
+from passes.loops import is_iteration
 from passes.sites import user_site
 from passes.symbols import SYMBOLS
 
@@ -32,11 +33,12 @@ class SymbolicEntry(TorchFunctionMode):
 
     Args:
         drop: told the name of a read that the eager run made and the traced one does without.
+        rows: gives the rows of a tensor to a Python loop over it, or ``NotImplemented``.
     """
 
-    def __init__(self, drop: Callable[[str], None]) -> None:
+    def __init__(self, drop: Callable[[str], None], rows: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
-        self._drop = drop
+        self._drop, self._rows = drop, rows
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call the symbolic version of ``func`` if there is one for these arguments, else ``func``."""
@@ -44,6 +46,8 @@ class SymbolicEntry(TorchFunctionMode):
         if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
             self._drop(f"Tensor.{func.__name__}")
             return _to_host(args, kwargs)
+        if func is Tensor.unbind and is_iteration() and (rows := self._rows(args[0])) is not NotImplemented:
+            return rows
         entry = _ENTRIES.get(func)
         made = entry(func, args, kwargs) if entry is not None else NotImplemented
         return func(*args, **kwargs) if made is NotImplemented else made
@@ -179,6 +183,8 @@ def _with_symbols(index: Any, device: torch.device) -> Any:
         return tensor_of(index, None, {"device": device})
     if isinstance(index, slice):
         return slice(_number(index.start), _number(index.stop), _number(index.step))
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in _WHOLE[:-1]:
+        return index.item()  # as torch's own indexing does
     return index
 
 

@@ -18,8 +18,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.aliases import Aliases
 from passes.bounds import Bounds
+from passes.conditional import conditional_write
 from passes.errors import Unremovable
 from passes.scalars import Scalars
+from passes.loops import Trip
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
 from passes.tracing import Facts
@@ -57,6 +59,8 @@ class Rewriter:
     Attributes:
         changes: printed nodes before and after.
         exact: symbols that are taken at their hint, as an assumption, because some operator has no rule.
+        guarded: whether indices are kept inside their tensors, with an assumption where they are not certain to be.
+        trusted: whether an index was left for its operator to check; only where not ``guarded``.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Rewriter:
         bounds: Mapping[str, int] | None = None,
         exact: frozenset[sympy.Symbol] = frozenset(),
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
+        guarded: bool = True,
     ) -> None:
         self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
         self.facts: Facts = module.meta["facts"]
@@ -74,6 +79,8 @@ class Rewriter:
         self.graph = Graph(owning_module=module)
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
+        self.trips: tuple[Trip, ...] = ()
+        self.guarded, self.trusted = guarded, False
         self.changes: list[tuple[str, str]] = []
         self._cache: dict[Any, Node] = {}
         self._constants = 0
@@ -87,7 +94,7 @@ class Rewriter:
             Unremovable: a rule cannot do its work.
         """
         for node in self.module.graph.nodes:
-            self.site = node.meta.get("site", self.site)
+            self.site, self.trips = node.meta.get("site", self.site), tuple(node.meta.get("trips", ()))
             self.env[node] = self._visit(node)
         return self.graph
 
@@ -96,19 +103,25 @@ class Rewriter:
         if node.op == "output":
             return self._output(node, args[0])
         if node.op == "call_function":
-            rule = self.rules.get(node.target, self.default)
-            made = rule(self, node, args, kwargs) if rule is not None else None
+            made = self._by_rule(node, args, kwargs)
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
                 return made
-        if node.op == "call_function" and hasattr(node.target, "_schema") and self.sized_by_symbols(node):
-            return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants
+        if node.op == "call_function" and hasattr(node.target, "_schema"):
+            if self.sized_by_symbols(node) or (self.trips and node.target._schema.is_mutable):
+                return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; a conditional write
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
         self.aliases.made(copied)
         if node.target is ITEM:
             self._read(node, args[0])
         return copied
+
+    def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the rule of an operator makes of it, or the default where that has nothing to say."""
+        rule = self.rules.get(node.target)
+        made = rule(self, node, args, kwargs) if rule is not None else None
+        return self.default(self, node, args, kwargs) if made is None and self.default is not None else made
 
     def _loaded(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of an old node in the new graph."""
@@ -165,9 +178,25 @@ class Rewriter:
         return made
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new node, with its fake value. A write inside a trip of a loop takes place if the trip does."""
+        if self.trips and target._schema.is_mutable and not self._is_local(args[0]):
+            return conditional_write(self, target, args, kwargs)
+        return self.plain(target, *args, **kwargs)
+
+    def _is_local(self, tensor: Node) -> bool:
+        """Whether a tensor was made by the trip that runs now."""
+        root = self.aliases.root(tensor)
+        return isinstance(root, Node) and tuple(root.meta.get("trips", ()))[: len(self.trips)] == self.trips
+
+    def running(self) -> Node:
+        """0-d flag: whether the trips that the current node belongs to take place."""
+        made: Any = self.number(sympy.And(*[trip.runs for trip in self.trips]))
+        return made
+
+    def plain(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value."""
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["site"] = self.site
+        node.meta.update(site=self.site, trips=self.trips)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.facts.mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
@@ -229,7 +258,8 @@ class Rewriter:
 
     def has_dynamic_result(self, node: Node) -> bool:
         """Whether a traced result has a size that only the device knows."""
-        return any(self.facts.resolve(size.node.expr).free_symbols for size in _symbolic_sizes(node))
+        sizes = [self.facts.resolve(size.node.expr) for size in _symbolic_sizes(node)]
+        return any(size.free_symbols and not self.is_exact(size) for size in sizes)
 
     def sized_by_symbols(self, node: Node) -> bool:
         """Whether a traced result has symbols for sizes, be they constants."""
@@ -294,6 +324,10 @@ class Rewriter:
     def size(self, value: Any) -> int:
         """A size argument of an operator as a static number."""
         return self.bound(expression_of(value)) if is_symbol(value) else int(value)
+
+    def assume(self, condition: sympy.Basic) -> None:
+        """Add a condition to what the graph assumes; inside a trip of a loop it matters if the trip takes place."""
+        self.facts.decide(sympy.Or(*[sympy.Not(trip.runs) for trip in self.trips], condition), True, self.site)
 
     def mask(self, node: Node, dims: list[int] | None = None) -> Node | None:
         """A boolean mask, broadcastable to ``node``, of what lies within its true lengths (of ``dims``, or of all)."""

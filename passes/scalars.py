@@ -163,6 +163,8 @@ class Scalars:
     def power(self, expression: sympy.Basic) -> Node:
         """A whole number to the power of one that is not below zero."""
         base, exponent = (self.number(part) for part in expression.args)
+        if not isinstance(exponent, Node) and exponent < 0:
+            raise self._missing("a power below zero is no whole number")
         if isinstance(base, Node) and not isinstance(exponent, Node):
             return self._call(aten.pow.Tensor_Scalar, base, exponent)
         return self._call(aten.pow.Tensor_Tensor if isinstance(base, Node) else aten.pow.Scalar, base, exponent)
@@ -206,6 +208,7 @@ _SPECIAL: dict[type, Callable[[Scalars, sympy.Basic], Any]] = {
     sympy_functions.IntTrueDiv: Scalars.divided,
     sympy_functions.FloatTrueDiv: Scalars.divided,
     sympy_functions.PowByNatural: Scalars.power,
+    sympy.Pow: Scalars.power,
     sympy.Piecewise: Scalars.chosen,
 }
 _SWAPPED: dict[type, Any] = {

@@ -31,6 +31,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.loops import LIMIT, Loops, leaks, outside
 from passes.python_entry import SymbolicEntry
 from passes.sites import Site, user_site
 
@@ -78,6 +79,8 @@ class Facts:
         decisions: what the graph assumes.
         sources: file and line that read each symbol.
         names: what symbols are called that stand for numbers of Python.
+        limits: largest values of counts.
+        loops, outcomes: the loops that are being traced, and which way branches inside of them went, by line.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -89,6 +92,9 @@ class Facts:
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)
     offsets: set[sympy.Symbol] = field(default_factory=set)
+    limits: dict[sympy.Symbol, int] = field(default_factory=dict)
+    loops: Loops | None = None
+    outcomes: dict[Site, bool] = field(default_factory=dict)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
@@ -104,9 +110,18 @@ class Facts:
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site) -> None:
         """Add an assumption, unless it is there."""
         decision = Decision(self.resolve(predicate), outcome, site)
-        known = any(d.predicate == decision.predicate and d.outcome == outcome for d in self.decisions)
+        if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
+            skipped = [sympy.Not(trip.runs) for trip in self.loops.trips]
+            self.outcomes[site] = bool(outcome)
+            decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
+        known = any(d.predicate == decision.predicate and d.outcome == decision.outcome for d in self.decisions)
         if not known and decision.holds not in (sympy.true, True):
             self.decisions.append(decision)
+
+
+def _is_condition(expression: sympy.Basic) -> bool:
+    """Whether an expression is true or false. A plain symbol is a number, though sympy takes it for either."""
+    return isinstance(expression, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction))
 
 
 class _Hinted(ShapeEnv):
@@ -123,6 +138,8 @@ class _Hinted(ShapeEnv):
         if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
             return sympy.sympify(bound["fallback_value"])
         value = self.facts.hint(expression)
+        if value is None and _is_condition(expression):  # in a trip that the eager run did not make
+            value = self.facts.outcomes.get(user_site())
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
@@ -145,9 +162,9 @@ class _Hinted(ShapeEnv):
 class _Follow(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read]) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops) -> None:
         super().__init__()
-        self.facts = facts
+        self.facts, self.loops = facts, loops
         self.reads = list(reads)
         self.given: list[Any] = []  # values of a list, for the items it is made of
 
@@ -156,8 +173,13 @@ class _Follow(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._mark(site)
         self._forget_offsets(result)
+        if func is aten.nonzero.default and isinstance(args[0].numel(), int):
+            facts = self.facts
+            facts.limits |= {s: args[0].numel() for s in _fresh(result, facts)}
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **(kwargs or {}))
+        elif any(trip.index >= self.facts.hints.get(trip.count, 0) for trip in self.loops.trips):
+            return result  # a trip that the eager run did not make
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
             self._name(result, [self.given.pop(0)], site)
         elif (values := self._next(str(func), site)) is not None:
@@ -170,7 +192,16 @@ class _Follow(TorchDispatchMode):
         for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
             if "site" in node.meta:
                 break
-            node.meta["site"] = site
+            node.meta.update(site=site, trips=self.loops.trips)
+
+    def rows(self, x: Tensor) -> Any:
+        """The rows of ``x`` for a Python loop, if it can be unrolled."""
+        size = x.shape[0] if x.dim() else 0
+        symbol = self.facts.resolve(size.node.expr) if isinstance(size, torch.SymInt) else None
+        limit, hint = self.facts.limits.get(symbol, LIMIT + 1), self.facts.hints.get(symbol)
+        if self.loops.unroll == "no" or hint is None or limit > LIMIT:
+            return NotImplemented
+        return self.loops.rows(x, symbol, limit, int(hint))
 
     def drop(self, operator: str) -> None:
         """Forget a read that has no value: a conversion that the traced step does without."""
@@ -322,13 +353,36 @@ def _advance(
     return eval(source, {"math": math})  # printed from expressions of whole numbers, nothing of the user's
 
 
-def trace_step(
+def trace_step(*arguments: Any, **settings: Any) -> GraphModule:
+    """The graph of a step, with its loops over data unrolled where they can be; see `trace_once`."""
+    if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
+        return trace_once(*arguments, **settings)
+    try:
+        unrolled = trace_once(*arguments, **settings, unroll="bound")
+        loops = unrolled.meta["facts"].loops
+        if not loops.found:
+            return unrolled
+        if not loops.left and not leaks(unrolled):
+            seen = trace_once(*arguments, **settings, unroll="hint")
+            if outside(seen) == outside(unrolled):
+                return unrolled
+    except Unremovable:
+        pass
+    return trace_once(*arguments, **settings)
+
+
+def _reads_of(step: Any, tensors: Any, reads: Sequence[Read] = (), *_: Any, **__: Any) -> Sequence[Read]:
+    return reads
+
+
+def trace_once(
     step: Callable[[Sequence[Tensor], Sequence[Any]], list[Any]],
     tensors: Sequence[Tensor],
     reads: Sequence[Read] = (),
     modules: Iterable[str] = (),
     numbers: Sequence[Number] = (),
     advanced: Callable[[], Sequence[Any]] = tuple,
+    unroll: str = "no",
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
 
@@ -340,6 +394,7 @@ def trace_step(
         reads: what an eager run read, in order.
         numbers: numbers of Python that the step advances.
         advanced: gives, after the step, what they became; `module.meta["advance"]` computes the same from the old ones.
+        unroll: what becomes of loops over data; see `passes.loops.Loops`.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -354,11 +409,12 @@ def trace_step(
     with mode:
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
-    follow = _Follow(facts, reads)
+    facts.loops = Loops(unroll)
+    follow = _Follow(facts, reads, facts.loops)
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
-        with SymbolicEntry(follow.drop), follow:
+        with SymbolicEntry(follow.drop, follow.rows), follow:
             count = len(arguments) - len(numbers)
             arguments, held = arguments[:count], arguments[count:]
             symbols: list[Any] = [tensor.item() for tensor in held]

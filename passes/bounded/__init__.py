@@ -25,28 +25,37 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.arithmetic import pointwise as with_symbols
 from passes.bounded import indexing, products, reductions, shapes, sources
 from passes.rewriter import Rewriter, Rule
-from passes.symbols import is_symbol
+from passes.symbols import expression_of, is_symbol
 
 RULES: dict[Any, Rule] = {**sources.RULES, **shapes.RULES, **reductions.RULES, **products.RULES, **indexing.RULES}
 
 
 def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operators without a rule of their own: elementwise ones pass lengths on, the rest must not meet any."""
-    tags = getattr(node.target, "tags", ())
-    leaves = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Node)]
-    padded = [a for a in leaves if rw.lengths(a)]
-    symbols = [a for a in leaves if is_symbol(a)]
-    if torch.Tag.pointwise in tags:
+    if not hasattr(node.target, "tags"):  # arithmetic of numbers: done where a number is used
+        return None
+    args, kwargs = tree_map_only(Node, lambda a: _static(rw, a), (args, kwargs))
+    leaves = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Node)]
+    padded, symbols = any(rw.lengths(a) for a in leaves), any(map(is_symbol, leaves))
+    draws = torch.Tag.nondeterministic_seeded in node.target.tags  # a longer tensor takes more random numbers
+    if torch.Tag.pointwise in node.target.tags and not draws:
         if symbols:
             made = with_symbols(rw, node, shapes.aligned(rw, args), kwargs)
             return made if made is not None else rw.no_rule("a number on the device", node)
-        return shapes.elementwise(rw, node, args, kwargs) if padded else None
-    if not hasattr(node.target, "tags"):  # arithmetic of numbers: done where a number is used
-        return None
-    if padded or symbols or rw.has_dynamic_result(node):
+        if padded:
+            return shapes.elementwise(rw, node, args, kwargs)
+    elif padded or symbols or rw.has_dynamic_result(node):
         rw.no_rule("no rule pads this operator", node)
-    return None
+    return rw.call(node.target, *args, **kwargs) if rw.sized_by_symbols(node) else None
+
+
+def _static(rw: Rewriter, node: Node) -> Any:
+    """A whole number that is taken at its hint as a number."""
+    if isinstance(node.meta.get("val"), torch.SymInt) and rw.is_exact(expression_of(node)):
+        return rw.bound(expression_of(node))
+    return node

@@ -49,10 +49,34 @@ def _reduction(fill: Callable[[torch.dtype], float]) -> Rule:
         x = args[0]
         if not rw.lengths(x):
             return None
-        made = rw.call(node.target, rw.neutral(x, fill(x.meta["val"].dtype), _dims(node, args, kwargs)), *args[1:], **kwargs)
+        dims = _dims(node, args, kwargs)
+        if node.target in _NEEDS_ELEMENTS:
+            for dim in dims:
+                if dim in rw.lengths(x):
+                    rw.assume(sympy.Ge(rw.lengths(x)[dim], 1))
+        made = rw.call(node.target, rw.neutral(x, fill(x.meta["val"].dtype), dims), *args[1:], **kwargs)
         return rw.results(node, made)
 
     return rule
+
+
+_NEEDS_ELEMENTS = (aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)
+"""Reductions that refuse a dimension of length zero, other than those that ask for its length themselves."""
+
+
+def argmax(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.argmax()``, ``x.argmin()``: a place in the flattened tensor holds only if padding comes behind everything true."""
+    x = args[0]
+    everything = len(_dims(node, args, kwargs)) == x.meta["val"].dim() > 1
+    if everything and any(size != 1 for dim in rw.lengths(x) for size in x.meta["val"].shape[:dim]):
+        rw.no_rule("a place in a tensor with padding between its rows", node)
+    return _reduction(_lowest if node.target is aten.argmax.default else _highest)(rw, node, args, kwargs)
+
+
+def vector_norm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.linalg.vector_norm(x, ord)``: what does not count has no size, or is infinitely large where the smallest count."""
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    return _reduction((lambda dtype: math.inf) if order < 0 else _zero)(rw, node, args, kwargs)
 
 
 def mean(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -141,16 +165,19 @@ def layer_norm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
 
 _NEUTRAL: dict[Any, tuple[Any, ...]] = {
     _zero: (
-        *(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default),
+        *(aten.sum.default, aten.sum.dim_IntList),
         *(aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.any.default, aten.any.dim, aten.any.dims),
     ),
     _one: (aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims),
-    _lowest: (aten.max.default, aten.max.dim, aten.amax.default, aten.argmax.default, aten.logsumexp.default),
-    _highest: (aten.min.default, aten.min.dim, aten.amin.default, aten.argmin.default),
+    _lowest: (aten.max.default, aten.max.dim, aten.amax.default, aten.logsumexp.default),
+    _highest: (aten.min.default, aten.min.dim, aten.amin.default),
 }
 """Reductions by the element that changes nothing in them."""
 
 RULES: dict[Any, Rule] = {
+    aten.argmax.default: argmax,
+    aten.argmin.default: argmax,
+    aten.linalg_vector_norm.default: vector_norm,
     aten.mean.default: mean,
     aten.mean.dim: mean,
     aten._softmax.default: softmax,

@@ -231,16 +231,33 @@ def _closed(rw: Rewriter, joined: Node, dim: int, length: sympy.Basic, bound: in
     return rw.call(aten.index_select.default, joined, dim, rw.call(aten.clamp.default, source, 0, count - 1))
 
 
-def sym_size(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fill_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.fill_(v)``, ``x.zero_()`` on the true part of ``x``."""
+    x, *value = args
+    mask = rw.mask(x)
+    if mask is None or any(map(is_symbol, value)):
+        return None
+    if value and isinstance(value[0], Node):
+        filled = rw.call(aten.where.self, mask, rw.call(aten._to_copy.default, value[0], dtype=x.meta["val"].dtype), x)
+    else:
+        filled = rw.call(aten.masked_fill.Scalar, x, mask, *(value or [0]))
+    return rw.padded(rw.call(aten.copy_.default, x, filled), rw.lengths(x))
+
+
+def number(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A size as a number: kept as the symbol it is, for those that compute with it."""
-    made = rw.graph.call_function(aten.sym_size.int, args)
+    made = rw.graph.call_function(node.target, args)
     made.meta = dict(node.meta)
     return made
 
 
 RULES: dict[Any, Rule] = {
     operator.getitem: getitem,
-    aten.sym_size.int: sym_size,
+    aten.sym_size.int: number,
+    aten.sym_numel.default: number,
+    aten.fill_.Scalar: fill_,
+    aten.fill_.Tensor: fill_,
+    aten.zero_.default: fill_,
     aten.view.default: view,
     aten._unsafe_view.default: view,
     aten.reshape.default: view,
@@ -252,7 +269,7 @@ RULES: dict[Any, Rule] = {
             aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default, aten.unsqueeze.default,
             aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int, aten.t.default,
             aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
-            aten.lift_fresh_copy.default, aten.triu.default, aten.tril.default, aten.rand_like.default, aten.randn_like.default,
+            aten.lift_fresh_copy.default, aten.triu.default, aten.tril.default,
         )
     },
     **{target: squeeze_ for target in (aten.squeeze_.dim, aten.unsqueeze_.default, aten.transpose_.default, aten.t_.default)},
@@ -260,7 +277,7 @@ RULES: dict[Any, Rule] = {
         target: factory
         for target in (
             aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default, aten.new_zeros.default,
-            aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.rand.default, aten.randn.default,
+            aten.new_ones.default, aten.new_empty.default, aten.new_full.default,
         )
     },
     **{target: split for target in (aten.unbind.int, aten.split.Tensor)},

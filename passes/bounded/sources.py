@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -12,6 +13,11 @@ from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
 
 aten = torch.ops.aten
+
+
+def last_in_order(dtype: torch.dtype) -> float:
+    """A value that nothing is sorted behind."""
+    return math.nan if dtype.is_floating_point else 1 if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def true_rows(rw: Rewriter, mask: Node, symbol_of: Any) -> tuple[Node, sympy.Basic]:
@@ -104,9 +110,8 @@ def unique2(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     flat = rw.call(aten.reshape.default, x, [count])
     mask = rw.mask(x)
     if mask is not None:
-        top = torch.finfo(value.dtype).max if value.dtype.is_floating_point else torch.iinfo(value.dtype).max
-        flat = rw.neutral(x, top)
-    ordered = rw.call(aten.sort.default, flat)
+        flat = rw.neutral(x, last_in_order(value.dtype))
+    ordered = rw.call(aten.sort.stable, flat, stable=True)
     values, order = rw.item(ordered, 0), rw.item(ordered, 1)
     inverse, counts, first = _runs(rw, values)
     if mask is not None:

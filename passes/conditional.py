@@ -1,0 +1,40 @@
+"""In-place operators under a condition of the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from passes.rewriter import Rewriter
+
+aten = torch.ops.aten
+_ADDING = (aten.index_add_.default, aten.scatter_add_.default)
+
+
+def conditional_write(rw: Rewriter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    """``target(*args)`` if the trip of the loop takes place, nothing else.
+
+    What is added becomes zero, what is written becomes what is there; only for operators of another kind is the tensor
+    copied.
+    """
+    x, runs = args[0], rw.running()
+    if target in _ADDING:
+        dim, index, source = args[1:4]
+        kept = rw.plain(aten.masked_fill.Scalar, source, rw.plain(aten.logical_not.default, runs), 0)
+        return rw.plain(target, x, dim, index, kept, *args[4:], **kwargs)
+    if target in (aten.index_put_.default, aten._index_put_impl_.default):
+        values, add = args[2], args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+        if add:
+            kept = rw.plain(aten.masked_fill.Scalar, values, rw.plain(aten.logical_not.default, runs), 0)
+        else:
+            kept = rw.plain(aten.where.self, runs, values, rw.plain(aten.index.Tensor, x, list(args[1])))
+        return rw.plain(target, x, args[1], kept, *args[3:], **kwargs)
+    if target is aten.index_copy_.default:
+        present = rw.plain(aten.index_select.default, x, args[1], args[2])
+        return rw.plain(target, x, args[1], args[2], rw.plain(aten.where.self, runs, args[3], present))
+    before = rw.plain(aten.clone.default, x)
+    rw.plain(target, *args, **kwargs)
+    return rw.plain(aten.copy_.default, x, rw.plain(aten.where.self, runs, x, before))
