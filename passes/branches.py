@@ -33,6 +33,10 @@ from passes.rewriter import Rewriter
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+_ALONG = (
+    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
+    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
+)
 _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
 _BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 
@@ -51,6 +55,62 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
             continue
         broken = holds if broken is None else rw.call(aten.logical_and.default, broken, holds)
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
+
+
+def guard_indices(module: GraphModule, position: int) -> list[tuple[str, str]]:
+    """Keep every index within its tensor, and raise the flag (result ``position``) where one would not be.
+
+    On a way that the step does not take an index may be anything, and a device that is asked for a row beyond the end
+    ends the process.
+    """
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    broken, changes = output.args[0][position], []  # type: ignore[index]
+    for node in list(module.graph.nodes):
+        for index, size, low in _indices(node):
+            if _is_within(index):
+                continue
+            with module.graph.inserting_before(node):
+                safe = module.graph.call_function(aten.clamp.default, (index, low, size - 1))
+                strays = module.graph.call_function(aten.ne.Tensor, (index, safe))
+                stray = module.graph.call_function(aten.any.default, (strays,))
+            safe.meta = dict(index.meta)
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a, i=index, s=safe: s if a is i else a)  # type: ignore[assignment, misc]
+            with module.graph.inserting_before(output):
+                broken = module.graph.call_function(aten.logical_or.default, (broken, stray))
+            changes.append((str(index), str(safe)))
+    results = list(output.args[0])  # type: ignore[arg-type]
+    results[position] = broken
+    output.args = (results,)
+    return changes
+
+
+def _indices(node: Node) -> list[tuple[Node, int, int]]:
+    """The index tensors of an operator, with the size that each goes into and the least that is legal."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return []
+    value = node.args[0].meta.get("val")
+    if not isinstance(value, Tensor):
+        return []
+    if node.target in _ALONG:
+        return [(node.args[2], int(value.shape[node.args[1]]), 0)]  # type: ignore[list-item, index]
+    if node.target is aten.embedding.default:
+        return [(node.args[1], int(value.shape[0]), 0)]  # type: ignore[list-item]
+    if node.target in (aten.index.Tensor, *_BY_INDEX):
+        indices = [(dim, i) for dim, i in enumerate(node.args[1]) if isinstance(i, Node)]  # type: ignore[arg-type]
+        if any(_dtype(i) in (torch.bool, torch.uint8) for _, i in indices):
+            return []
+        return [(i, int(value.shape[dim]), -int(value.shape[dim])) for dim, i in indices]
+    return []
+
+
+def _is_within(index: Node) -> bool:
+    """Whether an index cannot leave its tensor: it was kept within, is a place in the tensor itself, or is the caller's."""
+    if index.op == "placeholder" or str(index.target).startswith("_pass_constant"):
+        return True
+    if index.target in (aten.clamp.default, aten.remainder.Scalar, aten.nonzero_static.default):
+        return True
+    through = (aten.view.default, aten.select.int, aten.masked_fill.Scalar, aten.index_select.default, aten.expand.default)
+    return index.target in through and isinstance(index.args[0], Node) and _is_within(index.args[0])
 
 
 @dataclass(frozen=True)
@@ -119,6 +179,6 @@ def undo(plan: Sequence[Undo], tensors: Sequence[Tensor]) -> None:
         if step.dim is None:
             parts[0].copy_(parts[1])
         elif step.indexed:
-            parts[0].index_put_((*[None] * step.dim, *parts[1:-1]), parts[-1])
+            aten.index_put_.default(parts[0], [*[None] * step.dim, *parts[1:-1]], parts[-1])
         else:
             parts[0].index_copy_(step.dim, parts[1], parts[2])

@@ -65,6 +65,7 @@ def remove_host_values(
     assumes = _results(graph) > count
     changes = list(rewriter.changes)
     if assumes:
+        changes += branches.guard_indices(module, count)
         changes += branches.make_undoable(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
     left = next((node for node in module.graph.nodes if node.target is ITEM), None)

@@ -176,6 +176,8 @@ class _Follow(TorchDispatchMode):
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):
             facts = self.facts
             facts.limits |= {s: args[0].numel() for s in _fresh(result, facts)}
+        if func is aten.split_with_sizes.default:
+            self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **(kwargs or {}))
         elif any(trip.index >= self.facts.hints.get(trip.count, 0) for trip in self.loops.trips):
@@ -254,6 +256,15 @@ class _Follow(TorchDispatchMode):
             length = sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole))
             length = length if step == 1 else FloorDiv(length + step - 1, step)
         facts.definitions[size.node.expr] = facts.resolve(length)
+
+    def _define_rest(self, x: Tensor, sizes: Sequence[Any], dim: int = 0) -> None:
+        """The last part of a split is what the others leave: torch requires the sizes to add up."""
+        facts = self.facts
+        lengths = [facts.resolve(_expression(size)) for size in sizes]
+        last = lengths[-1]
+        rest = facts.resolve(_expression(x.shape[dim])) - sum(lengths[:-1])
+        if isinstance(last, sympy.Symbol) and last not in rest.free_symbols:
+            facts.definitions[last] = rest
 
     def _forget_offsets(self, result: Any) -> None:
         """The place of a view in its storage may be a symbol too; nothing reads it."""

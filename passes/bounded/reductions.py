@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from passes.bounded.sources import last_in_order
 from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
 
@@ -118,36 +119,35 @@ def cumulative(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
 
 
 def topk(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.topk(min(k, n))``: the bound of k of them, padding last."""
+    """``x.topk(min(k, n))``: the bound of k of them. By a stable sort, since padding may equal true elements."""
     x, k = args[:2]
     if not rw.lengths(x) and not is_symbol(k):
         return None
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % x.meta["val"].dim()
     largest = args[3] if len(args) > 3 else kwargs.get("largest", True)
-    dtype = x.meta["val"].dtype
-    size = x.meta["val"].shape[dim]
-    count = min(rw.bound(expression_of(k)) if is_symbol(k) else k, size)
-    made = rw.call(
-        aten.topk.default, rw.neutral(x, (_lowest if largest else _highest)(dtype), [dim]), count, dim, largest, *args[4:]
-    )
-    results = []
-    for index in range(2):
-        item = rw.item(made, index)
-        results.append(rw.padded(item, rw.expected(node, index)))
-    return tuple(results)
+    count = min(rw.bound(expression_of(k)) if is_symbol(k) else k, x.meta["val"].shape[dim])
+    if dim in rw.lengths(x):
+        made = _ordered(rw, x, dim, descending=largest)
+    else:
+        made = rw.call(aten.topk.default, x, count, dim, largest, *args[4:])
+    first = [rw.call(aten.slice.Tensor, rw.item(made, index), dim, 0, count) for index in range(2)]
+    return tuple(rw.padded(item, rw.expected(node, index)) for index, item in enumerate(first))
+
+
+def _ordered(rw: Rewriter, x: Node, dim: int, *, descending: bool) -> Node:
+    """Values and places in order, padding last. NaN counts as the largest, so that nothing comes behind it."""
+    fill = (_lowest if descending else last_in_order)(x.meta["val"].dtype)
+    return rw.call(aten.sort.stable, rw.neutral(x, fill, [dim]), stable=True, dim=dim, descending=descending)
 
 
 def sort(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.sort(dim)``: padding last. A stable sort, since padding may equal true elements."""
+    """``x.sort(dim)``: padding last."""
     x = args[0]
     if not rw.lengths(x):
         return None
     schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(schema, args, strict=False)), **kwargs}
-    dim = given.get("dim", -1) % x.meta["val"].dim()
-    descending = bool(given.get("descending", False))
-    fill = (_lowest if descending else _highest)(x.meta["val"].dtype)
-    made = rw.call(aten.sort.stable, rw.neutral(x, fill, [dim]), stable=True, dim=dim, descending=descending)
+    made = _ordered(rw, x, given.get("dim", -1) % x.meta["val"].dim(), descending=bool(given.get("descending", False)))
     if node.target is aten.argsort.default:
         return rw.padded(rw.item(made, 1), rw.expected(node))
     return tuple(rw.padded(rw.item(made, index), rw.expected(node, index)) for index in range(2))

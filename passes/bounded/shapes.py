@@ -217,7 +217,9 @@ def cat(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any])
         joined = rw.call(aten.cat.default, [made, part], dim)
         if not length.is_Integer:  # the padding of the first part lies between
             joined = _closed(rw, joined, dim, length, made.meta["val"].shape[dim])
-        made, length = joined, length + added
+        made, length = joined, rw.facts.resolve(length + added)
+    if dim not in expected and length.is_Integer and made.meta["val"].shape[dim] > length:  # the lengths add up to a constant
+        made = rw.call(aten.slice.Tensor, made, dim, 0, int(length))
     return rw.padded(made, expected)
 
 
