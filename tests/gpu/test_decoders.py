@@ -7,12 +7,10 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[bench]'")
 
-from tests.models.decoders import DECODERS, TOKENS
-from tests.test_decoders import CASES, compare
+from tests.models.decoders import DECODERS
+from tests.test_decoders import CASES, compare, expected
 
 
 @pytest.mark.parametrize(("name", "experts"), CASES, ids=[f"{name}-{experts or 'default'}" for name, experts in CASES])
 def test_a_decode_step_is_recorded_and_equals_eager(name: str, experts: str | None, device: torch.device) -> None:
-    report = compare(DECODERS[name], experts, device)
-    assert not report.refusals, str(report)
-    assert report.replays >= TOKENS - DECODERS[name].eager_calls, str(report)
+    expected(name, experts, compare(DECODERS[name], experts, device))
