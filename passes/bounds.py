@@ -44,10 +44,17 @@ class Bounds:
             if name is not None:
                 self.limit(symbol, self._promised[name])
                 facts.decide(symbol <= self._promised[name], True, ("", 0))
+        self._natural = {s for d in facts.decisions for part in _conjuncts(d.holds) if (s := _not_below_zero(part)) is not None}
         for _ in range(2):  # an equality may carry a bound that was learned after it
             for condition in facts.decisions:
                 for part in _conjuncts(condition.holds):
-                    self._learn(part)
+                    self._learn(self.simplified(part))
+
+    def simplified(self, expression: sympy.Basic) -> sympy.Basic:
+        """An expression written shorter with what the graph assumes of signs."""
+        stand_ins = {s: sympy.Dummy(s.name, integer=True, nonnegative=True) for s in expression.free_symbols & self._natural}
+        made = expression.xreplace(stand_ins)
+        return made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
 
     def limit(self, expression: sympy.Basic, largest: int, smallest: int = 0) -> None:
         """Say that ``smallest <= expression <= largest``."""
@@ -80,7 +87,7 @@ class Bounds:
 
     def of(self, expression: sympy.Basic) -> int | None:
         """The largest value of an expression, or None where nothing bounds it."""
-        expression = self._facts.resolve(expression)
+        expression = self.simplified(self._facts.resolve(expression))
         if expression.is_Integer:
             return int(expression)
         ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}
@@ -124,6 +131,13 @@ class Bounds:
         rest = expression - slope * symbol
         if slope.is_Integer and slope > 0 and rest.is_Integer:
             self.limit(symbol, (largest - int(rest)) // int(slope))
+
+
+def _not_below_zero(condition: sympy.Basic) -> sympy.Symbol | None:
+    """The symbol that a condition says is zero or more."""
+    if isinstance(condition, (sympy.Ge, sympy.Le)) and condition.lts == 0 and isinstance(condition.gts, sympy.Symbol):
+        return condition.gts
+    return None
 
 
 def _conjuncts(condition: sympy.Basic) -> Iterator[sympy.Basic]:

@@ -46,7 +46,7 @@ def remove_host_values(
     before = len(facts.decisions), dict(facts.definitions)
     while True:
         default = bounded.default if "bounded" in only else arithmetic.pointwise if "arithmetic" in only else None
-        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else None, guarded)
+        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
         try:
             graph = rewriter.run()
             if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):
@@ -72,6 +72,16 @@ def remove_host_values(
     if left is not None:
         raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
     return changes
+
+
+def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
+    """The results of a graph that may assume nothing."""
+    for decision in rw.facts.decisions:
+        condition = rw.facts.resolve(decision.holds)
+        if not rw.bounds.certain(condition):
+            remedy = 'Add "branches" to the passes, which check this in every run'
+            raise Unremovable(f"the graph would assume that {condition}", "branch", decision.site, remedy)
+    return results
 
 
 def _results(graph: Graph) -> int:

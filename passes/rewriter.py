@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy import functions as sympy_functions
 
 from passes.aliases import Aliases
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
-from passes.scalars import Scalars
 from passes.loops import Trip
+from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
 from passes.tracing import Facts
@@ -348,6 +349,9 @@ class Rewriter:
         return self._compared(aten.ge, expression, count, device, trailing)
 
     def _compared(self, how: Any, expression: sympy.Basic, count: int, device: torch.device, trailing: int) -> Node:
+        expression = self.bounds.simplified(self.facts.resolve(expression))
+        if isinstance(expression, (sympy.Min, sympy_functions.Min)):  # no row of ``count`` lies behind a larger number
+            expression = type(expression)(*[part for part in expression.args if not (part.is_Integer and part >= count)])
         key = (how, expression, count, device, trailing)
         if key not in self._cache:
             length = self.number(expression)

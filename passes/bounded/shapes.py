@@ -248,7 +248,7 @@ def fill_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def number(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A size as a number: kept as the symbol it is, for those that compute with it."""
-    made = rw.graph.call_function(node.target, args)
+    made = rw.graph.call_function(node.target, args)  # type: ignore[arg-type]
     made.meta = dict(node.meta)
     return made
 

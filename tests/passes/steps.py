@@ -1,0 +1,127 @@
+"""Steps for tests of the passes: traced with the values that an eager run reads, rewritten, printed, compared with eager."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+import passes
+from graphs.watch import watch_step
+from passes.host_values import TABLES
+
+Step = Callable[..., Any]
+ALL = (*TABLES, "branches")
+
+
+def traced(step: Step, *tensors: Tensor) -> GraphModule:
+    """``step`` traced with the values that it reads when it is run on copies of ``tensors``."""
+    arguments = [tensor.clone() for tensor in tensors]
+    _, trace = watch_step(lambda: step(*arguments), arguments)
+    trace.written.restore()
+    reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
+    modules = {read.site[0] for read in reads}
+    names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in modules]
+    return passes.trace_step(lambda leaves, _: flat(step(*leaves)), tensors, reads, names)
+
+
+def flat(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph and what the passes said of it."""
+
+    module: GraphModule
+    changes: list[tuple[str, str]]
+
+    @property
+    def assumes(self) -> bool:
+        return bool(self.module.meta["assumes"])
+
+    def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], bool, list[Tensor]]:
+        """Results, whether the graph's assumptions held, and what undoes its writes."""
+        made = list(self.module(*tensors))
+        count = self.module.meta["results"]
+        if not self.assumes:
+            return made, True, []
+        return made[:count], not bool(made[count]), made[count + 1 :]
+
+    def undo(self, saved: Sequence[Tensor]) -> None:
+        passes.undo(self.module.meta["undo"], saved)
+
+
+def rewritten(
+    step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL
+) -> Rewritten:
+    """``step`` without host values."""
+    module = traced(step, *tensors)
+    changes = passes.remove_host_values(module, bounds, only)
+    module.graph.lint()
+    module.recompile()
+    return Rewritten(module, changes)
+
+
+def printed(module: GraphModule) -> str:
+    """The graph as text: one operator a line, with its arguments and the shape of its result."""
+    return "\n".join(_line(node) for node in module.graph.nodes)
+
+
+def _line(node: Node) -> str:
+    if node.op == "output":
+        return f"return {_arguments(node.args[0])}"
+    value = node.meta.get("val")
+    shape = f" {list(map(str, value.shape))}".replace("'", "") if isinstance(value, Tensor) else ""
+    target = str(node.target).removeprefix("aten.") if node.op == "call_function" else node.op
+    keywords = [f"{name}={_arguments(value)}" for name, value in node.kwargs.items()]
+    given = [*map(_arguments, node.args), *keywords] if node.op == "call_function" else [str(node.target)]
+    return f"{node.name}{shape} = {target}({', '.join(given)})"
+
+
+def _arguments(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_arguments, value))}]"
+    return getattr(value, "__name__", None) or str(value)
+
+
+def check(graph: Rewritten, step: Step, *tensors: Tensor, exact: bool = True, may_break: bool = False) -> bool:
+    """Run ``graph`` and ``step`` on copies of ``tensors`` and compare results and writes.
+
+    Where the graph says that its assumptions failed, its writes are undone and every byte must be as before.
+
+    Args:
+        exact: bit for bit; otherwise as close as another order of additions allows.
+        may_break: whether the assumptions may fail although the step itself runs.
+
+    Returns:
+        Whether the assumptions held.
+    """
+    ours, theirs = ([tensor.clone() for tensor in tensors] for _ in range(2))
+    try:
+        expected: list[Any] | None = flat(step(*theirs))
+    except (RuntimeError, IndexError, AssertionError):
+        expected = None  # what eager refuses, the graph has to notice
+    results, held, saved = graph(*ours)
+    if not held:
+        assert expected is None or may_break, "the assumptions failed for a step that runs"
+        graph.undo(saved)
+        same(ours, tensors, exact=True)
+        return False
+    assert expected is not None, "eager raises, and the graph did not notice"
+    same(results, expected, exact)
+    same(ours, theirs, exact)
+    return True
+
+
+def same(ours: Sequence[Any], theirs: Sequence[Any], exact: bool) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, (a, b)
+        tolerance = {"rtol": 0, "atol": 0} if exact else {}
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
