@@ -38,7 +38,7 @@ _ALONG = (
     *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
 )
 _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
-_BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
+BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 
 
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
@@ -95,7 +95,7 @@ def _indices(node: Node) -> list[tuple[Node, int, int]]:
         return [(node.args[2], int(value.shape[node.args[1]]), 0)]  # type: ignore[list-item, index]
     if node.target is aten.embedding.default:
         return [(node.args[1], int(value.shape[0]), 0)]  # type: ignore[list-item]
-    if node.target in (aten.index.Tensor, *_BY_INDEX):
+    if node.target in (aten.index.Tensor, *BY_INDEX):
         indices = [(dim, i) for dim, i in enumerate(node.args[1]) if isinstance(i, Node)]  # type: ignore[arg-type]
         if any(_dtype(i) in (torch.bool, torch.uint8) for _, i in indices):
             return []
@@ -155,7 +155,7 @@ def _saved(module: GraphModule, node: Node, target: Node) -> tuple[list[Node], U
     if node.target in _BY_ROWS:
         dim, index = node.args[1], node.args[2]
         return [target, index, graph.call_function(aten.index_select.default, (target, dim, index))], Undo(3, dim)  # type: ignore[list-item, arg-type]
-    if node.target in _BY_INDEX:
+    if node.target in BY_INDEX:
         given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
         indices = [i for i in given if i is not None]
         first = len(given) - len(indices)

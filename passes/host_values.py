@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
-from torch.fx import Graph, GraphModule
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from passes import addressing, arithmetic, bounded, branches
 from passes.errors import Unremovable
@@ -35,7 +36,7 @@ def remove_host_values(
         Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
     """
     facts = module.meta.get("facts")
-    if facts is None or not (facts.hints or facts.decisions or any(node.target is ITEM for node in module.graph.nodes)):
+    if facts is None or not (facts.hints or facts.decisions or any(map(_needs_host, module.graph.nodes))):
         return []
     rules: dict[Any, Rule] = {}
     for table in (TABLES[name] for name in TABLES if name in only):
@@ -82,6 +83,12 @@ def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
             remedy = 'Add "branches" to the passes, which check this in every run'
             raise Unremovable(f"the graph would assume that {condition}", "branch", decision.site, remedy)
     return results
+
+
+def _needs_host(node: Node) -> bool:
+    """Whether an operator has the host wait although it gives it no value: one that takes masks as indices does."""
+    indices = node.args[1] if node.target in branches.BY_INDEX else ()
+    return node.target is ITEM or any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
 
 
 def _results(graph: Graph) -> int:

@@ -43,14 +43,14 @@ class Rewritten:
 
     @property
     def assumes(self) -> bool:
-        return bool(self.module.meta["assumes"])
+        return bool(self.module.meta.get("assumes"))
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], bool, list[Tensor]]:
         """Results, whether the graph's assumptions held, and what undoes its writes."""
         made = list(self.module(*tensors))
-        count = self.module.meta["results"]
         if not self.assumes:
             return made, True, []
+        count = self.module.meta["results"]
         return made[:count], not bool(made[count]), made[count + 1 :]
 
     def undo(self, saved: Sequence[Tensor]) -> None:
