@@ -137,8 +137,10 @@ class Aliases:
         else:
             parent = self._parents.get(node)
             base = self.fresh(parent) if parent is not None else None
-            if base is parent or base is None or written(node):
+            if base is parent or base is None:
                 return node
+            if written(node):  # an in-place operator returns the tensor that it was given
+                return base
             made = self._rewriter.call(node.target, base, *node.args[1:], **node.kwargs)
         made.meta.update({key: node.meta[key] for key in ("lengths",) if key in node.meta})
         self._renewed[node] = made
