@@ -57,9 +57,7 @@ class Rewritten:
         passes.undo(self.module.meta["undo"], saved)
 
 
-def rewritten(
-    step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL
-) -> Rewritten:
+def rewritten(step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL) -> Rewritten:
     """``step`` without host values."""
     module = traced(step, *tensors)
     changes = passes.remove_host_values(module, bounds, only)
