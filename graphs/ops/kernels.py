@@ -74,7 +74,7 @@ def _begin(rows, BYTES: tl.constexpr, OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def wo_a_bmm_kernel(
     o, weight, scale, y, M, N, K, stride_om, stride_og, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr,
@@ -98,7 +98,7 @@ def wo_a_bmm_kernel(
     tl.store(out, acc.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def wo_a_quantise_kernel(o, q, scale, M, K, stride_om, stride_og, stride_ok, ROWS: tl.constexpr, FP8_LIMIT: tl.constexpr):
     """Activations to FP8 ``[G, M, K]`` and scales ``[G, M, K/128]``. Grid (M, G, K/128/ROWS); ROWS groups per program."""
     m = tl.program_id(0).to(tl.int64)
@@ -113,7 +113,7 @@ def wo_a_quantise_kernel(o, q, scale, M, K, stride_om, stride_og, stride_ok, ROW
     tl.store(scale + row * (K // GROUP) + groups, s, mask=live)
 
 
-@triton.jit(do_not_specialize=["g", "M"])
+@triton.jit(do_not_specialize=["g"])
 def wo_a_block_gemm_kernel(
     q, q_scale, weight, scale, y, g, G, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _turn_back(x, table_rows, live, BLOCK_M: tl.constexpr):
     return tl.reshape(out, (BLOCK_M, GROUP))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def wo_a_fused_kernel(
     o, weight, scale, y, positions, table, M, N, K, stride_om, stride_og, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_LIMIT: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,

@@ -198,7 +198,7 @@ def _cuda_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         m, (g, n, k) = o.shape[0], weight.shape
         few = tiles.split(m, g, n, k, arch)
         if few is not None:
-            split_k().launch_split(o, weight, scale, y, few, fp8=True, overlap=tiles.overlaps(arch))
+            split_k().launch_split(o, weight, scale, y, few, fp8=True, overlap=tiles.starts_early(g * n, arch))
         else:
             kernels().launch_bmm(o, weight, scale, y, tiles.quantised_gemm("bmm", m, g, n, k, arch))
     return y
@@ -245,14 +245,13 @@ def _launch_fused(
         if special is not None:
             special.launch_registers(o, weight, scale, y, overlap)
             return
-    early = tiles.overlaps(arch)
     few = tiles.split(m, g, n, k, arch, plain)
     if few is not None:
-        split_k().launch_split(o, weight, scale, y, few, *options, overlap=early)
+        split_k().launch_split(o, weight, scale, y, few, *options, overlap=tiles.starts_early(g * n, arch))
         return
     fp8 = options[0]
     tile = tiles.quantised_gemm("bmm", m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
-    kernels().launch_fused(o, weight, scale, y, tile, *options, overlap=early)
+    kernels().launch_fused(o, weight, scale, y, tile, *options)
 
 
 @functools.cache
