@@ -12,6 +12,8 @@ After::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -29,7 +31,13 @@ def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
     """
     changes = []
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in _MOVES or _is_written(node):
+        if node.op != "call_function" or _is_written(node):
+            continue
+        folded = _folded(module, node)
+        if folded is not None:
+            changes.append(folded)
+            continue
+        if node.target not in _MOVES:
             continue
         constant = _constant(module, node.args[0])
         if constant is None:
@@ -61,6 +69,30 @@ def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
         owner = getattr(owner, part)
     value = getattr(owner, name)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Replace an operator on constants of the host, whose result is on the host too, by its result."""
+    target: Any = node.target
+    pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+    if not pure or target in _MOVES or torch.Tag.nondeterministic_seeded in target.tags or len(target._schema.returns) != 1:
+        return None
+    inputs = {n: _constant(module, n) for n in node.all_input_nodes}
+    if not inputs or any(value is None or value.device.type != "cpu" for value in inputs.values()):
+        return None
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)  # type: ignore[arg-type]
+    with torch.no_grad():
+        value = target(*args, **kwargs)
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return None
+    name, before = _fresh_name(module), node.format_node() or str(node)
+    module.register_buffer(name, value.clone(), persistent=False)
+    with module.graph.inserting_before(node):
+        hoisted = module.graph.get_attr(name)
+    hoisted.meta = dict(node.meta)
+    node.replace_all_uses_with(hoisted)
+    module.graph.erase_node(node)
+    return before, hoisted.format_node() or str(hoisted)
 
 
 def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
