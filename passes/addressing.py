@@ -93,7 +93,7 @@ def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     expected = rw.expected(node)
     length = expected.get(dim, sympy.sympify(node.meta["val"].shape[dim]) if dim not in expected else None)
     size = x.meta["val"].shape[dim]
-    if is_symbol(step) or (step != 1 and (is_symbol(start) or whole is not None or (start or 0) < 0)):
+    if is_symbol(step) or (step != 1 and (is_symbol(start) or (start or 0) < 0)):
         rw.no_rule("a slice with a step whose first row only the device knows", node)
     first = sympy.Integer(0) if start is None else expression_of(start)
     if first.is_negative:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import sympy
+from torch.utils._sympy.functions import Min
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from passes.sites import Site
@@ -51,10 +52,24 @@ class Bounds:
                     self._learn(self.simplified(part))
 
     def simplified(self, expression: sympy.Basic) -> sympy.Basic:
-        """An expression written shorter with what the graph assumes of signs."""
+        """An expression written shorter with what the graph assumes: numbers not below zero, limits that are never met."""
+        made = self.of_signs(expression)
+        least = [part for part in made.atoms(sympy.Min, Min) if len(part.args) == 2 and part.args[0].is_Integer]
+        return made.xreplace({part: part.args[1] for part in least if self._upper(part.args[1]) <= part.args[0]})
+
+    def of_signs(self, expression: sympy.Basic) -> sympy.Basic:
+        """An expression written shorter for the numbers that the graph assumes to be zero or more, unless it says so itself."""
+        if isinstance(expression, sympy.And):
+            return sympy.And(*map(self.of_signs, expression.args))
+        if _not_below_zero(expression) is not None:
+            return expression
         stand_ins = {s: sympy.Dummy(s.name, integer=True, nonnegative=True) for s in expression.free_symbols & self._natural}
         made = expression.xreplace(stand_ins)
         return made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
+
+    def _upper(self, expression: sympy.Basic) -> sympy.Basic:
+        ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}
+        return bound_sympy(expression, ranges).upper  # type: ignore[arg-type]
 
     def limit(self, expression: sympy.Basic, largest: int, smallest: int = 0) -> None:
         """Say that ``smallest <= expression <= largest``."""
@@ -90,8 +105,7 @@ class Bounds:
         expression = self.simplified(self._facts.resolve(expression))
         if expression.is_Integer:
             return int(expression)
-        ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}
-        upper = bound_sympy(expression, ranges).upper  # type: ignore[arg-type]
+        upper = self._upper(expression)
         known = [self._limits[e] for e in (expression,) if e in self._limits]
         if upper.is_Integer:
             known.append(int(upper))

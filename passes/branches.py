@@ -45,7 +45,7 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     """Results with the flag behind them, if the graph assumes anything."""
     broken: Any = None
     for decision in rw.facts.decisions:
-        condition = rw.facts.resolve(decision.holds)
+        condition = rw.bounds.of_signs(rw.facts.resolve(decision.holds))
         if rw.bounds.certain(condition):
             continue
         if rw.facts.hint(condition) == sympy.false:

@@ -165,7 +165,7 @@ def layer_norm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
 
 _NEUTRAL: dict[Any, tuple[Any, ...]] = {
     _zero: (
-        *(aten.sum.default, aten.sum.dim_IntList),
+        *(aten.sum.default, aten.sum.dim_IntList, aten.nansum.default),
         *(aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.any.default, aten.any.dim, aten.any.dims),
     ),
     _one: (aten.prod.default, aten.prod.dim_int, aten.all.default, aten.all.dim, aten.all.dims),

@@ -53,6 +53,13 @@ def elementwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[st
     return rw.padded(rw.call(node.target, *args, **kwargs), rw.expected(node))
 
 
+def untagged(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """Elementwise operators that torch does not mark as such."""
+    if any(map(is_symbol, args)) or not _touched(rw, node, args):
+        return None
+    return elementwise(rw, node, args, kwargs)
+
+
 def in_place(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``x.op_(...)`` on the true part of ``x``."""
     target, lengths = args[0], rw.lengths(args[0])
@@ -134,7 +141,7 @@ def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
 
 
 def _expr(rw: Rewriter, size: Any) -> sympy.Basic:
-    return rw.facts.resolve(expression_of(size))
+    return rw.bounds.simplified(rw.facts.resolve(expression_of(size)))
 
 
 def expand(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -284,5 +291,11 @@ RULES: dict[Any, Rule] = {
     },
     **{target: split for target in (aten.unbind.int, aten.split.Tensor)},
     aten.split_with_sizes.default: split_with_sizes,
-    aten.copy_.default: lambda rw, node, args, kwargs: elementwise(rw, node, args, kwargs) if _touched(rw, node, args) else None,
+    **{
+        target: untagged
+        for target in (
+            aten.copy_.default, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.rsub.Tensor,
+            aten.hardswish.default, aten.hardswish_.default, aten._prelu_kernel.default,
+        )
+    },
 }  # fmt: skip
