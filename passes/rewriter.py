@@ -352,12 +352,12 @@ class Rewriter:
         expression = self.bounds.simplified(self.facts.resolve(expression))
         if isinstance(expression, (sympy.Min, sympy_functions.Min)):  # no row of ``count`` lies behind a larger number
             expression = type(expression)(*[part for part in expression.args if not (part.is_Integer and part >= count)])
-        key = (how, expression, count, device, trailing)
+        key = (how, expression, count, device)
         if key not in self._cache:
             length = self.number(expression)
             made = self.call(how.Tensor if isinstance(length, Node) else how.Scalar, self.iota(count, device), length)
-            self._cache[key] = self.call(aten.view.default, made, [count] + [1] * trailing) if trailing else made
-        return self._cache[key]
+            self._cache[key] = made
+        return self.call(aten.view.default, self._cache[key], [count] + [1] * trailing) if trailing else self._cache[key]
 
     def keep(self, target: Node, new: Node) -> Node:
         """What to write to ``target``: ``new`` within its true lengths, what is there beyond them."""
