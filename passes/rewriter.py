@@ -108,9 +108,9 @@ class Rewriter:
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
                 return made
-        if node.op == "call_function" and hasattr(node.target, "_schema"):
-            if self.sized_by_symbols(node) or (self.trips and node.target._schema.is_mutable):
-                return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; a conditional write
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and (self.sized_by_symbols(node) or (self.trips and schema.is_mutable)):
+            return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; a conditional write
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
         self.aliases.made(copied)

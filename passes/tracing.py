@@ -369,12 +369,12 @@ def trace_step(*arguments: Any, **settings: Any) -> GraphModule:
     if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
         return trace_once(*arguments, **settings)
     try:
-        unrolled = trace_once(*arguments, **settings, unroll="bound")
+        unrolled = trace_once(*arguments, **{**settings, "unroll": "bound"})
         loops = unrolled.meta["facts"].loops
         if not loops.found:
             return unrolled
         if not loops.left and not leaks(unrolled):
-            seen = trace_once(*arguments, **settings, unroll="hint")
+            seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
             if outside(seen) == outside(unrolled):
                 return unrolled
     except Unremovable:
