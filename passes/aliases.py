@@ -96,10 +96,9 @@ class Aliases:
             return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
         return node.name if node.op == "placeholder" else node
 
-    def is_written_later(self, node: Node) -> bool:
-        """Whether memory of ``node`` is written anywhere in the graph."""
-        root = self.root(node)
-        return root in self._written_roots or isinstance(root, Node)
+    def is_written(self, node: Node) -> bool:
+        """Whether memory of a node of the old graph is written anywhere in it."""
+        return self._root_of(node, self._old_parents) in self._written_roots
 
     def is_gathered(self, node: Node) -> bool:
         """Whether ``node`` is a copy as a whole: not a view of one."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -34,50 +35,104 @@ _TENSOR = {
     "Scalar_": "Tensor",
 }
 _LOW = (torch.float16, torch.bfloat16)
+_IN_FLOAT = {
+    "cpu": frozenset(("mul", "div", "floor_divide")),
+    "cuda": frozenset(("mul", "div", "floor_divide", "add", "sub", "rsub")),
+}
+"""Operators that take a number in float32 where their tensor is of lower precision; others round it first."""
+_EXPONENTS = (0, 1, 2, 3, -1, -2, 0.5, -0.5)
 
 
 def pointwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """A binary operator, in place or not, of a tensor and a symbol."""
     if is_symbol(kwargs.get("alpha")):
         return _scaled(rw, node, args, kwargs["alpha"])
+    if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic of Python: done where its result is used
+        return None
+    overload = node.target._overloadname
     if len(args) < 2 or not (is_symbol(args[0]) or is_symbol(args[1])) or any(map(is_symbol, kwargs.values())):
         return None
-    name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
-    in_place = name.endswith("_") and not name.startswith("__")
-    packet = getattr(aten, name.rstrip("_") if in_place else name)
-    function = getattr(packet, _TENSOR.get(overload, overload))
-    tensor = args[1] if is_symbol(args[0]) else args[0]
-    dtype, device = tensor.meta["val"].dtype, tensor.meta["val"].device
-    number = args[0] if is_symbol(args[0]) else args[1]
-    common = torch.result_type(tensor.meta["val"], 1.0 if isinstance(number.meta["val"], torch.SymFloat) else 1)
-    wide = torch.float32 if common in _LOW else common
-    values = [on_device(rw, a, wide, device) if is_symbol(a) else cast(rw, a, wide) for a in args[:2]]
-    if name.startswith("div") and device.type == "cuda" and wide.is_floating_point and is_symbol(args[1]) and not kwargs:
-        result = rw.call(aten.mul.Tensor, values[0], rw.call(aten.reciprocal.default, values[1]))
+    if overload not in _TENSOR and not isinstance(node.target._schema.arguments[1].type, torch.TensorType):
+        return None
+    overload = _TENSOR.get(overload, overload)
+    name, in_place = _name(node)
+    tensor, number = args[:2] if is_symbol(args[1]) else args[1::-1]
+    value = tensor.meta["val"]
+    wide = _precision(name, tensor, number, node.meta["val"].dtype)
+    given = [on_device(rw, a, wide, value.device) if is_symbol(a) else cast(rw, a, wide) for a in args[:2]]
+    if in_place and wide == value.dtype and not rw.lengths(tensor):
+        return rw.call(getattr(getattr(aten, name + "_"), overload), *given, *args[2:], **kwargs)
+    if name == "div" and value.device.type == "cuda" and wide.is_floating_point and is_symbol(args[1]):
+        result = _divided_on_cuda(rw, given, kwargs.get("rounding_mode"))
     else:
-        result = rw.call(function, *values, *args[2:], **kwargs)
-    lengths = rw.lengths(tensor)
-    if in_place:
-        return rw.padded(rw.call(aten.copy_.default, tensor, rw.keep(tensor, cast(rw, result, dtype))), lengths)
-    return rw.padded(cast(rw, result, node.meta["val"].dtype), lengths)
+        result = rw.call(getattr(getattr(aten, name), overload), *given, *args[2:], **kwargs)
+    return _result(rw, node, tensor, result)
+
+
+def _name(node: Node) -> tuple[str, bool]:
+    """The name of an operator, and whether that is in place."""
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    in_place = name.endswith("_") and not name.startswith("__")
+    return (name.rstrip("_") if in_place else name), in_place
+
+
+def _precision(name: str, tensor: Node, number: Node, result: torch.dtype) -> torch.dtype:
+    """The dtype in which an operator of a tensor and a number is done."""
+    value = tensor.meta["val"]
+    common = torch.result_type(value, 1.0 if isinstance(number.meta["val"], torch.SymFloat) else 1)
+    if common in _LOW:
+        return torch.float32 if name in _IN_FLOAT.get(value.device.type, _IN_FLOAT["cuda"]) else common
+    return result if result.is_floating_point and not common.is_floating_point else common
+
+
+def _divided_on_cuda(rw: Rewriter, given: list[Node], rounding: str | None) -> Node:
+    """Division by a number, which is multiplication with its reciprocal, other than where it is rounded down."""
+    if rounding == "floor":
+        return rw.call(aten.div.Tensor_mode, *given, rounding_mode="floor")
+    made = rw.call(aten.mul.Tensor, given[0], rw.call(aten.reciprocal.default, given[1]))
+    return made if rounding is None else rw.call(aten.trunc.default, made)
+
+
+def _result(rw: Rewriter, node: Node, tensor: Node, made: Node) -> Node:
+    """What an operator gives, in its dtype: ``made``, or ``tensor`` with that written to it."""
+    if _name(node)[1]:
+        new = rw.keep(tensor, cast(rw, made, tensor.meta["val"].dtype))
+        return rw.padded(rw.call(aten.copy_.default, tensor, new), rw.lengths(tensor))
+    return rw.padded(cast(rw, made, node.meta["val"].dtype), rw.expected(node))
 
 
 def _scaled(rw: Rewriter, node: Node, args: tuple[Any, ...], alpha: Node) -> Node | None:
-    """``x.add(y, alpha=u)``: a multiply-add that rounds once, done in float64 where that tells the difference."""
+    """``x.add(y, alpha=u)``: a multiply-add that rounds once, done in a wider dtype where there is one."""
     x, y = args[:2]
-    dtype = node.meta["val"].dtype
+    value = node.meta["val"]
     if not isinstance(y, Node) or is_symbol(y):
         return None
-    wide = torch.float64 if dtype == torch.float32 else torch.float32 if dtype in _LOW else dtype
-    scale = rw.scalar(alpha)
-    scale = rw.call(aten._to_copy.default, scale, dtype=dtype if dtype not in _LOW else torch.float32)
-    product = rw.call(aten.mul.Tensor, cast(rw, y, wide), cast(rw, scale, wide))
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    made = rw.call(aten.sub.Tensor if name.startswith("sub") else aten.add.Tensor, cast(rw, x, wide), product)
-    made = cast(rw, made, dtype)
-    if name.endswith("_"):
-        return rw.padded(rw.call(aten.copy_.default, x, rw.keep(x, made)), rw.lengths(x))
-    return rw.padded(made, rw.expected(node))
+    wide = torch.float64 if value.dtype == torch.float32 else torch.float32 if value.dtype in _LOW else value.dtype
+    rounded = torch.float32 if value.dtype in _LOW and value.device.type != "cpu" else value.dtype
+    product = rw.call(aten.mul.Tensor, cast(rw, y, wide), cast(rw, on_device(rw, alpha, rounded, value.device), wide))
+    how = aten.sub.Tensor if _name(node)[0] == "sub" else aten.add.Tensor
+    return _result(rw, node, x, rw.call(how, cast(rw, x, wide), product))
+
+
+def power(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x ** u``: some exponents have kernels of their own, so that it is an assumption whether it is one of them."""
+    x, exponent = args[:2]
+    if not is_symbol(exponent):
+        return None
+    expression = rw.facts.resolve(expression_of(exponent))
+    hint = rw.facts.hint(expression)
+    if hint is None:
+        rw.no_rule("a power that the eager run did not read", node)
+    if not x.meta["val"].dtype.is_floating_point:
+        rw.assume(sympy.Ge(expression, 0))
+    kind = float if isinstance(exponent.meta["val"], torch.SymFloat) else int
+    special = [kind(e) for e in _EXPONENTS if kind(e) == e]
+    if kind(hint) in special:
+        rw.assume(sympy.Eq(expression, kind(hint)))
+        return rw.padded(rw.call(node.target, x, kind(hint)), rw.expected(node))
+    for known in special:
+        rw.assume(sympy.Ne(expression, known))
+    return pointwise(rw, node, args, kwargs)
 
 
 def lerp(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -86,11 +141,9 @@ def lerp(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not is_symbol(weight):
         return None
     value = x.meta["val"]
-    number = rw.call(aten.expand.default, on_device(rw, weight, value.dtype, value.device), list(node.meta["val"].shape))
-    made = rw.call(aten.lerp.Tensor, x, end, number)
-    if node.target is aten.lerp_.Scalar:
-        return rw.padded(rw.call(aten.copy_.default, x, rw.keep(x, made)), rw.lengths(x))
-    return rw.padded(made, rw.lengths(x))
+    wide = torch.float32 if value.dtype in _LOW else value.dtype
+    number = rw.call(aten.expand.default, on_device(rw, weight, wide, value.device), list(value.shape))
+    return _result(rw, node, x, rw.call(aten.lerp.Tensor, cast(rw, x, wide), cast(rw, end, wide), number))
 
 
 def roll(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -123,9 +176,19 @@ def on_device(rw: Rewriter, symbol: Node, dtype: torch.dtype, device: torch.devi
     value = rw.scalar(symbol)
     if not isinstance(value, Node):
         return value
+    if value.target is aten._to_copy.default and _widened(value) and dtype.is_floating_point:
+        value = value.args[0]  # type: ignore[assignment]
     if value.meta["val"].device != device:
         value = rw.call(aten._to_copy.default, value, device=device)
     return cast(rw, value, dtype)
+
+
+def _widened(value: Node) -> bool:
+    """Whether a number was made float64 from a floating dtype, which is as good to go on from."""
+    source: Any = value.args[0]
+    return (
+        value.meta["val"].dtype == torch.float64 and source.meta["val"].dtype.is_floating_point and not value.kwargs.get("device")
+    )
 
 
 def fill_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -232,6 +295,10 @@ def arange(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 RULES: dict[Any, Rule] = {
+    aten.floor_divide.default: pointwise,
+    aten.floor_divide_.Tensor: pointwise,
+    aten.pow.Tensor_Scalar: power,
+    aten.pow_.Scalar: power,
     aten.lerp.Scalar: lerp,
     aten.lerp_.Scalar: lerp,
     aten.roll.default: roll,

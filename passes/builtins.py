@@ -66,15 +66,22 @@ def _symbolic(values: Iterable[Any]) -> bool:
     return any(isinstance(value, (*SYMBOLS, torch.Tensor)) for value in values)
 
 
+def _alike(values: Iterable[Any]) -> bool:
+    """Whether numbers are all whole or all not: the smaller of two has the type of the one that it is."""
+    return len({isinstance(value, (builtins.float, torch.SymFloat)) for value in values}) == 1
+
+
 def _min(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
-        return torch.sym_min(_value(args[0]), _value(args[1]))
+        a, b = map(_value, args)
+        return torch.sym_min(a, b) if _alike((a, b)) else builtins.min(a, b)
     return builtins.min(*args, **kwargs)
 
 
 def _max(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
-        return torch.sym_max(_value(args[0]), _value(args[1]))
+        a, b = map(_value, args)
+        return torch.sym_max(a, b) if _alike((a, b)) else builtins.max(a, b)
     return builtins.max(*args, **kwargs)
 
 

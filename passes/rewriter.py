@@ -158,7 +158,7 @@ class Rewriter:
 
     def _read(self, node: Node, tensor: Node) -> None:
         """Keep what the host read here: the tensor may be written before the value is used."""
-        if self.aliases.is_written_later(tensor):
+        if self.aliases.is_written(node.args[0]):  # type: ignore[arg-type]
             tensor = self.call(aten.clone.default, tensor)
         self.changes.append((_text(node), _text(tensor)))
         self.define(node.meta["val"], tensor)

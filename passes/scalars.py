@@ -137,9 +137,17 @@ class Scalars:
             return self._zero_dim(node.args[0])  # type: ignore[arg-type]
         if node.target is torch.sym_float:
             return self.cast(self.of(node.args[0]), torch.float64)
+        if node.target is operator.mod:
+            return self._remainder(*self.doubles([self.of(argument) for argument in node.args]))
         if node.target in _PYTHON:
             return self._call(_PYTHON[node.target], *self.doubles([self.of(argument) for argument in node.args]))
         raise Unremovable("no operator computes this from a value on the device", str(node.target), self._rewriter.site)
+
+    def _remainder(self, a: Node, b: Node) -> Node:
+        """``a % b`` of floats: Python gives a zero the sign of ``b``."""
+        made = self._call(aten.remainder.Tensor, a, b)
+        zero = self._call(aten.copysign.Tensor, self._call(aten.zeros_like.default, made), b)
+        return self._call(aten.where.self, self._call(aten.eq.Scalar, made, 0), zero, made)
 
     def divided(self, expression: sympy.Basic) -> Node:
         """A true division of integers or floats, in float64 as Python does it."""

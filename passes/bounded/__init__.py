@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -39,9 +40,10 @@ def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     """Operators without a rule of their own: elementwise ones pass lengths on, the rest must not meet any."""
     if not hasattr(node.target, "tags"):  # arithmetic of numbers: done where a number is used
         return None
+    numbers = sum(map(is_symbol, tree_leaves((args, kwargs))))
     args, kwargs = tree_map_only(Node, lambda a: _static(rw, a), (args, kwargs))
     leaves = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Node)]
-    padded, symbols = any(rw.lengths(a) for a in leaves), any(map(is_symbol, leaves))
+    padded, symbols = any(rw.lengths(a) for a in leaves), sum(map(is_symbol, leaves))
     draws = torch.Tag.nondeterministic_seeded in node.target.tags  # a longer tensor takes more random numbers
     if torch.Tag.pointwise in node.target.tags and not draws:
         if symbols:
@@ -51,11 +53,16 @@ def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
             return shapes.elementwise(rw, node, args, kwargs)
     elif padded or symbols or rw.has_dynamic_result(node):
         rw.no_rule("no rule pads this operator", node)
-    return rw.call(node.target, *args, **kwargs) if rw.sized_by_symbols(node) else None
+    return rw.call(node.target, *args, **kwargs) if rw.sized_by_symbols(node) or symbols < numbers else None
 
 
 def _static(rw: Rewriter, node: Node) -> Any:
-    """A whole number that is taken at its hint as a number."""
-    if isinstance(node.meta.get("val"), torch.SymInt) and rw.is_exact(expression_of(node)):
+    """A number that is taken at its hint as a number."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt) and rw.is_exact(expression_of(node)):
         return rw.bound(expression_of(node))
+    if isinstance(value, torch.SymFloat) and rw.is_exact(expression_of(node)):
+        hint = rw.facts.hint(expression_of(node))
+        rw.assume(sympy.Eq(expression_of(node), hint))
+        return float(hint)  # type: ignore[arg-type]
     return node
