@@ -76,7 +76,8 @@ class Bounds:
         self._limits[expression] = min(largest, self._limits.get(expression, largest))
         if isinstance(expression, sympy.Symbol):
             low, high = self._ranges.get(expression, (sympy.Integer(smallest), sympy.Integer(largest)))
-            self._ranges[expression] = (sympy.Max(low, smallest), sympy.Min(high, largest))
+            high = sympy.Min(high, largest)
+            self._ranges[expression] = (sympy.Min(sympy.Max(low, smallest), high), high)  # a length, unless it is below zero
 
     def count(self, symbol: sympy.Symbol, largest: int) -> None:
         """Say that a symbol counts something of which there are ``largest``: no assumption is needed for it."""
