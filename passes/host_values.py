@@ -8,10 +8,11 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
 from passes.errors import Unremovable
-from passes.rewriter import ITEM, NoRule, Rewriter, Rule
+from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
 TABLES: dict[str, Mapping[Any, Rule]] = {
     "addressing": addressing.RULES,
@@ -46,7 +47,7 @@ def remove_host_values(
     guarded = False
     before = len(facts.decisions), dict(facts.definitions)
     while True:
-        default = bounded.default if "bounded" in only else arithmetic.pointwise if "arithmetic" in only else None
+        default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
         rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
         try:
             graph = rewriter.run()
@@ -69,10 +70,22 @@ def remove_host_values(
         changes += branches.guard_indices(module, count)
         changes += branches.make_undoable(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
-    left = next((node for node in module.graph.nodes if node.target is ITEM), None)
+    left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
     if left is not None:
         raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
     return changes
+
+
+def _plain(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operators without a rule of their own, where lengths are not bounded."""
+    made = arithmetic.pointwise(rw, node, args, kwargs)
+    return made if made is not None else _unpadded(rw, node, args, kwargs)
+
+
+def _unpadded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Operators that no pass touches must not meet padding."""
+    if any(rw.lengths(value) for value in tree_leaves((args, kwargs))):
+        rw.no_rule("a length that only the device knows, which the pass bounded is for", node)
 
 
 def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:

@@ -47,7 +47,7 @@ def _text(value: Any) -> str:
     return (value.format_node() or str(value)) if isinstance(value, Node) else str(value)
 
 
-def _symbolic_sizes(node: Node) -> list[Any]:
+def symbolic_sizes(node: Node) -> list[Any]:
     """The sizes of a traced result that are symbols."""
     leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
     sizes: list[Any] = [size for value in leaves if isinstance(value, Tensor) for size in value.shape]
@@ -199,8 +199,11 @@ class Rewriter:
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(site=self.site, trips=self.trips)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.facts.mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
+        try:
+            with self.facts.mode, torch.no_grad():
+                node.meta["val"] = target(*values[0], **values[1])
+        except Unremovable as reason:  # a size that is still a symbol
+            raise Unremovable(reason.detail, str(target), self.site) from reason
         self.aliases.made(node)
         return node
 
@@ -259,12 +262,12 @@ class Rewriter:
 
     def has_dynamic_result(self, node: Node) -> bool:
         """Whether a traced result has a size that only the device knows."""
-        sizes = [self.facts.resolve(size.node.expr) for size in _symbolic_sizes(node)]
+        sizes = [self.facts.resolve(size.node.expr) for size in symbolic_sizes(node)]
         return any(size.free_symbols and not self.is_exact(size) for size in sizes)
 
     def sized_by_symbols(self, node: Node) -> bool:
         """Whether a traced result has symbols for sizes, be they constants."""
-        return bool(_symbolic_sizes(node))
+        return bool(symbolic_sizes(node))
 
     def results(self, node: Node, made: Node) -> Any:
         """``made`` with the lengths of the old node's result, or a tuple where there are several."""

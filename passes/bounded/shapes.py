@@ -164,9 +164,8 @@ def getitem(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     """One of several results."""
     if isinstance(args[0], (tuple, list)):
         return args[0][args[1]]
-    if isinstance(node.meta.get("val"), torch.Tensor) and rw.has_dynamic_result(node):
-        made = rw.graph.call_function(operator.getitem, args)
-        made.meta.update(val=args[0].meta["val"][args[1]], site=rw.site)
+    if isinstance(node.meta.get("val"), torch.Tensor) and rw.sized_by_symbols(node):
+        made = rw.item(*args)
         rw.aliases.made(made)
         return rw.padded(made, rw.expected(node))
     return None
