@@ -91,6 +91,7 @@ def as_passes(passes: str | Iterable[str]) -> tuple[str, ...]:
         if passes not in ("auto", "off"):
             raise ConfigError("passes", passes, ("auto", "off", *PASSES))
         return PASSES if passes == "auto" else ()
+    _require(isinstance(passes, Iterable), "passes", passes, "'auto', 'off' or a sequence of names of passes")
     return tuple(choice("passes", name, PASSES) for name in passes)
 
 
@@ -186,7 +187,7 @@ class CaptureConfig:
         legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
         _require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
         return cls(
-            passes=as_passes(passes if passes is not None else os.environ.get("GRAPHS_PASSES", "auto")),
+            passes=as_passes(passes if passes is not None else _env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
             bounds=limits,
             mode=_chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),

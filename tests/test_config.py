@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 import graphs
+from graphs.config import PASSES
 from graphs.errors import ConfigError
 
 
@@ -31,12 +32,57 @@ from graphs.errors import ConfigError
         ("strict", "no"),
         ("max_recordings", 0),
         ("max_recordings", 2.0),
+        ("passes", "on"),
+        ("passes", 5),
+        ("passes", ["adressing"]),
+        ("passes", [1]),
+        ("passes", {"bounded": True, "merging": False}),
+        ("bounds", ["n"]),
+        ("bounds", "n"),
+        ("bounds", {"n": 0}),
+        ("bounds", {"n": -4}),
+        ("bounds", {"n": 4.0}),
+        ("bounds", {"n": True}),
+        ("bounds", {"n": "4"}),
+        ("bounds", {4: 4}),
     ],
 )
 def test_an_illegal_setting_is_named_with_its_value(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name) as raised:
         graphs.capture(lambda x: x, **{name: value})
     assert "must be" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["on", ["adressing"]])
+def test_an_unknown_pass_is_named_with_those_there_are(value: Any) -> None:
+    with pytest.raises(ConfigError) as raised:
+        graphs.capture(lambda x: x, passes=value)
+    assert all(repr(name) in str(raised.value) for name in PASSES)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [
+        (None, None, PASSES),
+        ("auto", "off", PASSES),
+        ("off", None, ()),
+        (None, "off", ()),
+        (["bounded", "branches"], "off", ("bounded", "branches")),
+        ((), None, ()),
+    ],
+)
+def test_an_argument_beats_the_environment(
+    given: Any, variable: str | None, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("GRAPHS_PASSES", variable)
+    assert graphs.capture(lambda x: x, passes=given)._graphs_recordings.config.passes == expected
+
+
+def test_an_illegal_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHS_PASSES", "some")
+    with pytest.raises(ConfigError, match="GRAPHS_PASSES"):
+        graphs.capture(lambda x: x)
 
 
 def test_a_padding_of_an_unknown_kind_cannot_be_made() -> None:
