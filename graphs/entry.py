@@ -30,7 +30,7 @@ class Ways:
 
     Attributes:
         ways: each for other outcomes of what the step decides by host values; the last used first.
-        broken: calls that none of them could serve.
+        broken: calls that none of them could serve, since there were as many as are recorded.
         refusals: why another way cannot be recorded, once that was found.
     """
 

@@ -168,7 +168,6 @@ class Recordings:
                     entry.replays += 1
                     entry.real_rows += rows
                     return entry.template.fill(produced, call.tensors, call.opaques)
-            broken.group.broken += 1
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
             detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
@@ -179,6 +178,7 @@ class Recordings:
                 except Exception:  # the step's own: it ran eagerly and says what is wrong with this call
                     self.ledger.eager_calls += 1
                     raise
+            broken.group.broken += 1
             if broken.group.broken > _MAX_WAYS and 2 * broken.group.broken > sum(way.replays for way in ways):
                 self._remember(call, [refusal])
             return self._refuse([refusal], args, kwargs)
@@ -234,6 +234,7 @@ class Recordings:
 
     def _remember(self, call: Call, refusals: list[Refusal]) -> None:
         opaques = [reference_to(opaque) for opaque in call.opaques]
+        self.last = None
         self.routes[call.signature] = _Refused(refusals, opaques)
 
     def _forget_the_dead(self) -> None:

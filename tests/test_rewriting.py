@@ -1,0 +1,274 @@
+"""Rewritten steps inside `graphs.capture`: ways, assumptions that fail, what is put back, counters, bounds, refusals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphs
+from graphs.errors import HostSync, ManyWays
+from graphs.ledger import NotReplayed
+from graphs.recordings import _MAX_WAYS
+from graphs.rewriting import Assumption
+from tests.parity import parity
+
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+
+
+def values(*numbers: float) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.full((3,), float(i + 1)), torch.tensor(number)) for i, number in enumerate(numbers)]
+
+
+class Modes(nn.Module):
+    """Takes a way by a value on the device, and keeps a buffer, a Python list of tensors and a count of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+        self.rows = [torch.zeros(4, 3)]
+
+    def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+        self.total += x
+        self.rows[0][mode % 4] = x
+        chosen = mode.item()
+        if chosen == 0:
+            return self.total * 2
+        if chosen == 1:
+            self.total.mul_(0.5)
+            return self.total + self.rows[0].sum(0)
+        return self.total - chosen
+
+
+def test_each_way_is_recorded_once_and_replayed() -> None:
+    report = parity(Modes, values(0, 1, 2, 0, 1, 2, 2, 1, 0, 0)).report()
+    assert (report.recordings, report.replays, report.eager_calls) == (3, 10, 0) and report.refusals == ()
+
+
+def test_what_a_failed_replay_wrote_is_put_back() -> None:
+    model = Modes()
+    step = graphs.capture(model)
+    step(torch.ones(3), torch.tensor(0))
+    before = [model.total.clone(), model.rows[0].clone()]
+    with pytest.raises(RuntimeError, match="the way that raises"), torch.no_grad():
+        model.forward = raising  # type: ignore[method-assign]
+        step(torch.ones(3), torch.tensor(1))
+    assert torch.equal(model.total, before[0]) and torch.equal(model.rows[0], before[1])
+    assert step.report().replays == 1
+
+
+def raising(x: Tensor, mode: Tensor) -> Tensor:
+    raise RuntimeError("the way that raises")
+
+
+def test_a_way_that_raises_is_the_users_error_and_leaves_what_eager_leaves() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+            self.steps.add_(1)
+            if mode.item() > 3:
+                raise LookupError("no such mode")
+            return x * self.steps
+
+    model = Picky()
+    step = graphs.capture(model)
+    for mode, steps in ((1, 1), (2, 2), (7, 3), (2, 4)):
+        if mode == 7:
+            with pytest.raises(LookupError, match="no such mode"):
+                step(torch.ones(3), torch.tensor(mode))
+        else:
+            assert step(torch.ones(3), torch.tensor(mode)).tolist() == [steps] * 3
+        assert model.steps.item() == steps
+
+
+class Sampler(nn.Module):
+    """Draws before and after it decides."""
+
+    def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+        noise = torch.rand(3)
+        if mode.item() > 0:
+            return x + noise + torch.rand(3)
+        return x - noise * torch.randn(3)
+
+
+def test_random_numbers_are_those_of_eager_on_every_way() -> None:
+    step = parity(Sampler, values(1, 1, 0, 0, 1, 0, 1))
+    assert step.report().recordings == 2 and step.report().replays == 7
+
+
+class Counting(nn.Module):
+    """Counts in Python, rings through a cache, clears it every fourth step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self.lengths = [2]
+        self.register_buffer("cache", torch.zeros(3, 3))
+
+    def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+        if self.step % 4 == 3:
+            self.cache.zero_()
+        self.cache[self.step % 3] = x
+        self.step += 1
+        self.lengths[0] += self.step
+        return self.cache.sum(0) * self.lengths[0]
+
+
+def test_numbers_that_python_counts_are_counted_on_the_device() -> None:
+    report = parity(Counting, values(*[0] * 12)).report()
+    assert report.recordings == 2 and report.replays == 12 and report.refusals == ()
+
+
+@pytest.mark.parametrize("new", [0, 3, 11])
+def test_a_counter_that_somebody_else_sets_is_read_again(new: int) -> None:
+    def between(index: int, model: Counting) -> None:
+        if index == 5:
+            model.step = new
+
+    parity(Counting, values(*[0] * 9), between=between)
+
+
+def test_a_counter_is_a_plain_number_between_calls() -> None:
+    model = Counting()
+    step = graphs.capture(model)
+    for count in range(1, 6):
+        step(torch.ones(3), torch.tensor(0))
+        assert type(model.step) is int and model.step == step.step == count
+        assert type(model.lengths[0]) is int
+
+
+def many(x: Tensor, mode: Tensor) -> Tensor:
+    return x * {0: 1.0}.get(int(mode), 2.0) if int(mode) < 0 else x * int({int(mode): int(mode)}[int(mode)])
+
+
+def test_ways_are_limited_and_the_rest_runs_eagerly_by_name() -> None:
+    calls = values(*range(_MAX_WAYS + 3), *range(4))
+    report = parity(lambda: many, calls).report()
+    assert report.recordings == _MAX_WAYS and report.replays == _MAX_WAYS + 4 and report.eager_calls == 3
+    (refusal,) = report.refusals
+    assert (refusal.reason, refusal.operator, refusal.count) == ("many-ways", "branch", 3)
+    assert f"{_MAX_WAYS} ways" in refusal.detail
+
+
+def test_too_many_ways_are_raised_in_strict_mode() -> None:
+    step = graphs.capture(many, strict=True)
+    for x, mode in values(*range(_MAX_WAYS)):
+        step(x, mode)
+    with pytest.raises(ManyWays, match="pass what decides as an argument"):
+        step(*values(_MAX_WAYS)[0])
+    assert step(*values(3)[0]).tolist() == [3, 3, 3]  # ways that are recorded are served
+
+
+def test_a_step_that_goes_another_way_in_most_calls_is_not_replayed_in_vain() -> None:
+    report = parity(lambda: many, values(*range(4 * _MAX_WAYS), 0, 0, 0)).report()
+    assert report.eager_calls == 4 * _MAX_WAYS + 3 - _MAX_WAYS  # even those whose way was recorded once
+
+
+def partly(x: Tensor, mode: Tensor) -> Tensor:
+    if mode.item() > 0:
+        return x * float(x.numpy().sum())  # here
+    return x * 2
+
+
+def test_a_way_that_cannot_be_recorded_is_named_and_others_are_replayed() -> None:
+    step = parity(lambda: partly, values(0, 0, 1, 1, 0, 1, 0))
+    report = step.report()
+    assert (report.recordings, report.replays, report.eager_calls) == (1, 4, 3)
+    (refusal,) = report.refusals
+    assert (refusal.reason, refusal.operator, refusal.count) == ("host-sync", "Tensor.numpy", 3)
+    assert refusal.line == partly.__code__.co_firstlineno + 2
+
+
+def test_a_way_that_cannot_be_recorded_is_raised_in_strict_mode_with_the_state_as_it_was() -> None:
+    class Partly(Modes):
+        def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+            self.total += x
+            return partly(self.total, mode)
+
+    model = Partly()
+    step = graphs.capture(model, strict=True)
+    step(*values(0)[0])
+    for _ in range(2):
+        with pytest.raises(HostSync, match=r"Tensor\.numpy"):
+            step(*values(1)[0])
+        assert model.total.tolist() == [1, 1, 1]
+    assert step(*values(0)[0]).tolist() == [4, 4, 4]
+
+
+def growing(x: Tensor, mode: Tensor) -> Tensor:
+    count = int(mode)
+    return (torch.arange(count) * 2.0).sum() + x
+
+
+def test_an_unbounded_length_is_refused_with_what_to_pass_and_recorded_with_it() -> None:
+    calls = values(3, 0, 5, 2, 8, 3)
+    (refusal,) = parity(lambda: growing, calls).report().refusals
+    line = growing.__code__.co_firstlineno + 1
+    assert refusal.reason == "host-sync" and refusal.line == line + 1
+    assert refusal.remedy == f'Pass bounds={{"test_rewriting.py:{line}": the largest value}}'
+    for name in ("count", f"test_rewriting.py:{line}"):
+        report = parity(lambda: growing, calls, bounds={name: 8}).report()
+        assert (report.recordings, report.replays, report.refusals) == (1, 6, ())
+
+
+def test_a_length_above_its_bound_is_never_cut_off() -> None:
+    report = parity(lambda: growing, values(3, 9, 3, 12, 8), bounds={"count": 8}).report()
+    assert report.replays == 3 and report.eager_calls == 2
+    assert [refusal.count for refusal in report.refusals] == [2]
+
+
+@pytest.mark.parametrize("settings", [{"verify": "always"}, {"verify": "off"}, {"outputs": "borrowed"}, {"strict": True}])
+@pytest.mark.parametrize("make", [Modes, Sampler, Counting])
+def test_ways_and_counters_under_every_setting(make: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
+    report = parity(make, values(0, 1, 2, 0, 1, 2, 2, 1, 0), **settings).report()
+    assert report.eager_calls == 0 and report.refusals == ()
+
+
+def test_padding_does_not_take_part_in_what_a_step_decides() -> None:
+    def step(x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x * 3
+
+    calls = [(torch.full((rows, 2), sign),) for rows, sign in ((3, 1.0), (4, 1.0), (3, -1.0), (2, 1.0), (3, 1.0))]
+    report = parity(lambda: step, calls, buckets=[4, 8], batch_dims={"x": 0}).report()
+    assert "rows-interact" in {refusal.reason for refusal in report.refusals} and report.replays == 5
+
+
+def test_a_replay_leaves_no_trace_of_ways_that_were_tried_first() -> None:
+    model = Modes()
+    step = graphs.capture(model)
+    for x, mode in values(0, 1, 2):
+        step(x, mode)
+    expected = Modes()
+    for x, mode in values(0, 1, 2):
+        expected(x, mode)
+    for mode in (0, 1, 2, 1, 0):  # the last used is tried first
+        got, wanted = step(torch.ones(3), torch.tensor(mode)), expected(torch.ones(3), torch.tensor(mode))
+        assert torch.equal(got, wanted) and torch.equal(model.total, expected.total)
+        assert torch.equal(model.rows[0], expected.rows[0])
+
+
+def test_an_assumption_tells_of_each_run_whether_it_held() -> None:
+    assumption = Assumption([])
+    for run, broken in enumerate([False, True, True, False], start=1):
+        assumption.ran(torch.tensor(broken), [])
+        assert assumption.runs() == run and assumption.held(run) is not broken
+
+
+def test_dropping_a_recording_leaves_the_other_ways() -> None:
+    step = graphs.capture(Modes())
+    for x, mode in values(0, 1, 2, 0):
+        step(x, mode)
+    step.invalidate()
+    assert step.report().recordings == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotReplayed)
+        for x, mode in values(0, 1, 0):
+            step(x, mode)
+    assert step.report().recordings == 2
