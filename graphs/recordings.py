@@ -38,6 +38,7 @@ from graphs.trial import Deferred, Refused, compare_replay, run_trial
 _recording = trial_lock
 _MAX_DEFERRALS = 3
 _MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
+_PATIENCE = 4 * _MAX_WAYS  # calls that none of them could serve, before a step that mostly goes other ways is given up
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -179,7 +180,7 @@ class Recordings:
                     self.ledger.eager_calls += 1
                     raise
             broken.group.broken += 1
-            if broken.group.broken > _MAX_WAYS and 2 * broken.group.broken > sum(way.replays for way in ways):
+            if broken.group.broken > _PATIENCE and 2 * broken.group.broken > sum(way.replays for way in ways):
                 self._remember(call, [refusal])
             return self._refuse([refusal], args, kwargs)
 
