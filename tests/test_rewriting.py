@@ -273,3 +273,31 @@ def test_dropping_a_recording_leaves_the_other_ways() -> None:
         for x, mode in values(0, 1, 0):
             step(x, mode)
     assert step.report().recordings == 2
+
+
+class Slots(nn.Module):
+    """Counts its calls on the device, then writes a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, slot: Tensor) -> Tensor:
+        self.calls += 1
+        self.cache[int(slot)] = x
+        return self.cache.sum(0) * self.calls
+
+
+def test_an_index_outside_is_the_error_it_is_in_eager_and_the_step_works_on() -> None:
+    expected, model = Slots(), Slots()
+    step = graphs.capture(model)
+    for x, slot in values(0, 3, -1, 4, 2, -5, 1):
+        if -4 <= slot < 4:
+            assert torch.equal(step(x, slot), expected(x, slot))
+        else:
+            for run in (step, expected):
+                with pytest.raises(IndexError):
+                    run(x, slot)
+        assert torch.equal(model.cache, expected.cache) and torch.equal(model.calls, expected.calls)
+    assert step.report().replays == 5 and step.report().recordings == 1
