@@ -151,7 +151,7 @@ def rewritten_once(name: str) -> tuple[Step, Rewritten]:
 
 def inputs(seed: int, length: int, special: dict[int, float]) -> tuple[Tensor, Tensor]:
     """Rows of which the first ``length`` mean something, with some special values among them; NaN behind."""
-    x = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(seed)) + (seed % 3 - 1) * 5
     for place, value in special.items():
         x.view(-1)[place] = value
     x[length:] = math.nan
