@@ -116,7 +116,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     except Refusal as refusal:
         after.restore()
-        others = [f for f in trace.findings if f.signature != refusal.signature and not (step.passes and is_removable([f]))]
+        passed = step.passes and is_removable([refusal])  # of all that passes are for, this is what they could not remove
+        others = [f for f in trace.findings if f.signature != refusal.signature and not (passed and is_removable([f]))]
         raise Refused(output, [refusal, *others], origin.restore) from refusal
     except Exception as error:  # whatever else a recording meets, the user gets the eager result and the reason
         after.restore()

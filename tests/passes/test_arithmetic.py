@@ -109,7 +109,7 @@ def numbers(dtype: torch.dtype) -> st.SearchStrategy[Any]:
     if dtype == torch.uint8:
         return st.integers(0, 255)
     if not dtype.is_floating_point:
-        return st.integers(-70, 70) | st.integers(-(1 << 31), (1 << 31) - 1)
+        return st.integers(-70, 70) | st.integers(1 - (1 << 31), (1 << 31) - 1)
     special = st.sampled_from([0.0, -0.0, 0.1, 1 / 3, 65504.0, 1e-7, 3.0])
     return special | st.floats(-1e4, 1e4) | st.sampled_from([math.inf, -math.inf, math.nan])
 
