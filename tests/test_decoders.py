@@ -67,19 +67,19 @@ def _reference(decoder: Decoder, experts: str | None, device: torch.device | str
 
 
 BEYOND = {
-    ("jetmoe", None): "host-sync",  # pieces of data-dependent length, multiplied again with what they were cut from
-    ("gpt_oss", None): "changing-value",  # torch's fake grouped_mm takes bfloat16 only, on a CPU
-    ("deepseek_v4", None): "host-sync",  # likewise
-    ("deepseek_v4", "eager"): "host-sync",  # a loop over experts whose trips Python tells apart
+    ("jetmoe", None): {"host-sync"},  # pieces of data-dependent length, multiplied again with what they were cut from
+    ("gpt_oss", None): {"changing-value", "host-constant"},  # torch's fake grouped_mm takes bfloat16 only, on a CPU
+    ("deepseek_v4", None): {"host-sync"},  # likewise
+    ("deepseek_v4", "eager"): {"host-sync"},  # a loop over experts whose trips Python tells apart
 }
-"""What the passes cannot take out yet, by the reason that is reported."""
+"""What the passes cannot take out yet, by the reasons that are reported: the operator that fails may be met with either finding."""
 
 
 def expected(name: str, experts: str | None, report: graphs.CaptureReport) -> None:
     """Recorded without a refusal, or refused by the reason in `BEYOND`."""
-    reason = BEYOND.get((name, experts))
-    if reason is not None and report.refusals:
-        assert reason in [refusal.reason for refusal in report.refusals], str(report)
+    reasons = BEYOND.get((name, experts))
+    if reasons is not None and report.refusals:
+        assert reasons & {refusal.reason for refusal in report.refusals}, str(report)
         return
     assert not report.refusals, str(report)
     assert report.replays >= TOKENS - DECODERS[name].eager_calls, str(report)
