@@ -72,7 +72,7 @@ BEYOND = {
     ("deepseek_v4", None): {"host-sync"},  # likewise
     ("deepseek_v4", "eager"): {"host-sync"},  # a loop over experts whose trips Python tells apart
 }
-"""What the passes cannot take out yet, by the reasons that are reported: the operator that fails may be met with either finding."""
+"""What the passes cannot take out yet, by the reasons that are reported: the operator may be met with either finding."""
 
 
 def expected(name: str, experts: str | None, report: graphs.CaptureReport) -> None:
