@@ -37,6 +37,7 @@ from graphs.entry import Entry, reference_to, sliced
 from graphs.errors import (
     CaptureFailed,
     ChangingValue,
+    HostSync,
     Refusal,
     RowsInteract,
     UnsupportedArgument,
@@ -342,6 +343,9 @@ def _compare_substitute(
     state = trace.written.copies()
     _reset(step, start)
     produced = step.produced(stand_ins, externals)
+    fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
+    if fetched:
+        raise HostSync(f"output {fetched[0]} is a tensor of the host that holds values of the device", operator="output")
     found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
     if check and found is not None:
         raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])

@@ -56,6 +56,8 @@ def difference(expected: Tensor, actual: Tensor, slack: float = 1.0) -> str:
     """
     if expected.shape != actual.shape:
         return f"has shape {tuple(actual.shape)}, eager gave {tuple(expected.shape)}"
+    if expected.device != actual.device:
+        return f"is on {actual.device}, eager gave {expected.device}"
     if expected.dtype != actual.dtype:
         return f"has dtype {actual.dtype}, eager gave {expected.dtype}"
     error, limit = _deviation(expected, actual)
@@ -69,7 +71,7 @@ def difference(expected: Tensor, actual: Tensor, slack: float = 1.0) -> str:
 def first_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], slack: float = 1.0) -> tuple[int, str] | None:
     """Position and description of the first tensor that deviates."""
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        text = difference(a.to(b.device), b, slack)
+        text = difference(a, b, slack)
         if text:
             return index, text
     return None
@@ -145,8 +147,8 @@ def state_difference(
     A declared sentinel is a row that no sequence owns, so what differs may lie in that row of one dimension.
     """
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        text = difference(a.to(b.device), b, slack)
-        if text and not any(_only_in_row(a.to(b.device), b, row, slack) for row in sentinels):
+        text = difference(a, b, slack)
+        if text and not any(_only_in_row(a, b, row, slack) for row in sentinels):
             return index, text
     return None
 

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphs.contract.host_values import FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
+from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
@@ -149,7 +149,7 @@ class _Watch(TorchDispatchMode):
             self.inside = False
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
-            if not self.converting:
+            if not self.converting and not self._fills_with_host_data(func, args):
                 for value in values_read(func, args, kwargs, result):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
@@ -171,7 +171,7 @@ class _Watch(TorchDispatchMode):
         if func is aten.lift_fresh.default:
             described = (*described, _host_data(tensors[0]))
         operation = Operation(func, described, frame)
-        refusal = finding(func, args, kwargs, tensors, self.function)
+        refusal = None if self._fills_with_host_data(func, args) else finding(func, args, kwargs, tensors, self.function)
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
@@ -180,6 +180,11 @@ class _Watch(TorchDispatchMode):
             if self._origin(tensor)[0] != "operation" and not saved:
                 trace.written.save(tensor)
         return tensors
+
+    def _fills_with_host_data(self, func: OpOverload, args: Any) -> bool:
+        """Whether a mask is filled with a number that the step made from host data: there is nothing to wait for."""
+        kind, index = self._origin(args[2]) if func in FILLS else ("", -1)
+        return kind == "operation" and self.trace.operations[index].func is aten.lift_fresh.default  # type: ignore[index, call-overload, no-any-return]
 
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""

@@ -40,6 +40,7 @@ _IN_FLOAT = {
     "cuda": frozenset(("mul", "div", "floor_divide", "add", "sub", "rsub")),
 }
 """Operators that take a number in float32 where their tensor is of lower precision; others round it first."""
+_DIVISIONS = ("div", "floor_divide")
 _EXPONENTS = (0, 1, 2, 3, -1, -2, 0.5, -0.5)
 
 
@@ -50,23 +51,40 @@ def pointwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic of Python: done where its result is used
         return None
     overload = node.target._overloadname
-    if len(args) < 2 or not (is_symbol(args[0]) or is_symbol(args[1])) or any(map(is_symbol, kwargs.values())):
+    if len(args) < 2 or any(map(is_symbol, kwargs.values())):
+        return None
+    numbers = [is_symbol(new) or _is_host_number(old, node) for old, new in zip(node.args[:2], args, strict=False)]
+    if not any(numbers):
         return None
     if overload not in _TENSOR and not isinstance(node.target._schema.arguments[1].type, torch.TensorType):
         return None
     overload = _TENSOR.get(overload, overload)
     name, in_place = _name(node)
-    tensor, number = args[:2] if is_symbol(args[1]) else args[1::-1]
+    tensor, number = args[:2] if numbers[1] else args[1::-1]
     value = tensor.meta["val"]
     wide = _precision(name, tensor, number, node.meta["val"].dtype)
     given = [on_device(rw, a, wide, value.device) if is_symbol(a) else cast(rw, a, wide) for a in args[:2]]
-    if in_place and wide == value.dtype and not rw.lengths(tensor):
+    if name in _DIVISIONS and value.device.type == "cuda" and wide.is_floating_point and numbers[1]:
+        rounding = "floor" if name == "floor_divide" else kwargs.get("rounding_mode")
+        result = _divided_on_cuda(rw, given, rounding, node.meta["val"].dtype)
+    elif in_place and wide == value.dtype and not rw.lengths(tensor):
         return rw.call(getattr(getattr(aten, name + "_"), overload), *given, *args[2:], **kwargs)
-    if name == "div" and value.device.type == "cuda" and wide.is_floating_point and is_symbol(args[1]):
-        result = _divided_on_cuda(rw, given, kwargs.get("rounding_mode"))
     else:
         result = rw.call(getattr(getattr(aten, name), overload), *given, *args[2:], **kwargs)
     return _result(rw, node, tensor, result)
+
+
+def _is_host_number(value: Any, node: Node) -> bool:
+    """Whether an argument is a 0-d tensor of the host's that met tensors of a device: kernels take it as a number."""
+    given, result = (part.meta.get("val") if isinstance(part, Node) else None for part in (value, node))
+    if not isinstance(given, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return False
+    return not given.dim() and given.device != result.device
+
+
+def takes_host_number(node: Node) -> bool:
+    """Whether an operator met a 0-d tensor of the host's on a device."""
+    return any(_is_host_number(value, node) for value in node.args)
 
 
 def _name(node: Node) -> tuple[str, bool]:
@@ -78,19 +96,35 @@ def _name(node: Node) -> tuple[str, bool]:
 
 def _precision(name: str, tensor: Node, number: Node, result: torch.dtype) -> torch.dtype:
     """The dtype in which an operator of a tensor and a number is done."""
-    value = tensor.meta["val"]
-    common = torch.result_type(value, 1.0 if isinstance(number.meta["val"], torch.SymFloat) else 1)
+    value, other = tensor.meta["val"], number.meta["val"]
+    if not isinstance(other, torch.Tensor):
+        other = 1.0 if isinstance(other, torch.SymFloat) else 1
+    common = torch.result_type(value, other)
     if common in _LOW:
         return torch.float32 if name in _IN_FLOAT.get(value.device.type, _IN_FLOAT["cuda"]) else common
     return result if result.is_floating_point and not common.is_floating_point else common
 
 
-def _divided_on_cuda(rw: Rewriter, given: list[Node], rounding: str | None) -> Node:
-    """Division by a number, which is multiplication with its reciprocal, other than where it is rounded down."""
-    if rounding == "floor":
-        return rw.call(aten.div.Tensor_mode, *given, rounding_mode="floor")
-    made = rw.call(aten.mul.Tensor, given[0], rw.call(aten.reciprocal.default, given[1]))
-    return made if rounding is None else rw.call(aten.trunc.default, made)
+def _divided_on_cuda(rw: Rewriter, given: list[Node], rounding: str | None, dtype: torch.dtype) -> Node:
+    """Division by a number as CUDA kernels do it, by multiplication with its reciprocal; the result is for ``dtype``."""
+    x, number = given
+    inverse = rw.call(aten.reciprocal.default, number)
+    quotient = rw.call(aten.mul.Tensor, x, inverse)
+    if rounding is None:
+        return quotient
+    if rounding == "trunc":
+        return rw.call(aten.trunc.default, quotient)
+    rest = rw.call(aten.fmod.Tensor, x, number)
+    signs = rw.call(aten.ne.Tensor, rw.call(aten.lt.Scalar, rest, 0), rw.call(aten.lt.Scalar, number, 0))
+    below = rw.call(aten.logical_and.default, rw.call(aten.ne.Scalar, rest, 0), signs)
+    exact = rw.call(aten.mul.Tensor, rw.call(aten.sub.Tensor, x, rest), inverse)
+    exact = rw.call(aten.where.self, below, rw.call(aten.sub.Scalar, exact, 1), exact)
+    whole = cast(rw, rw.call(aten.floor.default, exact), dtype)  # rounded before it is looked at, and again where one is added
+    short = rw.call(aten.gt.Scalar, rw.call(aten.sub.Tensor, exact, whole), 0.5)
+    whole = rw.call(aten.where.self, short, rw.call(aten.add.Scalar, whole, 1), whole)
+    zero = rw.call(aten.copysign.Tensor, rw.call(aten.zeros_like.default, whole), quotient)
+    whole = rw.call(aten.where.self, rw.call(aten.eq.Scalar, exact, 0), zero, whole)
+    return rw.call(aten.where.self, rw.call(aten.eq.Scalar, number, 0), quotient, cast(rw, whole, quotient.meta["val"].dtype))
 
 
 def _result(rw: Rewriter, node: Node, tensor: Node, made: Node) -> Node:
@@ -178,7 +212,7 @@ def on_device(rw: Rewriter, symbol: Node, dtype: torch.dtype, device: torch.devi
         return value
     if value.target is aten._to_copy.default and _widened(value) and dtype.is_floating_point:
         value = value.args[0]  # type: ignore[assignment]
-    if value.meta["val"].device != device:
+    if value.meta["val"].device != rw.home(device, symbol):
         value = rw.call(aten._to_copy.default, value, device=device)
     return cast(rw, value, dtype)
 
@@ -229,15 +263,20 @@ def scalar_tensor(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[
 
 
 def masked_fill(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
-    """``x.masked_fill(mask, u)``, in place or not."""
+    """``x.masked_fill(mask, u)``, in place or not; also with a 0-d tensor, which a GPU's kernel asks the host to read."""
     x, mask, number = args
-    if not is_symbol(number):
-        return None
+    return filled(rw, node, args) if isinstance(number, Node) and not rw.lengths(x) and not rw.lengths(mask) else None
+
+
+def filled(rw: Rewriter, node: Node, args: tuple[Any, ...]) -> Node:
+    """``x.masked_fill(mask, number)`` as a choice between the two; the number is a symbol or a 0-d tensor."""
+    x, mask, number = args
     value = x.meta["val"]
-    filled = rw.call(aten.where.self, mask, on_device(rw, number, value.dtype, value.device), x)
-    if node.target is aten.masked_fill_.Scalar:
-        filled = rw.call(aten.copy_.default, x, rw.keep(x, filled))
-    return rw.padded(filled, rw.lengths(x))
+    number = on_device(rw, number, value.dtype, value.device) if is_symbol(number) else cast(rw, number, value.dtype)
+    made = rw.call(aten.where.self, mask, number, x)
+    if _name(node)[1]:
+        made = rw.call(aten.copy_.default, x, rw.keep(x, made))
+    return rw.padded(made, rw.lengths(x))
 
 
 def where(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
@@ -285,10 +324,11 @@ def arange(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
     value = node.meta["val"]
     if is_symbol(step) or any(isinstance(a.meta["val"], torch.SymFloat) for a in args if is_symbol(a)):
         rw.no_rule("a range with a step or bounds that are not whole numbers", node)
-    made = rw.iota(rw.bound(expression_of(value.shape[0])), value.device)
+    device = rw.home(value.device, *args)
+    made = rw.iota(rw.bound(expression_of(value.shape[0])), device)
     if step != 1:
         made = rw.call(aten.mul.Tensor, made, step)
-    first = on_device(rw, start, torch.int64, value.device) if is_symbol(start) else start
+    first = on_device(rw, start, torch.int64, device) if is_symbol(start) else start
     if isinstance(first, Node) or first:
         made = rw.call(aten.add.Tensor, made, first)
     return rw.padded(cast(rw, made, value.dtype), rw.expected(node))
@@ -308,6 +348,8 @@ RULES: dict[Any, Rule] = {
     aten.scalar_tensor.default: scalar_tensor,
     aten.masked_fill.Scalar: masked_fill,
     aten.masked_fill_.Scalar: masked_fill,
+    aten.masked_fill.Tensor: masked_fill,
+    aten.masked_fill_.Tensor: masked_fill,
     aten.where.ScalarSelf: where,
     aten.where.ScalarOther: where,
     aten.where.Scalar: where,

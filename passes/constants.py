@@ -78,7 +78,7 @@ def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
     if not pure or target in _MOVES or torch.Tag.nondeterministic_seeded in target.tags or len(target._schema.returns) != 1:
         return None
     inputs = {n: _constant(module, n) for n in node.all_input_nodes}
-    if not inputs or any(value is None or value.device.type != "cpu" for value in inputs.values()):
+    if not (inputs or _is_moved(node)) or any(value is None or value.device.type != "cpu" for value in inputs.values()):
         return None
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -93,6 +93,19 @@ def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
     node.replace_all_uses_with(hoisted)
     module.graph.erase_node(node)
     return before, hoisted.format_node() or str(hoisted)
+
+
+def _is_moved(node: Node) -> bool:
+    """Whether a tensor of the host, or what is made of it, is brought to a device."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        value = waiting.pop()
+        made = value.meta.get("val")
+        if isinstance(made, torch.Tensor) and made.device.type != "cpu":
+            return value is not node
+        waiting += [user for user in value.users if user not in seen]
+        seen.update(value.users)
+    return False
 
 
 def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from passes import addressing, arithmetic, bounded, branches
 from passes.errors import Unremovable
 from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
+_FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
 TABLES: dict[str, Mapping[Any, Rule]] = {
     "addressing": addressing.RULES,
     "arithmetic": arithmetic.RULES,
@@ -99,9 +100,11 @@ def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
 
 
 def _needs_host(node: Node) -> bool:
-    """Whether an operator has the host wait although it gives it no value: one that takes masks as indices does."""
+    """Whether an operator has the host wait, be it without giving it a value: one that takes masks as indices does."""
+    if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
+        return True
     indices = node.args[1] if node.target in branches.BY_INDEX else ()
-    return node.target is ITEM or any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
+    return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
 
 
 def _results(graph: Graph) -> int:

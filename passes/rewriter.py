@@ -138,17 +138,21 @@ class Rewriter:
         return tuple(load(value) for value in node.args), {key: load(value) for key, value in node.kwargs.items()}
 
     def _together(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments on one device: an operator takes a 0-d tensor of the host's as a number, which would be frozen."""
+        """Arguments on one device: an operator takes a 0-d tensor of the host's as a number, which would be frozen.
+
+        What was all on the host meets values here that were left on the device, and moves to them.
+        """
         tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Node)]
         tensors = [a for a in tensors if isinstance(a.meta.get("val"), Tensor)]
         devices = {a.meta["val"].device for a in tensors}
         away = next((device for device in devices if device.type != "cpu"), None)
         if len(devices) < 2 or away is None or node.target in _MOVES:
             return args, kwargs
-        numbers = [a for a in tensors if a.meta["val"].device.type == "cpu" and not a.meta["val"].dim()]
+        traced = {n.meta["val"].device for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
+        host = [a for a in tensors if a.meta["val"].device.type == "cpu" and (not a.meta["val"].dim() or len(traced) == 1)]
 
         def moved(value: Any) -> Any:
-            if value in numbers:
+            if isinstance(value, Node) and value in host:
                 return self.call(aten._to_copy.default, value, device=away)
             if isinstance(value, (tuple, list)):
                 return type(value)(moved(item) for item in value)
@@ -237,6 +241,12 @@ class Rewriter:
     def number(self, expression: sympy.Basic) -> Any:
         """An integer or boolean expression as a number, or as a 0-d tensor."""
         return self._scalars.number(expression)
+
+    def home(self, device: torch.device, *numbers: Any) -> torch.device:
+        """Where to make a tensor that the step makes on ``device`` from ``numbers``: the host does not wait for them."""
+        held = [self.scalar(number) for number in numbers]
+        found = [value.meta["val"].device for value in held if isinstance(value, Node)]
+        return next((away for away in found if away.type != "cpu"), device) if device.type == "cpu" else device
 
     # lengths
 

@@ -25,6 +25,8 @@ _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, a
 _ALONG = (aten.unique_dim.default,)
 _READS = (aten._local_scalar_dense.default, aten.equal.default, aten._linalg_check_errors.default)
 _COPIES = (aten._to_copy.default, aten.copy_.default)
+FILLS = (aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
+"""On a GPU the host reads the 0-d tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[A
     """What the host learns from an operator call: a number or flag, or sizes that depend on data."""
     if _reads_a_value(func):
         return [result]
+    if func in FILLS and args[2].device == args[0].device:
+        return [args[2].item()]
     if func in _MASKED:
         return [int(mask.count_nonzero()) for mask in tensors_in(args[1]) if mask.dtype in (torch.bool, torch.uint8)]
     if _sized_by_data(func, kwargs):
@@ -102,6 +106,8 @@ def host_finding(
     """The same, whatever the operator is registered as."""
     if _reads_a_value(func):
         return _with(HostSync, "the host waits for a value of a tensor")
+    if func in FILLS and args[2].device == args[0].device:
+        return _with(HostSync, "the host reads the number that a mask is filled with")
     if func in _MASKED:
         masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
         return _with(DataDependentShape, "indexing with a boolean mask counts its true elements on the host") if masks else None

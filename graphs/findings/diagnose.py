@@ -7,7 +7,7 @@ from typing import Any
 
 from graphs.admission import inadmissible
 from graphs.contract.arguments import map_leaves
-from graphs.contract.host_values import HostRead
+from graphs.contract.host_values import FILLS, HostRead
 from graphs.contract.operators import RESIZING
 from graphs.contract.outputs import compare_templates
 from graphs.errors import (
@@ -105,6 +105,8 @@ def _kind_of(read: HostRead, trace: Trace, output: Any) -> tuple[str, set[str], 
         return "data-dependent-branch", {CONTROL_FLOW}, ""
     if "_check_errors" in read.operator:
         return HostSync.reason, {UNSUPPORTED}, NO_CURE["check"]
+    if read.operator in map(str, FILLS):
+        return HostSync.reason, {ARITHMETIC}, ""
     uses = uses_of(read, trace.operations)
     if not uses.classes and _returned(read.value, output):
         return HostSync.reason, {UNSUPPORTED}, NO_CURE["output"]

@@ -29,6 +29,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.arithmetic import pointwise as with_symbols
+from passes.arithmetic import takes_host_number
 from passes.bounded import indexing, products, reductions, shapes, sources
 from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
@@ -46,9 +47,10 @@ def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     padded, symbols = any(rw.lengths(a) for a in leaves), sum(map(is_symbol, leaves))
     draws = torch.Tag.nondeterministic_seeded in node.target.tags  # a longer tensor takes more random numbers
     if torch.Tag.pointwise in node.target.tags and not draws:
-        if symbols:
+        if symbols or takes_host_number(node):
             made = with_symbols(rw, node, shapes.aligned(rw, args), kwargs)
-            return made if made is not None else rw.no_rule("a number on the device", node)
+            if made is not None or symbols:
+                return made if made is not None else rw.no_rule("a number on the device", node)
         if padded:
             return shapes.elementwise(rw, node, args, kwargs)
     elif padded or symbols or rw.has_dynamic_result(node):

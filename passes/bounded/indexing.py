@@ -133,8 +133,6 @@ def _masked_write(rw: Rewriter, x: Node, mask: Node, values: Node) -> Node:
         values = rw.call(aten.reshape.default, values, list(shape[len(shape) - trailing :]))
     if values.meta["val"].dtype != value.dtype:
         values = rw.call(aten._to_copy.default, values, dtype=value.dtype)
-    if values.meta["val"].numel() == 1:
-        return rw.padded(rw.call(aten.masked_fill_.Tensor, x, wide, rw.call(aten.view.default, values, [])), rw.lengths(x))
     return rw.padded(rw.call(aten.copy_.default, x, rw.call(aten.where.self, wide, values, x)), rw.lengths(x))
 
 

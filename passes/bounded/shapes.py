@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from passes.addressing import gather
+from passes.arithmetic import filled
 from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
 
@@ -239,6 +240,11 @@ def _closed(rw: Rewriter, joined: Node, dim: int, length: sympy.Basic, bound: in
     return rw.call(aten.index_select.default, joined, dim, rw.call(aten.clamp.default, source, 0, count - 1))
 
 
+def masked_fill(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """``x.masked_fill(mask, t)`` with a 0-d tensor."""
+    return filled(rw, node, aligned(rw, args)) if any(map(rw.lengths, args)) else None
+
+
 def fill_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """``x.fill_(v)``, ``x.zero_()`` on the true part of ``x``."""
     x, *value = args
@@ -263,6 +269,8 @@ RULES: dict[Any, Rule] = {
     operator.getitem: getitem,
     aten.sym_size.int: number,
     aten.sym_numel.default: number,
+    aten.masked_fill.Tensor: masked_fill,
+    aten.masked_fill_.Tensor: masked_fill,
     aten.fill_.Scalar: fill_,
     aten.fill_.Tensor: fill_,
     aten.zero_.default: fill_,
@@ -293,7 +301,7 @@ RULES: dict[Any, Rule] = {
     **{
         target: untagged
         for target in (
-            aten.copy_.default, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.rsub.Tensor,
+            aten.copy_.default, aten.masked_fill_.Scalar, aten.rsub.Tensor,
             aten.hardswish.default, aten.hardswish_.default, aten._prelu_kernel.default,
         )
     },

@@ -32,6 +32,13 @@ def a_number_is_written_where_a_mask_says(x: Tensor, keep: Tensor) -> Tensor:
     return out
 
 
+@case(lambda i: (noise(i, 3, 4), noise(i + 1, 1)), steady=True)
+def a_mask_is_filled_with_a_number_of_the_device(x: Tensor, value: Tensor) -> Tensor:
+    """A kernel for a GPU has the host read the number."""
+    x = x.masked_fill(x > 0.5, value.sum())
+    return x.masked_fill_(x < -0.5, value[0])
+
+
 @case(lambda i: (noise(i, 6, 4), mask(i, 6)), tolerance=PADDED_GEMM)
 class MaskedRowsThroughALayerAndBack(nn.Module):
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ def test_an_operator_rounds_and_promotes_as_with_the_number(
     name: str, of: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> None:
     body: Body = BINARY[name]
-    step, x = step_of(body), values(dtype).to(device)
+    step, x = step_of(lambda x, u: body(x, u).to(x.device)), values(dtype).to(device)
     numbers = [torch.tensor(number).to(of).to(device) for number in NUMBERS]
     numbers = [t for t in numbers if fits(t.item(), dtype) and (t.item() or name not in DIVISIONS)]
     try:

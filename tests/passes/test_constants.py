@@ -40,6 +40,21 @@ def test_a_constant_that_the_step_writes_is_left_alone():
     assert torch.equal(module(torch.ones(2)), module(torch.ones(2)))
 
 
+def test_a_table_that_the_step_computes_on_the_host_is_uploaded_once():
+    def step(x):
+        return x * (1.0 / 10000 ** (torch.arange(0, 4, 2) / 4)).to(x.device)
+
+    module = make_fx(step)(torch.ones(2, device="meta"))
+    assert passes.run(module)
+    assert [node.op for node in module.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
+
+
+def test_a_tensor_that_a_step_makes_on_the_host_and_leaves_there_is_not_kept():
+    module = make_fx(lambda x: x + torch.arange(2))(torch.ones(2))
+    before = printed(module)
+    assert passes.run(module) == [] and printed(module) == before
+
+
 def test_a_parameter_is_no_constant():
     class Model(torch.nn.Module):
         def __init__(self):
