@@ -45,18 +45,28 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
+    merge = "branches" in step.passes
     try:
-        module, structure = traced(step, trace, tensors, counters)
-        changes = passes.run(module, pipeline_of(step))
+        try:
+            module, structure = traced(step, trace, tensors, counters, merge=merge)
+            changes = passes.run(module, pipeline_of(step))
+        except passes.Unremovable:
+            if not merge:
+                raise
+            module, structure = traced(step, trace, tensors, counters)  # a bound may come from the way that is taken
+            changes = passes.run(module, pipeline_of(step))
     except passes.Unremovable as reason:
         raise refusal_of(reason, trace) from reason
     return RewrittenStep(module, structure, changes, counters)
 
 
 def traced(
-    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None
+    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
 ) -> tuple[torch.fx.GraphModule, Any]:
     """The step as a graph with its host values, and how the graph's flat results make the step's output.
+
+    Args:
+        merge: whether both sides of branches become part of the graph where they can.
 
     Raises:
         passes.Unremovable: the step does with a host value what no graph can do.
@@ -79,7 +89,7 @@ def traced(
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
-    module = passes.trace_step(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced)
+    module = passes.trace_step(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced, merge=merge)
     if counters is not None:
         counters.advance = module.meta["advance"]
     return module, structure[-1]
@@ -128,6 +138,8 @@ class RewrittenStep:
     Attributes:
         changes: what the passes did.
         assumption: what the graph assumes of host values; None where it holds for any.
+        written: positions of the arguments that the graph writes, be it under a condition.
+        held, held_written: tensors of the step that it reads and writes in place.
     """
 
     def __init__(
@@ -138,6 +150,9 @@ class RewrittenStep:
         self.traced = module
         self.changes = changes
         self._structure = structure
+        self.written, self.held_written = passes.lasting_writes(module)
+        used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+        self.held: list[Tensor] = [tensor for name, tensor in module.named_buffers() if name in used and name.startswith("state_")]
         self._results: int = module.meta.get("results", sys.maxsize)
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 

@@ -216,6 +216,9 @@ def _record(
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
     if watched.findings or counters:
         step = _without_host_values(step, start, watched, stand_ins, counters)
+        if _covers(trace, step.model, tensors):
+            return _record(plain, recorder, start, trace, output, owned=owned, check=check, counters=counters)
+        externals = list(trace.externals.values())
     if plain is not step:
         _compare_substitute(step, start, trace, stand_ins, externals, check=check)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
@@ -331,6 +334,22 @@ def _without_host_values(
     if substitute.assumption is not None and step.rows is not None:
         raise RowsInteract("the step depends on host values, which padded rows take part in")
     return compile_rewritten(step, substitute)
+
+
+def _covers(trace: Trace, rewritten: Any, tensors: Sequence[Tensor]) -> bool:
+    """Have ``trace`` cover what a rewritten graph reaches that the eager run did not, on a side of a branch not taken.
+
+    Returns whether it writes an argument that was not known to be written.
+    """
+    for tensor in rewritten.held:
+        trace.externals.setdefault(storage_id(tensor), tensor)
+    for tensor in rewritten.held_written:
+        trace.written.save(tensor)
+    arguments = [tensors[index] for index in rewritten.written]
+    unknown = [tensor for tensor in arguments if storage_id(tensor) not in trace.written]
+    for tensor in unknown:
+        trace.written.save(tensor)
+    return bool(unknown)
 
 
 def _compare_substitute(

@@ -1,5 +1,6 @@
 """Rewrites of FX graphs that make a step recordable, and their lowering to MLIR. Imports torch and nothing of `graphs`."""
 
+from passes.aliases import lasting_writes
 from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
@@ -22,6 +23,7 @@ __all__ = [
     "Unremovable",
     "compile_mlir",
     "hoist_constants",
+    "lasting_writes",
     "register_decompositions",
     "remove_host_values",
     "routing",

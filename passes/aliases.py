@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+
+from passes.calls import attribute
 
 if TYPE_CHECKING:
     from passes.rewriter import Rewriter
@@ -48,6 +50,19 @@ def written(node: Node) -> list[Node]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
     return found
+
+
+def lasting_writes(module: GraphModule) -> tuple[list[int], list[torch.Tensor]]:
+    """What a graph writes that outlives a run: positions of its arguments, and tensors that it holds."""
+    places = {node: index for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    roots: dict[Node, None] = {}
+    for node in module.graph.nodes:
+        for tensor in written(node):
+            while (parent := _parent(tensor)) is not None:
+                tensor = parent
+            roots[tensor] = None
+    held = [attribute(module, str(root.target)) for root in roots if root.op == "get_attr"]
+    return sorted(places[root] for root in roots if root in places), held
 
 
 class Aliases:

@@ -21,7 +21,7 @@ from passes.aliases import Aliases
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
-from passes.loops import Trip
+from passes.loops import Arm, Trip
 from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
@@ -80,7 +80,7 @@ class Rewriter:
         self.graph = Graph(owning_module=module)
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
-        self.trips: tuple[Trip, ...] = ()
+        self.trips: tuple[Trip | Arm, ...] = ()
         self.guarded, self.trusted = guarded, False
         self.changes: list[tuple[str, str]] = []
         self._cache: dict[Any, Node] = {}

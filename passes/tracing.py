@@ -15,8 +15,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import sympy
@@ -31,9 +32,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.fork_source import Lines, Plan, forked, holds_fork
+from passes.forks import Forks, Unmergeable, check
 from passes.loops import LIMIT, Loops, leaks, outside
 from passes.python_entry import SymbolicEntry
-from passes.sites import Site, user_site
+from passes.sites import Site, user_frame, user_site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -81,6 +84,7 @@ class Facts:
         names: what symbols are called that stand for numbers of Python.
         limits: largest values of counts.
         loops, outcomes: the loops that are being traced, and which way branches inside of them went, by line.
+        branches: the functions whose lines ask for the truth of a symbol, by line.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -95,6 +99,12 @@ class Facts:
     limits: dict[sympy.Symbol, int] = field(default_factory=dict)
     loops: Loops | None = None
     outcomes: dict[Site, bool] = field(default_factory=dict)
+    branches: dict[Site, CodeType] = field(default_factory=dict)
+
+    def happened(self) -> bool:
+        """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
+        trips = self.loops.trips if self.loops is not None else ()
+        return all(self.hint(trip.runs) == sympy.true for trip in trips)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
@@ -112,7 +122,8 @@ class Facts:
         decision = Decision(self.resolve(predicate), outcome, site)
         if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
             skipped = [sympy.Not(trip.runs) for trip in self.loops.trips]
-            self.outcomes[site] = bool(outcome)
+            if self.happened():
+                self.outcomes[site] = bool(outcome)
             decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
         known = any(d.predicate == decision.predicate and d.outcome == decision.outcome for d in self.decisions)
         if not known and decision.holds not in (sympy.true, True):
@@ -137,13 +148,20 @@ class _Hinted(ShapeEnv):
             return known
         if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
             return sympy.sympify(bound["fallback_value"])
-        value = self.facts.hint(expression)
-        if value is None and _is_condition(expression):  # in a trip that the eager run did not make
+        value = self.facts.hint(expression) if self.facts.happened() else None
+        if value is None and _is_condition(expression):  # where the eager run did not come
             value = self.facts.outcomes.get(user_site())
+        if value is None:
+            value = self.facts.hint(expression)
+        if value is None and not self.facts.happened() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
+            value = sympy.true  # an index that is not known, which counts from the front
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
             self.facts.decide(expression, bool(value), user_site())
+            frame = user_frame()
+            if frame is not None:
+                self.facts.branches[frame.f_code.co_filename, frame.f_lineno] = frame.f_code
         elif not value.is_Integer:
             raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
         else:
@@ -162,8 +180,9 @@ class _Hinted(ShapeEnv):
 class _Follow(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
         super().__init__()
+        self.forks = forks
         self.facts, self.loops = facts, loops
         self.reads = list(reads)
         self.given: list[Any] = []  # values of a list, for the items it is made of
@@ -180,8 +199,8 @@ class _Follow(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **(kwargs or {}))
-        elif any(trip.index >= self.facts.hints.get(trip.count, 0) for trip in self.loops.trips):
-            return result  # a trip that the eager run did not make
+        elif not self.facts.happened():
+            return result
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
             self._name(result, [self.given.pop(0)], site)
         elif (values := self._next(str(func), site)) is not None:
@@ -194,7 +213,7 @@ class _Follow(TorchDispatchMode):
         for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips)
+            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -246,7 +265,8 @@ class _Follow(TorchDispatchMode):
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, _expression(x.shape[dim])
-        first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole), _index(end, whole, whole)))
+        joins = self.forks.joining is not None
+        first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole, joins), _index(end, whole, whole, joins)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
         if step == 1 and count.is_Integer and hint == sympy.true:  # a window of fixed size that ends before its tensor does
@@ -299,12 +319,12 @@ def _expression(value: Any) -> sympy.Basic:
     return value.node.expr if isinstance(value, _SYMBOLS) else sympy.sympify(value)
 
 
-def _index(value: Any, default: Any, whole: sympy.Basic) -> sympy.Basic:
-    """A slice bound as a number from the front: one below zero counts from the end."""
+def _index(value: Any, default: Any, whole: sympy.Basic, natural: bool = False) -> sympy.Basic:
+    """A slice bound as a number from the front: one below zero, unless it is ``natural``, counts from the end."""
     if value is None:
         return sympy.sympify(default)
     if isinstance(value, torch.SymInt):
-        return value.node.expr if bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
+        return value.node.expr if natural or bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
     return sympy.Integer(min(value, sys.maxsize)) if value >= 0 else sympy.Max(value + whole, 0)
 
 
@@ -364,8 +384,54 @@ def _advance(
     return eval(source, {"math": math})  # printed from expressions of whole numbers, nothing of the user's
 
 
-def trace_step(*arguments: Any, **settings: Any) -> GraphModule:
-    """The graph of a step, with its loops over data unrolled where they can be; see `trace_once`."""
+def trace_step(*arguments: Any, merge: bool = True, **settings: Any) -> GraphModule:
+    """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
+
+    Args:
+        merge: whether to trace both sides of branches.
+    """
+    plan: dict[CodeType, Lines] = {}
+    tried: set[Site] = set()
+    module = _unrolled(*arguments, **settings)
+    while merge:
+        branches: dict[Site, CodeType] = module.meta["facts"].branches
+        found = {site: code for site, code in branches.items() if site not in tried and holds_fork(code, site[1])}
+        if not found:
+            break
+        tried |= set(found)
+        wider, module = _merged(arguments, settings, plan, found, module)
+        plan = dict(wider)
+    return module
+
+
+def _merged(
+    arguments: Sequence[Any], settings: Mapping[str, Any], plan: Plan, found: Mapping[Site, CodeType], module: GraphModule
+) -> tuple[Plan, GraphModule]:
+    """The graph with as many more branches merged as can be, and which are then."""
+    found = dict(found)
+    while found:
+        wider: dict[CodeType, Lines] = dict(plan)
+        for (_, line), code in found.items():
+            wider[code] = wider.get(code, frozenset()) | {line}
+        try:
+            made = _unrolled(*arguments, **settings, plan=wider)
+            check(made)
+            return wider, made
+        except Unmergeable as reason:
+            if found.pop(reason.site, None) is not None:
+                continue
+        except Exception:  # a side that is not taken may raise anything: there is a graph without it
+            pass
+        if len(found) == 1:
+            break
+        for site, code in found.items():  # one by one, so that only those that cannot be stay out
+            plan, module = _merged(arguments, settings, plan, {site: code}, module)
+        break
+    return plan, module
+
+
+def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
+    """The graph of a step, with its loops over data unrolled where they can be."""
     if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
         return trace_once(*arguments, **settings)
     try:
@@ -394,6 +460,7 @@ def trace_once(
     numbers: Sequence[Number] = (),
     advanced: Callable[[], Sequence[Any]] = tuple,
     unroll: str = "no",
+    plan: Plan = MappingProxyType({}),
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
 
@@ -406,6 +473,7 @@ def trace_once(
         numbers: numbers of Python that the step advances.
         advanced: gives, after the step, what they became; `module.meta["advance"]` computes the same from the old ones.
         unroll: what becomes of loops over data; see `passes.loops.Loops`.
+        plan: branches of which both sides are traced; see `passes.forks`.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -421,7 +489,8 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    follow = _Follow(facts, reads, facts.loops)
+    forks = Forks(facts, environment._maybe_evaluate_static)
+    follow = _Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
@@ -437,8 +506,9 @@ def trace_once(
                 meta["advance"] = _advance(facts, numbers, held, symbols, advanced())
             return results
 
-    with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with symbolic_builtins(modules), forked(plan, forks), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+    facts.branches = {site: forks.origins.get(code, code) for site, code in facts.branches.items()}
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
     _hold(module, [number.tensor for number in numbers])
