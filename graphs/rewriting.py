@@ -19,10 +19,11 @@ import torch
 import passes
 from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
 from graphs.contract.counters import Counters
+from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.record.step import Recording
-from graphs.step import Step
+from graphs.step import Checkpoint, Step
 from graphs.watch import Trace
 
 Tensor = torch.Tensor
@@ -72,7 +73,7 @@ def traced(
         passes.Unremovable: the step does with a host value what no graph can do.
     """
     structure: list[Any] = []
-
+    before = Checkpoint(step)
     places = counters.counters if counters is not None else []
     advanced: list[Any] = []
 
@@ -83,16 +84,21 @@ def traced(
         output = step.model(*args, **kwargs)
         advanced[:] = [place.container[place.key] for place in places]
         found: list[Any] = []
-        structure.append(map_leaves(output, lambda leaf: _hole(leaf, found)))
+        structure[:] = [map_leaves(output, lambda leaf: _hole(leaf, found))]
         return found
 
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
-    module = passes.trace_step(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced, merge=merge)
+    module = passes.trace_step(
+        *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
+        structure=lambda: structure[0],
+        snapshot=functools.partial(PythonState, tensors=False) if merge else None,
+        restore=before.restore_python,
+    )
     if counters is not None:
         counters.advance = module.meta["advance"]
-    return module, structure[-1]
+    return module, module.meta["structure"]
 
 
 def pipeline_of(step: Step) -> list[passes.Pass]:

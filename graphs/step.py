@@ -138,5 +138,9 @@ class Checkpoint:
         if self._written is not None:
             self._written.restore(self._copies)
         self._random.restore()
+        self.restore_python()
+
+    def restore_python(self) -> None:
+        """Put Python objects back, and nothing else."""
         self._arguments.restore()
         self.python.restore()

@@ -58,7 +58,7 @@ def lasting_writes(module: GraphModule) -> tuple[list[int], list[torch.Tensor]]:
     roots: dict[Node, None] = {}
     for node in module.graph.nodes:
         for tensor in written(node):
-            while (parent := _parent(tensor)) is not None:
+            while (parent := parent_of(tensor)) is not None:
                 tensor = parent
             roots[tensor] = None
     held = [attribute(module, str(root.target)) for root in roots if root.op == "get_attr"]
@@ -76,12 +76,12 @@ class Aliases:
         self._renewed: dict[Node, Node] = {}
         module = rewriter.module
         old = module.graph.nodes
-        self._old_parents = {n: n.args[0] for n in old if _parent(n) is not None}
+        self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
         self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
 
     def made(self, node: Node) -> None:
         """Note a new node: whose view it is, and what it writes."""
-        parent = _parent(node)
+        parent = parent_of(node)
         if parent is not None:
             self._parents[node] = parent
         for tensor in written(node):
@@ -161,7 +161,7 @@ class Aliases:
         return made
 
 
-def _parent(node: Node) -> Any:
+def parent_of(node: Node) -> Any:
     """The node whose memory the result of ``node`` shares."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None

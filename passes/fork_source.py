@@ -1,4 +1,4 @@
-"""Functions of the user rewritten so that both bodies of an ``if`` run while a step is traced.
+"""The source of a function, rewritten so that both sides of some branches run.
 
 Before::
 
@@ -7,7 +7,7 @@ Before::
 
 After::
 
-    fork = forks(n > 0, locals(), ("keys",), line)
+    fork = ENTRY.fork(n > 0, locals(), ("keys",), ("keys",), line)
     if fork.enter(True):
         keys = torch.cat([keys, more])
         fork.leave(locals())
@@ -16,75 +16,84 @@ After::
         fork.leave(locals())
     if fork.joins("keys"): keys = fork.joined("keys")
 
-A body that ends in ``continue`` or ``return`` has what follows for its other side. The function object stays what it is: its
-code is exchanged while the step is traced, with the same lines and names.
+A body that ends in ``continue`` or ``return`` has what follows for its other side. ``a if c else b`` becomes
+``ENTRY.chosen(c, lambda: a, lambda: b, line)``. Lines stay where they are. Branches are left alone whose sides leave in other
+ways (``break``, ``raise``, ``yield``, ``del``), catch exceptions, or bind names that are not the function's own.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
-import gc
-import linecache
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any
 
-Lines = frozenset[int]
-Plan = Mapping[types.CodeType, Lines]
-"""Which lines of which functions hold conditions whose sides are both to run."""
-NAME = "__forks__"
-_EXITS = (ast.Return, ast.Break, ast.Continue, ast.Raise, ast.Yield, ast.YieldFrom, ast.Await, ast.Delete, ast.Try, ast.Match)
+PLACEHOLDER = "the forks of the trace"
+"""A constant of the code that is made here, for the object that answers."""
+_EXITS = (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom, ast.Await)
+_REFUSED = (ast.Delete, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith, ast.ClassDef, ast.Import, ast.ImportFrom)
 _SCOPES = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.ClassDef,
-    ast.Lambda,
-    ast.ListComp,
-    ast.SetComp,
-    ast.DictComp,
-    ast.GeneratorExp,
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
 )
+_FUTURE = 0x1FF0000  # the flags of `from __future__ import`, of which `annotations` is one
+FORK = "__fork_"
+"""What names begin with that the code that is made here has for itself."""
+_RESULT = "__result__"
 
 
-@contextlib.contextmanager
-def forked(plan: Plan, forks: Any) -> Iterator[None]:
-    """Let the functions of ``plan`` call ``forks`` at their branches."""
-    changed: list[tuple[types.FunctionType, types.CodeType]] = []
-    spaces: list[dict[str, Any]] = []
-    try:
-        for code, lines in plan.items():
-            new = rewritten(code, lines)
-            for function in gc.get_referrers(code) if new is not None else ():
-                if isinstance(function, types.FunctionType) and function.__code__ is code and new is not None:
-                    function.__globals__[NAME] = forks
-                    forks.origins[new] = code
-                    spaces.append(function.__globals__)
-                    function.__code__ = new
-                    changed.append((function, code))
-        yield
-    finally:
-        for function, code in changed:
-            function.__code__ = code
-        for space in spaces:
-            space.pop(NAME, None)
+def branch_at(text: str, code: CodeType, line: int) -> int | None:
+    """The first line of the innermost branch of a function whose condition stands in ``line``."""
+    definition = definition_of(text, code)
+    found = [
+        node
+        for node in (_within_scope(definition) if definition is not None else ())
+        if isinstance(node, (ast.If, ast.IfExp)) and node.test.lineno <= line <= (node.test.end_lineno or 0)
+    ]
+    return found[-1].lineno if found else None
 
 
-@functools.lru_cache(maxsize=256)
-def rewritten(code: types.CodeType, lines: Lines) -> types.CodeType | None:
-    """The code of a function whose conditions in ``lines`` run both sides; None where no such line can be rewritten."""
-    definition = _definition(code)
-    if definition is None or any(_is_private(node) for node in ast.walk(definition)):
+def with_forks(text: str, code: CodeType, lines: frozenset[int]) -> CodeType | None:
+    """The code of a function that has both sides of the branches run that begin in ``lines``; None where it has none such.
+
+    Branches that have to be rewritten with them are, too: one whose condition the host knows goes its one way.
+    """
+    found = definition_of(text, code)
+    if found is None or any(_is_private(node) or isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(found)):
         return None
-    names = _Names(definition)
-    rewriter = _Rewriter(lines, names)
+    definition = _copied(found)
+    leaving = [n.lineno for n in _within_scope(definition) if isinstance(n, ast.If) and _leaves([n])]
+    if not lines.isdisjoint(leaving):  # a side that leaves has what follows for its other side, with the branches there
+        lines = lines.union(leaving)
+    rewriter = _Rewriter(lines, _Names(definition))
     definition.body = rewriter.body(definition.body, "function")
-    if not rewriter.count:
-        return None
+    return _compiled(definition, code) if not lines.isdisjoint(rewriter.done) else None
+
+
+def definition_of(text: str, code: CodeType) -> ast.FunctionDef | None:
+    """The ``def`` that a code was compiled from."""
+    return _definitions(text).get((code.co_name, code.co_firstlineno))
+
+
+@functools.lru_cache(maxsize=64)
+def _definitions(text: str) -> dict[tuple[str, int], ast.FunctionDef]:
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {(node.name, (node.decorator_list or [node])[0].lineno): node for node in found}
+
+
+def _copied(node: Any) -> Any:
+    if isinstance(node, ast.AST):
+        made = type(node)(**{name: _copied(value) for name, value in ast.iter_fields(node)})
+        return ast.copy_location(made, node)
+    return [_copied(item) for item in node] if isinstance(node, list) else node
+
+
+def _compiled(definition: ast.FunctionDef, code: CodeType) -> CodeType | None:
+    """The code of a definition, with the names that ``code`` has from around it."""
     definition.decorator_list, definition.returns = [], None
     arguments = definition.args
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]  # the function object has its own
     arguments.kw_defaults = [ast.Constant(None) if default is not None else None for default in arguments.kw_defaults]
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
         if argument is not None:
@@ -93,43 +102,23 @@ def rewritten(code: types.CodeType, lines: Lines) -> types.CodeType | None:
     factory.body[0].body = [definition]  # type: ignore[attr-defined]
     ast.fix_missing_locations(factory)
     made = compile(factory, code.co_filename, "exec", dont_inherit=True, flags=code.co_flags & _FUTURE)
-    new = next((c for c in _codes(made) if c.co_name == code.co_name and c.co_freevars == code.co_freevars), None)
-    return new.replace(co_qualname=code.co_qualname) if new is not None else None
-
-
-def holds_fork(code: types.CodeType, line: int) -> bool:
-    """Whether the condition in a line of a function can be rewritten."""
-    return rewritten(code, frozenset((line,))) is not None
-
-
-_FUTURE = 0x1FF0000  # what `from __future__ import` sets, of which `annotations` is one
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield constant
-            yield from _codes(constant)
-
-
-def _definition(code: types.CodeType) -> ast.FunctionDef | None:
-    lines = linecache.getlines(code.co_filename)
-    try:
-        tree = ast.parse("".join(lines))
-    except SyntaxError:
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            first = node.decorator_list[0].lineno if node.decorator_list else node.lineno
-            if first == code.co_firstlineno:
-                return node
-    return None
+    outer = next(constant for constant in made.co_consts if isinstance(constant, CodeType))
+    new = next(constant for constant in outer.co_consts if isinstance(constant, CodeType))
+    return new.replace(co_qualname=code.co_qualname) if new.co_freevars == code.co_freevars else None
 
 
 def _is_private(node: ast.AST) -> bool:
     """Whether a name means another one inside of its class."""
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     return name.startswith("__") and not name.endswith("__")
+
+
+def _within_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and those inside of it that belong to the same function; outer ones first."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, _SCOPES):
+            yield from _within_scope(child)
 
 
 class _Names:
@@ -145,12 +134,11 @@ class _Names:
         """Say that ``branch`` is ``other`` with what follows it."""
         self._looped |= {id(branch)} if id(other) in self._looped else set()
 
-    def joined(self, branch: ast.If) -> list[str]:
-        """Names that a side assigns and a line elsewhere may read."""
+    def read_behind(self, branch: ast.If) -> set[str]:
+        """Names that a line outside of a branch reads, or the branch itself the next time."""
         inside = {id(node) for part in (*branch.body, *branch.orelse) for node in ast.walk(part)}
         again = id(branch) in self._looped
-        read = {node.id for node in self._reads if again or id(node) not in inside}
-        return sorted(_assigned([*branch.body, *branch.orelse]) & read)
+        return {node.id for node in self._reads if again or id(node) not in inside} | {_RESULT}
 
 
 def _assigned(body: list[ast.stmt]) -> set[str]:
@@ -159,12 +147,13 @@ def _assigned(body: list[ast.stmt]) -> set[str]:
     waiting: list[ast.AST] = list(body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        elif isinstance(node, ast.alias):
-            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.NamedExpr):  # in a comprehension it binds outside of it
+            found.add(node.target.id)
+        waiting += [n for n in ast.walk(node) if isinstance(n, ast.NamedExpr)] if isinstance(node, _SCOPES[4:]) else []
         if not isinstance(node, _SCOPES):
             waiting += ast.iter_child_nodes(node)
     return found
@@ -172,71 +161,107 @@ def _assigned(body: list[ast.stmt]) -> set[str]:
 
 def _leaves(statements: list[ast.stmt]) -> bool:
     """Whether statements do anything but run to their end."""
-    return any(isinstance(node, _EXITS) for statement in statements for node in _within_scope(statement))
+    return any(_exits(statement) for statement in statements)
 
 
-def _within_scope(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement that belong to its function; breaks and continues of loops inside of it stay inside."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, _SCOPES):
-            continue
-        inner = _within_scope(child)
-        yield from (n for n in inner if not (isinstance(node, (ast.For, ast.While)) and isinstance(n, (ast.Break, ast.Continue))))
+def _exits(node: ast.AST, in_loop: bool = False) -> bool:
+    if isinstance(node, (ast.Break, ast.Continue)):
+        return not in_loop
+    if isinstance(node, (*_EXITS, *_REFUSED)):
+        return True
+    within = in_loop or isinstance(node, (ast.For, ast.While))
+    parts = (child for child in ast.iter_child_nodes(node) if not isinstance(child, _SCOPES) or isinstance(child, _REFUSED))
+    return any(_exits(child, within) for child in parts)
 
 
-class _Rewriter:
-    """Rewrites the branches of one function whose conditions stand in ``lines``."""
+def _is_plain(expression: ast.expr) -> bool:
+    """Whether an expression means the same in a lambda of its own."""
+    for node in ast.walk(expression):
+        if isinstance(node, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await)):
+            return False
+        if isinstance(node, ast.Name) and node.id in ("super", "locals", "vars", "dir", "eval", "exec"):
+            return False
+    return True
 
-    def __init__(self, lines: Lines, names: _Names) -> None:
+
+class _Rewriter(ast.NodeTransformer):
+    """Rewrites the branches of one function that begin in ``lines``; those that were are ``done``."""
+
+    def __init__(self, lines: frozenset[int], names: _Names) -> None:
         self._lines, self._names = lines, names
-        self._made: list[ast.stmt] = []
-        self.count = 0
+        self._made: set[int] = set()
+        self._count = 0
+        self.done: set[int] = set()
 
-    def body(self, statements: list[ast.stmt], kind: str) -> list[ast.stmt]:
-        """A block of statements: of a ``"function"``, of a ``"loop"``, or of something else."""
-        made: list[ast.stmt] = []
+    def body(self, statements: list[ast.stmt], kind: str, behind: Sequence[ast.stmt] = ()) -> list[ast.stmt]:
+        """A block of statements: of a ``"function"``, of a ``"loop"``, or of something else.
+
+        Args:
+            behind: what follows the block, rewritten already.
+        """
+        made = list(behind)
         for statement in reversed(statements):
-            branch, behind = self._whole(statement, made, kind) if self._is_wanted(statement) else (None, [])
+            branch, rest = self._whole(statement, made, kind) if self._is_wanted(statement) else (None, [])
             if branch is None:
-                self._descend(statement)
-                made = [statement, *made]
+                made = [self._within(statement), *made]
             else:
-                made = [*self._forked(branch, done=branch is not statement), *behind]
+                made = [*self._forked(branch, done=branch is not statement), *rest]
         return made
 
-    def _descend(self, statement: ast.stmt) -> None:
-        for field in ("body", "orelse", "finalbody"):
-            inner = getattr(statement, field, None)
-            if isinstance(inner, list) and inner and isinstance(inner[0], ast.stmt) and not isinstance(statement, _SCOPES):
+    def _within(self, statement: Any) -> Any:
+        """A statement that is no branch to be rewritten, with those inside of it."""
+        if id(statement) in self._made or isinstance(statement, _SCOPES):
+            return statement
+        for field, value in ast.iter_fields(statement):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 loop = isinstance(statement, (ast.For, ast.While)) and field == "body"
-                setattr(statement, field, self.body(inner, "loop" if loop else "block"))
+                setattr(statement, field, self.body(value, "loop" if loop else "block"))
+            elif isinstance(value, list) and value and isinstance(value[0], (ast.excepthandler, ast.match_case)):
+                for part in value:
+                    part.body = self.body(part.body, "block")
+            elif isinstance(value, list):
+                setattr(statement, field, [self.visit(item) if isinstance(item, ast.AST) else item for item in value])
+            elif isinstance(value, ast.AST):
+                setattr(statement, field, self.visit(value))
+        return statement
+
+    def visit(self, node: ast.AST) -> Any:
+        """An expression, with its conditional expressions rewritten; those in functions inside of it are left alone."""
+        return node if isinstance(node, _SCOPES) else super().visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        """``body if test else orelse``."""
+        made: Any = self.generic_visit(node)
+        if node.lineno not in self._lines or not (_is_plain(node.body) and _is_plain(node.orelse)):
+            return made  # type: ignore[no-any-return]
+        self.done.add(node.lineno)
+        return _call(node, "chosen", self._condition(node.test), _delayed(node.body), _delayed(node.orelse), _line(node))
 
     def _is_wanted(self, statement: ast.stmt) -> bool:
-        if not isinstance(statement, ast.If) or statement in self._made:
-            return False
-        return any(statement.test.lineno <= line <= (statement.test.end_lineno or 0) for line in self._lines)
+        return isinstance(statement, ast.If) and id(statement) not in self._made and statement.lineno in self._lines
 
     def _whole(self, branch: Any, rest: list[ast.stmt], kind: str) -> tuple[ast.If | None, list[ast.stmt]]:
         """The branch with all that belongs to its sides, and what is left to do behind it; None where a side leaves."""
         if not _leaves(branch.body) and not _leaves(branch.orelse):
             return branch, rest
-        last = branch.body[-1]
-        if branch.orelse or _leaves(branch.body[:-1]):
+        body, last = self.body(branch.body, kind if kind == "loop" else "function"), branch.body[-1]
+        branch.body = body
+        if _leaves(body[:-1]) or not isinstance(last, (ast.Continue, ast.Return)):
             return None, []
-        if kind == "loop" and isinstance(last, ast.Continue) and not _leaves(rest):
-            return self._with(branch, branch.body[:-1], rest), []
-        if (
-            kind == "function"
-            and isinstance(last, ast.Return)
-            and rest
-            and isinstance(rest[-1], ast.Return)
-            and not _leaves(rest[:-1])
-        ):
-            ends = [ast.copy_location(_assign("__result__", end.value), end) for end in (last, rest[-1])]
-            result = ast.copy_location(ast.Return(ast.Name("__result__", ast.Load())), rest[-1])
-            return self._with(branch, [*branch.body[:-1], ends[0]], [*rest[:-1], ends[1]]), [result]
-        return None, []
+        if isinstance(last, ast.Continue):
+            whole = self.body(branch.orelse, kind, rest)
+            return (None, []) if kind != "loop" or _leaves(whole) else (self._with(branch, body[:-1], whole), [])
+        if branch.orelse and isinstance(branch.orelse[-1], ast.Return):
+            whole = self.body(branch.orelse, "function")
+        elif kind == "function":
+            whole = self.body(branch.orelse, kind, rest)
+        else:
+            return None, []
+        if not whole or not isinstance(whole[-1], ast.Return) or _leaves(whole[:-1]):
+            return None, []
+        ends: list[Any] = [ast.copy_location(_assign(_RESULT, end.value), end) for end in (body[-1], whole[-1])]  # type: ignore[attr-defined]
+        result = ast.copy_location(ast.Return(ast.Name(_RESULT, ast.Load())), whole[-1])
+        return self._with(branch, [*body[:-1], ends[0]], [*whole[:-1], ends[1]]), [result]
 
     def _with(self, branch: ast.If, body: list[ast.stmt], orelse: list[ast.stmt]) -> ast.If:
         made = ast.copy_location(ast.If(branch.test, body or [ast.copy_location(ast.Pass(), branch)], orelse), branch)
@@ -244,17 +269,18 @@ class _Rewriter:
         return made
 
     def _forked(self, branch: ast.If, *, done: bool) -> list[ast.stmt]:
-        """The statements that stand for a branch, whose other side may be done already."""
-        fork, names = f"__fork_{self.count}__", self._names.joined(branch)
-        if "__result__" in _assigned(branch.body):
-            names = [*names, "__result__"]
-        self.count += 1
+        """The statements that stand for a branch, whose other side may be rewritten already."""
+        assigned = sorted(name for name in _assigned([*branch.body, *branch.orelse]) if not name.startswith(FORK))
+        joined = sorted(set(assigned) & self._names.read_behind(branch))
+        fork = f"{FORK}{self._count}__"
+        self._count += 1
+        self.done.add(branch.lineno)
         lines = [
-            f"{fork} = {NAME}(None, locals(), {tuple(names)!r}, {branch.lineno})",
+            f"{fork} = {PLACEHOLDER!r}.fork(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {branch.lineno})",
             f"if {fork}.enter(True):\n    pass\n    {fork}.leave(locals())",
-            *(f"if {fork}.restarts({name!r}): {name} = {fork}.start({name!r})" for name in names),
+            *(f"if {fork}.restarts({name!r}): {name} = {fork}.start({name!r})" for name in assigned),
             f"if {fork}.enter(False):\n    pass\n    {fork}.leave(locals())",
-            *(f"if {fork}.joins({name!r}): {name} = {fork}.joined({name!r})" for name in names),
+            *(f"if {fork}.joins({name!r}): {name} = {fork}.joined({name!r})" for name in joined),
         ]
         made: list[Any] = ast.parse("\n".join(lines)).body
         for statement in made:
@@ -263,26 +289,31 @@ class _Rewriter:
         made[0].value.args[0] = self._condition(branch.test)
         made[1].body[:1] = self.body(branch.body, "block")
         other = branch.orelse if done else self.body(branch.orelse, "block")
-        made[2 + len(names)].body[:1] = other or made[2 + len(names)].body[:1]
-        self._made += made
+        second = made[2 + len(assigned)]
+        second.body[:1] = other or second.body[:1]
+        self._made |= {id(statement) for statement in made}
         return made
 
     def _condition(self, test: ast.expr) -> ast.expr:
         """A condition whose parts are not asked for their truth by Python."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return _call(test, "opposite", self._condition(test.operand))
-        if isinstance(test, ast.BoolOp):
-            name = "both" if isinstance(test.op, ast.And) else "either"
+        if isinstance(test, ast.BoolOp) and all(map(_is_plain, test.values)):
             first, *others = test.values
             made = self._condition(first)
             for other in others:
-                made = _call(test, name, made, _delayed(self._condition(other)))
+                name = "both" if isinstance(test.op, ast.And) else "either"
+                made = _call(test, name, made, _delayed(self._condition(other)), _line(test))
             return made
-        return test
+        return self.visit(test)  # type: ignore[no-any-return]
 
 
 def _assign(name: str, value: ast.expr | None) -> ast.Assign:
     return ast.Assign([ast.Name(name, ast.Store())], value or ast.Constant(None), lineno=0)
+
+
+def _line(node: ast.AST) -> ast.expr:
+    return ast.Constant(node.lineno)  # type: ignore[attr-defined]
 
 
 def _delayed(value: ast.expr) -> ast.expr:
@@ -291,5 +322,5 @@ def _delayed(value: ast.expr) -> ast.expr:
 
 
 def _call(at: ast.expr, method: str, *arguments: ast.expr) -> ast.expr:
-    function = ast.Attribute(ast.Name(NAME, ast.Load()), method, ast.Load())
+    function = ast.Attribute(ast.Constant(PLACEHOLDER), method, ast.Load())
     return ast.fix_missing_locations(ast.copy_location(ast.Call(function, list(arguments), []), at))

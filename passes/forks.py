@@ -14,46 +14,60 @@ After, for a sequence that starts and for one that does not::
     %_ : index_put_.default(%ring, [%slot], %kept)
     %scale : where.self(%starts, %first, %scale_before)
 
-`passes.fork_source` has a function run both bodies of an ``if``; here is what its lines call while a step is traced. Names
-that a side assigns are joined at its end: tensors by ``where``, numbers by a choice, tensors of different length by length.
-A branch stays an assumption of the graph if a side does what cannot be put under a condition: it changes an object of
-Python, draws random numbers, assigns things of different kinds, or has more than `LIMIT` operators.
+`passes.fork_source` has a function run both sides of a branch; here is what its lines call while a step is traced. Names that
+a side assigns are joined at its end: tensors by ``where``, numbers by a choice, tensors of different length by length. A side
+that does what cannot be put under a condition is `Unmergeable`: what `passes.sides` finds in its operators, and here whatever
+changes Python: an attribute, a list, a variable of another function. Such a branch stays an assumption of the graph.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-import types
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
 
-from passes.aliases import returns_view, written
-from passes.loops import Arm, trips_of
-from passes.sites import Site
+from passes.fork_source import FORK
+from passes.loops import Arm
+from passes.sites import Site, is_user
 from passes.symbols import SYMBOLS, expression_of
 
 if TYPE_CHECKING:
     from passes.tracing import Facts
 
 Tensor = torch.Tensor
-LIMIT = 64
-"""Operators above which a side is not cheap enough to be computed for nothing."""
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Tensor, *SYMBOLS)
-_OBJECTS = 100_000
+_KINDS: tuple[tuple[type, ...], ...] = ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat))
+_CONSTANTS = (type(None), complex, str, bytes, torch.dtype, torch.device)
 
 
 class Unmergeable(Exception):
-    """A branch whose sides cannot both be part of a graph."""
+    """A branch whose sides cannot both be part of a graph.
+
+    Attributes:
+        site: file and first line of the branch.
+    """
 
     def __init__(self, detail: str, site: Site) -> None:
         super().__init__(detail)
         self.site = site
+
+
+class State(Protocol):
+    """A snapshot of Python objects: ``complete`` if nothing was left out."""
+
+    complete: bool
+
+    def differences(self) -> Sequence[Any]:
+        """What is not as it was; each has a ``path``."""
+        ...
+
+
+Snapshot = Callable[[Sequence[tuple[str, Any]], State | None], State]
+"""Takes a snapshot of all that hangs on objects given by name, but for what another snapshot holds."""
 
 
 class Forks:
@@ -61,27 +75,41 @@ class Forks:
 
     Args:
         static: the value of a condition that holds or fails whatever the data, else None.
+        snapshot: takes snapshots of Python objects.
 
     Attributes:
-        joining: the branch whose sides are joined by the operators that run now, if they do that.
-        origins: the code of functions as it was written, by what stands for it.
+        joining: a side of the branch whose sides are joined by the operators that run now, if they do that.
+        failed: the first branch that turned out not to be mergeable. The user's own lines may catch the exception.
     """
 
-    def __init__(self, facts: Facts, static: Callable[[sympy.Basic], Any]) -> None:
-        self.facts, self.static = facts, static
-        self.joining: Site | None = None
-        self.origins: dict[types.CodeType, types.CodeType] = {}
+    def __init__(self, facts: Facts, static: Callable[[sympy.Basic], Any], snapshot: Snapshot | None) -> None:
+        self.facts, self.static, self.snapshot = facts, static, snapshot
+        self.joining: Arm | None = None
+        self.failed: Unmergeable | None = None
+        self.step: State | None = None
         self._count = itertools.count()
 
-    def __call__(self, test: Any, before: Mapping[str, Any], names: Sequence[str], line: int) -> Fork:
+    def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], line: int) -> Fork:
         """The branch ``if test`` in the frame that calls.
 
         Args:
             before: its local names.
-            names: those that a side assigns and a later line may read.
+            assigned: those that a side assigns.
+            joined: those of them that a later line may read.
         """
-        frame = sys._getframe(1)
-        return Fork(self, next(self._count), self.truth(test), before, names, frame, (frame.f_code.co_filename, line))
+        return Fork(self, self.truth(test), before, assigned, joined, sys._getframe(1), line)
+
+    def chosen(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], line: int) -> Any:
+        """``first if test else second``."""
+        fork = Fork(self, self.truth(test), {}, (), (), sys._getframe(1), line)
+        if not fork.is_data:
+            return first() if fork.enter(True) else second()
+        values = []
+        for side, body in ((True, first), (False, second)):
+            fork.enter(side)
+            values.append(body())
+            fork.leave({})
+        return fork.join(*values)
 
     def truth(self, value: Any) -> Any:
         """A value as a condition: a plain one, or a symbol."""
@@ -94,32 +122,41 @@ class Forks:
         known = self.static(self.facts.resolve(value.node.expr))
         return value if known is None else bool(known)
 
-    def both(self, first: Any, second: Callable[[], Any]) -> Any:
+    def both(self, first: Any, second: Callable[[], Any], line: int) -> Any:
         """``first and second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
             return self.truth(second()) if first else False
-        return first & self._under(first.node.expr, second)
+        return first & self._under(first, second, sys._getframe(1), line)
 
-    def either(self, first: Any, second: Callable[[], Any]) -> Any:
+    def either(self, first: Any, second: Callable[[], Any], line: int) -> Any:
         """``first or second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
             return True if first else self.truth(second())
-        return first | self._under(sympy.Not(first.node.expr), second)
+        return first | self._under(torch.sym_not(first), second, sys._getframe(1), line)
 
     def opposite(self, value: Any) -> Any:
         """``not value``, as a condition."""
         value = self.truth(value)
         return not value if isinstance(value, bool) else torch.sym_not(value)
 
-    def _under(self, condition: sympy.Basic, body: Callable[[], Any]) -> Any:
-        loops = self.facts.loops
-        outer, loops.trips = loops.trips, (*loops.trips, Arm(next(self._count), self.facts.resolve(condition), ("", 0)))
-        try:
-            return self.truth(body())
-        finally:
-            loops.trips = outer
+    def _under(self, condition: Any, body: Callable[[], Any], frame: FrameType, line: int) -> Any:
+        fork = Fork(self, condition, {}, (), (), frame, line)
+        fork.enter(True)
+        value = self.truth(body())
+        fork.leave({})
+        return value
+
+    def unmergeable(self, detail: str, site: Site) -> Unmergeable:
+        """The exception to raise, kept for those who do not get to see it."""
+        reason = Unmergeable(detail, site)
+        self.failed = self.failed or reason
+        return reason
+
+    def next(self) -> int:
+        """A number for a branch that is met."""
+        return next(self._count)
 
 
 class Fork:
@@ -128,45 +165,55 @@ class Fork:
     def __init__(
         self,
         forks: Forks,
-        number: int,
         condition: Any,
         before: Mapping[str, Any],
-        names: Sequence[str],
-        frame: types.FrameType,
-        site: Site,
+        assigned: Sequence[str],
+        joined: Sequence[str],
+        frame: FrameType,
+        line: int,
     ) -> None:
-        self._forks, self._number, self._condition, self._names, self._site = forks, number, condition, names, site
-        self._before = {name: before[name] for name in names if name in before}
-        self._after: dict[bool, dict[str, Any]] = {}
-        self._plain, self._frame = isinstance(condition, bool), frame
-        self._side = False
+        self._forks, self._condition, self._names = forks, condition, joined
+        self.is_data = not isinstance(condition, bool)
+        self._site: Site = (frame.f_code.co_filename, line)
+        if self.is_data:
+            self._number, self._assigned = forks.next(), assigned
+            self._before = {name: before[name] for name in assigned if name in before}
+            self._after: list[dict[str, Any]] = []
+            self._python = _Python(forks, frame, assigned)
 
     def enter(self, side: bool) -> bool:
         """Whether to run a side. Of a branch on data both run."""
-        if self._plain:
+        if not self.is_data:
             return bool(self._condition is side)
-        loops, condition = self._forks.facts.loops, self._forks.facts.resolve(self._condition.node.expr)
-        self._side, self._outer, self._held = side, loops.trips, contents(self._frame)
-        loops.trips = (*loops.trips, Arm(self._number, condition if side else sympy.Not(condition), self._site))
+        loops = self._forks.facts.loops
+        self._outer = loops.trips
+        self._within = loops.trips = (*loops.trips, self._arm(side))
         return True
+
+    def _arm(self, side: bool) -> Arm:
+        condition = self._forks.facts.resolve(self._condition.node.expr)
+        return Arm(self._number, condition if side else sympy.Not(condition), self._site)
 
     def leave(self, local: Mapping[str, Any]) -> None:
         """The end of a side, with the local names as it leaves them.
 
         Raises:
-            Unmergeable: it changed an object of Python.
+            Unmergeable: it changed an object of Python, or was left by an exception.
         """
-        if self._plain:
+        if not self.is_data:
             return
-        self._forks.facts.loops.trips = self._outer
-        self._after[self._side] = {name: local[name] for name in self._names if name in local}
-        now = contents(self._frame)
-        if any(now.get(key, value) != value for key, value in self._held.items()):
-            raise Unmergeable("a side changes an object of Python", self._site)
+        loops = self._forks.facts.loops
+        if loops.trips != self._within:
+            raise self._forks.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
+        loops.trips = self._outer
+        self._after.append({name: local[name] for name in self._names if name in local})
+        changed = self._python.changed()
+        if changed:
+            raise self._forks.unmergeable(f"a side changes {changed}", self._site)
 
     def restarts(self, name: str) -> bool:
         """Whether a name has to be what it was in front of the branch, for the second side."""
-        return not self._plain and name in self._before
+        return self.is_data and name in self._before
 
     def start(self, name: str) -> Any:
         """What a name was in front of the branch."""
@@ -174,7 +221,7 @@ class Fork:
 
     def joins(self, name: str) -> bool:
         """Whether both sides leave a value."""
-        return not self._plain and all(name in after for after in self._after.values())
+        return self.is_data and all(name in after for after in self._after)
 
     def joined(self, name: str) -> Any:
         """What a name is behind the branch.
@@ -182,32 +229,38 @@ class Fork:
         Raises:
             Unmergeable: the sides leave things of different kinds.
         """
-        self._forks.joining = self._site
+        return self.join(*(after[name] for after in self._after))
+
+    def join(self, a: Any, b: Any) -> Any:
+        """``a`` if the branch is taken, else ``b``; raises as `joined` does."""
+        self._forks.joining = self._arm(True)
         try:
-            return self._join(self._after[True][name], self._after[False][name])
+            return self._joined(a, b)
         finally:
             self._forks.joining = None
 
-    def _join(self, a: Any, b: Any) -> Any:
+    def _joined(self, a: Any, b: Any) -> Any:
         if a is b:
             return a
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return self._joined_tensors(a, b)
-        for kinds in (((bool, torch.SymBool)), ((int, torch.SymInt)), ((float, torch.SymFloat))):
-            if isinstance(a, kinds) and isinstance(b, kinds):
-                return self._joined_numbers(a, b)
-        if type(a) is type(b) and isinstance(a, (tuple, list)) and len(a) == len(b):
-            parts = [self._join(x, y) for x, y in zip(a, b, strict=True)]
+        kinds = [kind for kind in _KINDS if isinstance(a, kind)]
+        if kinds and [kind for kind in _KINDS if isinstance(b, kind)] == kinds:
+            return self._joined_numbers(a, b)
+        if type(a) is type(b) and isinstance(a, tuple) and len(a) == len(b):
+            parts = [self._joined(x, y) for x, y in zip(a, b, strict=True)]
             return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)
-        if type(a) is type(b) and isinstance(a, _ATOMS) and a == b:
+        if type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b:
             return a
-        raise Unmergeable(f"the sides leave {type(a).__name__} and {type(b).__name__}", self._site)
+        raise self._forks.unmergeable(f"the sides leave {type(a).__name__} and {type(b).__name__}", self._site)
 
     def _joined_numbers(self, a: Any, b: Any) -> Any:
-        if expression_of(a) == expression_of(b):
+        if not isinstance(a, SYMBOLS) and not isinstance(b, SYMBOLS) and repr(a) == repr(b):  # -0.0 equals 0.0
             return a
         if isinstance(a, (bool, torch.SymBool)):
             return (self._condition & a) | (torch.sym_not(self._condition) & b)
+        if isinstance(a, (int, torch.SymInt)) and expression_of(a) == expression_of(b):
+            return a
         return self._choice(a, b)
 
     def _choice(self, a: Any, b: Any) -> Any:
@@ -218,99 +271,63 @@ class Fork:
         return torch.sym_ite(self._condition, a, b)
 
     def _joined_tensors(self, a: Tensor, b: Tensor) -> Tensor:
-        alike = (a.dtype, a.device, a.dim()) == (b.dtype, b.device, b.dim())
         resolve = self._forks.facts.resolve
-        sizes = [(resolve(expression_of(x)), resolve(expression_of(y))) for x, y in zip(a.shape, b.shape, strict=False)]
+
+        def of(numbers: Sequence[Any]) -> list[sympy.Basic]:
+            return [resolve(expression_of(number)) for number in numbers]
+
+        alike = (a.dtype, a.device, a.layout, a.dim()) == (b.dtype, b.device, b.layout, b.dim())
+        sizes = list(zip(of(a.shape), of(b.shape), strict=False))
         differing = [dim for dim, (x, y) in enumerate(sizes) if x != y]
         if not alike or len(differing) > 1:
-            raise Unmergeable(f"the sides leave tensors {tuple(a.shape)} and {tuple(b.shape)}", self._site)
+            raise self._forks.unmergeable(f"the sides leave tensors {_text(a)} and {_text(b)}", self._site)
         if differing:  # as many rows as the side that is taken has, none of the other
             dim = differing[0]
             lengths = self._choice(a.shape[dim], 0), self._choice(0, b.shape[dim])
             return torch.cat([x.narrow(dim, 0, length) for x, length in zip((a, b), lengths, strict=True)], dim)
+        strides = zip(sizes, of(a.stride()), of(b.stride()), strict=True)
+        if any(x != y for (size, _), x, y in strides if size != 1):  # sums would be taken in another order
+            raise self._forks.unmergeable("the sides leave tensors that lie in memory differently", self._site)
         flag = torch.scalar_tensor(torch.sym_ite(self._condition, 1, 0), dtype=torch.bool, device=a.device)
         return torch.where(flag, a, b)
 
 
-def contents(frame: types.FrameType | None) -> dict[int, Any]:
-    """What each container and object holds that lines of the step can reach, by identity."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = []
-    while frame is not None and not str(frame.f_globals.get("__name__", "")).startswith(("passes.tracing", "torch.fx.")):
-        waiting += frame.f_locals.values()
-        frame = frame.f_back
-    while waiting and len(found) < _OBJECTS:
-        value = waiting.pop()
-        if id(value) in found or isinstance(
-            value, (*_ATOMS, Fork, Forks, type, types.ModuleType, types.FrameType, types.CodeType)
-        ):
-            continue
-        held = list(_held_by(value))
-        found[id(value)] = (value, tuple(map(id, held)))  # keeps it alive, so that no identity is used twice
-        waiting += held
-    return {key: ids for key, (_, ids) in found.items()}
+def _text(tensor: Tensor) -> str:
+    return f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
 
 
-def _held_by(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        yield from value
-    elif isinstance(value, types.MethodType):
-        yield value.__self__
-    elif isinstance(value, types.FunctionType):
-        yield from (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
-    else:
-        yield getattr(value, "__dict__", None)
+class _Python:
+    """Whether Python is what it was in front of a branch: all that the frames of the step hold, and their variables.
 
-
-def check(module: GraphModule) -> None:
-    """That the sides of a traced graph may run whichever of them is taken.
-
-    Raises:
-        Unmergeable: a side draws random numbers, is long, or makes what is read elsewhere; what the sides leave is written.
+    Objects that the step itself hangs on are walked once for all branches, unless they change between two of them.
     """
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    sizes: Counter[Arm] = Counter()
-    for node in order:
-        arms = [trip for trip in trips_of(node) if isinstance(trip, Arm) and trip.site[0]]
-        sizes.update(arm for arm in arms if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor))
-        if arms and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise Unmergeable("a side draws random numbers", arms[-1].site)
-        if arms and isinstance(node.meta.get("val"), Tensor) and any(_is_elsewhere(node, user) for user in node.users):
-            raise Unmergeable("what a side makes is read elsewhere", arms[-1].site)
-        if node.meta.get("joins") and _is_overtaken(node, order):
-            raise Unmergeable("what the sides leave is written, or what it was made of", node.meta["joins"])
-    for arm, size in sizes.items():
-        if size > LIMIT:
-            raise Unmergeable(f"a side has {size} operators", arm.site)
+
+    def __init__(self, forks: Forks, frame: FrameType, assigned: Sequence[str]) -> None:
+        self._assigned = frozenset(assigned)
+        self._frames = [(frame, self._variables(frame))]
+        while (outer := self._frames[-1][0].f_back) is not None and not _is_tracer(outer):
+            self._frames.append((outer, dict(outer.f_locals) if is_user(outer) else {}))
+        assert forks.snapshot is not None
+        roots = [(name, value) for _, held in self._frames for name, value in held.items()]
+        if forks.step is None or forks.step.differences():
+            forks.step = forks.snapshot(roots, None)
+        self._states = (forks.step, forks.snapshot(roots, forks.step))
+
+    def _variables(self, frame: FrameType) -> dict[str, Any]:
+        return {k: v for k, v in frame.f_locals.items() if k not in self._assigned and not k.startswith(FORK)}
+
+    def changed(self) -> str:
+        """What is not as it was, or an empty string."""
+        if not all(state.complete for state in self._states):
+            return "what hangs on the step, which is too much to be watched"
+        for index, (frame, before) in enumerate(self._frames):
+            now: Mapping[str, Any] = self._variables(frame) if not index else frame.f_locals if before else {}
+            name = next((name for name in before if now.get(name) is not before[name]), None)
+            if name is not None:
+                return f"the variable {name} of {frame.f_code.co_name}"
+        found = next((difference for state in self._states for difference in state.differences()), None)
+        return str(found.path) if found is not None else ""
 
 
-def _is_elsewhere(node: Node, user: Node) -> bool:
-    """Whether ``user`` reads outside of the side that made ``node``, other than to join it."""
-    root = _root(node)
-    own = trips_of(root) if isinstance(root, Node) else ()
-    return trips_of(user)[: len(own)] != own and not user.meta.get("joins")
-
-
-def _is_overtaken(node: Node, order: Mapping[Node, int]) -> bool:
-    """Whether a tensor left by two sides is written, or read after one that it is a copy of was."""
-    if not isinstance(node.meta.get("val"), Tensor):
-        return False
-    views = [other for other in order if _root(other) is _root(node)]
-    last = max((order[user] for view in views for user in view.users), default=0)
-    sources = {_root(source) for source in node.all_input_nodes} - {_root(node)}
-    for other, index in order.items():
-        roots = {_root(target) for target in written(other)}
-        if _root(node) in roots or (order[node] < index < last and roots & sources):
-            return True
-    return False
-
-
-def _root(node: Node) -> Any:
-    """What all nodes of one memory have in common."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        if not returns_view(node.target) and node.args[0] not in written(node):
-            return node
-        node = node.args[0]
-    return (node.op, node.target) if node.op == "get_attr" else node
+def _is_tracer(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")) == "passes.tracing"

@@ -79,6 +79,8 @@ class Scalars:
         special = _SPECIAL.get(type(expression))
         if special is not None:
             return special(self, expression)
+        if isinstance(expression, (sympy.Eq, sympy.Ne)) and (flag := self._flag(*expression.args)) is not None:
+            return flag if isinstance(expression, sympy.Eq) else self._call(aten.logical_not.default, flag)
         packet = _OPERATIONS.get(type(expression))
         if packet is None:
             raise self._missing(f"{type(expression).__name__} has no operator for it")
@@ -89,6 +91,13 @@ class Scalars:
         for value in values[1:]:
             total = self._combined(type(expression), packet, total, value)
         return total
+
+    def _flag(self, symbol: sympy.Basic, value: sympy.Basic) -> Node | None:
+        """The tensor behind ``symbol == 1``, if it is one of flags."""
+        held = self._symbols.get(symbol) if value == 1 else None
+        if held is None or held.meta["val"].dtype != torch.bool:
+            return None
+        return held if held.meta["val"].dim() == 0 else self._call(aten.view.default, held, [])
 
     def _combined(self, kind: type, packet: Any, a: Any, b: Any) -> Any:
         """One operator over two values, of which at least one is a tensor."""

@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 import sympy
@@ -32,10 +32,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
-from passes.fork_source import Lines, Plan, forked, holds_fork
-from passes.forks import Forks, Unmergeable, check
-from passes.loops import LIMIT, Loops, leaks, outside
+from passes.exchange import LOCK, Lines, Plan, branch_in, forked, functions_of, original
+from passes.forks import Forks, Snapshot, Unmergeable
+from passes.loops import LIMIT, Arm, Loops, leaks, outside
 from passes.python_entry import SymbolicEntry
+from passes.sides import check
 from passes.sites import Site, user_frame, user_site
 
 Tensor = torch.Tensor
@@ -85,6 +86,7 @@ class Facts:
         limits: largest values of counts.
         loops, outcomes: the loops that are being traced, and which way branches inside of them went, by line.
         branches: the functions whose lines ask for the truth of a symbol, by line.
+        unmerged: why branches have only one of their sides in the graph, by file and first line.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -100,6 +102,7 @@ class Facts:
     loops: Loops | None = None
     outcomes: dict[Site, bool] = field(default_factory=dict)
     branches: dict[Site, CodeType] = field(default_factory=dict)
+    unmerged: dict[Site, str] = field(default_factory=dict)
 
     def happened(self) -> bool:
         """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
@@ -226,7 +229,7 @@ class _Follow(TorchDispatchMode):
 
     def drop(self, operator: str) -> None:
         """Forget a read that has no value: a conversion that the traced step does without."""
-        if self.reads and self.reads[0].operator == operator:
+        if self.reads and self.reads[0].operator == operator and self.facts.happened():
             self.reads.pop(0)
 
     def _next(self, operator: str, site: Site) -> list[Any] | None:
@@ -328,6 +331,27 @@ def _index(value: Any, default: Any, whole: sympy.Basic, natural: bool = False) 
     return sympy.Integer(min(value, sys.maxsize)) if value >= 0 else sympy.Max(value + whole, 0)
 
 
+def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> GraphModule:
+    """The graph of ``step``.
+
+    Raises:
+        Unmergeable: a side of a branch cannot be traced. One that is not taken may raise anything.
+    """
+    try:
+        module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+    except Unmergeable:
+        raise
+    except Exception as error:
+        arm = next((trip for trip in reversed(forks.facts.loops.trips) if isinstance(trip, Arm)), None)  # type: ignore[union-attr]
+        if arm is None:
+            raise
+        text = str(error).partition("\n")[0]
+        raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
+    if forks.failed is not None:
+        raise forks.failed
+    return module
+
+
 def _hold(module: GraphModule, tensors: Sequence[Tensor]) -> None:
     """Make the last inputs of a graph tensors that it holds itself."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -384,50 +408,91 @@ def _advance(
     return eval(source, {"math": math})  # printed from expressions of whole numbers, nothing of the user's
 
 
-def trace_step(*arguments: Any, merge: bool = True, **settings: Any) -> GraphModule:
+def trace_step(
+    *arguments: Any, snapshot: Snapshot | None = None, restore: Callable[[], None] = lambda: None, **settings: Any
+) -> GraphModule:
     """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
 
+    The step runs several times: once to find its branches, then with both sides of them, until no other branches are found.
+
     Args:
-        merge: whether to trace both sides of branches.
+        snapshot: takes snapshots of Python objects, which tell whether a side changes any; without it no branch is merged.
+        restore: puts Python back to what it was before the step ran.
     """
-    plan: dict[CodeType, Lines] = {}
-    tried: set[Site] = set()
-    module = _unrolled(*arguments, **settings)
-    while merge:
-        branches: dict[Site, CodeType] = module.meta["facts"].branches
-        found = {site: code for site, code in branches.items() if site not in tried and holds_fork(code, site[1])}
-        if not found:
-            break
-        tried |= set(found)
-        wider, module = _merged(arguments, settings, plan, found, module)
-        plan = dict(wider)
+    merger = _Merger(arguments, settings, restore)
+    module = merger.trace({}, None)
+    if snapshot is not None:
+        module = merger.merge(module, snapshot)
+    module.meta["facts"].unmerged = merger.unmerged
     return module
 
 
-def _merged(
-    arguments: Sequence[Any], settings: Mapping[str, Any], plan: Plan, found: Mapping[Site, CodeType], module: GraphModule
-) -> tuple[Plan, GraphModule]:
-    """The graph with as many more branches merged as can be, and which are then."""
-    found = dict(found)
-    while found:
-        wider: dict[CodeType, Lines] = dict(plan)
-        for (_, line), code in found.items():
-            wider[code] = wider.get(code, frozenset()) | {line}
-        try:
-            made = _unrolled(*arguments, **settings, plan=wider)
-            check(made)
-            return wider, made
-        except Unmergeable as reason:
-            if found.pop(reason.site, None) is not None:
-                continue
-        except Exception:  # a side that is not taken may raise anything: there is a graph without it
-            pass
-        if len(found) == 1:
-            break
-        for site, code in found.items():  # one by one, so that only those that cannot be stay out
-            plan, module = _merged(arguments, settings, plan, {site: code}, module)
-        break
-    return plan, module
+class _Merger:
+    """The traces of one step.
+
+    Attributes:
+        unmerged: why branches cannot be merged, by file and first line.
+    """
+
+    def __init__(self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None]) -> None:
+        self._arguments, self._settings, self._restore = arguments, settings, restore
+        self._functions: dict[CodeType, list[FunctionType]] = {}
+        self.unmerged: dict[Site, str] = {}
+
+    def trace(self, plan: Plan, snapshot: Snapshot | None) -> GraphModule:
+        """The graph with the branches of ``plan`` merged."""
+        missing = [code for code in plan if code not in self._functions]
+        self._functions |= functions_of(missing)
+        settings = {**self._settings, "plan": plan, "snapshot": snapshot, "functions": self._functions}
+        return _unrolled(*self._arguments, **settings, restore=self._restore)
+
+    def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
+        """The graph with all branches merged that can be."""
+        plan: dict[CodeType, Lines] = {}
+        tried: set[Site] = set()
+        while True:
+            found = self._branches(module, tried)
+            if not found:
+                return module
+            tried |= set(found)
+            plan, module = self._wider(plan, module, found, snapshot)
+
+    def _branches(self, module: GraphModule, tried: set[Site]) -> dict[Site, CodeType]:
+        """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
+        found: dict[Site, CodeType] = {}
+        for (file, line), code in module.meta["facts"].branches.items():
+            first = branch_in(original(code), line)
+            if first is not None and (file, first) not in tried:
+                found[file, first] = original(code)
+        return found
+
+    def _wider(
+        self, plan: dict[CodeType, Lines], module: GraphModule, found: dict[Site, CodeType], snapshot: Snapshot
+    ) -> tuple[dict[CodeType, Lines], GraphModule]:
+        """The graph with as many more branches merged as can be, and which are then."""
+        while found:
+            wider = dict(plan)
+            for (_, line), code in found.items():
+                wider[code] = wider.get(code, frozenset()) | {line}
+            try:
+                made = self.trace(wider, snapshot)
+                check(made)
+                return wider, made
+            except Unmergeable as reason:
+                blamed, detail = reason.site, str(reason)
+            except Unremovable as reason:
+                blamed, detail = ("", 0), f"with both sides, {reason}"
+            if blamed in found:
+                self.unmerged[blamed] = detail
+                del found[blamed]
+            elif len(found) == 1:
+                self.unmerged[next(iter(found))] = detail
+                break
+            else:
+                for site, code in found.items():  # one by one, so that only those that cannot be stay out
+                    plan, module = self._wider(plan, module, {site: code}, snapshot)
+                break
+        return plan, module
 
 
 def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
@@ -460,7 +525,11 @@ def trace_once(
     numbers: Sequence[Number] = (),
     advanced: Callable[[], Sequence[Any]] = tuple,
     unroll: str = "no",
+    structure: Callable[[], Any] = lambda: None,
     plan: Plan = MappingProxyType({}),
+    functions: Mapping[CodeType, Sequence[FunctionType]] = MappingProxyType({}),
+    snapshot: Snapshot | None = None,
+    restore: Callable[[], None] = lambda: None,
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
 
@@ -473,7 +542,9 @@ def trace_once(
         numbers: numbers of Python that the step advances.
         advanced: gives, after the step, what they became; `module.meta["advance"]` computes the same from the old ones.
         unroll: what becomes of loops over data; see `passes.loops.Loops`.
-        plan: branches of which both sides are traced; see `passes.forks`.
+        structure: gives, after the step, what is to be found as `module.meta["structure"]`.
+        plan, functions: branches of which both sides are traced, and the functions that they stand in; see `passes.forks`.
+        snapshot, restore: see `trace_step`.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -481,7 +552,9 @@ def trace_once(
 
     Raises:
         Unremovable: the step does with a host value what no graph can do.
+        Unmergeable: both sides of a branch cannot be in the graph.
     """
+    restore()
     environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
@@ -489,7 +562,7 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    forks = Forks(facts, environment._maybe_evaluate_static)
+    forks = Forks(facts, environment._maybe_evaluate_static, snapshot)
     follow = _Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
@@ -502,13 +575,14 @@ def trace_once(
                 facts.hints[symbol.node.expr] = number.value
                 facts.names[symbol.node.expr] = number.name
             results = step(arguments, symbols)
+            meta["structure"] = structure()
             if numbers:
                 meta["advance"] = _advance(facts, numbers, held, symbols, advanced())
             return results
 
-    with symbolic_builtins(modules), forked(plan, forks), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
-    facts.branches = {site: forks.origins.get(code, code) for site, code in facts.branches.items()}
+    with LOCK, symbolic_builtins(modules), forked(plan, forks, functions):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
     _hold(module, [number.tensor for number in numbers])
