@@ -137,8 +137,25 @@ class _Names:
     def read_behind(self, branch: ast.If) -> set[str]:
         """Names that a line outside of a branch reads, or the branch itself the next time."""
         inside = {id(node) for part in (*branch.body, *branch.orelse) for node in ast.walk(part)}
-        again = id(branch) in self._looped
-        return {node.id for node in self._reads if again or id(node) not in inside} | {_RESULT}
+        outside = {node.id for node in self._reads if id(node) not in inside} | {_RESULT}
+        return outside | (_needed(branch.body) | _needed(branch.orelse) if id(branch) in self._looped else set())
+
+
+def _needed(body: list[ast.stmt]) -> set[str]:
+    """Names that statements may read before they have bound them."""
+    bound: set[str] = set()
+    needed: set[str] = set()
+    for statement in body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        needed |= {node.id for node in names if isinstance(node.ctx, ast.Load)} - bound
+        if isinstance(statement, ast.AugAssign):
+            needed |= {node.id for node in ast.walk(statement.target) if isinstance(node, ast.Name)} - bound
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:  # no other is sure to happen
+            bound |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        elif not isinstance(statement, (ast.Expr, ast.AugAssign)):
+            inner = [node for node in ast.walk(statement) if isinstance(node, ast.AugAssign)]
+            needed |= {node.id for part in inner for node in ast.walk(part.target) if isinstance(node, ast.Name)} - bound
+    return needed
 
 
 def _assigned(body: list[ast.stmt]) -> set[str]:

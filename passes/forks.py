@@ -303,30 +303,33 @@ class _Python:
     """
 
     def __init__(self, forks: Forks, frame: FrameType, assigned: Sequence[str]) -> None:
-        self._assigned = frozenset(assigned)
-        self._frames = [(frame, self._variables(frame))]
+        self._frames = [(frame, frozenset(assigned))]
         while (outer := self._frames[-1][0].f_back) is not None and not _is_tracer(outer):
-            self._frames.append((outer, dict(outer.f_locals) if is_user(outer) else {}))
+            self._frames.append((outer, frozenset()))
+        self._frames = [(frame, names) for frame, names in self._frames if is_user(frame)]
+        self._before = [_variables(*entry) for entry in self._frames]
         assert forks.snapshot is not None
-        roots = [(name, value) for _, held in self._frames for name, value in held.items()]
+        roots = [(name, value) for held in self._before for name, value in held.items()]
         if forks.step is None or forks.step.differences():
             forks.step = forks.snapshot(roots, None)
         self._states = (forks.step, forks.snapshot(roots, forks.step))
-
-    def _variables(self, frame: FrameType) -> dict[str, Any]:
-        return {k: v for k, v in frame.f_locals.items() if k not in self._assigned and not k.startswith(FORK)}
 
     def changed(self) -> str:
         """What is not as it was, or an empty string."""
         if not all(state.complete for state in self._states):
             return "what hangs on the step, which is too much to be watched"
-        for index, (frame, before) in enumerate(self._frames):
-            now: Mapping[str, Any] = self._variables(frame) if not index else frame.f_locals if before else {}
+        for entry, before in zip(self._frames, self._before, strict=True):
+            now = _variables(*entry)
             name = next((name for name in before if now.get(name) is not before[name]), None)
             if name is not None:
-                return f"the variable {name} of {frame.f_code.co_name}"
+                return f"the variable {name} of {entry[0].f_code.co_name}"
         found = next((difference for state in self._states for difference in state.differences()), None)
         return str(found.path) if found is not None else ""
+
+
+def _variables(frame: FrameType, but: frozenset[str]) -> dict[str, Any]:
+    """The variables of a frame that the step's own lines know, except some."""
+    return {name: value for name, value in frame.f_locals.items() if name not in but and not name.startswith(FORK)}
 
 
 def _is_tracer(frame: FrameType) -> bool:

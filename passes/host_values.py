@@ -60,8 +60,7 @@ def remove_host_values(
             if not known - exact:
                 raise Unremovable(missing.detail, missing.operator, missing.site) from missing
             exact |= known
-        del facts.decisions[before[0] :]
-        facts.definitions = dict(before[1])
+        facts.forget(*before)
     count = _results(module.graph)
     module.graph = graph
     module.graph.eliminate_dead_code()

@@ -103,6 +103,10 @@ class Facts:
     outcomes: dict[Site, bool] = field(default_factory=dict)
     branches: dict[Site, CodeType] = field(default_factory=dict)
     unmerged: dict[Site, str] = field(default_factory=dict)
+    shorter: dict[Any, sympy.Basic] = field(default_factory=dict)  # of `passes.bounds`, for which sympy takes long
+    _resolved: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
+    _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
+    _known: set[sympy.Basic] = field(default_factory=set)
 
     def happened(self) -> bool:
         """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
@@ -111,13 +115,30 @@ class Facts:
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
-        while any(symbol in self.definitions for symbol in expression.free_symbols):
-            expression = expression.xreplace(self.definitions)
-        return expression
+        made = self._resolved.get(expression, expression)
+        while any(symbol in self.definitions for symbol in made.free_symbols):
+            made = made.xreplace(self.definitions)
+        if made is not expression:
+            self._resolved[expression] = made
+        return made
+
+    def forget(self, decisions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
+        """Go back to the first ``decisions``, and to these definitions."""
+        del self.decisions[decisions:]
+        self.definitions = dict(definitions)
+        self._resolved.clear()
+        self._known = {decision.holds for decision in self.decisions}
 
     def hint(self, expression: sympy.Basic) -> sympy.Basic | None:
         """The value of ``expression`` in the eager run, or None."""
-        value = self.resolve(expression).xreplace({s: sympy.sympify(v) for s, v in self.hints.items()})
+        resolved = self.resolve(expression)
+        symbols = resolved.free_symbols
+        if any(symbol not in self.hints for symbol in symbols):
+            value = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols if s in self.hints})
+        else:
+            value = self._hinted.get(resolved)
+            if value is None:
+                value = self._hinted[resolved] = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols})
         return value if not value.free_symbols else None
 
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site) -> None:
@@ -128,8 +149,8 @@ class Facts:
             if self.happened():
                 self.outcomes[site] = bool(outcome)
             decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
-        known = any(d.predicate == decision.predicate and d.outcome == decision.outcome for d in self.decisions)
-        if not known and decision.holds not in (sympy.true, True):
+        if decision.holds not in self._known and decision.holds != sympy.true:
+            self._known.add(decision.holds)
             self.decisions.append(decision)
 
 
@@ -143,10 +164,17 @@ class _Hinted(ShapeEnv):
 
     facts: Facts
 
+    def static(self, expression: sympy.Basic) -> Any:
+        """The value of an expression that has it whatever the data, else None."""
+        known: dict[sympy.Basic, Any] = self.__dict__.setdefault("_static_values", {})
+        if expression not in known:
+            known[expression] = self._maybe_evaluate_static(expression)
+        return known[expression]
+
     def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(ShapeEnv.evaluate_expr).bind(self, orig_expr, *args, **kwargs).arguments
         expression = self.facts.resolve(orig_expr)
-        known = self._maybe_evaluate_static(expression)
+        known = self.static(expression)
         if known is not None:
             return known
         if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
@@ -175,7 +203,7 @@ class _Hinted(ShapeEnv):
         self, orig_expr: Any, msg: str, fx_node: Any = None, **_: Any
     ) -> bool:
         expression = self.facts.resolve(orig_expr)
-        if self._maybe_evaluate_static(expression) is None:
+        if self.static(expression) is None:
             self.facts.decide(expression, True, user_site())
         return True
 
@@ -562,7 +590,7 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    forks = Forks(facts, environment._maybe_evaluate_static, snapshot)
+    forks = Forks(facts, environment.static, snapshot)
     follow = _Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
@@ -584,7 +612,8 @@ def trace_once(
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
-    facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]
     _hold(module, [number.tensor for number in numbers])
     _name_state(module)
     module.meta.update(meta, facts=facts)
