@@ -35,6 +35,7 @@ class Step:
         real: rows of this call.
         compiler: what compiles the step before it is recorded; see `graphs.compiler`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
+        form: the template of the output, where it is that of a substitute for the module.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
@@ -54,6 +55,7 @@ class Step:
     plain: Callable[..., Any] | None = None
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
+    form: OutputTemplate | None = None
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
@@ -79,7 +81,8 @@ class Step:
 
     def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
         """Run at ``tensors`` and return the output tensors that a replay has to produce."""
-        return self.template(self.run(tensors), tensors, externals)[1]
+        output = self.run(tensors)
+        return self.form.select(output) if self.form is not None else self.template(output, tensors, externals)[1]
 
     def roots(self) -> list[tuple[str, Any]]:
         """Where Python state of the step can hang: the model and the opaque arguments."""
