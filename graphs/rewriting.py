@@ -158,7 +158,9 @@ class RewrittenStep:
         self._structure = structure
         self.written, self.held_written = passes.lasting_writes(module)
         used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-        self.held: list[Tensor] = [tensor for name, tensor in module.named_buffers() if name in used and name.startswith("state_")]
+        self.held: list[Tensor] = [
+            tensor for name, tensor in module.named_buffers() if name in used and name.startswith("state_")
+        ]
         self._results: int = module.meta.get("results", sys.maxsize)
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 

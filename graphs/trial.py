@@ -362,7 +362,9 @@ def _compare_substitute(
     """
     plain = step.without_substitute()
     start.restore()
-    output = map_leaves(_guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    output = map_leaves(
+        _guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
+    )
     state = trace.written.copies()
     _reset(step, start)
     template, produced = step.template(step.run(stand_ins), stand_ins, externals)
@@ -374,6 +376,10 @@ def _compare_substitute(
     if check and found is not None:
         raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])
     return template
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _guarded(step: Step, run: Callable[[], Any]) -> Any:

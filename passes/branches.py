@@ -19,26 +19,22 @@ results of the graph become ``(*results, flag, *undo)`` and ``module.meta["undo"
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.aliases import Aliases, written
 from passes.errors import Unremovable
-from passes.rewriter import Rewriter
+from passes.rewriter import ALONG, BY_INDEX, DIVIDING, PICKING, Rewriter
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
-_ALONG = (
-    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
-    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
-)
 _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
-BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 
 
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
@@ -57,45 +53,68 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
 
 
-def guard_indices(module: GraphModule, position: int) -> list[tuple[str, str]]:
-    """Keep every index within its tensor, and raise the flag (result ``position``) where one would not be.
+def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
+    """Keep every index within its tensor and every divisor from zero, and raise the flag (result ``position``) if one is not.
 
-    On a way that the step does not take an index may be anything, and a device that is asked for a row beyond the end
-    ends the process.
+    On a way that the step does not take they may be anything, and a device that is asked for a row beyond the end ends the
+    process. Where the graph has no flag only sides of branches and trips of loops are ways that may not be taken; it gets a
+    flag if they need one.
     """
     output = next(n for n in module.graph.nodes if n.op == "output")
-    broken, changes = output.args[0][position], []  # type: ignore[index]
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    broken = results[position] if len(results) > position else None
+    everywhere, changes = broken is not None, []
     for node in list(module.graph.nodes):
-        for index, size, low in _indices(node):
-            if _is_within(index):
+        runs = node.meta.get("runs")
+        for value, size, low in _partial(node) if everywhere or runs is not None else ():
+            if size and _is_within(value, size, given=not isinstance(runs, Node)):
                 continue
             with module.graph.inserting_before(node):
-                safe = module.graph.call_function(aten.clamp.default, (index, low, size - 1))
-                strays = module.graph.call_function(aten.ne.Tensor, (index, safe))
+                safe, strays = _safe(module.graph, value, size, low)
                 stray = module.graph.call_function(aten.any.default, (strays,))
-            safe.meta = dict(index.meta)
-            node.args = torch.fx.node.map_aggregate(node.args, lambda a, i=index, s=safe: s if a is i else a)  # type: ignore[assignment, misc]
+            safe.meta = dict(value.meta)
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a, v=value, s=safe: s if a is v else a)  # type: ignore[assignment, misc]
             with module.graph.inserting_before(output):
-                broken = module.graph.call_function(aten.logical_or.default, (broken, stray))
-            changes.append((str(index), str(safe)))
-    results = list(output.args[0])  # type: ignore[arg-type]
-    results[position] = broken
-    output.args = (results,)
+                if isinstance(runs, Node):
+                    stray = module.graph.call_function(aten.logical_and.default, (stray, runs))
+                broken = stray if broken is None else module.graph.call_function(aten.logical_or.default, (broken, stray))
+            changes.append((str(value), str(safe)))
+    output.args = ([*results[:position], *([broken] if broken is not None else [])],)
     return changes
 
 
-def _indices(node: Node) -> list[tuple[Node, int, int]]:
-    """The index tensors of an operator, with the size that each goes into and the least that is legal."""
+def _safe(graph: Graph, value: Node, size: int, low: int) -> tuple[Node, Node]:
+    """Indices kept within ``[low, size)``, or (``size`` zero) divisors of which none is zero; and where they were not so."""
+    if not size:
+        zeros = graph.call_function(aten.eq.Scalar, (value, 0))
+        return graph.call_function(aten.add.Tensor, (value, zeros)), zeros
+    safe = graph.call_function(aten.clamp.default, (value, low, size - 1))
+    return safe, graph.call_function(aten.ne.Tensor, (value, safe))
+
+
+def conditions(module: GraphModule) -> set[Node]:
+    """The nodes that `guard` may need, besides those that the results do."""
+    return {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
+
+
+def _partial(node: Node) -> list[tuple[Node, int, int]]:
+    """Arguments of which an operator refuses some values: indices, with the size that each goes into and the least that is
+    legal, and divisors of whole numbers, with zero for both.
+    """
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return []
     value = node.args[0].meta.get("val")
     if not isinstance(value, Tensor):
         return []
-    if node.target in _ALONG:
+    if node.target in DIVIDING:
+        divisor = node.args[1]
+        whole = isinstance(divisor, Node) and not (_dtype(divisor).is_floating_point or value.dtype.is_floating_point)
+        return [(divisor, 0, 0)] if whole else []  # type: ignore[list-item]
+    if node.target in ALONG:
         return [(node.args[2], int(value.shape[node.args[1]]), 0)]  # type: ignore[list-item, index]
     if node.target is aten.embedding.default:
         return [(node.args[1], int(value.shape[0]), 0)]  # type: ignore[list-item]
-    if node.target in (aten.index.Tensor, *BY_INDEX):
+    if node.target in PICKING:
         indices = [(dim, i) for dim, i in enumerate(node.args[1]) if isinstance(i, Node)]  # type: ignore[arg-type]
         if any(_dtype(i) in (torch.bool, torch.uint8) for _, i in indices):
             return []
@@ -103,14 +122,43 @@ def _indices(node: Node) -> list[tuple[Node, int, int]]:
     return []
 
 
-def _is_within(index: Node) -> bool:
-    """Whether an index cannot leave its tensor: it was kept within, is a place in the tensor itself, or is the caller's."""
-    if index.op == "placeholder" or str(index.target).startswith("_pass_constant"):
+def _is_within(index: Node, size: int, *, given: bool) -> bool:
+    """Whether an index cannot leave ``size`` places: it was kept within, or is a place in a tensor that is no longer.
+
+    Args:
+        given: whether to trust the caller's, as eager does.
+    """
+    target, arguments = index.target, index.args
+    if index.op == "placeholder" or str(target).startswith("_pass_constant"):
+        return given or index.op != "placeholder"
+    if target is aten.clamp.default:
+        low, high = (*arguments[1:], None, None)[:2]
+        return isinstance(low, int) and isinstance(high, int) and -size <= low and high < size
+    if target is aten.remainder.Scalar:
+        return isinstance(arguments[1], int) and 0 < arguments[1] <= size
+    if target is aten.masked_fill.Scalar and not (isinstance(arguments[2], int) and -size <= arguments[2] < size):
+        return False
+    if target is aten.nonzero_static.default:
         return True
-    if index.target in (aten.clamp.default, aten.remainder.Scalar, aten.nonzero_static.default):
-        return True
+    if target in _PLACES or (target is operator.getitem and arguments[1] == 1):
+        return _is_place(index if target in _PLACES else arguments[0], size)
     through = (aten.view.default, aten.select.int, aten.masked_fill.Scalar, aten.index_select.default, aten.expand.default)
-    return index.target in through and isinstance(index.args[0], Node) and _is_within(index.args[0])
+    return target in through and isinstance(arguments[0], Node) and _is_within(arguments[0], size, given=given)
+
+
+def _is_place(ranked: Any, size: int) -> bool:
+    """Whether the places that an operator finds in its argument are among the first ``size``."""
+    if ranked.target not in (*_PLACES, *_RANKS):
+        return False
+    value, given = ranked.args[0].meta["val"], list(ranked.args[1:])
+    if ranked.target is aten.topk.default:
+        given = given[1:] or [-1]
+    dim = given[0] if given else None if ranked.target in _PLACES[:2] else -1
+    return bool(value.dim() and not ranked.kwargs and (value.numel() if dim is None else value.shape[dim]) <= size)
+
+
+_PLACES = (aten.argmax.default, aten.argmin.default, aten.argsort.default)
+_RANKS = (aten.topk.default, aten.sort.default, aten.max.dim, aten.min.dim)
 
 
 @dataclass(frozen=True)

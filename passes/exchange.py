@@ -177,6 +177,3 @@ def _with_entry(code: CodeType) -> CodeType:
         return ENTRY if value == PLACEHOLDER else value
 
     return code.replace(co_consts=tuple(map(constant, code.co_consts)))
-
-
-

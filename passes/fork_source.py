@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -79,7 +80,7 @@ def definition_of(text: str, code: CodeType) -> ast.FunctionDef | None:
 @functools.lru_cache(maxsize=64)
 def _definitions(text: str) -> dict[tuple[str, int], ast.FunctionDef]:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    return {(node.name, (node.decorator_list or [node])[0].lineno): node for node in found}
+    return {(node.name, min(part.lineno for part in (node, *node.decorator_list))): node for node in found}
 
 
 def _copied(node: Any) -> Any:
@@ -104,7 +105,9 @@ def _compiled(definition: ast.FunctionDef, code: CodeType) -> CodeType | None:
     made = compile(factory, code.co_filename, "exec", dont_inherit=True, flags=code.co_flags & _FUTURE)
     outer = next(constant for constant in made.co_consts if isinstance(constant, CodeType))
     new = next(constant for constant in outer.co_consts if isinstance(constant, CodeType))
-    return new.replace(co_qualname=code.co_qualname) if new.co_freevars == code.co_freevars else None
+    if new.co_freevars != code.co_freevars:
+        return None
+    return new.replace(co_qualname=code.co_qualname) if sys.version_info >= (3, 11) else new
 
 
 def _is_private(node: ast.AST) -> bool:

@@ -32,7 +32,7 @@ import sympy
 import torch
 
 from passes.fork_source import FORK
-from passes.loops import Arm
+from passes.loops import Arm, Loops
 from passes.sites import Site, is_user
 from passes.symbols import SYMBOLS, expression_of
 
@@ -82,8 +82,8 @@ class Forks:
         failed: the first branch that turned out not to be mergeable. The user's own lines may catch the exception.
     """
 
-    def __init__(self, facts: Facts, static: Callable[[sympy.Basic], Any], snapshot: Snapshot | None) -> None:
-        self.facts, self.static, self.snapshot = facts, static, snapshot
+    def __init__(self, facts: Facts, loops: Loops, static: Callable[[sympy.Basic], Any], snapshot: Snapshot | None) -> None:
+        self.facts, self.loops, self.static, self.snapshot = facts, loops, static, snapshot
         self.joining: Arm | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
@@ -185,7 +185,7 @@ class Fork:
         """Whether to run a side. Of a branch on data both run."""
         if not self.is_data:
             return bool(self._condition is side)
-        loops = self._forks.facts.loops
+        loops = self._forks.loops
         self._outer = loops.trips
         self._within = loops.trips = (*loops.trips, self._arm(side))
         return True
@@ -202,7 +202,7 @@ class Fork:
         """
         if not self.is_data:
             return
-        loops = self._forks.facts.loops
+        loops = self._forks.loops
         if loops.trips != self._within:
             raise self._forks.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
         loops.trips = self._outer

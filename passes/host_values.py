@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
 from passes.errors import Unremovable
-from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
+from passes.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
 _FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
 TABLES: dict[str, Mapping[Any, Rule]] = {
@@ -63,11 +63,12 @@ def remove_host_values(
         facts.forget(*before)
     count = _results(module.graph)
     module.graph = graph
+    needed = branches.conditions(module)
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
+    changes = [*rewriter.changes, *branches.guard(module, count)]
     module.graph.eliminate_dead_code()
     assumes = _results(graph) > count
-    changes = list(rewriter.changes)
     if assumes:
-        changes += branches.guard_indices(module, count)
         changes += branches.make_undoable(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
     left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
@@ -102,7 +103,7 @@ def _needs_host(node: Node) -> bool:
     """Whether an operator has the host wait, be it without giving it a value: one that takes masks as indices does."""
     if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
         return True
-    indices = node.args[1] if node.target in branches.BY_INDEX else ()
+    indices = node.args[1] if node.target in BY_INDEX else ()
     return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
 
 

@@ -17,12 +17,11 @@ from passes.loops import Arm, trips_of
 aten = torch.ops.aten
 LIMIT = 64
 """Operators above which a side is not cheap enough to be computed for nothing."""
-_DIVIDING = (aten.floor_divide, aten.floor_divide_, aten.remainder, aten.remainder_, aten.fmod, aten.fmod_)
 _RAISING = (
     *("linalg_", "_linalg", "cholesky", "lu_", "inverse", "ormqr", "geqrf", "triangular", "histc", "_assert", "nll_loss"),
-    *("ctc_loss", "masked_scatter", "max_unpool", "embedding_bag", "_embedding_bag", "repeat_interleave"),
+    *("ctc_loss", "masked_scatter", "max_unpool", "embedding_bag", "_embedding_bag", "repeat_interleave", "take", "put"),
 )
-"""What the names of operators begin with that may refuse values, not only shapes and dtypes."""
+"""What the names of operators begin with that may refuse values, besides those that `passes.branches.guard` keeps from it."""
 
 
 def check(module: GraphModule) -> None:
@@ -63,24 +62,13 @@ def _unconditional(node: Node) -> str:
         return f"a side calls {name}, which may depend on what it is given"
     if torch.Tag.nondeterministic_seeded in target.tags:
         return "a side draws random numbers"
-    if name.removeprefix("aten.").startswith(_RAISING) or (_divides(target) and _is_whole(node)):
+    if name.removeprefix("aten.").startswith(_RAISING):
         return f"a side calls {name}, which may raise"
     if torch.Tag.inplace_view in target.tags or name.startswith(("aten.resize", "aten.set_")):
         return f"a side calls {name}, which changes a tensor's shape"
     if schema.is_mutable and written(node) != list(node.args[:1]):
         return f"a side calls {name}, which writes more than its first argument"
     return ""
-
-
-def _divides(target: Any) -> bool:
-    return target.overloadpacket in _DIVIDING or target in (aten.div.Tensor_mode, aten.div_.Tensor_mode)
-
-
-def _is_whole(node: Node) -> bool:
-    """Whether an operator divides whole numbers by a tensor, which may hold a zero."""
-    divisor = node.args[1] if len(node.args) > 1 else None
-    value = divisor.meta.get("val") if isinstance(divisor, Node) else None
-    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def _is_elsewhere(node: Node, user: Node) -> bool:

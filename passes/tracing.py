@@ -370,7 +370,7 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
     except Unmergeable:
         raise
     except Exception as error:
-        arm = next((trip for trip in reversed(forks.facts.loops.trips) if isinstance(trip, Arm)), None)  # type: ignore[union-attr]
+        arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, Arm)), None)
         if arm is None:
             raise
         text = str(error).partition("\n")[0]
@@ -590,7 +590,7 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    forks = Forks(facts, environment.static, snapshot)
+    forks = Forks(facts, facts.loops, environment.static, snapshot)
     follow = _Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
@@ -608,9 +608,9 @@ def trace_once(
                 meta["advance"] = _advance(facts, numbers, held, symbols, advanced())
             return results
 
-    with LOCK, symbolic_builtins(modules), forked(plan, forks, functions):
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            module = _made(followed, fakes, forks)
+    as_written = torch.compiler.set_stance("force_eager")
+    with LOCK, symbolic_builtins(modules), forked(plan, forks, functions), torch.no_grad(), as_written:
+        module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
     facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]
