@@ -156,11 +156,11 @@ class RewrittenStep:
         self.traced = module
         self.changes = changes
         self._structure = structure
-        self.written, self.held_written = passes.lasting_writes(module)
-        used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-        self.held: list[Tensor] = [
-            tensor for name, tensor in module.named_buffers() if name in used and name.startswith("state_")
-        ]
+        self.written, written = passes.lasting_writes(module)
+        read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+        held = {name: module.get_buffer(name) for name in read if name.startswith("state_")}  # not the passes' own
+        self.held: list[Tensor] = list(held.values())
+        self.held_written: list[Tensor] = [held[name] for name in written if name in held]
         self._results: int = module.meta.get("results", sys.maxsize)
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.calls import attribute
-
 if TYPE_CHECKING:
     from passes.rewriter import Rewriter
 
@@ -52,8 +50,8 @@ def written(node: Node) -> list[Node]:
     return found
 
 
-def lasting_writes(module: GraphModule) -> tuple[list[int], list[torch.Tensor]]:
-    """What a graph writes that outlives a run: positions of its arguments, and tensors that it holds."""
+def lasting_writes(module: GraphModule) -> tuple[list[int], list[str]]:
+    """What a graph writes that outlives a run: positions of its arguments, and names of tensors that it holds."""
     places = {node: index for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
     roots: dict[Node, None] = {}
     for node in module.graph.nodes:
@@ -61,8 +59,7 @@ def lasting_writes(module: GraphModule) -> tuple[list[int], list[torch.Tensor]]:
             while (parent := parent_of(tensor)) is not None:
                 tensor = parent
             roots[tensor] = None
-    held = [attribute(module, str(root.target)) for root in roots if root.op == "get_attr"]
-    return sorted(places[root] for root in roots if root in places), held
+    return sorted(places[root] for root in roots if root in places), [str(root.target) for root in roots if root.op == "get_attr"]
 
 
 class Aliases:

@@ -80,7 +80,7 @@ def definition_of(text: str, code: CodeType) -> ast.FunctionDef | None:
 @functools.lru_cache(maxsize=64)
 def _definitions(text: str) -> dict[tuple[str, int], ast.FunctionDef]:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    return {(node.name, min(part.lineno for part in (node, *node.decorator_list))): node for node in found}
+    return {(node.name, min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])): node for node in found}
 
 
 def _copied(node: Any) -> Any:
@@ -107,7 +107,9 @@ def _compiled(definition: ast.FunctionDef, code: CodeType) -> CodeType | None:
     new = next(constant for constant in outer.co_consts if isinstance(constant, CodeType))
     if new.co_freevars != code.co_freevars:
         return None
-    return new.replace(co_qualname=code.co_qualname) if sys.version_info >= (3, 11) else new
+    if sys.version_info >= (3, 11):
+        new = new.replace(co_qualname=code.co_qualname)
+    return new
 
 
 def _is_private(node: ast.AST) -> bool:

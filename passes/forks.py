@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,8 +61,8 @@ class State(Protocol):
 
     complete: bool
 
-    def differences(self) -> Sequence[Any]:
-        """What is not as it was; each has a ``path``."""
+    def changed_entries(self) -> Iterator[tuple[Any, ...]]:
+        """What is not as it was, each beginning with its path."""
         ...
 
 
@@ -310,7 +310,7 @@ class _Python:
         self._before = [_variables(*entry) for entry in self._frames]
         assert forks.snapshot is not None
         roots = [(name, value) for held in self._before for name, value in held.items()]
-        if forks.step is None or forks.step.differences():
+        if forks.step is None or _changed(forks.step):
             forks.step = forks.snapshot(roots, None)
         self._states = (forks.step, forks.snapshot(roots, forks.step))
 
@@ -323,8 +323,12 @@ class _Python:
             name = next((name for name in before if now.get(name) is not before[name]), None)
             if name is not None:
                 return f"the variable {name} of {entry[0].f_code.co_name}"
-        found = next((difference for state in self._states for difference in state.differences()), None)
-        return str(found.path) if found is not None else ""
+        return next((path for state in self._states if (path := _changed(state))), "")
+
+
+def _changed(state: State) -> str:
+    entry = next(state.changed_entries(), None)
+    return str(entry[0]).format("") if entry is not None else ""
 
 
 def _variables(frame: FrameType, but: frozenset[str]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, should_allow_numbers_as_tensors
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -220,7 +221,8 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         site = user_site()
-        result = func(*args, **(kwargs or {}))
+        args, kwargs = _not_computed(func, args, kwargs or {})
+        result = func(*args, **kwargs)
         self._mark(site)
         self._forget_offsets(result)
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):
@@ -229,7 +231,7 @@ class _Follow(TorchDispatchMode):
         if func is aten.split_with_sizes.default:
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
-            self._define_slice(result, *args, **(kwargs or {}))
+            self._define_slice(result, *args, **kwargs)
         elif not self.facts.happened():
             return result
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
@@ -329,6 +331,22 @@ _OTHER_READS = (
     *("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default)),
     *("torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor"),
 )
+
+
+def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of an operator that fake tensors do not stand for yet, as views, for which they do.
+
+    An operator that takes a number for a tensor would be run, to find its constant: written, or taken for the same always.
+    """
+    if not should_allow_numbers_as_tensors(func):
+        return args, kwargs
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return args, kwargs
+    if not (func._schema.is_mutable or all(tensor.numel() <= 1 for tensor in tensors)):
+        return args, kwargs
+    made: tuple[Any, Any] = tree_map_only(Tensor, aten.alias.default, (args, kwargs))
+    return made
 
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
