@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _ADDING = (aten.index_add_.default, aten.scatter_add_.default)
+_FILLING = (aten.zero_.default, aten.fill_.Scalar)
 
 
 def conditional_write(rw: Rewriter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -44,9 +45,18 @@ def conditional_write(rw: Rewriter, target: Any, args: tuple[Any, ...], kwargs: 
     if target is aten.index_copy_.default:
         present = rw.plain(aten.index_select.default, x, args[1], args[2])
         return rw.plain(target, x, args[1], args[2], rw.plain(aten.where.self, runs, args[3], present))
+    if target in _FILLING and not any(isinstance(value, Node) for value in args[1:]):
+        return rw.plain(aten.masked_fill_.Scalar, x, runs, args[1] if len(args) > 1 else 0)
+    if target is aten.copy_.default and _alike(x, args[1]):
+        return rw.plain(target, x, rw.plain(aten.where.self, runs, args[1], x))
     before = rw.plain(aten.clone.default, x)
     rw.plain(target, *args, **kwargs)
     return rw.plain(aten.copy_.default, x, rw.plain(aten.where.self, runs, x, before))
+
+
+def _alike(x: Node, y: Node) -> bool:
+    a, b = x.meta["val"], y.meta["val"]
+    return bool((a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device))
 
 
 def _nothing_else(rw: Rewriter, values: Node, runs: Node) -> Node:

@@ -20,7 +20,9 @@ from passes.fork_source import PLACEHOLDER, branch_at, with_forks
 
 Lines = frozenset[int]
 """First lines of ``if`` statements and conditional expressions."""
-Plan = Mapping[CodeType, Lines]
+Written = tuple[str, CodeType]
+"""A function as it is written: its file and its code. Codes of two files may be equal."""
+Plan = Mapping[Written, Lines]
 """Which branches of which functions have both sides run."""
 LOCK = threading.RLock()
 """Held by the thread that traces: what is exchanged, and what hides builtins, is there for one trace at a time."""
@@ -90,7 +92,7 @@ ENTRY = _Entry()
 
 
 @contextlib.contextmanager
-def forked(plan: Plan, forks: Any, functions: Mapping[CodeType, Sequence[FunctionType]]) -> Iterator[None]:
+def forked(plan: Plan, forks: Any, functions: Mapping[Written, Sequence[FunctionType]]) -> Iterator[None]:
     """Let the functions of ``plan`` ask ``forks`` at their branches; afterwards each has the code that it had.
 
     Args:
@@ -98,11 +100,11 @@ def forked(plan: Plan, forks: Any, functions: Mapping[CodeType, Sequence[Functio
     """
     changed: list[tuple[FunctionType, CodeType]] = []
     try:
-        for code, lines in plan.items():
-            new = rewritten(code, lines)
-            for function in functions[code] if new is not None else ():
-                if function.__code__ is code and new is not None:
-                    changed.append((function, code))
+        for place, lines in plan.items():
+            new = rewritten(place[1], lines)
+            for function in functions[place] if new is not None else ():
+                if written(function.__code__) == place and new is not None:
+                    changed.append((function, function.__code__))
                     function.__code__ = new
         with ENTRY.answered_by(forks):
             yield
@@ -111,39 +113,43 @@ def forked(plan: Plan, forks: Any, functions: Mapping[CodeType, Sequence[Functio
             function.__code__ = code
 
 
-def functions_of(codes: Sequence[CodeType]) -> dict[CodeType, list[FunctionType]]:
-    """The function objects that run each code: one for each time its ``def`` was executed."""
-    found: dict[CodeType, list[FunctionType]] = {code: [] for code in codes}
-    for function in gc.get_referrers(*codes) if codes else ():
-        if isinstance(function, FunctionType) and function.__code__ in found:
-            found[function.__code__].append(function)
+def written(code: CodeType) -> Written:
+    """The function that a code stands for, be it one that `rewritten` made."""
+    return _ORIGINALS.get((code.co_filename, code), (code.co_filename, code))
+
+
+_ORIGINALS: dict[Written, Written] = {}
+
+
+def functions_of(places: Sequence[Written]) -> dict[Written, list[FunctionType]]:
+    """The function objects that run each code: one for each time its ``def`` was executed and its result is still there."""
+    found: dict[Written, list[FunctionType]] = {place: [] for place in places}
+    for function in gc.get_referrers(*[code for _, code in places]) if places else ():
+        if isinstance(function, FunctionType) and (place := written(function.__code__)) in found:
+            found[place].append(function)
     return found
 
 
-def original(code: CodeType) -> CodeType:
-    """The code that stands in the source, for one that `rewritten` made of it."""
-    return _ORIGINALS.get(code, code)
-
-
-_ORIGINALS: dict[CodeType, CodeType] = {}
+def rewritten(code: CodeType, lines: Lines) -> CodeType | None:
+    """The code of a function that has both sides of the branches in ``lines`` run; None where there are none such."""
+    return _rewritten(code.co_filename, code, lines)
 
 
 @functools.lru_cache(maxsize=256)
-def rewritten(code: CodeType, lines: Lines) -> CodeType | None:
-    """The code of a function that has both sides of the branches in ``lines`` run; None where there are none such."""
-    tree = _source_of(code)
-    made = with_forks(tree, code, lines) if tree is not None else None
+def _rewritten(file: str, code: CodeType, lines: Lines) -> CodeType | None:
+    text = _source_of(code)
+    made = with_forks(text, code, lines) if text is not None else None
     if made is None:
         return None
     new = _with_entry(made)
-    _ORIGINALS[new] = code
+    _ORIGINALS[file, new] = (file, code)
     return new
 
 
 def branch_in(code: CodeType, line: int) -> int | None:
     """The first line of the branch whose condition stands in ``line``, if both of its sides can be run."""
-    tree = _source_of(code)
-    first = branch_at(tree, code, line) if tree is not None else None
+    text = _source_of(code)
+    first = branch_at(text, code, line) if text is not None else None
     return first if first is not None and rewritten(code, frozenset((first,))) is not None else None
 
 

@@ -61,7 +61,9 @@ def with_forks(text: str, code: CodeType, lines: frozenset[int]) -> CodeType | N
     Branches that have to be rewritten with them are, too: one whose condition the host knows goes its one way.
     """
     found = definition_of(text, code)
-    if found is None or any(_is_private(node) or isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(found)):
+    if found is None or any(map(_is_private, ast.walk(found))):
+        return None
+    if any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in _within_scope(found)):
         return None
     definition = _copied(found)
     leaving = [n.lineno for n in _within_scope(definition) if isinstance(n, ast.If) and _leaves([n])]

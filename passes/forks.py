@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _KINDS: tuple[tuple[type, ...], ...] = ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat))
+LONG = 120
+"""Parts of an expression above which it is given a name."""
 _CONSTANTS = (type(None), complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -78,12 +80,14 @@ class Forks:
         snapshot: takes snapshots of Python objects.
 
     Attributes:
+        naming: whether the operators that run now give a long expression a name.
         joining: a side of the branch whose sides are joined by the operators that run now, if they do that.
         failed: the first branch that turned out not to be mergeable. The user's own lines may catch the exception.
     """
 
     def __init__(self, facts: Facts, loops: Loops, static: Callable[[sympy.Basic], Any], snapshot: Snapshot | None) -> None:
         self.facts, self.loops, self.static, self.snapshot = facts, loops, static, snapshot
+        self.naming = False
         self.joining: Arm | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
@@ -120,7 +124,24 @@ class Forks:
         if not isinstance(value, torch.SymBool):
             return bool(value)
         known = self.static(self.facts.resolve(value.node.expr))
-        return value if known is None else bool(known)
+        return self.short(value) if known is None else bool(known)
+
+    def short(self, value: Any) -> Any:
+        """A whole number or a flag, as a symbol of its own if its expression is long: choices of choices would grow for ever."""
+        expression = self.facts.resolve(expression_of(value))
+        if sum(1 for _ in itertools.islice(sympy.preorder_traversal(expression), LONG)) < LONG:
+            return value
+        flag, self.naming = isinstance(value, torch.SymBool), True
+        try:
+            number = torch.sym_ite(value, 1, 0) if flag else value
+            made: Any = torch.scalar_tensor(number, dtype=torch.bool if flag else torch.int64).item()
+        finally:
+            self.naming = False
+        hint = self.facts.hint(expression)
+        (symbol,) = made.node.expr.free_symbols
+        if hint is not None:
+            self.facts.hints[symbol] = int(bool(hint)) if flag else int(hint)  # type: ignore[call-overload]
+        return made
 
     def both(self, first: Any, second: Callable[[], Any], line: int) -> Any:
         """``first and second``, as a condition."""
@@ -258,16 +279,16 @@ class Fork:
         if not isinstance(a, SYMBOLS) and not isinstance(b, SYMBOLS) and repr(a) == repr(b):  # -0.0 equals 0.0
             return a
         if isinstance(a, (bool, torch.SymBool)):
-            return (self._condition & a) | (torch.sym_not(self._condition) & b)
+            return self._forks.short((self._condition & a) | (torch.sym_not(self._condition) & b))
         if isinstance(a, (int, torch.SymInt)) and expression_of(a) == expression_of(b):
             return a
-        return self._choice(a, b)
+        made = self._choice(a, b)
+        return made if isinstance(made, torch.SymFloat) else self._forks.short(made)
 
     def _choice(self, a: Any, b: Any) -> Any:
         """One of two numbers, of which either may be a symbol."""
-        if isinstance(a, SYMBOLS) != isinstance(b, SYMBOLS):
-            nothing = torch.sym_ite(self._condition, 1, 0) * 0
-            a, b = a + nothing, b + nothing
+        if isinstance(a, SYMBOLS) != isinstance(b, SYMBOLS):  # `torch.sym_ite` takes two of a kind
+            a, b = (side if isinstance(side, SYMBOLS) else torch.sym_ite(self._condition, side, side) for side in (a, b))
         return torch.sym_ite(self._condition, a, b)
 
     def _joined_tensors(self, a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
@@ -33,7 +33,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
-from passes.exchange import LOCK, Lines, Plan, branch_in, forked, functions_of, original
+from passes.exchange import LOCK, Lines, Plan, Written, branch_in, forked, functions_of, written
 from passes.forks import Forks, Snapshot, Unmergeable
 from passes.loops import LIMIT, Arm, Loops, leaks, outside
 from passes.python_entry import SymbolicEntry
@@ -116,11 +116,12 @@ class Facts:
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
-        made = self._resolved.get(expression, expression)
+        made = self._resolved.get(expression)
+        if made is None:
+            made = expression.replace(sympy.ITE, _without_choice) if expression.has(sympy.ITE) else expression
         while any(symbol in self.definitions for symbol in made.free_symbols):
             made = made.xreplace(self.definitions)
-        if made is not expression:
-            self._resolved[expression] = made
+        self._resolved[expression] = made
         return made
 
     def forget(self, decisions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
@@ -155,6 +156,11 @@ class Facts:
             self.decisions.append(decision)
 
 
+def _without_choice(holds: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
+    """One of two conditions, in terms that torch knows the bounds of."""
+    return sympy.Or(sympy.And(holds, a), sympy.And(sympy.Not(holds), b))
+
+
 def _is_condition(expression: sympy.Basic) -> bool:
     """Whether an expression is true or false. A plain symbol is a number, though sympy takes it for either."""
     return isinstance(expression, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction))
@@ -172,6 +178,9 @@ class _Hinted(ShapeEnv):
             known[expression] = self._maybe_evaluate_static(expression)
         return known[expression]
 
+    def bound_sympy(self, expr: sympy.Expr, size_oblivious: bool = False) -> Any:
+        return super().bound_sympy(self.facts.resolve(expr), size_oblivious)  # type: ignore[arg-type]
+
     def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(ShapeEnv.evaluate_expr).bind(self, orig_expr, *args, **kwargs).arguments
         expression = self.facts.resolve(orig_expr)
@@ -187,6 +196,8 @@ class _Hinted(ShapeEnv):
             value = self.facts.hint(expression)
         if value is None and not self.facts.happened() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
             value = sympy.true  # an index that is not known, which counts from the front
+        if value is None and not self.facts.happened() and _is_condition(expression):
+            value = sympy.false  # any way will do, until both are in the graph
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
@@ -224,7 +235,7 @@ class _Follow(TorchDispatchMode):
         args, kwargs = _not_computed(func, args, kwargs or {})
         result = func(*args, **kwargs)
         self._mark(site)
-        self._forget_offsets(result)
+        self._forget_offsets(result, (args, kwargs))
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):
             facts = self.facts
             facts.limits |= {s: args[0].numel() for s in _fresh(result, facts)}
@@ -232,7 +243,7 @@ class _Follow(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif not self.facts.happened():
+        elif self.forks.naming or not self.facts.happened():
             return result
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
             self._name(result, [self.given.pop(0)], site)
@@ -319,12 +330,21 @@ class _Follow(TorchDispatchMode):
         if isinstance(last, sympy.Symbol) and last not in rest.free_symbols:
             facts.definitions[last] = rest
 
-    def _forget_offsets(self, result: Any) -> None:
-        """The place of a view in its storage may be a symbol too; nothing reads it."""
+    def _forget_offsets(self, result: Any, arguments: Any) -> None:
+        """The place of a view in its storage may be a symbol of its own; nothing reads it."""
         offset = result.storage_offset() if isinstance(result, Tensor) and result.layout == torch.strided else 0
         if isinstance(offset, torch.SymInt):
-            known = {*self.facts.hints, *self.facts.definitions}
+            given = {symbol for leaf in tree_leaves(arguments) for symbol in _symbols_of(leaf)}
+            known = {*self.facts.hints, *self.facts.definitions, *given}
             self.facts.offsets |= {symbol for symbol in offset.node.expr.free_symbols if symbol not in known}
+
+
+def _symbols_of(value: Any) -> Iterator[sympy.Symbol]:
+    """The symbols of a number, or of where and how a tensor lies."""
+    parts = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, FakeTensor) else (value,)
+    for part in parts:
+        if isinstance(part, _SYMBOLS):
+            yield from part.node.expr.free_symbols
 
 
 _OTHER_READS = (
@@ -395,6 +415,9 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
         raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
     if forks.failed is not None:
         raise forks.failed
+    left = next((trip for trip in forks.loops.trips if isinstance(trip, Arm)), None)
+    if left is not None:
+        raise forks.unmergeable("a side raises an exception, which is caught elsewhere", left.site)
     return module
 
 
@@ -482,19 +505,17 @@ class _Merger:
 
     def __init__(self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None]) -> None:
         self._arguments, self._settings, self._restore = arguments, settings, restore
-        self._functions: dict[CodeType, list[FunctionType]] = {}
+        self._functions: dict[Written, list[FunctionType]] = {}
         self.unmerged: dict[Site, str] = {}
 
     def trace(self, plan: Plan, snapshot: Snapshot | None) -> GraphModule:
         """The graph with the branches of ``plan`` merged."""
-        missing = [code for code in plan if code not in self._functions]
-        self._functions |= functions_of(missing)
         settings = {**self._settings, "plan": plan, "snapshot": snapshot, "functions": self._functions}
         return _unrolled(*self._arguments, **settings, restore=self._restore)
 
     def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
         """The graph with all branches merged that can be."""
-        plan: dict[CodeType, Lines] = {}
+        plan: dict[Written, Lines] = {}
         tried: set[Site] = set()
         while True:
             found = self._branches(module, tried)
@@ -503,23 +524,27 @@ class _Merger:
             tried |= set(found)
             plan, module = self._wider(plan, module, found, snapshot)
 
-    def _branches(self, module: GraphModule, tried: set[Site]) -> dict[Site, CodeType]:
+    def _branches(self, module: GraphModule, tried: set[Site]) -> dict[Site, Written]:
         """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
-        found: dict[Site, CodeType] = {}
+        found: dict[Site, Written] = {}
         for (file, line), code in module.meta["facts"].branches.items():
-            first = branch_in(original(code), line)
+            place = written(code)
+            first = branch_in(place[1], line)
             if first is not None and (file, first) not in tried:
-                found[file, first] = original(code)
-        return found
+                found[file, first] = place
+        self._functions |= functions_of([place for place in dict.fromkeys(found.values()) if place not in self._functions])
+        anew = [site for site, place in found.items() if not self._functions[place]]
+        self.unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")
+        return {site: place for site, place in found.items() if site not in anew}
 
     def _wider(
-        self, plan: dict[CodeType, Lines], module: GraphModule, found: dict[Site, CodeType], snapshot: Snapshot
-    ) -> tuple[dict[CodeType, Lines], GraphModule]:
+        self, plan: dict[Written, Lines], module: GraphModule, found: dict[Site, Written], snapshot: Snapshot
+    ) -> tuple[dict[Written, Lines], GraphModule]:
         """The graph with as many more branches merged as can be, and which are then."""
         while found:
             wider = dict(plan)
-            for (_, line), code in found.items():
-                wider[code] = wider.get(code, frozenset()) | {line}
+            for (_, line), place in found.items():
+                wider[place] = wider.get(place, frozenset()) | {line}
             try:
                 made = self.trace(wider, snapshot)
                 check(made)
@@ -535,8 +560,8 @@ class _Merger:
                 self.unmerged[next(iter(found))] = detail
                 break
             else:
-                for site, code in found.items():  # one by one, so that only those that cannot be stay out
-                    plan, module = self._wider(plan, module, {site: code}, snapshot)
+                for site, place in found.items():  # one by one, so that only those that cannot be stay out
+                    plan, module = self._wider(plan, module, {site: place}, snapshot)
                 break
         return plan, module
 
@@ -573,7 +598,7 @@ def trace_once(
     unroll: str = "no",
     structure: Callable[[], Any] = lambda: None,
     plan: Plan = MappingProxyType({}),
-    functions: Mapping[CodeType, Sequence[FunctionType]] = MappingProxyType({}),
+    functions: Mapping[Written, Sequence[FunctionType]] = MappingProxyType({}),
     snapshot: Snapshot | None = None,
     restore: Callable[[], None] = lambda: None,
 ) -> GraphModule:
