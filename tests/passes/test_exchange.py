@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import linecache
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +21,8 @@ from passes.exchange import ENTRY, branch_in, forked, functions_of, rewritten, w
 def branches_of(function: Callable[..., Any]) -> frozenset[int]:
     """The lines of all ``if`` statements and conditional expressions of a function."""
     source, first = inspect.getsourcelines(function)
-    tree = ast.parse(
-        "".join(source).replace(source[0], source[0].lstrip(), 1) if not source[0].startswith(" ") else _dedented(source)
-    )
+    tree = ast.parse(textwrap.dedent("".join(source)))
     return frozenset(node.lineno + first - 1 for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp)))
-
-
-def _dedented(source: list[str]) -> str:
-    indent = len(source[0]) - len(source[0].lstrip())
-    return "".join(line[indent:] or "\n" for line in source)
 
 
 def chain(a: int, b: int, *rest: int, scale: int = 2, **named: int) -> Any:
@@ -44,7 +38,7 @@ def chain(a: int, b: int, *rest: int, scale: int = 2, **named: int) -> Any:
             b -= value
     else:
         a, b = (b, a) if named else (a, -b)
-    if not a or (b and a > 1 and not b == 2):
+    if not a or (b and a > 1 and not b == 2):  # noqa: SIM201
         return a, b
     total = [value if value else None for value in (a, b)]
     return total, (scale if a else "nothing")

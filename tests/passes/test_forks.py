@@ -237,7 +237,7 @@ def closures(x: Tensor, t: Tensor) -> Tensor:
 @case(-2, 0, 1, 2, 6, assumes=True)
 def rows_of_either_table(x: Tensor, t: Tensor) -> Tensor:
     i = int(t)
-    if i < 3 and i >= 0:
+    if i < 3 and i >= 0:  # noqa: SIM108
         row = x[i]
     else:
         row = x[abs(i) % 3] * 2
@@ -254,7 +254,7 @@ def a_divisor_that_is_zero_on_the_other_side(x: Tensor, t: Tensor) -> Tensor:
 
 @case(0, 1, 4, assumes=True)
 def places_that_exist_on_one_side_only(x: Tensor, t: Tensor) -> Tensor:
-    if t < 3:
+    if t < 3:  # noqa: SIM108
         rows = x[t.view(1)]
     else:
         rows = x[(t - 3).view(1)]
