@@ -50,6 +50,7 @@ def remove_host_values(
     while True:
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
         rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
+        guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
         try:
             graph = rewriter.run()
             if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):

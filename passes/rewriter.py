@@ -25,7 +25,7 @@ from passes.loops import Arm, Trip
 from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
-from passes.tracing import Facts
+from passes.tracing import Decision, Facts
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -355,6 +355,10 @@ class Rewriter:
     def size(self, value: Any) -> int:
         """A size argument of an operator as a static number."""
         return self.bound(expression_of(value)) if is_symbol(value) else int(value)
+
+    def is_uncertain(self, decision: Decision) -> bool:
+        """Whether the graph has to check what it assumes."""
+        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.holds)))
 
     def assume(self, condition: sympy.Basic) -> None:
         """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
