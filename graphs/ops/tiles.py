@@ -52,13 +52,16 @@ MANY_COLUMNS: tuple[tuple[int, Tile], ...] = (  # `bmm` above WIDE columns, on a
     (2**31, Tile(64, 64, 4, 4)),  # 28.3 us at G = 8, 37.1 at G = 16, both with 64 tokens; 16 rows 37.1 and 68.4
 )
 BROAD = Tile(64, 256, 8, 3)  # `bmm` for many tokens: 37.6 us at G = 2 and 142 at G = 8 (128 columns: 43.9 and 165), M = 1024
-WARPGROUP: tuple[tuple[int, int, Cluster], ...] = (  # up to this many columns and tokens -> shape of the warpgroup kernel
-    (2048, 64, Cluster(64, 64, 4, 4)),
-    (8192, 16, Cluster(16, 128, 2, 5)),  # G = 8: 16.3 us at 16 tokens on an H100; `split` 16.7
-    (8192, 64, Cluster(64, 128, 2, 6)),  # 21.0 us at 64 tokens; einsum 28.0
-    (2**31, 16, Cluster(16, 128, 1, 5)),  # G = 16: 28.8 us at 16 tokens; `split` 29.7
-    (2**31, 64, Cluster(64, 128, 1, 6)),  # 33.4 us at 64 tokens; einsum 54.0
+WARPGROUP: tuple[tuple[int, int, Cluster], ...] = (  # up to this many columns and tokens -> shape of the warpgroup kernel, H100
+    (2048, 64, Cluster(64, 64, 8, 3)),  # G = 2: 10.0 us at 64 tokens, einsum 10.2; 128 columns 11.7, clusters of four 10.5
+    (8192, 16, Cluster(16, 64, 1, 8)),  # G = 8: 15.4 us at 16 tokens, einsum 26.7; 128 columns 16.5, `split` 16.7
+    (8192, 64, Cluster(64, 64, 1, 8)),  # 18.9 us at 64 tokens, einsum 28.2; 128 columns 21.2
+    (2**31, 16, Cluster(16, 64, 1, 5)),  # G = 16: 28.2 us at 16 tokens, einsum 50.3; 128 columns 29.1, `split` 29.7
+    (2**31, 64, Cluster(64, 64, 1, 4)),  # 32.8 us at 64 tokens, einsum 54.2; 128 columns 34.3
 )
+MANY_TOKENS = Cluster(
+    64, 64, 1, 4
+)  # above 64: 17.2 us at 256 tokens and G = 2; the cluster of eight 25.5, the portable kernel 24.8
 SPLIT: tuple[tuple[int, int, Tile], ...] = (  # up to this many columns and tokens -> tile of the kernel that splits K over warps
     (2048, 16, Tile(16, 16, 4, 4)),  # G = 2: 7.4 us at 16 tokens; the portable kernel 12.5
     (2048, 32, Tile(32, 16, 4, 3)),
@@ -98,8 +101,8 @@ def warpgroup(m: int, g: int, n: int, k: int, arch: Arch) -> Cluster | None:
     """
     if arch != HOPPER or m <= 8:
         return None
-    shapes = [shape for columns, tokens, shape in WARPGROUP if g * n <= columns and min(m, 64) <= tokens]
-    return shapes[0] if k >= 256 * shapes[0].blocks else None
+    shape = next((shape for columns, tokens, shape in WARPGROUP if g * n <= columns and m <= tokens), MANY_TOKENS)
+    return shape if k >= 256 * shape.blocks else None
 
 
 def _unmeasured(m: int, g: int, n: int, arch: Arch) -> Tile:

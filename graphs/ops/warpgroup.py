@@ -201,7 +201,13 @@ mov.b32 $0, 0; }}"""
 
 @functools.cache
 def constants(k: int, shape: Cluster) -> dict[str, Any]:
-    """What :func:`wo_a_warpgroup_kernel` is compiled for, but for N and K."""
+    """What :func:`wo_a_warpgroup_kernel` is compiled for, but for N and K.
+
+    Raises:
+        ValueError: some block would have fewer than two steps of 128 features.
+    """
+    if k < 256 * shape.blocks:
+        raise ValueError(f"K = {k} is too little for a cluster of {shape.blocks} blocks, which need 256 features each")
     tokens, columns, cluster, slots = shape
     steps = -(-k // 128 // cluster)
     warps, receivers = columns // 16, 1 << (cluster.bit_length() - 1)

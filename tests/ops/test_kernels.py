@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted or compiled")
 
-from graphs.ops import offline, tiles
+from graphs.ops import offline, tiles, wo_a
 
 OPTIONS = ("", " fp8", " rotary", " fp8 rotary")
 SCRIPT = Path(__file__).with_name("interpret_kernels.py")
@@ -112,11 +112,18 @@ def test_tiles_measured_on_one_chip_are_not_used_on_another() -> None:
 def test_the_warpgroup_kernel_runs_where_it_was_measured_to_be_faster() -> None:
     hopper = tiles.Arch("cuda", 9, 0)
     assert tiles.warpgroup(8, 16, 1024, 4096, hopper) is None, "few tokens: K over warps"
-    assert tiles.warpgroup(16, 8, 1024, 4096, hopper) == tiles.Cluster(16, 128, 2, 5)
+    assert tiles.warpgroup(16, 8, 1024, 4096, hopper) == tiles.Cluster(16, 64, 1, 8)
     assert tiles.warpgroup(64, 16, 1024, 4096, hopper) == tiles.warpgroup(4096, 16, 1024, 4096, hopper)
-    assert tiles.warpgroup(64, 8, 1024, 256, hopper) is None, "each block of a cluster takes two steps at least"
+    assert tiles.warpgroup(64, 2, 1024, 1920, hopper) is None, "each block of a cluster takes two steps at least"
     assert not any(tiles.warpgroup(64, 8, 1024, 4096, tiles.Arch(v, 9, m)) for v, m in (("hip", 5), ("hip", 4), ("hip", 0)))
     assert tiles.warpgroup(64, 8, 1024, 4096, tiles.Arch("cuda", 10, 0)) is None
+
+
+def test_a_cluster_of_more_blocks_than_there_are_steps_for_is_refused() -> None:
+    special = wo_a.warpgroup()
+    assert special is not None
+    with pytest.raises(ValueError, match="K = 1024 is too little for a cluster of 8 blocks"):
+        special.constants(1024, tiles.Cluster(64, 64, 8, 3))
 
 
 def test_the_register_kernel_runs_where_it_was_measured_to_be_faster() -> None:
