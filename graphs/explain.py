@@ -17,6 +17,7 @@ from graphs.backend import backend_report, graphs_backend
 from graphs.bench.launches import count_launches
 from graphs.capture import capture
 from graphs.compiler import CompiledModel
+from graphs.compiler_options import CompilerOptions
 from graphs.config import PASSES
 from graphs.errors import CompileFailed
 from graphs.modes import forced_eager
@@ -160,7 +161,7 @@ def _fusion(step: Step) -> Fusion:
     """Compile the step anew, since a cache of compiled graphs does not say what was fused."""
     from torch._inductor import metrics
 
-    compiled = CompiledModel(step.model, step.device, random=False, settings={"force_disable_caches": True})
+    compiled = CompiledModel(step.model, step.device, options=CompilerOptions.resolve({"force_disable_caches": True}))
     metrics.reset()
     try:
         step.with_substitute(compiled).run()

@@ -131,6 +131,7 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
             "graphs.ops.warpgroup",
             "graphs.ops.kernels",
             "graphs.ops.offline",
+            "graphs.ops.skinny_kernel",
             "graphs.ops.split_k",
             "graphs.record.copies",
         },

@@ -70,7 +70,13 @@ EXPECTED = {  # kernels with FP8 activations, chip -> matrix instruction (any of
 }
 
 
-WIDENING = ("wo_a_fused_kernel", "wo_a_split_kernel", "wo_a_registers_kernel", "wo_a_warpgroup_kernel")
+WIDENING = (
+    "wo_a_fused_kernel",
+    "wo_a_split_kernel",
+    "wo_a_registers_kernel",
+    "wo_a_warpgroup_kernel",
+    "skinny_linear_kernel",
+)
 
 
 def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
