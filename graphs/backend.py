@@ -226,7 +226,10 @@ class _Ending:
         """From what Dynamo left at the graph."""
         if reason is None or not reason.graph_break:
             return cls()
-        lines = [line.strip() for line in str(reason.reason).splitlines() if line.strip()]
+        text = str(reason.reason)
+        if text.startswith("generic_jump"):  # Dynamo's name for it
+            text = f"a branch on a tensor ({text})"
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         frame = reason.user_stack[-1] if reason.user_stack else None
         site = Site.at((frame.filename, frame.lineno or 0)) if frame is not None else Site()
         return cls(" ".join(lines[:2]), site)

@@ -79,7 +79,7 @@ def _settings(given: dict[Any, Any]) -> dict[str, Any]:
             raise ConfigError(name, value, "left out: the step is recorded here, not by Inductor")
         if not hasattr(config, name):
             known = config.get_config_copy()  # type: ignore[attr-defined]
-            alike = difflib.get_close_matches(name, known, 3) or sorted(known)[:3]
+            alike = difflib.get_close_matches(name, known, 3)
             meant = ", ".join([*map(repr, REWRITES), *map(repr, alike)])
             raise ConfigError("option of compiler_options", name, f"one of {meant}, or another setting of torch._inductor.config")
     return settings

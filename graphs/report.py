@@ -115,9 +115,10 @@ def _key_lines(key: KeyReport) -> list[str]:
             text += f"; device {key.eager_device_us:.0f} us eager, {key.replay_device_us:.0f} us replayed"
         lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
     if key.compiler != "none" or key.compiler_us:
-        measured = "".join(f"; {us:.0f} us with {name}" for name, us in key.compiler_us.items())
+        compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""
         rewritten = "".join(f"; {name} {count}x" for name, count in key.rewrites.items())
-        lines.append(f"      compiler {key.compiler}, compiled in {key.compile_seconds:.1f} s{rewritten}{measured}")
+        measured = ", ".join(f"{us:.0f} us with {name}" for name, us in key.compiler_us.items())
+        lines.append(f"      compiler {key.compiler}{compiled}{rewritten}{measured and f'; a replay takes {measured}'}")
     return lines
 
 
