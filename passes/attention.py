@@ -36,17 +36,29 @@ _ATTENTION = tuple(
     )
     if hasattr(aten, name)
 )
+_SAME_ELEMENTS = (
+    aten.clone.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+)
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def one_query_attention(module: GraphModule, *, longest: int) -> list[tuple[str, str]]:
-    """Replace attention of one query over at most ``longest`` keys; not where it drops out, is causal or returns more."""
+def one_query_attention(module: GraphModule, *, longest: int, grouped: bool = False) -> list[tuple[str, str]]:
+    """Replace attention of one query over at most ``longest`` keys; not where it drops out, is causal or returns more.
+
+    Args:
+        grouped: only where keys are repeated for several query heads, which costs a library the most.
+    """
     changes = []
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in _ATTENTION:
             continue
         given = _replaceable(node, longest)
-        if given is None:
+        if given is None or (grouped and not _is_repeated(given["key"])):
             continue
         before = node.format_node() or str(node)
         with module.graph.inserting_before(node):
@@ -85,6 +97,18 @@ def _replaceable(node: Node, longest: int) -> dict[str, Any] | None:
         return None
     scale = given.get("scale")
     return {"query": query, "key": key, "value": value, "mask": mask, "scale": q.shape[-1] ** -0.5 if scale is None else scale}
+
+
+def _is_repeated(node: Node) -> bool:
+    """Whether a tensor is an expanded one, written out or not."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if node.target is aten.expand.default:
+            return bool(node.meta["val"].numel() > source.meta["val"].numel())
+        if node.target not in _SAME_ELEMENTS:
+            return False
+        node = source
+    return False
 
 
 class _Emitter:

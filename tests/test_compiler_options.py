@@ -68,6 +68,14 @@ def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
 
 
 @pytest.mark.slow
+def test_both_are_on_where_they_were_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "pays_on", lambda device: True)
+    step = graphs.capture(Attention().bfloat16(), compiler="inductor", compiler_options={"force_disable_caches": True})
+    step(*inputs())
+    assert step.report().keys[0].rewrites == {"one_query_attention": 1, "skinny_products": 3}
+
+
+@pytest.mark.slow
 def test_the_weights_of_a_rewritten_step_stay_parameters_and_may_be_updated() -> None:
     model = Attention().bfloat16()
     held = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -117,7 +125,7 @@ def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pyte
 def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     names = [name_of(one) for one in CompilerOptions(True, True).pipeline(CPU)]
     assert names == [
-        "passes.attention.one_query_attention(longest=1024)",
+        "passes.attention.one_query_attention(grouped=False, longest=4096)",
         "passes.skinny.skinny_products(fits=graphs.ops.tiles.skinny, operator=graphs.skinny_linear.default)",
     ]
 

@@ -58,6 +58,21 @@ def test_a_row_that_is_masked_everywhere_is_zero_and_the_other_is_not() -> None:
     assert torch.equal(made[1], torch.zeros_like(made[1])) and made[0].abs().min() > 0
 
 
+@pytest.mark.parametrize("written_out", [False, True])
+def test_only_repeated_keys_where_that_is_asked_for(written_out: bool) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t[:, :, None].expand(2, 1, 3, 32, 16) for t in (k, v))
+        if written_out:
+            k, v = k.clone(memory_format=torch.contiguous_format), v.clone(memory_format=torch.contiguous_format)
+        return attention(q, k.reshape(2, 3, 32, 16), v.reshape(2, 3, 32, 16))
+
+    q, k, v = half(Q, K, V)
+    assert passes.run(traced(attention, q, k, v), [partial(REPLACE, grouped=True)]) == []
+    module = traced(step, q, k[:, :1], v[:, :1])
+    assert passes.run(module, [partial(REPLACE, grouped=True)])
+    torch.testing.assert_close(module(q, k[:, :1], v[:, :1]), step(q, k[:, :1], v[:, :1]), rtol=2e-2, atol=2e-2)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = half(Q * 1000, K * 1000, V)
     module = traced(attention, q, k, v)
