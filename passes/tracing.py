@@ -32,7 +32,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
 from passes.loops import LIMIT, Loops, leaks, outside
-from passes.python_entry import SymbolicEntry
+from passes.python_entry import SymbolicEntry, traced_tensor
 from passes.sites import Site, user_site
 
 Tensor = torch.Tensor
@@ -170,6 +170,8 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         site = user_site()
+        if func is aten._local_scalar_dense.default:
+            args = (traced_tensor(args[0]),)
         result = func(*args, **(kwargs or {}))
         self._mark(site)
         self._forget_offsets(result)
