@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
+from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
 from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
@@ -70,6 +71,7 @@ def remove_host_values(
     if assumes:
         changes += branches.guard_indices(module, count)
         changes += branches.make_undoable(module)
+    changes += merge_duplicates(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
     left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
     if left is not None:

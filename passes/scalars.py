@@ -82,6 +82,9 @@ class Scalars:
         packet = _OPERATIONS.get(type(expression))
         if packet is None:
             raise self._missing(f"{type(expression).__name__} has no operator for it")
+        if len(expression.args) > 2 and type(expression) in _LONG:  # a sum begins with one that other sums begin with too
+            first = self.number(type(expression)(*expression.args[:-1]))
+            return self._combined(type(expression), packet, first, self.number(expression.args[-1]))
         values = [self.number(part) for part in expression.args]
         if packet in _DIVISIONS and isinstance(values[1], Node):
             self._rewriter.assume(sympy.Ne(expression.args[1], 0))
@@ -211,6 +214,7 @@ _OPERATIONS: dict[type, Any] = {
     sympy.Or: aten.logical_or,
     sympy.Not: aten.logical_not,
 }
+_LONG = (sympy.Add, sympy.And, sympy.Or)
 _DIVISIONS = (aten.floor_divide, aten.remainder)
 """Operators that divide: by zero Python raises, a CPU ends the run, and a GPU returns anything."""
 _SPECIAL: dict[type, Callable[[Scalars, sympy.Basic], Any]] = {

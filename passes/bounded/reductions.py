@@ -108,7 +108,10 @@ def softmax(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     if not rw.lengths(x):
         return None
     dim = args[1] % x.meta["val"].dim()
-    return rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
+    made = rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
+    if node.target is not aten._log_softmax.default and set(rw.lengths(x)) == {dim}:
+        made.meta["zeros"] = True  # beyond the true length, but for rows that have none: all of those is NaN
+    return made
 
 
 def cumulative(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

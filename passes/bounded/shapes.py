@@ -306,7 +306,7 @@ RULES: dict[Any, Rule] = {
     **{
         target: untagged
         for target in (
-            aten.copy_.default, aten.masked_fill_.Scalar, aten.rsub.Tensor,
+            aten.copy_.default, aten.masked_fill_.Scalar, aten.rsub.Tensor, aten.floor_divide.default,
             aten.hardswish.default, aten.hardswish_.default, aten._prelu_kernel.default,
         )
     },
