@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
+from passes.bounded.grouped_products import GROUPED, needs_offsets
 from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
 from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
@@ -103,6 +104,8 @@ def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
 
 def _needs_host(node: Node) -> bool:
     """Whether an operator has the host wait, be it without giving it a value: one that takes masks as indices does."""
+    if node.target is GROUPED and needs_offsets(node):
+        return True
     if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
         return True
     indices = node.args[1] if node.target in branches.BY_INDEX else ()

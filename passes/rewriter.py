@@ -9,7 +9,7 @@ true length is undefined; a rule that mixes rows replaces it by the neutral elem
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import sympy
@@ -109,7 +109,7 @@ class Rewriter:
             made = self._by_rule(node, args, kwargs)
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
-                if isinstance(made, Node) and _keeps_zeros(made) and args[0].meta.get("zeros"):
+                if isinstance(made, Node) and _keeps_zeros(made, args[:1]):
                     made.meta["zeros"] = True
                 return made
         schema = getattr(node.target, "_schema", None)
@@ -437,9 +437,11 @@ def _in_range(expression: sympy.Basic, count: int) -> sympy.Basic:
     return expression
 
 
-def _keeps_zeros(made: Node) -> bool:
-    """Whether a node has zeros where its first argument has."""
-    return made.op == "call_function" and (returns_view(made.target) or made.target is aten._to_copy.default)
+def _keeps_zeros(made: Node, first: Sequence[Any]) -> bool:
+    """Whether what was made from a node has zeros where that has."""
+    if made.op != "call_function" or not all(isinstance(value, Node) and value.meta.get("zeros") for value in first):
+        return False
+    return bool(first) and (returns_view(made.target) or made.target is aten._to_copy.default)
 
 
 _MOVES = (aten._to_copy.default, aten.copy_.default)

@@ -31,6 +31,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.fakes import StepFakes
 from passes.loops import LIMIT, Loops, leaks, outside
 from passes.python_entry import SymbolicEntry, traced_tensor
 from passes.sites import Site, user_site
@@ -417,7 +418,7 @@ def trace_once(
         Unremovable: the step does with a host value what no graph can do.
     """
     environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
+    mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
     with mode:
         inputs = [*tensors, *(number.tensor for number in numbers)]

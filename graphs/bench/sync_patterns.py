@@ -39,7 +39,7 @@ class SyncSizes:
     dtype: torch.dtype
 
 
-DECODE = SyncSizes(8, 8, 128, 8192, 4096, 2048, 8, 2, 128256, 64, torch.bfloat16)
+DECODE = SyncSizes(16, 8, 128, 8192, 7168, 2048, 8, 2, 128256, 64, torch.bfloat16)
 TOY_SYNCS = SyncSizes(2, 2, 16, 64, 32, 48, 4, 2, 256, 8, torch.float32)
 
 
