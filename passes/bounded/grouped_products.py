@@ -59,7 +59,8 @@ def by_rows(rw: Rewriter, a: Node, b: Node, offsets: Node) -> Node:
     """The product of each row with the matrix of its group."""
     rows, groups = a.meta["val"].shape[0], b.meta["val"].shape[0]
     iota = rw.iota(rows, a.meta["val"].device)
-    group = rw.call(aten.clamp.default, rw.call(aten.searchsorted.Tensor, offsets, iota, right=True), 0, groups - 1)
+    ends = rw.call(aten._to_copy.default, offsets, dtype=torch.int64)
+    group = rw.call(aten.clamp.default, rw.call(aten.searchsorted.Tensor, ends, iota, right=True), 0, groups - 1)
     if 3 * rows <= groups:
         chosen = rw.call(aten.index_select.default, b, 0, group)
         return rw.call(aten.squeeze.dim, rw.call(aten.bmm.default, rw.call(aten.unsqueeze.default, a, 1), chosen), 1)

@@ -12,7 +12,7 @@ from passes.bounded import grouped_products
 from passes.fakes import StepFakes
 from tests.passes.steps import printed, rewritten
 
-ROWS, GROUPS, K, N = 6, 4, 8, 12
+ROWS, GROUPS, K, N = 6, 4, 8, 16
 
 
 def step(x: Tensor, w: Tensor, offs: Tensor, t: Tensor) -> Tensor:
