@@ -35,7 +35,11 @@ from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
 
 RULES: dict[Any, Rule] = {
-    **{target: rule for part in (sources, shapes, reductions, products, indexing, scatters) for target, rule in part.RULES.items()},
+    **{
+        target: rule
+        for part in (sources, shapes, reductions, products, indexing, scatters)
+        for target, rule in part.RULES.items()
+    },
     grouped_products.GROUPED: grouped_products.grouped_mm,
 }
 

@@ -91,6 +91,4 @@ def _written(rw: Rewriter, dim: int, index: Node) -> Node:
     return some if mask is None else rw.call(aten.logical_and.default, mask, some)
 
 
-RULES: dict[Any, Rule] = dict.fromkeys(
-    (aten.scatter_.src, aten.scatter_.value, aten.scatter.src, aten.scatter.value), scatter
-)
+RULES: dict[Any, Rule] = dict.fromkeys((aten.scatter_.src, aten.scatter_.value, aten.scatter.src, aten.scatter.value), scatter)
