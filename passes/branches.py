@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Node
 
 from passes.aliases import Aliases, written
 from passes.errors import Unremovable
+from passes.ranges import Ranges
 from passes.rewriter import Rewriter
 
 aten = torch.ops.aten
@@ -44,6 +45,8 @@ BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     """Results with the flag behind them, if the graph assumes anything."""
     broken: Any = None
+    for check in rw.checks:
+        broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     for decision in rw.facts.decisions:
         condition = rw.bounds.of_signs(rw.facts.resolve(decision.holds))
         if rw.bounds.certain(condition):
@@ -65,9 +68,11 @@ def guard_indices(module: GraphModule, position: int) -> list[tuple[str, str]]:
     """
     output = next(n for n in module.graph.nodes if n.op == "output")
     broken, changes = output.args[0][position], []  # type: ignore[index]
+    ranges = Ranges(module)
     for node in list(module.graph.nodes):
         for index, size, low in _indices(node):
-            if _is_within(index):
+            found = ranges(index)
+            if index.op == "placeholder" or (found is not None and low <= found[0] and found[1] < size):
                 continue
             with module.graph.inserting_before(node):
                 safe = module.graph.call_function(aten.clamp.default, (index, low, size - 1))
@@ -101,16 +106,6 @@ def _indices(node: Node) -> list[tuple[Node, int, int]]:
             return []
         return [(i, int(value.shape[dim]), -int(value.shape[dim])) for dim, i in indices]
     return []
-
-
-def _is_within(index: Node) -> bool:
-    """Whether an index cannot leave its tensor: it was kept within, is a place in the tensor itself, or is the caller's."""
-    if index.op == "placeholder" or str(index.target).startswith("_pass_constant"):
-        return True
-    if index.target in (aten.clamp.default, aten.remainder.Scalar, aten.nonzero_static.default):
-        return True
-    through = (aten.view.default, aten.select.int, aten.masked_fill.Scalar, aten.index_select.default, aten.expand.default)
-    return index.target in through and isinstance(index.args[0], Node) and _is_within(index.args[0])
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.fakes import StepFakes
 from passes.loops import LIMIT, Loops, leaks, outside
-from passes.python_entry import SymbolicEntry
+from passes.python_entry import SymbolicEntry, traced_tensor
 from passes.sites import Site, user_site
 
 Tensor = torch.Tensor
@@ -170,6 +171,8 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         site = user_site()
+        if func is aten._local_scalar_dense.default:
+            args = (traced_tensor(args[0]),)
         result = func(*args, **(kwargs or {}))
         self._mark(site)
         self._forget_offsets(result)
@@ -415,7 +418,7 @@ def trace_once(
         Unremovable: the step does with a host value what no graph can do.
     """
     environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
+    mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
     with mode:
         inputs = [*tensors, *(number.tensor for number in numbers)]

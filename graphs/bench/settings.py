@@ -11,7 +11,7 @@ from graphs.config import choice
 from graphs.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
-EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile")
+EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile", "syncs")
 MIN_RUNS = 20  # below this, quartiles say little
 
 
