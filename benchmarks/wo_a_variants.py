@@ -23,8 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import wo_a_cluster
-from graphs.ops import hopper, kernels, offline, reference, split_k, tiles
+from graphs.ops import hopper, kernels, offline, reference, split_k, tiles, warpgroup
 
 N, K = 1024, 4096
 H200 = tiles.Arch("cuda", 9, 0)
@@ -104,14 +103,8 @@ def registers(layer: Layer, overlap: bool) -> None:
     hopper.launch_registers(layer.o, layer.w, layer.scale, layer.y, overlap)
 
 
-def cluster(layer: Layer, tokens: int, warps: tuple[int, int], signal: bool, pdl: bool) -> None:
-    m, g, k = layer.o.shape
-    constants = wo_a_cluster.layouts(tokens, *warps, signal)
-    launch(
-        wo_a_cluster.cluster_kernel, (N // wo_a_cluster.COLUMNS, g, triton.cdiv(m, tokens)), layer.o, layer.w.view(torch.int8),
-        layer.scale, layer.y, m, N, k, layer.o.stride(0), layer.o.stride(1), OVERLAP=pdl, **constants,
-        num_warps=warps[0] * warps[1], num_ctas=wo_a_cluster.BLOCKS, launch_pdl=pdl,
-    )  # fmt: skip
+def over_cluster(layer: Layer, shape: tiles.Cluster) -> None:
+    warpgroup.launch_warpgroup(layer.o, layer.w, layer.scale, layer.y, shape)
 
 
 FLOORS = ("read fp8", "read fp8 16 KiB")  # the better of the two is the floor
@@ -139,11 +132,9 @@ def variants(g: int, m: int) -> Iterator[Variant]:
         tile = tiles.Tile(max(8, triton.next_power_of_2(m)), n, warps, stages)
         yield Variant(f"split n{n} w{warps} s{stages}", partial(split, tile=tile))
         yield Variant(f"split n{n} w{warps} s{stages} pdl", partial(split, tile=tile, pdl=True))
-    for tokens, warps in CLUSTER if 16 < m <= 256 and g == 2 else ():
-        for signal in (False, True):
-            for pdl in (False, True):
-                name = f"cluster t{tokens} w{warps[0]}x{warps[1]}" + " signal" * signal + " pdl" * pdl
-                yield Variant(name, partial(cluster, tokens=tokens, warps=warps, signal=signal, pdl=pdl))
+    for tokens, columns, cluster, slots in WARPGROUP.get((g, m), ()):
+        name = f"warpgroup t{tokens} n{columns} c{cluster} s{slots}"
+        yield Variant(name, partial(over_cluster, shape=tiles.Cluster(tokens, columns, cluster, slots)))
     yield Variant("generic", generic)
     yield Variant("generic pdl", partial(generic, pdl=True))
     for n, warps, stages in GENERIC[m <= 16]:
@@ -165,7 +156,15 @@ def quantised_variants(m: int) -> Iterator[Variant]:
         yield Variant(f"bmm split n{n} w{warps} s{stages} pdl", partial(split, tile=tile, pdl=True, bmm=True), False)
 
 
-CLUSTER = ((64, (8, 1)), (64, (4, 2)), (32, (8, 1)), (32, (4, 1)))  # tokens of a block, warps by columns and by tokens
+WARPGROUP = {  # G, M -> tokens and columns of a block, blocks of a cluster, steps of 128 features in shared memory
+    (2, 16): ((16, 64, 4, 8), (16, 64, 4, 5), (16, 64, 8, 4)),
+    (2, 64): ((64, 64, 4, 8), (64, 64, 4, 4), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3), (64, 128, 4, 6)),
+    (2, 256): ((64, 128, 2, 6), (64, 64, 2, 4), (64, 64, 1, 4)),
+    (8, 16): ((16, 128, 2, 5), (16, 64, 1, 8), (16, 64, 2, 5)),
+    (8, 64): ((64, 128, 2, 6), (64, 64, 1, 8), (64, 64, 2, 4)),
+    (16, 16): ((16, 128, 1, 5), (16, 64, 1, 8), (16, 64, 1, 5)),
+    (16, 64): ((64, 128, 1, 6), (64, 64, 1, 4)),
+}
 SPLIT = ((16, 4, 3), (16, 4, 4), (32, 4, 2), (32, 4, 3), (64, 4, 3))
 SPLIT_64 = ((16, 4, 2), (32, 4, 2), (32, 4, 3))
 GENERIC = {
@@ -173,9 +172,9 @@ GENERIC = {
     False: ((32, 4, 4), (64, 4, 4)),
 }
 QUANTISED = {
-    16: ((16, 16, 4, 8), (16, 16, 2, 6), (64, 16, 4, 6)),
-    64: ((64, 16, 4, 6), (16, 64, 4, 6)),
-    256: ((64, 64, 4, 5), (64, 64, 4, 4), (64, 32, 4, 4), (128, 128, 8, 3)),
+    16: ((16, 16, 4, 4), (16, 32, 4, 4), (16, 64, 4, 4)),
+    64: ((16, 64, 4, 6), (64, 32, 4, 4), (64, 64, 4, 4), (64, 128, 4, 4)),
+    256: ((64, 64, 4, 4), (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 256, 8, 3), (64, 256, 8, 2)),
 }
 
 
@@ -290,7 +289,7 @@ def compile_all() -> None:
         w = torch.zeros(g, N, K, dtype=torch.uint8).view(torch.float8_e4m3fn)
         layer = Layer(o, w, torch.ones(g, N // 128, K // 128), torch.empty(g, N, K, dtype=torch.bfloat16), y)
         for variant in variants(g, m):
-            if variant.name.split()[0] in ("read", "cluster"):
+            if variant.name.split()[0] == "read":
                 print(f"G={g} M={m:3} {variant.name:26} ", end="", flush=True)
                 variant.run(layer)
 

@@ -44,20 +44,25 @@ def graphs_backend(
 
     Args:
         options: of ``torch.compile(..., options={...})``: ``compiler`` (``"inductor"``, the default, or ``"aten"``),
-            ``outputs``, ``verify``, ``strict`` and ``max_recordings`` as for `graphs.capture`, and ``routes``, a routing
-            table for `passes.routing`.
+            ``outputs``, ``verify``, ``strict``, ``max_recordings`` and ``compiler_options`` as for `graphs.capture`, and
+            ``routes``, a routing table for `passes.routing`.
 
     Raises:
         ConfigError: an unknown option, one with a value that is not legal, or ``mode``, which is Inductor's.
     """
-    from graphs.compiled_graph import compile_graph, needs_gradients
+    from graphs.compiled_graph import compile_graph, device_of, needs_gradients
 
     if mode is not None:
         raise ConfigError("mode", mode, "left out with backend='graphs': options={...} says what is done")
     settings = BackendOptions.resolve(options)
     ending = _Ending.of(getattr(module, "compile_subgraph_reason", None))
     routed = _route(module, inputs, settings.routes) if settings.routes is not None else _Routed()
-    graph = compile_graph(module, inputs, settings.compiler, () if needs_gradients(module, inputs) else passes.DEFAULT)
+    pipeline = passes.DEFAULT
+    if settings.compiler == "inductor":
+        pipeline += settings.compiler_options.pipeline(device_of(module, inputs))
+    if needs_gradients(module, inputs):
+        pipeline = ()
+    graph = compile_graph(module, inputs, settings.compiler, pipeline, settings.compiler_options.inductor)
     graph.changes[:0] = routed.changes
     return Piece(graph, settings, ending, routed)
 
@@ -221,7 +226,10 @@ class _Ending:
         """From what Dynamo left at the graph."""
         if reason is None or not reason.graph_break:
             return cls()
-        lines = [line.strip() for line in str(reason.reason).splitlines() if line.strip()]
+        text = str(reason.reason)
+        if text.startswith("generic_jump"):  # Dynamo's name for it
+            text = f"a branch on a tensor ({text})"
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         frame = reason.user_stack[-1] if reason.user_stack else None
         site = Site.at((frame.filename, frame.lineno or 0)) if frame is not None else Site()
         return cls(" ".join(lines[:2]), site)

@@ -36,6 +36,7 @@ def capture(
     strict: bool | None = None,
     max_recordings: int | None = None,
     compiler: str | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     passes: str | Iterable[str] | None = None,
     bounds: Mapping[str, int] | None = None,
 ) -> CapturedModule[Model]:
@@ -65,6 +66,9 @@ def capture(
         compiler: ``"inductor"`` compiles the step once per key with ``torch.compile`` and records what that gives; ``"auto"``
             records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
             that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
+        compiler_options: settings of Inductor, as ``torch.compile(options=...)`` takes them, and ``"skinny_products"`` and
+            ``"one_query_attention"``: rewrites of the compiled step, each True, False or (default) on where it was measured
+            to be faster, on devices of compute capability 9.0.
         passes: what takes host values out of a step that reads them (``.item()``, ``nonzero``, branches on tensors):
             ``"auto"`` (default) all passes, ``"off"`` none, or their names, of ``constants``, ``addressing``,
             ``arithmetic``, ``bounded`` and ``branches``. Default ``GRAPHS_PASSES``, else ``"auto"``.
@@ -86,6 +90,7 @@ def capture(
         strict=strict,
         max_recordings=max_recordings,
         compiler=compiler,
+        compiler_options=compiler_options,
         passes=passes,
         bounds=bounds,
     )

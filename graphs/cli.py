@@ -37,6 +37,7 @@ def bench(
     runs: Annotated[int, typer.Option(help=f"Measured repetitions of everything, at least {MIN_RUNS}.")] = MIN_RUNS,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer batch sizes and shorter sequences.")] = False,
     device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
+    search: Annotated[bool, typer.Option(help="compile: measure mode='max-autotune' too, which compiles for minutes.")] = True,
     groups: Annotated[str, typer.Option(help="wo_a: numbers of groups, separated by commas.")] = "",
     tokens: Annotated[str, typer.Option(help="wo_a: numbers of tokens, separated by commas.")] = "",
     paths: Annotated[str, typer.Option(help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
@@ -44,7 +45,7 @@ def bench(
     """Measure decode steps, the grouped projection and the overhead of a captured call, eager against graph."""
     from graphs.bench import run_bench
 
-    settings = BenchSettings.resolve(device, runs, quick, groups=groups, tokens=tokens, paths=paths)
+    settings = BenchSettings.resolve(device, runs, quick, search=search, groups=groups, tokens=tokens, paths=paths)
     run_bench(experiment, settings, out)
 
 

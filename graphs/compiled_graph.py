@@ -8,6 +8,7 @@ kernels are none: where operators are being watched, a graph that Inductor compi
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
+import graphs
 import passes
 from graphs.contract.operators import storage_id, tensors_in
 from graphs.contract.tensor_state import RandomState
@@ -54,7 +56,7 @@ class CompiledGraph:
         self.function: Any = module
         self.name = f"graph {module.meta.get('dynamo_compile_id', '')}".rstrip()
         self.compiler = compiler
-        self.device = _device(module, inputs)
+        self.device = device_of(module, inputs)
         self.training = needs_gradients(module, inputs)
         self.static = static_inputs(module)
         self.operators = sum(node.op.startswith("call_") for node in module.graph.nodes)
@@ -152,7 +154,8 @@ def compile_graph(
     if compiler == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        settings = {"triton.cudagraphs": False, **(patches or {}), **_as_inductor_pass(pipeline, graph.changes)}
+        settings = {"triton.cudagraphs": False, **(patches or {})}
+        settings |= _as_inductor_pass(pipeline, graph.changes, settings.get("post_grad_custom_pre_pass"))
         graph.function = compile_fx(module, inputs, config_patches=settings)
     else:
         from torch._dynamo.backends.common import aot_autograd
@@ -170,14 +173,17 @@ def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[pa
         return passes.run(module, pipeline)
 
 
-def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Change]) -> dict[str, Any]:
-    """The setting that makes Inductor run the pipeline on the ATen graph; its caches tell pipelines apart by name."""
+def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Change], given: Any) -> dict[str, Any]:
+    """The setting that makes Inductor run the pipeline on the ATen graph, after a pass that is ``given`` or set already.
+
+    Its caches tell pipelines apart by name and by the version of this project.
+    """
     if not pipeline:
         return {}
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    before: Any = config.post_grad_custom_pre_pass
+    before: Any = given if given is not None else config.post_grad_custom_pre_pass
 
     class Pipeline(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
@@ -186,13 +192,21 @@ def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Chan
             changes.extend(_run_passes(cast(GraphModule, graph.owning_module), pipeline))
 
         def uuid(self) -> Any:
-            return ("passes", *(name_of(one) for one in pipeline), before.uuid() if before is not None else None)
+            other = before.uuid() if isinstance(before, CustomGraphPass) else None
+            if before is not None and other is None:
+                return None  # it has no name that a cache could trust
+            return ("passes", graphs.__version__, *map(name_of, pipeline), other)
 
     return {"post_grad_custom_pre_pass": Pipeline()}
 
 
-def name_of(one: passes.Pass) -> str:
-    """The name of a pass, with its module."""
+def name_of(one: Any) -> str:
+    """The name of a pass, with its module and with what it was bound to."""
+    if isinstance(one, functools.partial):
+        bound = (f"{key}={name_of(value) if callable(value) else value}" for key, value in sorted(one.keywords.items()))
+        return f"{name_of(one.func)}({', '.join(bound)})"
+    if isinstance(one, OpOverload):
+        return str(one)
     return f"{getattr(one, '__module__', '')}.{getattr(one, '__qualname__', repr(one))}"
 
 
@@ -265,7 +279,7 @@ def _copied(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
-def _device(module: GraphModule, inputs: Sequence[Any]) -> torch.device:
+def device_of(module: GraphModule, inputs: Sequence[Any]) -> torch.device:
     """The device of the graph: of its inputs, else of what it makes."""
     made = [node.meta.get("example_value") for node in module.graph.nodes]
     devices = [tensor.device for tensor in (*tensors_of(inputs), *module.buffers(), *tensors_of(made))]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+import passes
+from graphs.compiler_options import CompilerOptions
 from graphs.entry import Entry
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
 from graphs.measure import CallTime
@@ -35,7 +38,7 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
     """
     if step.compiler == "none":
         return record(step)
-    substitute = CompiledModel(step.model, step.device, random=_draws(trace))
+    substitute = CompiledModel(step.model, step.device, random=_draws(trace), options=step.compiler_options)
     try:
         compiled = record(step.with_substitute(substitute))
     except RowsInteract:
@@ -45,6 +48,7 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
         entry.not_compiled = refusal
         return entry
     compiled.compiler, compiled.compile_seconds = "inductor", substitute.seconds
+    compiled.rewrites = dict(Counter(change.by for change in substitute.changes))
     if step.compiler == "inductor":
         return compiled
     plain = record(step)
@@ -77,29 +81,41 @@ class CompiledModel:
 
     Args:
         random: draw the random numbers that eager draws, not Inductor's own.
-        settings: further settings of Inductor.
+        options: what else the compiler is told.
 
     Attributes:
         seconds: time spent compiling so far.
     """
 
     def __init__(
-        self, model: Callable[..., Any], device: torch.device, *, random: bool, settings: Mapping[str, Any] | None = None
+        self,
+        model: Callable[..., Any],
+        device: torch.device,
+        *,
+        random: bool = False,
+        options: CompilerOptions | None = None,
     ) -> None:
         from graphs.compiled_graph import CompiledGraph, compile_graph
 
         self.seconds = 0.0
         self._graphs: list[CompiledGraph] = []
-        patches = {"fallback_random": random, **(settings or {})} if random or settings else {}
+        options = options or CompilerOptions()
+        patches = {**({"fallback_random": True} if random else {}), **options.inductor}
+        pipeline = options.pipeline(device)
 
         def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> CompiledGraph:
             started = time.perf_counter()
-            self._graphs.append(compile_graph(module, inputs, "inductor", (), patches))
+            self._graphs.append(compile_graph(module, inputs, "inductor", pipeline, patches))
             self.seconds += time.perf_counter() - started
             return self._graphs[-1]
 
         self._compile = functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=device.type == "cpu")
         self.stand_for(getattr(model, "_orig_mod", model))
+
+    @property
+    def changes(self) -> list[passes.Change]:
+        """What the passes changed in all graphs."""
+        return [change for graph in self._graphs for change in graph.changes]
 
     def stand_for(self, model: Callable[..., Any]) -> None:
         """Compile ``model`` from now on."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, as_padding
 from graphs.errors import ConfigError
 
@@ -118,6 +119,7 @@ class BackendOptions:
     strict: bool = False
     max_recordings: int = 64
     routes: Any = None
+    compiler_options: Any = None
 
     @classmethod
     def resolve(cls, options: Mapping[str, Any] | None) -> BackendOptions:
@@ -137,7 +139,7 @@ class BackendOptions:
         positive = type(made.max_recordings) is int and made.max_recordings > 0
         _require(positive, "max_recordings", made.max_recordings, "a positive integer")
         _require(made.routes is None or callable(made.routes), "routes", made.routes, "a table for passes.routing")
-        return made
+        return replace(made, compiler_options=CompilerOptions.resolve(made.compiler_options))
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class CaptureConfig:
     strict: bool = False
     max_recordings: int = 64
     compiler: str = "none"
+    compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = PASSES
     bounds: Mapping[str, int] = field(default_factory=dict)
 
@@ -171,6 +174,7 @@ class CaptureConfig:
         strict: bool | None,
         max_recordings: int | None,
         compiler: str | None,
+        compiler_options: Mapping[str, Any] | None = None,
         passes: str | Iterable[str] | None = None,
         bounds: Mapping[str, int] | None = None,
     ) -> CaptureConfig:
@@ -198,5 +202,6 @@ class CaptureConfig:
             verify=_chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
             strict=strict if strict is not None else _env_flag("GRAPHS_STRICT", False),
             max_recordings=max_recordings if max_recordings is not None else _env_count("GRAPHS_MAX_RECORDINGS", 64),
+            compiler_options=CompilerOptions.resolve(compiler_options),
             compiler=_chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
         )

@@ -56,6 +56,7 @@ class Entry:
         substitute: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
+        rewrites: how often each pass changed the graph that was compiled.
         candidates: microseconds of one replay by compiler, where more than one was measured.
         uploads: versions of host tensors that the recording holds a copy of, to be compared like ``steering``.
         checked: the recording, where it assumes something of host values; None where it holds for any.
@@ -84,6 +85,7 @@ class Entry:
     substitute: Any = None
     compiler: str = "none"
     compile_seconds: float = 0.0
+    rewrites: dict[str, int] = field(default_factory=dict)
     candidates: dict[str, float] = field(default_factory=dict)
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None

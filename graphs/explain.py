@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from graphs.backend import backend_report, graphs_backend
 from graphs.bench.launches import count_launches
 from graphs.capture import capture
 from graphs.compiler import CompiledModel
+from graphs.compiler_options import CompilerOptions
 from graphs.config import PASSES
 from graphs.errors import CompileFailed
 from graphs.modes import forced_eager
@@ -53,12 +56,23 @@ class Fusion:
     Attributes:
         scheduled: nodes before fusion, calls of libraries included.
         generated: kernels generated; calls of libraries are not among them.
+        kernels: the operators of each node after fusion, in the order they run; ``"library: ..."`` for what Inductor calls.
+        rewrites: how often each of this project's passes changed the graph before.
         refusal: why the step could not be compiled; empty where it could.
     """
 
     scheduled: int = 0
     generated: int = 0
+    kernels: tuple[str, ...] = ()
+    rewrites: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return self.refusal
+        lines = [f"{name}: {count} change(s)" for name, count in self.rewrites.items()]
+        lines.append(f"{self.scheduled} nodes before fusion, {self.generated} generated kernel(s) after")
+        return "\n".join([*lines, *(f"  {kernel}" for kernel in self.kernels)])
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,7 @@ class Explanation:
         for effect in self.effects:
             parts += [f"# Pass {effect.name}: {effect.changes} change(s)", *filter(None, [effect.diff, effect.refusal])]
         if self.fusion is not None:
-            made = f"{self.fusion.scheduled} nodes before fusion, {self.fusion.generated} generated kernel(s) after"
-            parts += ["# Inductor", self.fusion.refusal or made]
+            parts += ["# Inductor", str(self.fusion)]
         counts = [f"{name} {'not counted' if count is None else count}" for name, count in self.launches.items()]
         parts += ["# Launches per step", ", ".join(counts)]
         parts += ['# Pieces of torch.compile(backend="graphs")', *map(str, self.pieces)]
@@ -163,15 +176,30 @@ def _effect(module: GraphModule, one: passes.Pass, trace: Trace) -> PassEffect:
 
 def _fusion(step: Step) -> Fusion:
     """Compile the step anew, since a cache of compiled graphs does not say what was fused."""
-    from torch._inductor import metrics
+    from torch._inductor import config, metrics
 
-    compiled = CompiledModel(step.model, step.device, random=False, settings={"force_disable_caches": True})
+    kernels: list[str] = []
+    options: dict[str, Any] = {"force_disable_caches": True}
+    if hasattr(config, "_post_fusion_custom_pass"):
+        options["_post_fusion_custom_pass"] = functools.partial(_list_kernels, kernels)
+    compiled = CompiledModel(step.model, step.device, options=CompilerOptions.resolve(options))
     metrics.reset()
     try:
         step.with_substitute(compiled).run()
     except CompileFailed as refusal:
         return Fusion(refusal=str(refusal))
-    return Fusion(metrics.ir_nodes_pre_fusion, metrics.generated_kernel_count)
+    rewrites = dict(Counter(change.by for change in compiled.changes))
+    return Fusion(metrics.ir_nodes_pre_fusion, metrics.generated_kernel_count, tuple(kernels), rewrites)
+
+
+def _list_kernels(kernels: list[str], nodes: list[Any]) -> list[Any]:
+    """Write down what each node of Inductor's schedule is made of; the schedule stays as it is."""
+    for node in nodes:
+        origins = {origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()}
+        graph_order = {origin: index for index, origin in enumerate(next(iter(origins)).graph.nodes)} if origins else {}
+        names = ", ".join(str(origin) for origin in sorted(origins, key=lambda one: graph_order.get(one, 0)))
+        kernels.append(f"library: {names}" if node.is_extern() else names)
+    return nodes
 
 
 def _pieces(step: Step) -> tuple[PieceReport, ...]:

@@ -80,6 +80,7 @@ def _key_report(entry: Entry) -> KeyReport:
         break_even_calls=int(entry.capture_seconds * 1e6 / saved) + 1 if saved > 0 else None,
         compiler=entry.compiler,
         compile_seconds=entry.compile_seconds,
+        rewrites=dict(entry.rewrites),
         compiler_us=dict(entry.candidates),
     )
 

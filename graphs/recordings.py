@@ -309,6 +309,7 @@ class Recordings:
             padding=dict(config.padding),
             device=device_of(call, self.model),
             compiler=config.compiler,
+            compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
         )

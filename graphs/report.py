@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, field
+
+_SHOWN = 4  # rewrites of a graph that are printed one by one
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class KeyReport:
         compiler: what compiled the step before it was recorded, or ``"none"``.
         compile_seconds: the part of ``capture_seconds`` in which it was compiled.
         compiler_us: with ``compiler="auto"``, microseconds of one replay with each, of which the faster was kept.
+        rewrites: how often each pass changed the graph before Inductor saw it. Empty as well where a compile cache held what
+            was compiled.
     """
 
     key: str
@@ -56,6 +61,7 @@ class KeyReport:
     compiler: str = "none"
     compile_seconds: float = 0.0
     compiler_us: dict[str, float] = field(default_factory=dict)
+    rewrites: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,10 @@ def _key_lines(key: KeyReport) -> list[str]:
             text += f"; device {key.eager_device_us:.0f} us eager, {key.replay_device_us:.0f} us replayed"
         lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
     if key.compiler != "none" or key.compiler_us:
-        measured = "".join(f"; {us:.0f} us with {name}" for name, us in key.compiler_us.items())
-        lines.append(f"      compiler {key.compiler}, compiled in {key.compile_seconds:.1f} s{measured}")
+        compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""
+        rewritten = "".join(f"; {name} {count}x" for name, count in key.rewrites.items())
+        measured = ", ".join(f"{us:.0f} us with {name}" for name, us in key.compiler_us.items())
+        lines.append(f"      compiler {key.compiler}{compiled}{rewritten}{measured and f'; a replay takes {measured}'}")
     return lines
 
 
@@ -162,7 +170,9 @@ class PieceReport:
             f"{self.capture_seconds:.2f} s, {self.replays} replay(s), {self.compiled_calls} compiled call(s), "
             f"pool {self.pool_bytes / 2**20:.1f} MiB",
         ]
-        lines += [f"  {rewrite}" for rewrite in self.rewrites]
+        lines += [f"  {rewrite}" for rewrite in self.rewrites[:_SHOWN]]
+        left = Counter(rewrite.partition(":")[0] for rewrite in self.rewrites[_SHOWN:])
+        lines += [f"  {name}: {count} more, in `rewrites`" for name, count in left.items()]
         if self.ends:
             lines.append(f"  ended by a graph break at {self.file}:{self.line}: {self.ends}")
         return "\n".join([*lines, *_refusal_lines(self.refusals)])

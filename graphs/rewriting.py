@@ -24,7 +24,7 @@ from graphs.contract.tensor_state import RandomState
 from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.record.step import Recording
 from graphs.step import Checkpoint, Step
-from graphs.watch import Trace
+from graphs.watch import MODELS, Trace
 
 Tensor = torch.Tensor
 REMOVABLE = (HostSync, DataDependentShape, HostConstant, MixedDevices)
@@ -127,7 +127,13 @@ def _modules(step: Step, trace: Trace) -> list[str]:
     model: Any = step.model
     parts = model.modules() if isinstance(model, torch.nn.Module) else [model]
     names += [getattr(part, "__module__", None) or type(part).__module__ for part in parts]
-    return [name for name in dict.fromkeys(names) if name.partition(".")[0] not in ("torch", "graphs", "passes", "builtins")]
+    return [name for name in dict.fromkeys(names) if _is_a_models(name)]
+
+
+def _is_a_models(name: str) -> bool:
+    """Whether a module may hold lines of a step: no library below the model does, and of this package the models."""
+    package, _, rest = name.partition(".")
+    return package not in ("torch", "passes", "builtins") and (package != "graphs" or rest.partition(".")[0] in MODELS)
 
 
 def refusal_of(reason: passes.Unremovable, trace: Trace) -> Refusal:

@@ -45,6 +45,14 @@ class Routed:
     modules: tuple[RoutedModule, ...]
     skipped: Mapping[str, str]
 
+    def __str__(self) -> str:
+        lines = []
+        for one in self.modules:
+            held = f"{one.bytes_before} -> {one.bytes_after} bytes"
+            lines.append(f"{one.name or 'the model itself'}: {len(one.changes)} projection(s) routed, {held}")
+        lines += [f"{name or 'the model itself'}: not looked into: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines or ["no grouped projection was found"])
+
 
 def route(
     model: nn.Module,

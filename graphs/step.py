@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graphs.compiler_options import CompilerOptions
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.counters import Counter, find_counters
 from graphs.contract.outputs import OutputTemplate, output_template
@@ -33,7 +34,7 @@ class Step:
         batch_dims: batch dimension of each tensor leaf; used when ``rows`` is not None.
         rows: bucket to record at, or None for exact sizes.
         real: rows of this call.
-        compiler: what compiles the step before it is recorded; see `graphs.compiler`.
+        compiler, compiler_options: what compiles the step before it is recorded; see `graphs.compiler`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
         form: the template of the output, where it is that of a substitute for the module.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
@@ -53,6 +54,7 @@ class Step:
     real: int = 1
     compiler: str = "none"
     plain: Callable[..., Any] | None = None
+    compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
     form: OutputTemplate | None = None

@@ -29,7 +29,7 @@ from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
-_MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
+MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
 
 def user_frame(frame: FrameType | None) -> tuple[str, int]:
@@ -44,7 +44,7 @@ def user_frame(frame: FrameType | None) -> tuple[str, int]:
 def is_users(frame: FrameType) -> bool:
     """Whether a frame runs the user's program, or a library above torch: what a line can be named in."""
     package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
-    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in _MODELS)
+    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in MODELS)
     return not library and not frame.f_code.co_filename.startswith("<")
 
 

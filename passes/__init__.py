@@ -1,6 +1,7 @@
 """Rewrites of FX graphs that make a step recordable, and their lowering to MLIR. Imports torch and nothing of `graphs`."""
 
 from passes.aliases import lasting_writes
+from passes.attention import one_query_attention
 from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
@@ -9,6 +10,7 @@ from passes.host_values import remove_host_values
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.routing import Routes, Target, routing
+from passes.skinny import skinny_products
 from passes.tracing import Number, Read, trace_step
 
 __all__ = [
@@ -24,11 +26,13 @@ __all__ = [
     "compile_mlir",
     "hoist_constants",
     "lasting_writes",
+    "one_query_attention",
     "register_decompositions",
     "remove_host_values",
     "routing",
     "run",
     "run_mlir",
+    "skinny_products",
     "to_mlir",
     "trace_step",
     "trace_with_inputs",

@@ -64,7 +64,7 @@ def row_of(rw: Rewriter, x: Node, dim: int, index: sympy.Basic, length: sympy.Ba
     if not rw.bounds.certain(inside):
         if rw.guarded or rw.trips or length is not None:
             rw.assume(inside)
-            where = rw.call(aten.remainder.Scalar, where, size) if isinstance(where, Node) else where % size
+            where = rw.kept_within(where, size) if isinstance(where, Node) else where % size
         else:
             rw.trusted = True
     if not isinstance(where, Node):

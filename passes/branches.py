@@ -19,7 +19,6 @@ results of the graph become ``(*results, flag, *undo)`` and ``module.meta["undo"
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.aliases import Aliases, written
 from passes.errors import Unremovable
+from passes.ranges import Ranges
 from passes.rewriter import ALONG, BY_INDEX, DIVIDING, PICKING, Rewriter
 
 aten = torch.ops.aten
@@ -40,6 +40,8 @@ _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     """Results with the flag behind them, if the graph assumes anything."""
     broken: Any = None
+    for check in rw.checks:
+        broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     for decision in rw.facts.decisions:
         condition = rw.bounds.of_signs(rw.facts.resolve(decision.holds))
         if rw.bounds.certain(condition):
@@ -64,10 +66,13 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     broken = results[position] if len(results) > position else None
     everywhere, changes = broken is not None, []
+    ranges = Ranges(module)
     for node in list(module.graph.nodes):
         runs = node.meta.get("runs")
         for value, size, low in _partial(node) if everywhere or runs is not None else ():
-            if size and _is_within(value, size, given=not isinstance(runs, Node)):
+            if size and _is_within(ranges(value), size, low):
+                continue
+            if value.op == "placeholder" and not isinstance(runs, Node):  # the caller's, which eager trusts too
                 continue
             with module.graph.inserting_before(node):
                 safe, strays = _safe(module.graph, value, size, low)
@@ -92,6 +97,11 @@ def _safe(graph: Graph, value: Node, size: int, low: int) -> tuple[Node, Node]:
     return safe, graph.call_function(aten.ne.Tensor, (value, safe))
 
 
+def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
+    """Whether values in a range are indices of ``size`` places."""
+    return found is not None and low <= found[0] and found[1] < size
+
+
 def conditions(module: GraphModule) -> set[Node]:
     """The nodes that `guard` may need, besides those that the results do."""
     return {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
@@ -108,6 +118,8 @@ def _partial(node: Node) -> list[tuple[Node, int, int]]:
         return []
     if node.target in DIVIDING:
         divisor = node.args[1]
+        if isinstance(divisor, Node) and _is_not_zero(divisor):
+            return []
         whole = isinstance(divisor, Node) and not (_dtype(divisor).is_floating_point or value.dtype.is_floating_point)
         return [(divisor, 0, 0)] if whole else []  # type: ignore[list-item]
     if node.target in ALONG:
@@ -122,43 +134,10 @@ def _partial(node: Node) -> list[tuple[Node, int, int]]:
     return []
 
 
-def _is_within(index: Node, size: int, *, given: bool) -> bool:
-    """Whether an index cannot leave ``size`` places: it was kept within, or is a place in a tensor that is no longer.
-
-    Args:
-        given: whether to trust the caller's, as eager does.
-    """
-    target, arguments = index.target, index.args
-    if index.op == "placeholder" or str(target).startswith("_pass_constant"):
-        return given or index.op != "placeholder"
-    if target is aten.clamp.default:
-        low, high = (*arguments[1:], None, None)[:2]
-        return isinstance(low, int) and isinstance(high, int) and -size <= low and high < size
-    if target is aten.remainder.Scalar:
-        return isinstance(arguments[1], int) and 0 < arguments[1] <= size
-    if target is aten.masked_fill.Scalar and not (isinstance(arguments[2], int) and -size <= arguments[2] < size):
-        return False
-    if target is aten.nonzero_static.default:
-        return True
-    if target in _PLACES or (target is operator.getitem and arguments[1] == 1):
-        return _is_place(index if target in _PLACES else arguments[0], size)
-    through = (aten.view.default, aten.select.int, aten.masked_fill.Scalar, aten.index_select.default, aten.expand.default)
-    return target in through and isinstance(arguments[0], Node) and _is_within(arguments[0], size, given=given)
-
-
-def _is_place(ranked: Any, size: int) -> bool:
-    """Whether the places that an operator finds in its argument are among the first ``size``."""
-    if ranked.target not in (*_PLACES, *_RANKS):
-        return False
-    value, given = ranked.args[0].meta["val"], list(ranked.args[1:])
-    if ranked.target is aten.topk.default:
-        given = given[1:] or [-1]
-    dim = given[0] if given else None if ranked.target in _PLACES[:2] else -1
-    return bool(value.dim() and not ranked.kwargs and (value.numel() if dim is None else value.shape[dim]) <= size)
-
-
-_PLACES = (aten.argmax.default, aten.argmin.default, aten.argsort.default)
-_RANKS = (aten.topk.default, aten.sort.default, aten.max.dim, aten.min.dim)
+def _is_not_zero(divisor: Node) -> bool:
+    """Whether the passes have put something in the place of zeros."""
+    mask = divisor.args[1] if divisor.target is aten.masked_fill.Scalar and divisor.args[2] == 1 else None
+    return isinstance(mask, Node) and mask.target is aten.eq.Scalar and mask.args == (divisor.args[0], 0)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from passes.errors import Unremovable
-from passes.sites import user_site
+from passes.symbol_methods import value_methods
 from passes.symbols import SYMBOLS
 
 _ABSENT = object()
-_KINDS: dict[type, type] = {torch.SymInt: builtins.int, torch.SymFloat: builtins.float, torch.SymBool: builtins.bool}
 
 
 def _value(value: Any) -> Any:
@@ -102,36 +101,25 @@ SYMBOLIC = {"int": _Int, "float": _Float, "min": _min, "max": _max, "len": _len,
 """What stands for each builtin."""
 
 
-def _no_text(self: Any, form: str) -> str:
-    """Text needs the value: formatting a symbol would write its name."""
-    raise Unremovable("its text needs the value", "format", user_site())
-
-
-def _hash_of_value(self: Any) -> int:
-    """A symbol as the key of a dictionary: the value is taken as it is, which becomes an assumption of the graph."""
-    kind: type = next(kind for cls, kind in _KINDS.items() if isinstance(self, cls))
-    return hash(kind(self))
+_ONE_TRACE = threading.RLock()
+"""Modules are seen by every thread, so one thread traces at a time: the other's names would go with the first that ends."""
 
 
 @contextlib.contextmanager
 def symbolic_builtins(modules: Iterable[str]) -> Iterator[None]:
-    """Let `SYMBOLIC` hide the builtins in the named modules; a name that a module defines itself is left alone."""
-    spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
-    hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
-    kinds = [(kind, name) for kind in SYMBOLS for name in ("__format__", "__hash__")]
-    methods = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in kinds]
-    try:
-        for space, name in hidden:
-            space[name] = SYMBOLIC[name]
-        for kind in SYMBOLS:
-            kind.__format__ = _no_text  # type: ignore[assignment, method-assign]
-            kind.__hash__ = _hash_of_value  # type: ignore[assignment, method-assign]
-        yield
-    finally:
-        for space, name in hidden:
-            space.pop(name, None)
-        for kind, name, method in methods:
-            if method is _ABSENT:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, method)
+    """Let `SYMBOLIC` hide the builtins in the named modules; a name that a module defines itself is left alone.
+
+    Other threads that run lines of these modules meanwhile see the same names, which do with numbers and tensors what the
+    builtins do.
+    """
+    with _ONE_TRACE:
+        spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
+        hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
+        try:
+            for space, name in hidden:
+                space[name] = SYMBOLIC[name]
+            with value_methods():
+                yield
+        finally:
+            for space, name in hidden:
+                space.pop(name, None)

@@ -2,7 +2,8 @@
 
 A function object stays what it is (closure, defaults, identity, whoever holds it) and gets other code: its source with what
 `passes.fork_source` makes of some branches. The new code asks `ENTRY` at those branches, which answers for the thread that
-traces, and for any other thread that calls the same function meanwhile as Python itself would.
+traces, and for any other thread that calls the same function meanwhile as Python itself would. One thread traces at a time
+(`passes.builtins`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ Written = tuple[str, CodeType]
 """A function as it is written: its file and its code. Codes of two files may be equal."""
 Plan = Mapping[Written, Lines]
 """Which branches of which functions have both sides run."""
-LOCK = threading.RLock()
-"""Held by the thread that traces: what is exchanged, and what hides builtins, is there for one trace at a time."""
 
 
 class _Entry:

@@ -11,6 +11,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
+from passes.bounded.grouped_products import GROUPED, needs_offsets
+from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
 from passes.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
@@ -71,6 +73,7 @@ def remove_host_values(
     assumes = _results(graph) > count
     if assumes:
         changes += branches.make_undoable(module)
+    changes += merge_duplicates(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
     left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
     if left is not None:
@@ -102,6 +105,8 @@ def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
 
 def _needs_host(node: Node) -> bool:
     """Whether an operator has the host wait, be it without giving it a value: one that takes masks as indices does."""
+    if node.target is GROUPED and needs_offsets(node):
+        return True
     if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
         return True
     indices = node.args[1] if node.target in BY_INDEX else ()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from passes.errors import Unremovable
@@ -118,6 +119,19 @@ def _numpy(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return array
 
 
+def traced_tensor(x: Tensor) -> Tensor:
+    """``x``, or where it is a tensor that the step holds itself, an alias of it that is traced.
+
+    `make_fx` takes the value of a tensor that nothing traced has made for a constant, and would freeze it.
+    """
+    return x if isinstance(x, FakeTensor) else torch.ops.aten.alias.default(x)
+
+
+def _tolist(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """Numbers of a tensor that the step holds itself, which torch would read from its memory."""
+    return NotImplemented if isinstance(args[0], FakeTensor) else traced_tensor(args[0]).tolist()
+
+
 def _needed_by_host(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     raise Unremovable("the host needs the tensor itself", f"Tensor.{_TO_HOST[func]}", user_site())
 
@@ -210,5 +224,6 @@ _ENTRIES: dict[Any, Entry] = {
     **dict.fromkeys((torch.equal, Tensor.equal), _equal),
     **dict.fromkeys((torch.allclose, Tensor.allclose), _allclose),
     Tensor.numpy: _numpy,
+    Tensor.tolist: _tolist,
     torch.nn.functional.pad: _pad,
 }

@@ -9,7 +9,7 @@ true length is undefined; a rule that mixes rows replaces it by the neutral elem
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import sympy
@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy import functions as sympy_functions
 
-from passes.aliases import Aliases
+from passes.aliases import Aliases, returns_view
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
@@ -78,6 +78,7 @@ class Rewriter:
         exact: symbols that are taken at their hint, as an assumption, because some operator has no rule.
         guarded: whether indices are kept inside their tensors, with an assumption where they are not certain to be.
         trusted: whether an index was left for its operator to check; only where not ``guarded``.
+        checks: 0-d flags that have to be true besides what the graph assumes of host values.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Rewriter:
         self.trips: tuple[Trip | Arm, ...] = ()
         self.guarded, self.trusted = guarded, False
         self.changes: list[tuple[str, str]] = []
+        self.checks: list[Node] = []
         self._cache: dict[Any, Node] = {}
         self._constants = 0
         self.aliases = Aliases(self)
@@ -123,6 +125,8 @@ class Rewriter:
             made = self._by_rule(node, args, kwargs)
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
+                if isinstance(made, Node) and _keeps_zeros(made, args[:1]):
+                    made.meta["zeros"] = True
                 return made
         schema = getattr(node.target, "_schema", None)
         conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
@@ -245,6 +249,13 @@ class Rewriter:
             self._cache[key] = self.constant(torch.arange(count, device=device))
         return self._cache[key]
 
+    def kept_within(self, index: Node, size: int) -> Node:
+        """A 0-d index as one from the front of ``size`` rows, whatever it is; made once."""
+        key = ("within", index, size)
+        if key not in self._cache:
+            self._cache[key] = self.call(aten.remainder.Scalar, index, size)
+        return self._cache[key]
+
     # host values as 0-d tensors
 
     def define(self, value: Any, tensor: Node) -> None:
@@ -364,6 +375,11 @@ class Rewriter:
         """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.runs) for trip in self.trips], condition), True, self.site)
 
+    @property
+    def can_check(self) -> bool:
+        """Whether what the current operator relies on can be checked by the graph, for all of its runs."""
+        return self.guarded and self.finish is not None and not self.trips
+
     def mask(self, node: Node, dims: list[int] | None = None) -> Node | None:
         """A boolean mask, broadcastable to ``node``, of what lies within its true lengths (of ``dims``, or of all)."""
         value, total = node.meta["val"], None
@@ -384,8 +400,7 @@ class Rewriter:
 
     def _compared(self, how: Any, expression: sympy.Basic, count: int, device: torch.device, trailing: int) -> Node:
         expression = self.bounds.simplified(self.facts.resolve(expression))
-        if isinstance(expression, (sympy.Min, sympy_functions.Min)):  # no row of ``count`` lies behind a larger number
-            expression = type(expression)(*[part for part in expression.args if not (part.is_Integer and part >= count)])
+        expression = _in_range(expression, count)
         key = (how, expression, count, device)
         if key not in self._cache:
             length = self.number(expression)
@@ -428,6 +443,26 @@ class Rewriter:
                 beyond = self.beyond(expression, value.shape[dim], value.device, value.dim() - dim - 1)
                 made = self.call(aten.masked_fill.Scalar, made, beyond, fill)
         return self.padded(made, self.lengths(node))
+
+
+def _in_range(expression: sympy.Basic, count: int) -> sympy.Basic:
+    """A limit of rows written shorter: no row of ``count`` lies behind a larger number, or before zero."""
+    for kinds, is_idle in (
+        ((sympy.Max, sympy_functions.Max), lambda part: part.is_Integer and part <= 0),
+        ((sympy.Min, sympy_functions.Min), lambda part: part.is_Integer and part >= count),
+        ((sympy.Max, sympy_functions.Max), lambda part: part.is_Integer and part <= 0),
+    ):
+        if isinstance(expression, kinds):
+            kept = [part for part in expression.args if not is_idle(part)]
+            expression = type(expression)(*kept) if kept else expression
+    return expression
+
+
+def _keeps_zeros(made: Node, first: Sequence[Any]) -> bool:
+    """Whether what was made from a node has zeros where that has."""
+    if made.op != "call_function" or not all(isinstance(value, Node) and value.meta.get("zeros") for value in first):
+        return False
+    return bool(first) and (returns_view(made.target) or made.target is aten._to_copy.default)
 
 
 _MOVES = (aten._to_copy.default, aten.copy_.default)

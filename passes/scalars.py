@@ -84,7 +84,12 @@ class Scalars:
         packet = _OPERATIONS.get(type(expression))
         if packet is None:
             raise self._missing(f"{type(expression).__name__} has no operator for it")
+        if len(expression.args) > 2 and type(expression) in _LONG:  # a sum begins with one that other sums begin with too
+            first = self.number(type(expression)(*expression.args[:-1]))
+            return self._combined(type(expression), packet, first, self.number(expression.args[-1]))
         values = [self.number(part) for part in expression.args]
+        if packet in _DIVISIONS and isinstance(values[1], Node):
+            self._rewriter.assume(sympy.Ne(expression.args[1], 0))
         if len(values) == 1:
             return self._call(packet.default, *values)
         total = values[0]
@@ -107,6 +112,8 @@ class Scalars:
             a, b, packet = b, a, _SWAPPED[kind] or packet
         if not isinstance(a, Node):
             a = self.filled(a, b)
+        if isinstance(b, Node) and packet in _DIVISIONS:
+            b = self._call(aten.masked_fill.Scalar, b, self._call(aten.eq.Scalar, b, 0), 1)  # by zero: assumed not to be
         if isinstance(b, Node):
             return self._call(getattr(packet, "Tensor", packet.default) if hasattr(packet, "Tensor") else packet.default, a, b)
         if packet in _CLAMPS:
@@ -222,6 +229,9 @@ _OPERATIONS: dict[type, Any] = {
     sympy.Or: aten.logical_or,
     sympy.Not: aten.logical_not,
 }
+_LONG = (sympy.Add, sympy.And, sympy.Or)
+_DIVISIONS = (aten.floor_divide, aten.remainder)
+"""Operators that divide: by zero Python raises, a CPU ends the run, and a GPU returns anything."""
 _SPECIAL: dict[type, Callable[[Scalars, sympy.Basic], Any]] = {
     sympy_functions.ToFloat: lambda scalars, expression: scalars.cast(scalars.number(expression.args[0]), torch.float64),
     sympy_functions.TruncToInt: _rounded(aten.trunc.default),

@@ -33,10 +33,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
-from passes.exchange import LOCK, Lines, Plan, Written, branch_in, forked, functions_of, written
+from passes.exchange import Lines, Plan, Written, branch_in, forked, functions_of, written
+from passes.fakes import StepFakes
 from passes.forks import Forks, Snapshot, Unmergeable
 from passes.loops import LIMIT, Arm, Loops, leaks, outside
-from passes.python_entry import SymbolicEntry
+from passes.python_entry import SymbolicEntry, traced_tensor
 from passes.sides import check
 from passes.sites import Site, user_frame, user_site
 
@@ -232,6 +233,8 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         site = user_site()
+        if func is aten._local_scalar_dense.default:
+            args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
         result = func(*args, **kwargs)
         self._mark(site)
@@ -627,7 +630,7 @@ def trace_once(
     """
     restore()
     environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
+    mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
     with mode:
         inputs = [*tensors, *(number.tensor for number in numbers)]
@@ -652,7 +655,7 @@ def trace_once(
             return results
 
     as_written = torch.compiler.set_stance("force_eager")
-    with LOCK, symbolic_builtins(modules), forked(plan, forks, functions), torch.no_grad(), as_written:
+    with symbolic_builtins(modules), forked(plan, forks, functions), torch.no_grad(), as_written:
         module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]

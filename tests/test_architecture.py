@@ -128,8 +128,10 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
         "triton": {
             "graphs.bench.read_floor",
             "graphs.ops.hopper",
+            "graphs.ops.warpgroup",
             "graphs.ops.kernels",
             "graphs.ops.offline",
+            "graphs.ops.skinny_kernel",
             "graphs.ops.split_k",
             "graphs.record.copies",
         },

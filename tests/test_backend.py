@@ -144,6 +144,12 @@ def test_a_graph_break_makes_two_pieces_and_is_named() -> None:
     assert json.loads(backend_report().to_json())["pieces"][0]["line"] == line
 
 
+def test_a_branch_on_a_tensor_is_told_as_one() -> None:
+    step = torch.compile(lambda x: x * 2 if x.sum() > 0 else x - 1, backend=graphs_backend, options={"compiler": "aten"})
+    step(torch.ones(3))
+    assert pieces()[0].ends.startswith("a branch on a tensor (")
+
+
 @pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
 def test_weights_that_move_are_recorded_anew() -> None:
     model, twin, step = pair()

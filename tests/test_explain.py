@@ -86,6 +86,7 @@ def test_fusion_counts_kernels() -> None:
     assert found.fusion is not None and found.fusion.refusal == ""
     assert found.fusion.scheduled >= found.fusion.generated == 1
     assert "1 generated kernel(s)" in str(found)
+    assert found.fusion.kernels == ("mul, add, relu, sum_1",) and "  mul, add, relu, sum_1\n" in str(found)
 
 
 def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,7 @@ def test_a_routed_model_is_captured_copied_and_compiled() -> None:
 def test_only_the_weights_that_are_named() -> None:
     routed = graphs.route(Model(), path="einsum", only="layers.1.*")
     assert [module.name for module in routed.modules] == ["layers.1.o_a_proj"]
+    assert str(routed).startswith("layers.1.o_a_proj: 1 projection(s) routed, ")
 
 
 def test_what_cannot_be_looked_into_is_told() -> None:
@@ -143,6 +144,7 @@ def test_what_cannot_be_looked_into_is_told() -> None:
 
     routed = graphs.route(Branching(), (torch.randn(3, G, K),))
     assert routed.modules == () and "TraceError" in routed.skipped[""]
+    assert str(routed).startswith("the model itself: not looked into: ")
 
 
 def test_a_model_without_a_projection_is_left_as_it_is() -> None:

@@ -20,6 +20,7 @@ from graphs.bench.plot import draw_results
 from graphs.bench.progress import Progress, make_console
 from graphs.bench.rows import BenchRow, Case, Results
 from graphs.bench.settings import EXPERIMENTS, BenchSettings
+from graphs.bench.syncs import measure_syncs
 from graphs.bench.table import bars_table, results_table
 from graphs.bench.wo_a import measure_wo_a, selection_for
 from graphs.bench.wo_a_paths import absent
@@ -75,6 +76,8 @@ def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem:
         results = _kept(results, stem, bars=(*results.bars, *measure_bars(settings, progress)))
     if experiment == "compile":  # takes minutes, so it is not part of "all"
         results = _kept(results, stem, bars=tuple(measure_compilers(settings, progress)))
+    if experiment == "syncs":
+        results = _kept(results, stem, bars=tuple(measure_syncs(settings, progress)))
     return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
 
 

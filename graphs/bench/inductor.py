@@ -18,13 +18,16 @@ from graphs.bench.progress import Progress
 from graphs.bench.rows import BarRow, WrongResult
 from graphs.bench.sampling import Spread, Variant, ratios, wall_variants
 from graphs.bench.settings import BenchSettings
+from graphs.compiler import CompiledModel
 from graphs.errors import ConfigError
 
 BATCH = 4
 STEPS = 16  # steps of one measurement, each waited for, as a loop does that looks at every token
 NARROW = dataclasses.replace(WIDE, name="narrow Llama", hidden=512, intermediate=2048, heads=8, kv_heads=2)
 _FIRST_CALLS = 4  # compiling, and the recordings of reduce-overhead, take the first few
-BARE, CAPTURED, BACKEND, REDUCED = "bare graph", "captured", 'backend="graphs"', "reduce-overhead"
+BARE, OURS = "bare graph", "bare graph of the same kernels"
+CAPTURED, BACKEND = "captured", 'backend="graphs"'
+REDUCED, SEARCHED = "reduce-overhead", "max-autotune"
 
 
 def measure_compilers(settings: BenchSettings, progress: Progress, sizes: tuple[LlamaSize, ...] = (NARROW, WIDE)) -> list[BarRow]:
@@ -46,27 +49,34 @@ def measure_compilers(settings: BenchSettings, progress: Progress, sizes: tuple[
 
 
 def _wall_times(size: LlamaSize, settings: BenchSettings, progress: Progress) -> dict[str, list[float]]:
-    """Seconds per step, waited for, of each way to call the step; they take turns."""
+    """Seconds per step, waited for, of each way to call the step; they take turns.
+
+    Two ways are bare graphs: of what ``torch.compile`` makes of the model, and of what it makes of it with this project's
+    passes, which are the kernels that the captured step and the backend replay.
+    """
     model = build_llama(size, settings.device)
     decoding = Decoding(model, size, BATCH, settings.device)
     decoding.reset()
     expected = decoding.first_step(model).clone()
     step = graphs.capture(model, compiler="inductor")
-    plain = torch.compile(model, dynamic=False)
+    plain, ours = torch.compile(model, dynamic=False), CompiledModel(model, settings.device)
     callees: dict[str, Callable[..., Any]] = {
         BARE: plain,
+        OURS: ours,
         CAPTURED: step,
         BACKEND: torch.compile(model, backend=graphs_backend, dynamic=False),
         REDUCED: torch.compile(model, mode="reduce-overhead", dynamic=False),
     }
+    if settings.search:
+        callees[SEARCHED] = torch.compile(model, mode="max-autotune", dynamic=False)
     with progress.case(f"compiling {size.name} at width {size.hidden} in {len(callees)} ways", len(callees)) as tick:
         for name, callee in callees.items():
             _settle(callee, decoding, expected, name)
             tick()
     _require_replays(step)
-    graph = bare_step(plain, decoding)
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(decoding.first_step, way) for name, way in callees.items()}
-    calls[BARE] = graph.replay
+    graphs_of = {name: bare_step(callees[name], decoding) for name in (BARE, OURS)}
+    calls |= {name: graph.replay for name, graph in graphs_of.items()}
     waiting = {name: functools.partial(_waited_for, call, settings.device) for name, call in calls.items()}
     variants = {name: Variant(call, decoding.reset) for name, call in waiting.items()}
     title = f"{size.name} at width {size.hidden}, {STEPS} decode steps, each waited for"
@@ -102,7 +112,9 @@ def _bars(size: LlamaSize, times: Mapping[str, list[float]], settings: BenchSett
     bar = functools.partial(_bar, size=size, times=times, device=describe_machine(settings.device).device)
     bars = [
         bar(CAPTURED, BARE, 1.03, at_least=False) if wide else None,
+        bar(CAPTURED, OURS, 1.03, at_least=False) if wide else None,
         bar(CAPTURED, REDUCED, 0.83, at_least=False),
+        bar(CAPTURED, SEARCHED, 0.83, at_least=False) if SEARCHED in times else None,
         bar(REDUCED, BACKEND, 1.0 if wide else 1.1, at_least=True),
     ]
     return [made for made in bars if made is not None]

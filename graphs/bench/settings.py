@@ -11,7 +11,7 @@ from graphs.config import choice
 from graphs.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
-EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile")
+EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile", "syncs")
 MIN_RUNS = 20  # below this, quartiles say little
 
 
@@ -23,12 +23,14 @@ class BenchSettings:
         device: where they run.
         runs: measured repetitions of everything.
         quick: fewer batch sizes and shorter sequences.
+        search: ``compile``: measure ``mode="max-autotune"`` too, which compiles for a minute and more.
         groups, tokens, paths: G, M and paths of the grouped projection; empty: those of the table.
     """
 
     device: torch.device
     runs: int = MIN_RUNS
     quick: bool = False
+    search: bool = True
     groups: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class BenchSettings:
         runs: int = MIN_RUNS,
         quick: bool = False,
         *,
+        search: bool = True,
         groups: str = "",
         tokens: str = "",
         paths: str = "",
@@ -59,8 +62,8 @@ class BenchSettings:
         if device == "cuda" and not has_gpu:
             raise ConfigError("--device", device, "'auto' or 'cpu' here: torch sees no GPU")
         if device == "cpu" or not has_gpu:
-            return cls(torch.device("cpu"), runs, quick, *sizes, names)
-        return cls(torch.device("cuda", torch.cuda.current_device()), runs, quick, *sizes, names)
+            return cls(torch.device("cpu"), runs, quick, search, *sizes, names)
+        return cls(torch.device("cuda", torch.cuda.current_device()), runs, quick, search, *sizes, names)
 
 
 def _sizes(name: str, text: str) -> tuple[int, ...]:

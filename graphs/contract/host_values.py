@@ -24,6 +24,7 @@ FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 _ALONG = (aten.unique_dim.default,)
 _READS = (aten._local_scalar_dense.default, aten.equal.default, aten._linalg_check_errors.default)
+GROUPED = aten._grouped_mm.default
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 FILLS = (aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 """On a GPU the host reads the 0-d tensor."""
@@ -108,6 +109,8 @@ def host_finding(
         return _with(HostSync, "the host waits for a value of a tensor")
     if func in FILLS and args[2].device == args[0].device:
         return _with(HostSync, "the host reads the number that a mask is filled with")
+    if func is GROUPED and args[0].dtype != torch.bfloat16 and (len(args) > 2 or kwargs.get("offs") is not None):
+        return _with(HostSync, "on a GPU the host reads the offsets of the groups, for any dtype but bfloat16")
     if func in _MASKED:
         masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
         return _with(DataDependentShape, "indexing with a boolean mask counts its true elements on the host") if masks else None

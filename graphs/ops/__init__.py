@@ -1,5 +1,6 @@
 """The grouped output projection ``wo_a``: weights, paths, operators, one module. Importing it touches no device."""
 
+from graphs.ops import skinny as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
 from graphs.ops import wo_a as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
 from graphs.ops.projection import LEGAL_PATHS, GroupedProjection
 from graphs.ops.weights import (

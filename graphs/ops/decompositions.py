@@ -1,15 +1,15 @@
-"""What the operators ``graphs::wo_a_*`` are made of, for compilers that know ATen only: their CPU implementations."""
+"""What this project's operators are made of, for compilers that know ATen only: their CPU implementations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 
-from graphs.ops import wo_a
+from graphs.ops import skinny, wo_a
 
-DECOMPOSITIONS: dict[OpOverload, Callable[..., Tensor]] = {
+DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {
     getattr(torch.ops.graphs, name).default: cpu for name, (cpu, _, _) in wo_a.IMPLEMENTATIONS.items()
-}
+} | {torch.ops.graphs.skinny_linear.default: skinny.products}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from graphs.ops import tiles
-from graphs.ops.wo_a import hopper, kernels, split_k
+from graphs.ops.skinny import skinny_kernel
+from graphs.ops.wo_a import hopper, kernels, split_k, warpgroup
 
 TARGETS = {  # name -> (Triton back end, its architecture, warp width, arch for the tile choice, FP8 type)
     "gfx942": ("hip", "gfx942", 64, tiles.Arch("hip", 9, 4), "fp8e4b8"),
@@ -70,7 +71,7 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
         gloop = tiles.quantised_gemm("gloop", m, 1, *SHAPE[1:], arch)
         fused = tiles.fused(m, *SHAPE, arch)
         yield Case("wo_a_bmm_kernel", m, gemm | strides, _blocks(bmm) | {"stride_ok": 1, "FP8_LIMIT": limit}, bmm)
-        for option, tile, extra in _options(fused, bmm, plain, limit):
+        for option, tile, extra in _options(fused, tiles.quantised_fused(m, *SHAPE, arch), plain, limit):
             begin = {"AHEAD": 128 * tile.num_stages, "OVERLAP": early}
             types = gemm | strides | {"positions": "*i64", "table": "*fp32"}
             yield Case("wo_a_fused_kernel", m, types, _blocks(tile) | extra | begin, tile, option)
@@ -82,12 +83,15 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
         "wo_a_quantise_kernel", tokens[0], quantise, {"stride_ok": 1, "ROWS": rows, "FP8_LIMIT": limit}, tiles.Tile(0, 0, 4, 1)
     )
     yield from _split_cases(arch, gemm | strides, plain, limit)
+    yield from _skinny_cases(arch.vendor)
     special = hopper() if target == "sm_90" else None
     if special is not None:
         constants = {"N": SHAPE[1], "K": SHAPE[2], "SPLIT": special.WARPS, "OVERLAP": True} | special.layouts(special.WARPS)
         for m in (8, 16):
             tile = tiles.Tile(m, special.COLUMNS, special.WARPS, 1)
             yield Case("wo_a_registers_kernel", m, gemm | strides | {"weight": "*i8"}, constants | {"BLOCK_M": m}, tile)
+    if target == "sm_90":
+        yield from _warpgroup_cases()
 
 
 def _options(
@@ -118,6 +122,29 @@ def _split_cases(arch: tiles.Arch, types: dict[str, str], plain: dict[str, Any],
             yield Case("wo_a_split_kernel", m, types, common | extra, tile, f"n{tile.block_n} {option}".rstrip())
 
 
+def _warpgroup_cases() -> Iterator[Case]:
+    """The kernel that shares K over clusters, in every shape that is launched anywhere."""
+    special = warpgroup()
+    if special is None:
+        return
+    for _, m, shape in tiles.WARPGROUP:
+        constants = {"N": SHAPE[1], "K": SHAPE[2]} | special.constants(SHAPE[2], shape)
+        tile = tiles.Tile(shape.tokens, shape.columns, shape.columns // 16, shape.slots)
+        yield Case("wo_a_warpgroup_kernel", m, special.TYPES, constants, tile, f"n{shape.columns} c{shape.blocks}")
+
+
+def _skinny_cases(vendor: str) -> Iterator[Case]:
+    """The kernel of ``skinny_linear`` in every tile that is launched: for one weight, and for three."""
+    types = {name: "*bf16" for name in ("x", "w0", "w1", "w2", "y0", "y1", "y2")}
+    types |= {name: "i32" for name in ("M", "N0", "N1", "N2", "K")}
+    for m, n, k, single in ((4, 3072, 512, False), (4, 2048, 2048, True), (4, 16384, 2048, False), (16, 16384, 2048, False)):
+        found = tiles.skinny(m, n, k, vendor)
+        assert found is not None, "these sizes have a tile"
+        tile, block_k = found
+        constants = _blocks(tile) | {"SPLIT": tile.num_warps, "BLOCK_K": block_k, "SINGLE": single}
+        yield Case("skinny_linear_kernel", m, types, constants, tile, f"n{n} k{k}")
+
+
 def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any]) -> Any:
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -130,13 +157,13 @@ def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    modules = (kernels(), split_k(), hopper())
+    modules = (kernels(), split_k(), skinny_kernel(), hopper(), warpgroup())
     function = next(found for module in modules if (found := getattr(module, case.kernel, None)) is not None)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("N", "K", "stride_om", "stride_og")
+        if kind.startswith("*") or (kind != "constexpr" and name in ("N", "N0", "N1", "N2", "K", "stride_om", "stride_og"))
     }
     source = _source(function, signature, case.constants, aligned)
     chip = triton.backends.compiler.GPUTarget(vendor, arch, width)

@@ -25,7 +25,15 @@ from graphs.ops.auto import Rules
 from graphs.ops.weights import PATHS
 
 SCHEMA = 1
-SOURCES = ("kernels.py", "split_k.py", "hopper.py", "tiles.py", "wo_a.py")  # a change in one of them outdates a measurement
+SOURCES = (
+    "kernels.py",
+    "split_k.py",
+    "hopper.py",
+    "warpgroup.py",
+    "clusters.py",
+    "tiles.py",
+    "wo_a.py",
+)  # a change in one of them outdates a measurement
 
 
 def rules_for(device: torch.device) -> Rules:

@@ -196,7 +196,7 @@ def _cuda_bmm(o: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if o.shape[0]:
         arch = arch_of(o.device.index, "bmm", weight.dtype)
         m, (g, n, k) = o.shape[0], weight.shape
-        few = tiles.split(m, g, n, k, arch)
+        few = tiles.split(m, g, n, k, arch) if m <= 8 or arch != tiles.HOPPER else None
         if few is not None:
             split_k().launch_split(o, weight, scale, y, few, fp8=True, overlap=tiles.starts_early(g * n, arch))
         else:
@@ -238,19 +238,24 @@ def _cuda_fused(
 def _launch_fused(
     o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, arch: tiles.Arch, plain: bool, overlap: bool, options: tuple[Any, ...]
 ) -> None:
-    """One of three kernels: registers (fastest, without options), split (few tokens), or the one for any number of tokens."""
+    """One of four kernels: registers and warpgroup (without options), split (few tokens), or the one for anything."""
     m, (g, n, k) = o.shape[0], weight.shape
     if plain and o.stride(2) == 1 and tiles.registers(m, g, n, k, arch):
         special = hopper()
         if special is not None:
             special.launch_registers(o, weight, scale, y, overlap)
             return
+    shape = tiles.warpgroup(m, g, n, k, arch) if plain else None
+    special = warpgroup() if shape is not None else None
+    if special is not None and special.suits(o):
+        special.launch_warpgroup(o, weight, scale, y, shape)
+        return
     few = tiles.split(m, g, n, k, arch, plain)
     if few is not None:
         split_k().launch_split(o, weight, scale, y, few, *options, overlap=tiles.starts_early(g * n, arch))
         return
     fp8 = options[0]
-    tile = tiles.quantised_gemm("bmm", m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
+    tile = tiles.quantised_fused(m, g, n, k, arch) if fp8 else tiles.fused(m, g, n, k, arch)
     kernels().launch_fused(o, weight, scale, y, tile, *options)
 
 
@@ -277,12 +282,24 @@ def split_k() -> ModuleType:
 
 @functools.cache
 def hopper() -> ModuleType | None:
-    """The Gluon kernels for compute capability 9.0, or None where the installed triton lacks what they are written with."""
+    """The Gluon kernel that keeps weights in registers, or None where the installed triton lacks what it is written with."""
     try:
         from graphs.ops import hopper as module
 
         module.layouts(module.WARPS)
     except (ImportError, AttributeError, TypeError):  # Gluon is experimental: names and arguments come and go
+        return None
+    return module
+
+
+@functools.cache
+def warpgroup() -> ModuleType | None:
+    """The Gluon kernel that shares K over a cluster of blocks, or None where the installed triton lacks what it needs."""
+    try:
+        from graphs.ops import warpgroup as module
+
+        module.constants(BLOCK * 8, tiles.Cluster(16, 128, 2, 4))
+    except (ImportError, AttributeError, TypeError):
         return None
     return module
 

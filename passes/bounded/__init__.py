@@ -30,11 +30,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.arithmetic import pointwise as with_symbols
 from passes.arithmetic import takes_host_number
-from passes.bounded import indexing, products, reductions, shapes, sources
+from passes.bounded import grouped_products, indexing, products, reductions, scatters, shapes, sources
 from passes.rewriter import Rewriter, Rule
 from passes.symbols import expression_of, is_symbol
 
-RULES: dict[Any, Rule] = {**sources.RULES, **shapes.RULES, **reductions.RULES, **products.RULES, **indexing.RULES}
+RULES: dict[Any, Rule] = {
+    **{
+        target: rule
+        for part in (sources, shapes, reductions, products, indexing, scatters)
+        for target, rule in part.RULES.items()
+    },
+    grouped_products.GROUPED: grouped_products.grouped_mm,
+}
 
 
 def default(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,11 +26,40 @@ def _product(left: int, right: int, first: int = 0) -> Rule:
         if padded:
             masks = {**{0: rw.lengths(a).get(dims[0])}, **{1: rw.lengths(b).get(dims[1])}}
             length = masks[0] if masks[0] is not None else masks[1]
-            a, b = (_zeroed(rw, x, dim, length) for x, dim in ((a, dims[0]), (b, dims[1])))
+            small = min((a, b), key=_bytes)
+            trusted = rw.can_check and _outweighs(max((a, b), key=_bytes), node)
+            sides = ((a, dims[0]), (b, dims[1]))
+            a, b = (x if trusted and (x is not small or x.meta.get("zeros")) else _zeroed(rw, x, dim, length) for x, dim in sides)
         arguments = (*args[:first], a, b, *args[first + 2 :])
-        return rw.padded(rw.call(node.target, *arguments, **kwargs), rw.expected(node))
+        made = rw.padded(rw.call(node.target, *arguments, **kwargs), rw.expected(node))
+        if padded and trusted:
+            rw.check(_finite(rw, made))
+        return made
 
     return rule
+
+
+_LARGE = 1 << 20
+"""Bytes above which a side of a product is not copied to have zeros in it."""
+
+
+def _bytes(x: Node) -> int:
+    value = x.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _outweighs(x: Node, node: Node) -> bool:
+    """Whether a side of a product is large, and larger than the result: then looking at that is cheaper than copying this."""
+    value = node.meta["val"]
+    if not value.dtype.is_floating_point or any(isinstance(size, torch.SymInt) for size in value.shape):
+        return False
+    return _bytes(x) >= max(_LARGE, 4 * _bytes(node))
+
+
+def _finite(rw: Rewriter, result: Node) -> Node:
+    """0-d flag: whether nothing came of zero times what lies beyond the true rows, which is NaN for NaN and infinity."""
+    total = rw.call(aten.sum.default, result)
+    return rw.call(aten.eq.Tensor, total, total)
 
 
 def _same_size(rw: Rewriter, a: Node, b: Node, left: int, right: int) -> tuple[Node, Node]:

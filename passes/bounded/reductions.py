@@ -108,7 +108,10 @@ def softmax(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
     if not rw.lengths(x):
         return None
     dim = args[1] % x.meta["val"].dim()
-    return rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
+    made = rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
+    if node.target is not aten._log_softmax.default and set(rw.lengths(x)) == {dim}:
+        made.meta["zeros"] = True  # beyond the true length, but for rows that have none: all of those is NaN
+    return made
 
 
 def cumulative(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,19 +122,51 @@ def cumulative(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
 
 
 def topk(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.topk(min(k, n))``: the bound of k of them. By a stable sort, since padding may equal true elements."""
+    """``x.topk(min(k, n))``: the bound of k of them.
+
+    Which of equal elements are taken is the kernel's choice. A GPU takes the first ones, whatever comes behind; on a CPU that
+    depends on the length, so short tensors are looked at in each length that they can have. Long ones are sorted.
+    """
     x, k = args[:2]
     if not rw.lengths(x) and not is_symbol(k):
         return None
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % x.meta["val"].dim()
     largest = args[3] if len(args) > 3 else kwargs.get("largest", True)
-    count = min(rw.bound(expression_of(k)) if is_symbol(k) else k, x.meta["val"].shape[dim])
-    if dim in rw.lengths(x):
-        made = _ordered(rw, x, dim, descending=largest)
-    else:
+    value = x.meta["val"]
+    count = min(rw.bound(expression_of(k)) if is_symbol(k) else k, value.shape[dim])
+    if dim not in rw.lengths(x):
         made = rw.call(aten.topk.default, x, count, dim, largest, *args[4:])
-    first = [rw.call(aten.slice.Tensor, rw.item(made, index), dim, 0, count) for index in range(2)]
-    return tuple(rw.padded(item, rw.expected(node, index)) for index, item in enumerate(first))
+        parts = [rw.item(made, index) for index in range(2)]
+    elif value.device.type == "cpu" and value.shape[dim] <= _SHORT:
+        parts = _top_of_each_length(rw, x, count, dim, (largest, *args[4:]))
+    elif value.device.type != "cpu" and value.dtype.is_floating_point:
+        fill = (_lowest if largest else last_in_order)(value.dtype)
+        made = rw.call(aten.topk.default, rw.neutral(x, fill, [dim]), count, dim, largest, *args[4:])
+        parts = [rw.item(made, index) for index in range(2)]
+    else:
+        made = _ordered(rw, x, dim, descending=largest)
+        parts = [rw.call(aten.slice.Tensor, rw.item(made, index), dim, 0, count) for index in range(2)]
+    return tuple(rw.padded(part, rw.expected(node, index)) for index, part in enumerate(parts))
+
+
+_SHORT = 64
+"""Elements up to which a top-k on a CPU is done in every length."""
+
+
+def _top_of_each_length(rw: Rewriter, x: Node, count: int, dim: int, how: tuple[Any, ...]) -> list[Node]:
+    """Values and places of the largest elements, from the length that is the true one."""
+    value, length = x.meta["val"], rw.lengths(x)[dim]
+    found: list[list[Node]] = [[], []]
+    for size in range(1, value.shape[dim] + 1):
+        made = rw.call(aten.topk.default, rw.call(aten.slice.Tensor, x, dim, 0, size), min(count, size), dim, *how)
+        rest = [0] * (2 * (value.dim() - dim - 1)) + [0, count - min(count, size)]
+        for index in range(2):
+            found[index].append(rw.call(aten.constant_pad_nd.default, rw.item(made, index), rest))
+    which = rw.call(aten.view.default, rw.number(sympy.Max(length - 1, 0)), [1])
+    return [
+        rw.call(aten.squeeze.dim, rw.call(aten.index_select.default, rw.call(aten.stack.default, part), 0, which), 0)
+        for part in found
+    ]
 
 
 def _ordered(rw: Rewriter, x: Node, dim: int, *, descending: bool) -> Node:

@@ -117,7 +117,7 @@ def view(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _keeps_rows(rw: Rewriter, before: list[Any], after: list[Any]) -> bool:
     """Whether each dynamic dimension leads the group of dimensions that it is merged with or split into."""
-    old, new = ([_expr(rw, size) for size in sizes] for sizes in (before, after))
+    old, new = ([_expr(rw, size) for size in sizes if not _is_one(size)] for sizes in (before, after))
     while old or new:
         left, right = old[:1], new[:1]
         old, new = old[1:], new[1:]
@@ -133,6 +133,11 @@ def _keeps_rows(rw: Rewriter, before: list[Any], after: list[Any]) -> bool:
         if any(size.free_symbols for size in (*left[1:], *right[1:])):
             return False
     return True
+
+
+def _is_one(size: Any) -> bool:
+    """Whether a dimension has one element, wherever it stands."""
+    return isinstance(size, int) and size == 1
 
 
 def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
@@ -301,7 +306,7 @@ RULES: dict[Any, Rule] = {
     **{
         target: untagged
         for target in (
-            aten.copy_.default, aten.masked_fill_.Scalar, aten.rsub.Tensor,
+            aten.copy_.default, aten.masked_fill_.Scalar, aten.rsub.Tensor, aten.floor_divide.default,
             aten.hardswish.default, aten.hardswish_.default, aten._prelu_kernel.default,
         )
     },

@@ -25,7 +25,7 @@ SIZE = LlamaSize("small Llama", 2, 256, 512, 4, 2, 512, torch.bfloat16, cache_le
 
 @pytest.fixture
 def on_gpu() -> BenchSettings:
-    return BenchSettings(torch.device("cuda", torch.cuda.current_device()), runs=3, quick=True)
+    return BenchSettings(torch.device("cuda", torch.cuda.current_device()), runs=3, quick=True, search=False)
 
 
 def test_call_bar_measures_both_sides(on_gpu: BenchSettings, progress: Progress) -> None:

@@ -192,6 +192,50 @@ def test_the_kernel_that_splits_k_is_right_in_every_tile(m: int, layout: str, co
         assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
 
 
+ON_HOPPER = DEVICE.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(DEVICE) == (9, 0)
+CLUSTERS = sorted({shape for *_, shape in tiles.WARPGROUP} | {tiles.Cluster(16, 64, 3, 3), tiles.Cluster(8, 128, 4, 3)})
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the warpgroup kernel is for compute capability 9.0")
+@pytest.mark.parametrize("shape", CLUSTERS, ids=lambda shape: "-".join(map(str, shape)))
+@pytest.mark.parametrize("m", [1, 8, 17, 64, 130])
+@pytest.mark.parametrize("k", [2048, 4096, 2176])
+def test_the_warpgroup_kernel_is_right_in_every_shape(shape: tiles.Cluster, m: int, k: int) -> None:
+    """Parts of K that are no multiple of the cluster, tokens that are no multiple of a block's; dispatch may prefer another."""
+    module, exact_weight = projection("fused", 3, N, k)
+    special = wo_a.warpgroup()
+    assert special is not None, "this triton has what the kernel is written with"
+    for layout in ("contiguous", "transposed", "sliced"):
+        o = tokens(m, 3, layout, k)
+        assert special.suits(o)
+        results = []
+        for _ in range(3):
+            results.append(torch.full((m, 3, N), float("nan"), dtype=torch.bfloat16, device=DEVICE))
+            special.launch_warpgroup(o, module.weight_blocks, module.scale_blocks, results[-1], shape)
+        assert reference.relative_error(results[0], reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
+        assert all(torch.equal(y, results[0]) for y in results), "the order of the sums is fixed"
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the warpgroup kernel is for compute capability 9.0")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_warpgroup_kernel_keeps_odd_values_in_their_row(value: float) -> None:
+    module, _ = projection("fused", 8, 1024)
+    o = tokens(64, 8, "contiguous")
+    o[33, 1, 700] = value
+    finite = module(o).isfinite()
+    assert not finite[33, 1].any()
+    finite[33, 1] = True
+    assert finite.all()
+
+
+def test_rows_that_cannot_be_copied_in_16_bytes_go_to_another_kernel() -> None:
+    module, exact_weight = projection("fused", 16)
+    o = torch.randn(64, 16, K + 1, device=DEVICE).bfloat16()[..., 1:]
+    special = wo_a.warpgroup()
+    assert special is None or not special.suits(o)
+    assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
+
+
 @pytest.mark.parametrize("m", [1, 16, 64, 257])
 def test_the_portable_kernel_is_right_here_too(m: int) -> None:
     """Special kernels hide it on some devices."""

@@ -13,14 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted or compiled")
 
-from graphs.ops import offline, tiles
+from graphs.ops import offline, tiles, wo_a
 
-OPTIONS = ("", " fp8", " rotary", " fp8 rotary")
 OPTIONS = ("", " fp8", " rotary", " fp8 rotary")
 SCRIPT = Path(__file__).with_name("interpret_kernels.py")
 ROOT = SCRIPT.parents[2]
 PATHS = ["bmm", "gloop", "split bmm", *(kernel + option for kernel in ("fused", "split") for option in OPTIONS)]
-QUANTISED = {"bmm", "gloop", "fp8"}
 QUANTISED = {"bmm", "gloop", "fp8"}
 
 
@@ -72,10 +70,13 @@ EXPECTED = {  # kernels with FP8 activations, chip -> matrix instruction (any of
 }
 
 
-WIDENING = ("wo_a_fused_kernel", "wo_a_split_kernel", "wo_a_registers_kernel")
-
-
-WIDENING = ("wo_a_fused_kernel", "wo_a_split_kernel", "wo_a_registers_kernel")
+WIDENING = (
+    "wo_a_fused_kernel",
+    "wo_a_split_kernel",
+    "wo_a_registers_kernel",
+    "wo_a_warpgroup_kernel",
+    "skinny_linear_kernel",
+)
 
 
 def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
@@ -88,7 +89,7 @@ def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
             assert row.matrix and all(name.startswith(EXPECTED[row.target]) for name in row.matrix), row
 
 
-PICKS = (partial(tiles.quantised_gemm, "bmm"), partial(tiles.quantised_gemm, "gloop"), tiles.fused)
+PICKS = (partial(tiles.quantised_gemm, "bmm"), partial(tiles.quantised_gemm, "gloop"), tiles.fused, tiles.quantised_fused)
 
 
 def test_tiles_divide_every_legal_size_and_depend_on_nothing_else() -> None:
@@ -97,7 +98,8 @@ def test_tiles_divide_every_legal_size_and_depend_on_nothing_else() -> None:
             for g, n in ((1, 128), (2, 1024), (8, 1024), (16, 1024)):
                 for pick in PICKS:
                     tile = pick(m, g, n, 4096, arch)
-                    assert tile == pick(m, g, n, 4096, arch) and 128 % tile.block_n == 0 and tile.block_m >= 16
+                    assert tile == pick(m, g, n, 4096, arch) and n % tile.block_n == 0 and tile.block_m >= 16
+                    assert tile.block_n <= 128 or pick is PICKS[0], "a block of several scales is for one scale only"
 
 
 def test_tiles_measured_on_one_chip_are_not_used_on_another() -> None:
@@ -106,13 +108,28 @@ def test_tiles_measured_on_one_chip_are_not_used_on_another() -> None:
     assert tiles.quantised_gemm("gloop", 4, 1, 1024, 4096, hopper) == tiles.Tile(16, 16, 2, 6)
     assert tiles.split(4, 16, 1024, 4096, hopper) == tiles.Tile(8, 64, 4, 3)
     assert tiles.split(4, 16, 1024, 4096, other) == tiles.Tile(8, 32, 4, 3)
-    assert tiles.split(4, 16, 1024, 4096, hopper) == tiles.Tile(8, 64, 4, 3)
-    assert tiles.split(4, 16, 1024, 4096, other) == tiles.Tile(8, 32, 4, 3)
     assert tiles.fused(4, 8, 1024, 4096, hopper) == tiles.Tile(16, 32, 4, 4)
     assert (
         tiles.quantised_gemm("bmm", 64, 2, 1024, 4096, other) == tiles.fused(64, 2, 1024, 4096, other) == tiles.Tile(64, 32, 4, 4)
     )
     assert tiles.quantised_gemm("bmm", 4, 16, 1024, 4096, hopper).block_n == 64, "narrow tiles are for few columns"
+
+
+def test_the_warpgroup_kernel_runs_where_it_was_measured_to_be_faster() -> None:
+    hopper = tiles.Arch("cuda", 9, 0)
+    assert tiles.warpgroup(8, 16, 1024, 4096, hopper) is None, "few tokens: K over warps"
+    assert tiles.warpgroup(16, 8, 1024, 4096, hopper) == tiles.Cluster(16, 64, 1, 8)
+    assert tiles.warpgroup(64, 16, 1024, 4096, hopper) == tiles.warpgroup(4096, 16, 1024, 4096, hopper)
+    assert tiles.warpgroup(64, 2, 1024, 1920, hopper) is None, "each block of a cluster takes two steps at least"
+    assert not any(tiles.warpgroup(64, 8, 1024, 4096, tiles.Arch(v, 9, m)) for v, m in (("hip", 5), ("hip", 4), ("hip", 0)))
+    assert tiles.warpgroup(64, 8, 1024, 4096, tiles.Arch("cuda", 10, 0)) is None
+
+
+def test_a_cluster_of_more_blocks_than_there_are_steps_for_is_refused() -> None:
+    special = wo_a.warpgroup()
+    assert special is not None
+    with pytest.raises(ValueError, match="K = 1024 is too little for a cluster of 8 blocks"):
+        special.constants(1024, tiles.Cluster(64, 64, 8, 3))
 
 
 def test_the_register_kernel_runs_where_it_was_measured_to_be_faster() -> None:

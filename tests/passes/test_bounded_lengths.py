@@ -76,6 +76,8 @@ REDUCTIONS: dict[str, Body] = {
     "top two": lambda x, n: x.topk(2, 0).values,
     "top three or less": lambda x, n: x.topk(min(3, n), 0).values.sum(0),
     "least three or less": lambda x, n: x.topk(min(3, n), 0, largest=False).values.sum(0),
+    "places of equal elements": lambda x, n: x.sign().topk(min(3, n), 0).indices.sum(0),
+    "divided to whole numbers": lambda x, n: ((x * 4).nan_to_num(0, 9, -9).long() // 3).sum(0),
     "a row of the top": lambda x, n: (x[:, 0][x[:, 0].topk(min(2, n)).indices]).sum(),
     "layer norm": lambda x, n: F.layer_norm(x, (3,)).sum(0),
     "rms norm": lambda x, n: F.rms_norm(x, (3,)).sum(0),
@@ -132,6 +134,12 @@ WRITES: dict[str, Body] = {
     "twice in place": lambda x, n: writing(x, lambda y: y[:n].add_(1).mul_(2)),
     "rows by index": lambda x, n: writing(x, lambda y: y.index_copy_(0, torch.arange(n), x)),
     "sums by index": lambda x, n: writing(x, lambda y: y.index_add_(0, torch.arange(n), x)),
+    "a number by place": lambda x, n: writing(x, lambda y: y.scatter_(0, (torch.arange(n) * 2 % 7)[:, None].expand(n, 3), 5.0)),
+    "rows by place": lambda x, n: writing(x, lambda y: y.scatter_(0, (7 - torch.arange(n))[:, None].expand(n, 3), x)),
+    "columns by place": lambda x, n: writing(x, lambda y: y.scatter_(1, torch.arange(n)[:, None] % 3, x)),
+    "a number into a longer row": lambda x, n: (
+        torch.ones(2, n + 1).scatter(1, torch.arange(1, n + 1)[None].expand(2, n), 4.0).sum(1)
+    ),
     "where a mask says": lambda x, n: writing(x, lambda y: y[:n].masked_fill_(x > 0, 3.0)),
     "through the given tensor": lambda x, n: x.mul_(2).sum(0),
 }
@@ -168,6 +176,35 @@ def test_a_rule_is_eager_at_every_length(name: str, seed: int, length: int, spec
     step, graph = rewritten_once(name)
     other_way = name in EMPTY_IS_ANOTHER_WAY and length == 0
     check(graph, step, *inputs(seed, length, special), exact=False, may_break=other_way)
+
+
+LARGE = 1 << 19
+
+
+def weighted(x: Tensor, t: Tensor) -> Tensor:
+    n = int(t)
+    return x[:4, :n].softmax(-1) @ x[4:, :n].t()
+
+
+@pytest.fixture(scope="module")
+def wide() -> Tensor:
+    return torch.randn(8, LARGE // 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_large_side_of_a_product_is_not_copied_and_its_padding_is_noticed(wide: Tensor) -> None:
+    columns = wide.shape[1]
+    graph = rewritten(weighted, wide, torch.tensor(columns // 2))
+    fills = [node for node in graph.module.graph.nodes if node.target is torch.ops.aten.masked_fill.Scalar]
+    assert [fill.args[2] for fill in fills] == [-math.inf], "the weights are zero already, the other side is not touched"
+    for length in (1, columns // 2, columns):
+        check(graph, weighted, wide, torch.tensor(length), exact=False)
+    for garbage in (math.nan, math.inf):
+        spoiled = wide.clone()
+        spoiled[4:, columns // 2 :] = garbage
+        results, held, _ = graph(spoiled, torch.tensor(columns // 2))
+        assert not held and results[0].isnan().any()
+    results, held, _ = graph(wide, torch.tensor(0))
+    assert not held, "of no weights softmax makes NaN, and eager zeros"
 
 
 EXACT: dict[str, Body] = {

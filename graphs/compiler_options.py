@@ -1,0 +1,87 @@
+"""What ``compiler_options=`` says: which passes make a compiled step faster, and settings of Inductor.
+
+A recording is compiled once and replayed thousands of times with static shapes, so two rewrites are on that Inductor would
+have no use for in general, where they were measured to pay: see `graphs.ops.tiles.skinny` and `LONGEST`. Inductor's own
+search (``max_autotune``) is not: on an H100 it took 56 s for two layers of a Llama and made their step slower, 294 us for 262.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import passes
+from graphs.errors import ConfigError
+from graphs.ops import skinny, tiles
+
+REWRITES = ("skinny_products", "one_query_attention")
+LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096
+_RECORDED_HERE = ("triton.cudagraphs", "triton.cudagraph_trees")
+
+
+@dataclass(frozen=True)
+class CompilerOptions:
+    """One value of ``compiler_options=``.
+
+    Attributes:
+        skinny_products: run products of up to 16 rows in one launch for each activation; None: where it was measured to pay.
+        one_query_attention: turn attention of one query into sums that Inductor fuses; None: where it was measured to pay, which
+            is where keys are repeated for several query heads.
+        inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
+    """
+
+    skinny_products: bool | None = None
+    one_query_attention: bool | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any] | None) -> CompilerOptions:
+        """Validate what a user gave.
+
+        Raises:
+            ConfigError: no mapping, an unknown name, or a value that is not legal.
+        """
+        if given is None or isinstance(given, cls):
+            return given or cls()
+        if not isinstance(given, Mapping):
+            raise ConfigError("compiler_options", given, "a mapping from names of options to values")
+        own = {name: given[name] for name in REWRITES if name in given}
+        for name, value in own.items():
+            if value is not None and not isinstance(value, bool):
+                raise ConfigError(name, value, "True, False, or None for where it was measured to pay")
+        return cls(**own, inductor=_settings({name: value for name, value in given.items() if name not in REWRITES}))
+
+    def pipeline(self, device: torch.device) -> tuple[passes.Pass, ...]:
+        """The passes that run on the ATen graph of a step before Inductor sees it."""
+        pays = skinny.pays_on(device)
+        made: list[passes.Pass] = []
+        if pays if self.one_query_attention is None else self.one_query_attention:
+            grouped = self.one_query_attention is None
+            made.append(functools.partial(passes.one_query_attention, longest=LONGEST, grouped=grouped))
+        if pays if self.skinny_products is None else self.skinny_products:
+            operator = torch.ops.graphs.skinny_linear.default
+            made.append(functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny))
+        return tuple(made)
+
+
+def _settings(given: dict[Any, Any]) -> dict[str, Any]:
+    """Settings of Inductor by their full names."""
+    if not given:
+        return {}
+    from torch._inductor import config
+
+    settings = {str(name).replace("-", "_"): value for name, value in given.items()}
+    for name, value in settings.items():
+        if name in _RECORDED_HERE:
+            raise ConfigError(name, value, "left out: the step is recorded here, not by Inductor")
+        if not hasattr(config, name):
+            known = config.get_config_copy()  # type: ignore[attr-defined]
+            alike = difflib.get_close_matches(name, known, 3)
+            meant = ", ".join([*map(repr, REWRITES), *map(repr, alike)])
+            raise ConfigError("option of compiler_options", name, f"one of {meant}, or another setting of torch._inductor.config")
+    return settings

@@ -1,0 +1,149 @@
+"""Attention of one query becomes sums, which a compiler fuses with what is around them.
+
+A library's attention kernel wants keys and values as they are stored in memory, so grouped heads are first written out,
+one copy per query head, and it works in tiles of 64 queries or more. A decode step has one query: there is nothing to tile.
+
+Before::
+
+    %attention : _scaled_dot_product_*_attention(args = (%q, %k, %v, %mask, ...))    # q [B, H, 1, D], k and v [B, H, S, D]
+    %getitem : getitem(args = (%attention, 0))
+
+After::
+
+    scores = (q * k).sum(-1) * scale + mask          # [B, H, S], in float32
+    weights = exp(scores - max); weights / sum       # 0 everywhere in a row that is masked everywhere
+    result = (weights[..., None] * v).sum(-2)        # [B, H, 1, D], rounded once
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.operator_schemas import normalize_function
+
+aten = torch.ops.aten
+_ATTENTION = tuple(
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(aten, name)
+)
+_SAME_ELEMENTS = (
+    aten.clone.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+)
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def one_query_attention(module: GraphModule, *, longest: int, grouped: bool = False) -> list[tuple[str, str]]:
+    """Replace attention of one query over at most ``longest`` keys; not where it drops out, is causal or returns more.
+
+    Args:
+        grouped: only where keys are repeated for several query heads, which costs a library the most.
+    """
+    changes = []
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in _ATTENTION:
+            continue
+        given = _replaceable(node, longest)
+        if given is None or (grouped and not _is_repeated(given["key"])):
+            continue
+        before = node.format_node() or str(node)
+        with module.graph.inserting_before(node):
+            result = _attend(_Emitter(module, given["query"].meta["val"]), **given)
+        for user in list(node.users):
+            user.replace_all_uses_with(result)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        changes.append((before, result.format_node() or str(result)))
+    return changes
+
+
+def _replaceable(node: Node, longest: int) -> dict[str, Any] | None:
+    """Query, key, value, mask and scale of an attention that sums can stand for; else None."""
+    target: Any = node.target
+    normal = normalize_function(target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # type: ignore[arg-type]
+    if normal is None:
+        return None
+    given = normal.kwargs
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    mask = given.get("attn_bias", given.get("attn_mask"))
+    if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
+        return None
+    if given.get("is_causal") or given.get("dropout_p"):
+        return None
+    q, k, v = (tensor.meta.get("val") for tensor in (query, key, value))
+    if not all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.dtype in _DTYPES for tensor in (q, k, v)):
+        return None
+    sizes = (*q.shape, *k.shape)
+    if not all(isinstance(size, int) for size in sizes) or q.shape[2] != 1 or k.shape[2] > longest:
+        return None
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
+        return None
+    bias = mask.meta.get("val") if isinstance(mask, Node) else None
+    if mask is not None and (not isinstance(bias, torch.Tensor) or bias.dim() != 4 or not bias.is_floating_point()):
+        return None
+    scale = given.get("scale")
+    return {"query": query, "key": key, "value": value, "mask": mask, "scale": q.shape[-1] ** -0.5 if scale is None else scale}
+
+
+def _is_repeated(node: Node) -> bool:
+    """Whether a tensor is an expanded one, written out or not."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if node.target is aten.expand.default:
+            return bool(node.meta["val"].numel() > source.meta["val"].numel())
+        if node.target not in _SAME_ELEMENTS:
+            return False
+        node = source
+    return False
+
+
+class _Emitter:
+    """Adds operators to a graph, each with what it gives for the fake tensors of one mode."""
+
+    def __init__(self, module: GraphModule, like: torch.Tensor) -> None:
+        self._graph, self._mode, self._device = module.graph, like.fake_mode, like.device  # type: ignore[attr-defined]
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """One operator on nodes and constants."""
+        node = self._graph.call_function(target, args, kwargs)
+        values = torch.fx.map_arg(args, lambda argument: argument.meta["val"])
+        with self._mode:
+            node.meta["val"] = target(*values, **kwargs)
+        return node
+
+    def as_float(self, node: Node) -> Node:
+        """The node in float32."""
+        return self(torch.ops.prims.convert_element_type.default, node, torch.float32)
+
+    def at_least(self, node: Node, limit: float) -> Node:
+        """The larger of each element and a number; NaN stays."""
+        number = self(aten.full.default, [], limit, dtype=torch.float32, device=self._device)
+        return self(aten.maximum.default, node, number)
+
+
+def _attend(emit: _Emitter, query: Node, key: Node, value: Node, mask: Node | None, scale: float) -> Node:
+    scores = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, emit.as_float(query), emit.as_float(key)), [-1])
+    scores = emit(aten.mul.Tensor, scores, scale)
+    if mask is not None:
+        scores = emit(aten.add.Tensor, scores, emit.as_float(emit(aten.squeeze.dim, mask, -2)))
+    largest = emit.at_least(emit(aten.amax.default, scores, [-1], True), torch.finfo(torch.float32).min)
+    shares = emit(aten.exp.default, emit(aten.sub.Tensor, scores, largest))  # of a row masked everywhere: exp(-inf), not NaN
+    total = emit.at_least(emit(aten.sum.dim_IntList, shares, [-1], True), 1.0)  # every other row has the share of its largest
+    shares = emit(aten.div.Tensor, shares, total)
+    weighted = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, shares, -1), emit.as_float(value))
+    result = emit(aten.sum.dim_IntList, weighted, [-2], True)
+    return emit(torch.ops.prims.convert_element_type.default, result, query.meta["val"].dtype)

@@ -1,0 +1,35 @@
+"""Fake tensors for tracing a step, where torch's own fake kernels refuse what its kernels take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Tensor = torch.Tensor
+
+
+class StepFakes(FakeTensorMode):
+    """A fake mode in which a grouped product may have any floating dtype: torch's fake one knows bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result of ``func``, without data."""
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            with self:
+                return grouped_result(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def grouped_result(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """An empty result of ``_grouped_mm``: rows begin at multiples of 16 bytes, as the kernels have it."""
+    groups = [] if offs is None or a.dim() != b.dim() else [offs.shape[0]]
+    batch = [a.shape[0]] if a.dim() == b.dim() == 3 else groups
+    shape = [*batch, a.shape[-2], b.shape[-1]]
+    dtype = out_dtype or a.dtype
+    step = 16 // dtype.itemsize
+    width = -(-shape[-1] // step) * step
+    strides = [shape[-2] * width, width, 1][-len(shape) :]
+    return torch.empty_strided(shape, strides, dtype=dtype, device=a.device)

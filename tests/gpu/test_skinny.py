@@ -1,0 +1,114 @@
+"""``graphs::skinny_linear`` and one-query attention on a device: numbers, launches, and compiled steps that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import graphs
+from graphs.backend import backend_report, graphs_backend
+from graphs.bench.launches import count_launches
+from graphs.ops import skinny
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.gpu
+Tensor = torch.Tensor
+linear = torch.ops.graphs.skinny_linear
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("m", "sizes", "k"),
+    [(1, (64,), 256), (4, (2048, 512, 512), 2048), (8, (16, 48), 768), (13, (512,), 8192), (16, (128, 128, 128, 128), 1024)],
+)
+def test_products_agree_with_float64(m: int, sizes: tuple[int, ...], k: int, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(m, k, device=device).to(dtype)
+    weights = [torch.randn(n, k, device=device).to(dtype) for n in sizes]
+    made = linear(x, weights)
+    for y, weight in zip(made, weights, strict=True):
+        exact = x.double() @ weight.double().t()
+        assert (y.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
+    assert count_launches(lambda: linear(x, weights), device) == -(-len(sizes) // 3)
+
+
+def test_what_no_tile_fits_is_multiplied_by_the_library(device: torch.device) -> None:
+    x, weight = torch.randn(20, 256, device=device).bfloat16(), torch.randn(24, 256, device=device).bfloat16()
+    assert torch.equal(linear(x, [weight])[0], x @ weight.t())
+
+
+def test_rows_that_do_not_lie_together_are_read_as_they_are(device: torch.device) -> None:
+    held, weight = torch.randn(8, 512, device=device).bfloat16(), torch.randn(64, 256, device=device).bfloat16()
+    (y,) = linear(held[::2, ::2], [weight])
+    torch.testing.assert_close(y, held[::2, ::2] @ weight.t(), rtol=2e-2, atol=0.2)
+
+
+class Attention(nn.Module):
+    """One query over a cache that the step writes, with a common activation for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(256, n, bias=False) for n in (256, 64, 64))
+        self.register_buffer("keys", torch.randn(2, 1, 64, 64))
+        self.register_buffer("values", torch.randn(2, 1, 64, 64))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.keys.index_copy_(2, position, self.k(x).view(2, 1, 1, 64))
+        self.values.index_copy_(2, position, self.v(x).view(2, 1, 1, 64))
+        keys, values = self.keys.expand(2, 4, 64, 64), self.values.expand(2, 4, 64, 64)
+        query = self.q(x).view(2, 1, 4, 64).transpose(1, 2)
+        mask = (torch.arange(64, device=x.device) <= position)[None, None, None]
+        return nn.functional.scaled_dot_product_attention(query, keys, values, mask)
+
+
+def pair(device: torch.device) -> tuple[Attention, Attention]:
+    model, twin = (Attention().to(device, torch.bfloat16) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def inputs(device: torch.device, position: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 1, 256, device=device).bfloat16(), torch.tensor([position], device=device)
+
+
+@pytest.mark.parametrize("way", ["capture", "backend"])
+def test_compiled_steps_are_rewritten_and_agree_with_eager(way: str, device: torch.device) -> None:
+    model, twin = pair(device)
+    options = {"skinny_products": True, "one_query_attention": True, "force_disable_caches": True}
+    if way == "capture":
+        step = graphs.capture(model, compiler="inductor", compiler_options=options)
+    else:
+        step = torch.compile(model, backend=graphs_backend, options={"compiler_options": options})
+    for position in range(4):
+        x = inputs(device, position)
+        torch.testing.assert_close(step(*x), twin(*x), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model.keys, twin.keys, rtol=1e-2, atol=1e-2)
+    if way == "capture":
+        assert step.report().keys[0].rewrites == {"one_query_attention": 1, "skinny_products": 3}
+    else:
+        assert sum(rewrite.startswith("skinny_products") for rewrite in backend_report().pieces[-1].rewrites) == 3
+    model.q.weight.mul_(2)  # weights are read where they are
+    twin.q.weight.mul_(2)
+    x = inputs(device, 4)
+    torch.testing.assert_close(step(*x), twin(*x), rtol=2e-2, atol=2e-2)
+
+
+def test_both_are_on_where_they_were_measured(device: torch.device) -> None:
+    if not skinny.pays_on(device):
+        pytest.skip(f"compute capability {torch.cuda.get_device_capability(device)}, measured on (9, 0)")
+    model, _ = pair(device)
+    step = graphs.capture(model, compiler="inductor", compiler_options={"force_disable_caches": True})
+    step(*inputs(device, 0))
+    assert set(step.report().keys[0].rewrites) == {"one_query_attention", "skinny_products"}

@@ -1,0 +1,35 @@
+"""Run the kernel of ``skinny_linear`` in Triton's interpreter and print one JSON line of relative errors.
+
+A script, not a test module: the interpreter is chosen by an environment variable before triton is imported, so this runs in a
+process of its own (see test_skinny.py). Results are float32 here, since the interpreter truncates to bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from graphs.ops import tiles
+from graphs.ops.skinny_kernel import launch_skinny
+
+CASES = ((1, (32,), 256), (5, (48, 16), 512), (8, (16, 32, 16), 1024), (13, (16, 16, 64), 2048))  # M, N of each weight, K
+
+
+def run(m: int, sizes: tuple[int, ...], k: int) -> float:
+    """The largest error against float64, over all weights; rows beyond M must not be written."""
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=generator).bfloat16()
+    weights = [torch.randn(n, k, generator=generator).bfloat16() for n in sizes]
+    held = [torch.full((m + 1, n), float("nan")) for n in sizes]
+    fitting = tiles.skinny(m, sum(sizes), k)
+    assert fitting is not None
+    launch_skinny(x, weights, [y[:m] for y in held], *fitting)
+    assert all(y[m].isnan().all() for y in held), "the kernel wrote beyond its rows"
+    exact = [x.double() @ weight.double().t() for weight in weights]
+    return max(float((y[:m] - e).abs().max() / e.abs().max()) for y, e in zip(held, exact, strict=True))
+
+
+if __name__ == "__main__":
+    json.dump({str(case): run(*case) for case in CASES}, sys.stdout)

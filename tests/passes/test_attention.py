@@ -1,0 +1,106 @@
+"""Attention of one query as sums: against float64, and what is left to the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import passes
+from passes.attention import one_query_attention
+
+REPLACE = partial(one_query_attention, longest=32)
+attention = torch.nn.functional.scaled_dot_product_attention
+Q, K, V = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 32, 16), torch.randn(2, 3, 32, 8 + 8)
+
+
+def half(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.bfloat16() for tensor in tensors)
+
+
+def traced(step: Callable[..., Any], *args: Any) -> GraphModule:
+    return make_fx(step, tracing_mode="fake")(*args)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    scores = scores if mask is None else scores + mask.double()
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v.double()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_agree_with_float64(masked: bool, scale: float | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = half(Q, K, V)
+    mask = torch.zeros(2, 1, 1, 32).bfloat16().masked_fill(torch.rand(2, 1, 1, 32) < 0.5, -torch.inf) if masked else None
+    module = traced(lambda *args: attention(*args, scale=scale), q, k, v, mask)
+    (change,) = passes.run(module, [REPLACE])
+    assert "attention" in change.before and "attention" not in str(module.graph)
+    made = module(q, k, v, mask)
+    assert made.dtype == torch.bfloat16 and made.shape == (2, 3, 1, 16)
+    torch.testing.assert_close(made.double(), exact(q, k, v, mask, scale or 0.25), rtol=2**-8, atol=1e-6)
+
+
+def test_a_row_that_is_masked_everywhere_is_zero_and_the_other_is_not() -> None:
+    q, k, v = half(Q, K, V)
+    mask = torch.zeros(2, 1, 1, 32).bfloat16()
+    mask[1] = -torch.inf
+    module = traced(attention, q, k, v, mask)
+    assert passes.run(module, [REPLACE])
+    made = module(q, k, v, mask)
+    assert torch.equal(made[1], torch.zeros_like(made[1])) and made[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_only_repeated_keys_where_that_is_asked_for(written_out: bool) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t[:, :, None].expand(2, 1, 3, 32, 16) for t in (k, v))
+        if written_out:
+            k, v = k.clone(memory_format=torch.contiguous_format), v.clone(memory_format=torch.contiguous_format)
+        return attention(q, k.reshape(2, 3, 32, 16), v.reshape(2, 3, 32, 16))
+
+    q, k, v = half(Q, K, V)
+    assert passes.run(traced(attention, q, k, v), [partial(REPLACE, grouped=True)]) == []
+    module = traced(step, q, k[:, :1], v[:, :1])
+    assert passes.run(module, [partial(REPLACE, grouped=True)])
+    torch.testing.assert_close(module(q, k[:, :1], v[:, :1]), step(q, k[:, :1], v[:, :1]), rtol=2e-2, atol=2e-2)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = half(Q * 1000, K * 1000, V)
+    module = traced(attention, q, k, v)
+    assert passes.run(module, [REPLACE])
+    torch.testing.assert_close(module(q, k, v).double(), exact(q, k, v, None, 0.25), rtol=2**-8, atol=1e-6)
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    q, k, v = half(Q, K, V)
+    q[0, 1] = torch.nan
+    module = traced(attention, q, k, v)
+    assert passes.run(module, [REPLACE])
+    lost = module(q, k, v).isnan().all(-1).squeeze(-1)
+    assert lost.tolist() == [[False, True, False], [False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("step", "args"),
+    [
+        pytest.param(attention, half(Q.expand(2, 3, 2, 16), K, V), id="two queries"),
+        pytest.param(lambda *args: attention(*args, is_causal=True), half(Q, K, V), id="causal"),
+        pytest.param(attention, (Q, K, V), id="32 bits"),
+        pytest.param(attention, half(Q, K.repeat(1, 1, 2, 1), V.repeat(1, 1, 2, 1)), id="more keys than fit"),
+        pytest.param(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, half(Q, K, V), id="its logarithms are used"),
+    ],
+)
+def test_the_rest_is_left_to_the_library(step: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
+    module = traced(step, *args)
+    before = str(module.graph)
+    assert passes.run(module, [REPLACE]) == []
+    assert str(module.graph) == before

@@ -1,0 +1,149 @@
+"""``compiler_options=``: what is legal, which passes it stands for, and that a compiled step is made with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import graphs
+from graphs.backend import backend_report, graphs_backend
+from graphs.compiled_graph import name_of
+from graphs.compiler_options import CompilerOptions
+from graphs.config import BackendOptions
+from graphs.errors import ConfigError
+from graphs.ops import skinny
+
+CPU = torch.device("cpu")
+Tensor = torch.Tensor
+EVERYWHERE = {"skinny_products": True, "one_query_attention": True}
+
+
+class Attention(nn.Module):
+    """One query over a cache that the step writes, with a common activation for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(256, n, bias=False) for n in (256, 64, 64))
+        self.register_buffer("keys", torch.randn(2, 1, 16, 64))
+        self.register_buffer("values", torch.randn(2, 1, 16, 64))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.keys.index_copy_(2, position, self.k(x).view(2, 1, 1, 64))
+        self.values.index_copy_(2, position, self.v(x).view(2, 1, 1, 64))
+        keys, values = self.keys.expand(2, 4, 16, 64), self.values.expand(2, 4, 16, 64)
+        query = self.q(x).view(2, 1, 4, 64).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(query, keys, values)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 1, 256).bfloat16(), torch.tensor([5])
+
+
+@pytest.mark.slow
+def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
+    model, twin = Attention().bfloat16(), Attention().bfloat16()
+    twin.load_state_dict(model.state_dict())
+    options = {**EVERYWHERE, "force_disable_caches": True, "epilogue_fusion": True}
+    step = graphs.capture(model, compiler="inductor", compiler_options=options)
+    for _ in range(3):
+        x = inputs()
+        torch.testing.assert_close(step(*x), twin(*x), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model.keys, twin.keys, rtol=1e-2, atol=1e-2)
+    (key,) = step.report().keys
+    assert (key.compiler, key.rewrites) == ("inductor", {"one_query_attention": 1, "skinny_products": 3})
+    assert "skinny_products 3x" in str(step.report())
+
+
+@pytest.mark.slow
+def test_both_are_on_where_they_were_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "pays_on", lambda device: True)
+    step = graphs.capture(Attention().bfloat16(), compiler="inductor", compiler_options={"force_disable_caches": True})
+    step(*inputs())
+    assert step.report().keys[0].rewrites == {"one_query_attention": 1, "skinny_products": 3}
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_rewritten_step_stay_parameters_and_may_be_updated() -> None:
+    model = Attention().bfloat16()
+    held = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    step = graphs.capture(model, compiler="inductor", compiler_options=EVERYWHERE)
+    x = inputs()
+    step(*x)
+    model.q.weight.mul_(2)
+    torch.testing.assert_close(step(*x), model(*x), rtol=2e-2, atol=2e-2)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == held
+    assert step.report().replays == 2
+
+
+@pytest.mark.slow
+def test_the_backend_takes_the_same_options() -> None:
+    model = Attention().bfloat16()
+    options = {"compiler_options": {**EVERYWHERE, "force_disable_caches": True}}
+    step = torch.compile(model, backend=graphs_backend, options=options)
+    x = inputs()
+    torch.testing.assert_close(step(*x), model(*x), rtol=2e-2, atol=2e-2)
+    piece = backend_report().pieces[-1]
+    assert {rewrite.partition(":")[0] for rewrite in piece.rewrites} == {"one_query_attention", "skinny_products"}
+
+
+@pytest.mark.slow
+def test_a_setting_of_inductors_reaches_it() -> None:
+    seen: list[Any] = []
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(graph)
+
+        def uuid(self) -> None:
+            return None
+
+    options = {**EVERYWHERE, "post_grad_custom_pre_pass": Pass()}
+    graphs.capture(nn.Linear(256, 256, bias=False).bfloat16(), compiler="inductor", compiler_options=options)(inputs()[0])
+    assert len(seen) == 1
+
+
+def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CompilerOptions().pipeline(CPU) == ()
+    monkeypatch.setattr(skinny, "pays_on", lambda device: True)
+    assert len(CompilerOptions().pipeline(CPU)) == 2
+    assert CompilerOptions(skinny_products=False, one_query_attention=False).pipeline(CPU) == ()
+
+
+def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
+    names = [name_of(one) for one in CompilerOptions(True, True).pipeline(CPU)]
+    assert names == [
+        "passes.attention.one_query_attention(grouped=False, longest=4096)",
+        "passes.skinny.skinny_products(fits=graphs.ops.tiles.skinny, operator=graphs.skinny_linear.default)",
+    ]
+
+
+BAD = [
+    ("fast", "compiler_options = 'fast' is not legal; it must be a mapping"),
+    ({"skinny_products": "yes"}, "skinny_products = 'yes' is not legal; it must be True, False, or None"),
+    (
+        {"max_autotun": True},
+        "'max_autotun' is not legal; it must be one of 'skinny_products', 'one_query_attention', 'max_autotune'",
+    ),
+    ({"triton.cudagraphs": True}, "left out: the step is recorded here"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_name_the_legal_ones(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        graphs.capture(nn.Linear(2, 2), compiler="inductor", compiler_options=options)
+    with pytest.raises(ConfigError, match=message):
+        BackendOptions.resolve({"compiler_options": options})
