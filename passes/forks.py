@@ -330,7 +330,7 @@ class _Python:
         self._frames = [(frame, names) for frame, names in self._frames if is_user(frame)]
         self._before = [_variables(*entry) for entry in self._frames]
         assert forks.snapshot is not None
-        roots = [(name, value) for held in self._before for name, value in held.items()]
+        roots = [item for frame, _ in self._frames for item in _variables(frame, frozenset()).items()]
         if forks.step is None or _changed(forks.step):
             forks.step = forks.snapshot(roots, None)
         self._states = (forks.step, forks.snapshot(roots, forks.step))

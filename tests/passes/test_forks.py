@@ -335,6 +335,12 @@ def python_effects() -> Iterator[tuple[str, Step, str]]:
             seen.append(1)
         return x * len(seen)
 
+    def adds_to_a_list(x: Tensor, t: Tensor) -> Tensor:
+        seen: list[int] = []
+        if t > 0:
+            seen += [1]
+        return x * len(seen)
+
     def sets_a_key(x: Tensor, t: Tensor) -> Tensor:
         table = {"scale": 2}
         if t > 0:
@@ -385,6 +391,7 @@ def python_effects() -> Iterator[tuple[str, Step, str]]:
 
     yield "attribute", Counting(), "step.calls"
     yield "list", appends, "seen[0]"
+    yield "list in place", adds_to_a_list, "seen[0]"
     yield "dictionary", sets_a_key, "table['scale']"
     yield "global", appends_to_a_global, "GLOBAL["
     yield "iterator", advances_an_iterator, "numbers"
