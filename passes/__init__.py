@@ -9,9 +9,10 @@ from passes.example_tracer import trace_with_inputs
 from passes.host_values import remove_host_values
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
+from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.skinny import skinny_products
-from passes.tracing import Number, Read, trace_step
+from passes.tracing import Number, Read
 
 __all__ = [
     "DEFAULT",
