@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("programs")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(PROGRAMS, st.lists(st.tuples(*[st.integers(-1, 3)] * 3), min_size=4, max_size=4))
 def test_a_program_of_branches_is_eager_for_every_outcome(
     folder: Path, lines: list[str], outcomes: list[tuple[int, ...]]
