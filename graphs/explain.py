@@ -83,6 +83,7 @@ class Explanation:
         device: where it runs.
         graph: the step as ATen operators, printed; empty where it could not be traced.
         untraced: why not.
+        assumed: branches of which only one side is in the graph, as ``file:line``, and why.
         effects: of the passes, in the order they run. Routing is what ``graphs.route(model)`` would do.
         fusion: None where it was not asked for.
         launches: submissions per step, by how the step is called: ``"eager"``, ``"recorded"``. Operators on a CPU.
@@ -98,9 +99,12 @@ class Explanation:
     launches: dict[str, int | None]
     pieces: tuple[PieceReport, ...]
     report: CaptureReport
+    assumed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [f"# Graph of the step, on {self.device}", self.graph or f"not traced: {self.untraced}"]
+        parts += ["# Branches of which one side is assumed"] if self.assumed else []
+        parts += [f"{place}: {reason}" for place, reason in self.assumed.items()]
         for effect in self.effects:
             parts += [f"# Pass {effect.name}: {effect.changes} change(s)", *filter(None, [effect.diff, effect.refusal])]
         if self.fusion is not None:
@@ -131,7 +135,7 @@ def explain(
         _, trace = watch_step(step.run, step.call.tensors)
         start.covers(trace)
         start.restore()
-        graph, untraced, effects = _passes(step, trace)
+        graph, untraced, effects, assumed = _passes(step, trace)
         start.restore()
     fusion = _fusion(step) if fuse else None
     start.restore()
@@ -139,18 +143,19 @@ def explain(
     start.restore()
     launches, report = _launches(step)
     start.restore()
-    return Explanation(str(step.device), graph, untraced, effects, fusion, launches, pieces, report)
+    return Explanation(str(step.device), graph, untraced, effects, fusion, launches, pieces, report, assumed)
 
 
-def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...]]:
-    """The printed graph, why there is none, and what the passes do to it."""
+def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...], dict[str, str]]:
+    """The printed graph, why there is none, what the passes do to it, and which branches it assumes."""
     try:
-        module, _ = traced(step, trace, step.call.tensors)
+        module, _ = traced(step, trace, step.call.tensors, merge=True)
     except passes.Unremovable as reason:
-        return "", str(refusal_of(reason, trace)), ()
+        return "", str(refusal_of(reason, trace)), (), {}
     graph = str(module.graph)
     effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing)]
-    return graph, "", tuple(effects)
+    assumed = {f"{file}:{line}": reason for (file, line), reason in module.meta["facts"].unmerged.items()}
+    return graph, "", tuple(effects), assumed
 
 
 def _routing(module: GraphModule) -> list[tuple[str, str]]:

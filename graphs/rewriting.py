@@ -19,10 +19,11 @@ import torch
 import passes
 from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
 from graphs.contract.counters import Counters
+from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.record.step import Recording
-from graphs.step import Step
+from graphs.step import Checkpoint, Step
 from graphs.watch import MODELS, Trace
 
 Tensor = torch.Tensor
@@ -45,24 +46,34 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
+    merge = "branches" in step.passes
     try:
-        module, structure = traced(step, trace, tensors, counters)
-        changes = passes.run(module, pipeline_of(step))
+        try:
+            module, structure = traced(step, trace, tensors, counters, merge=merge)
+            changes = passes.run(module, pipeline_of(step))
+        except passes.Unremovable:
+            if not merge:
+                raise
+            module, structure = traced(step, trace, tensors, counters)  # a bound may come from the way that is taken
+            changes = passes.run(module, pipeline_of(step))
     except passes.Unremovable as reason:
         raise refusal_of(reason, trace) from reason
     return RewrittenStep(module, structure, changes, counters)
 
 
 def traced(
-    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None
+    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
 ) -> tuple[torch.fx.GraphModule, Any]:
     """The step as a graph with its host values, and how the graph's flat results make the step's output.
+
+    Args:
+        merge: whether both sides of branches become part of the graph where they can.
 
     Raises:
         passes.Unremovable: the step does with a host value what no graph can do.
     """
     structure: list[Any] = []
-
+    before = Checkpoint(step)
     places = counters.counters if counters is not None else []
     advanced: list[Any] = []
 
@@ -73,16 +84,21 @@ def traced(
         output = step.model(*args, **kwargs)
         advanced[:] = [place.container[place.key] for place in places]
         found: list[Any] = []
-        structure.append(map_leaves(output, lambda leaf: _hole(leaf, found)))
+        structure[:] = [map_leaves(output, lambda leaf: _hole(leaf, found))]
         return found
 
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
-    module = passes.trace_step(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced)
+    module = passes.trace_step(
+        *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
+        structure=lambda: structure[0],
+        snapshot=functools.partial(PythonState, tensors=False) if merge else None,
+        restore=before.restore_python,
+    )
     if counters is not None:
         counters.advance = module.meta["advance"]
-    return module, structure[-1]
+    return module, module.meta["structure"]
 
 
 def pipeline_of(step: Step) -> list[passes.Pass]:
@@ -134,6 +150,8 @@ class RewrittenStep:
     Attributes:
         changes: what the passes did.
         assumption: what the graph assumes of host values; None where it holds for any.
+        written: positions of the arguments that the graph writes, be it under a condition.
+        held, held_written: tensors of the step that it reads and writes in place.
     """
 
     def __init__(
@@ -144,6 +162,11 @@ class RewrittenStep:
         self.traced = module
         self.changes = changes
         self._structure = structure
+        self.written, written = passes.lasting_writes(module)
+        read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+        held = {name: module.get_buffer(name) for name in read if name.startswith("state_")}  # not the passes' own
+        self.held: list[Tensor] = list(held.values())
+        self.held_written: list[Tensor] = [held[name] for name in written if name in held]
         self._results: int = module.meta.get("results", sys.maxsize)
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 

@@ -36,6 +36,7 @@ class Step:
         real: rows of this call.
         compiler, compiler_options: what compiles the step before it is recorded; see `graphs.compiler`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
+        form: the template of the output, where it is that of a substitute for the module.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
@@ -56,6 +57,7 @@ class Step:
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
+    form: OutputTemplate | None = None
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
@@ -81,7 +83,8 @@ class Step:
 
     def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
         """Run at ``tensors`` and return the output tensors that a replay has to produce."""
-        return self.template(self.run(tensors), tensors, externals)[1]
+        output = self.run(tensors)
+        return self.form.select(output) if self.form is not None else self.template(output, tensors, externals)[1]
 
     def roots(self) -> list[tuple[str, Any]]:
         """Where Python state of the step can hang: the model and the opaque arguments."""
@@ -140,5 +143,9 @@ class Checkpoint:
         if self._written is not None:
             self._written.restore(self._copies)
         self._random.restore()
+        self.restore_python()
+
+    def restore_python(self) -> None:
+        """Put Python objects back, and nothing else."""
         self._arguments.restore()
         self.python.restore()

@@ -217,8 +217,12 @@ def _record(
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
     if watched.findings or counters:
         step = _without_host_values(step, start, watched, stand_ins, counters)
+        if _covers(trace, step.model, tensors):
+            return _record(plain, recorder, start, trace, output, owned=owned, check=check, counters=counters)
+        externals = list(trace.externals.values())
     if plain is not step:
-        _compare_substitute(step, start, trace, stand_ins, externals, check=check)
+        template = _compare_substitute(step, start, trace, stand_ins, externals, check=check)
+        step, plain = dataclasses.replace(step, form=template), dataclasses.replace(plain, form=template)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
     _reset(step, start)
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
@@ -334,22 +338,49 @@ def _without_host_values(
     return compile_rewritten(step, substitute)
 
 
+def _covers(trace: Trace, rewritten: Any, tensors: Sequence[Tensor]) -> bool:
+    """Have ``trace`` cover what a rewritten graph reaches that the eager run did not, on a side of a branch not taken.
+
+    Returns whether it writes an argument that was not known to be written.
+    """
+    for tensor in rewritten.held:
+        trace.externals.setdefault(storage_id(tensor), tensor)
+    for tensor in rewritten.held_written:
+        trace.written.save(tensor)
+    arguments = [tensors[index] for index in rewritten.written]
+    unknown = [tensor for tensor in arguments if storage_id(tensor) not in trace.written]
+    for tensor in unknown:
+        trace.written.save(tensor)
+    return bool(unknown)
+
+
 def _compare_substitute(
     step: Step, start: Checkpoint, trace: Trace, stand_ins: list[Tensor], externals: list[Tensor], *, check: bool
-) -> None:
-    """Run the substitute for the first time, which may compile it, and compare it with the model."""
+) -> OutputTemplate:
+    """Run the substitute for the first time, which may compile it, and compare it with the model.
+
+    Returns the template of its output: what the model hands through on one side of a branch, the substitute makes.
+    """
     plain = step.without_substitute()
     start.restore()
-    expected: list[Tensor] = _guarded(plain, lambda: [out.clone() for out in plain.produced(stand_ins, externals)])
+    output = map_leaves(
+        _guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
+    )
     state = trace.written.copies()
     _reset(step, start)
-    produced = step.produced(stand_ins, externals)
+    template, produced = step.template(step.run(stand_ins), stand_ins, externals)
+    expected = template.select(output)
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
     if fetched:
         raise HostSync(f"output {fetched[0]} is a tensor of the host that holds values of the device", operator="output")
     found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
     if check and found is not None:
         raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])
+    return template
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _guarded(step: Step, run: Callable[[], Any]) -> Any:
@@ -443,7 +474,7 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         start.restore()
         if not held:
             return None
-    expected = [out.clone() for out in step.produced(step.call.tensors, entry.externals)]
+    expected = [out.clone() for out in entry.template.select(step.run(step.call.tensors))]
     state = entry.written.copies()
     start.restore()
     try:

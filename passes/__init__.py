@@ -1,5 +1,6 @@
 """Rewrites of FX graphs that make a step recordable, and their lowering to MLIR. Imports torch and nothing of `graphs`."""
 
+from passes.aliases import lasting_writes
 from passes.attention import one_query_attention
 from passes.branches import Undo, undo
 from passes.constants import hoist_constants
@@ -8,9 +9,10 @@ from passes.example_tracer import trace_with_inputs
 from passes.host_values import remove_host_values
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
+from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.skinny import skinny_products
-from passes.tracing import Number, Read, trace_step
+from passes.tracing import Number, Read
 
 __all__ = [
     "DEFAULT",
@@ -24,6 +26,7 @@ __all__ = [
     "Unremovable",
     "compile_mlir",
     "hoist_constants",
+    "lasting_writes",
     "one_query_attention",
     "register_decompositions",
     "remove_host_values",

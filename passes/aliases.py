@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 if TYPE_CHECKING:
     from passes.rewriter import Rewriter
@@ -50,6 +50,18 @@ def written(node: Node) -> list[Node]:
     return found
 
 
+def lasting_writes(module: GraphModule) -> tuple[list[int], list[str]]:
+    """What a graph writes that outlives a run: positions of its arguments, and names of tensors that it holds."""
+    places = {node: index for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    roots: dict[Node, None] = {}
+    for node in module.graph.nodes:
+        for tensor in written(node):
+            while (parent := parent_of(tensor)) is not None:
+                tensor = parent
+            roots[tensor] = None
+    return sorted(places[root] for root in roots if root in places), [str(root.target) for root in roots if root.op == "get_attr"]
+
+
 class Aliases:
     """Which nodes share memory, in the graph that a `Rewriter` builds."""
 
@@ -61,12 +73,12 @@ class Aliases:
         self._renewed: dict[Node, Node] = {}
         module = rewriter.module
         old = module.graph.nodes
-        self._old_parents = {n: n.args[0] for n in old if _parent(n) is not None}
+        self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
         self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
 
     def made(self, node: Node) -> None:
         """Note a new node: whose view it is, and what it writes."""
-        parent = _parent(node)
+        parent = parent_of(node)
         if parent is not None:
             self._parents[node] = parent
         for tensor in written(node):
@@ -146,7 +158,7 @@ class Aliases:
         return made
 
 
-def _parent(node: Node) -> Any:
+def parent_of(node: Node) -> Any:
     """The node whose memory the result of ``node`` shares."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None

@@ -258,7 +258,9 @@ def scalar_tensor(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[
     """``torch.tensor(u)``."""
     if not is_symbol(args[0]):
         return None
-    number = rw.scalar(args[0])
+    number, expression = rw.scalar(args[0]), rw.facts.resolve(expression_of(args[0]))
+    if node.meta["val"].dtype == torch.bool and isinstance(expression, sympy.Piecewise) and expression.args[0].expr == 1:
+        return rw.number(expression.args[0].cond)  # a choice between 1 and 0
     return rw.call(aten.clone.default, cast(rw, number, node.meta["val"].dtype))  # it stays on the device of what it comes from
 
 

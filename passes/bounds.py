@@ -63,9 +63,15 @@ class Bounds:
             return sympy.And(*map(self.of_signs, expression.args))
         if _not_below_zero(expression) is not None:
             return expression
-        stand_ins = {s: sympy.Dummy(s.name, integer=True, nonnegative=True) for s in expression.free_symbols & self._natural}
-        made = expression.xreplace(stand_ins)
-        return made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
+        symbols = frozenset(expression.free_symbols & self._natural)
+        if not symbols:
+            return expression
+        key = (expression, symbols)
+        if key not in self._facts.shorter:
+            stand_ins = {s: sympy.Dummy(s.name, integer=True, nonnegative=True) for s in symbols}
+            made = expression.xreplace(stand_ins)
+            self._facts.shorter[key] = made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
+        return self._facts.shorter[key]
 
     def _upper(self, expression: sympy.Basic) -> sympy.Basic:
         ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}

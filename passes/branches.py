@@ -25,21 +25,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.aliases import Aliases, written
 from passes.errors import Unremovable
 from passes.ranges import Ranges
-from passes.rewriter import Rewriter
+from passes.rewriter import ALONG, BY_INDEX, DIVIDING, PICKING, Rewriter
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
-_ALONG = (
-    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
-    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
-)
 _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
-BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 
 
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
@@ -60,52 +55,89 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
 
 
-def guard_indices(module: GraphModule, position: int) -> list[tuple[str, str]]:
-    """Keep every index within its tensor, and raise the flag (result ``position``) where one would not be.
+def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
+    """Keep every index within its tensor and every divisor from zero, and raise the flag (result ``position``) if one is not.
 
-    On a way that the step does not take an index may be anything, and a device that is asked for a row beyond the end
-    ends the process.
+    On a way that the step does not take they may be anything, and a device that is asked for a row beyond the end ends the
+    process. Where the graph has no flag only sides of branches and trips of loops are ways that may not be taken; it gets a
+    flag if they need one.
     """
     output = next(n for n in module.graph.nodes if n.op == "output")
-    broken, changes = output.args[0][position], []  # type: ignore[index]
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    broken = results[position] if len(results) > position else None
+    everywhere, changes = broken is not None, []
     ranges = Ranges(module)
     for node in list(module.graph.nodes):
-        for index, size, low in _indices(node):
-            found = ranges(index)
-            if index.op == "placeholder" or (found is not None and low <= found[0] and found[1] < size):
+        runs = node.meta.get("runs")
+        for value, size, low in _partial(node) if everywhere or runs is not None else ():
+            if size and _is_within(ranges(value), size, low):
+                continue
+            if value.op == "placeholder" and not isinstance(runs, Node):  # the caller's, which eager trusts too
                 continue
             with module.graph.inserting_before(node):
-                safe = module.graph.call_function(aten.clamp.default, (index, low, size - 1))
-                strays = module.graph.call_function(aten.ne.Tensor, (index, safe))
+                safe, strays = _safe(module.graph, value, size, low)
                 stray = module.graph.call_function(aten.any.default, (strays,))
-            safe.meta = dict(index.meta)
-            node.args = torch.fx.node.map_aggregate(node.args, lambda a, i=index, s=safe: s if a is i else a)  # type: ignore[assignment, misc]
+            safe.meta = dict(value.meta)
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a, v=value, s=safe: s if a is v else a)  # type: ignore[assignment, misc]
             with module.graph.inserting_before(output):
-                broken = module.graph.call_function(aten.logical_or.default, (broken, stray))
-            changes.append((str(index), str(safe)))
-    results = list(output.args[0])  # type: ignore[arg-type]
-    results[position] = broken
-    output.args = (results,)
+                if isinstance(runs, Node):
+                    stray = module.graph.call_function(aten.logical_and.default, (stray, runs))
+                broken = stray if broken is None else module.graph.call_function(aten.logical_or.default, (broken, stray))
+            changes.append((str(value), str(safe)))
+    output.args = ([*results[:position], *([broken] if broken is not None else [])],)
     return changes
 
 
-def _indices(node: Node) -> list[tuple[Node, int, int]]:
-    """The index tensors of an operator, with the size that each goes into and the least that is legal."""
+def _safe(graph: Graph, value: Node, size: int, low: int) -> tuple[Node, Node]:
+    """Indices kept within ``[low, size)``, or (``size`` zero) divisors of which none is zero; and where they were not so."""
+    if not size:
+        zeros = graph.call_function(aten.eq.Scalar, (value, 0))
+        return graph.call_function(aten.add.Tensor, (value, zeros)), zeros
+    safe = graph.call_function(aten.clamp.default, (value, low, size - 1))
+    return safe, graph.call_function(aten.ne.Tensor, (value, safe))
+
+
+def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
+    """Whether values in a range are indices of ``size`` places."""
+    return found is not None and low <= found[0] and found[1] < size
+
+
+def conditions(module: GraphModule) -> set[Node]:
+    """The nodes that `guard` may need, besides those that the results do."""
+    return {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
+
+
+def _partial(node: Node) -> list[tuple[Node, int, int]]:
+    """Arguments of which an operator refuses some values: indices, with the size that each goes into and the least that is
+    legal, and divisors of whole numbers, with zero for both.
+    """
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return []
     value = node.args[0].meta.get("val")
     if not isinstance(value, Tensor):
         return []
-    if node.target in _ALONG:
+    if node.target in DIVIDING:
+        divisor = node.args[1]
+        if isinstance(divisor, Node) and _is_not_zero(divisor):
+            return []
+        whole = isinstance(divisor, Node) and not (_dtype(divisor).is_floating_point or value.dtype.is_floating_point)
+        return [(divisor, 0, 0)] if whole else []  # type: ignore[list-item]
+    if node.target in ALONG:
         return [(node.args[2], int(value.shape[node.args[1]]), 0)]  # type: ignore[list-item, index]
     if node.target is aten.embedding.default:
         return [(node.args[1], int(value.shape[0]), 0)]  # type: ignore[list-item]
-    if node.target in (aten.index.Tensor, *BY_INDEX):
+    if node.target in PICKING:
         indices = [(dim, i) for dim, i in enumerate(node.args[1]) if isinstance(i, Node)]  # type: ignore[arg-type]
         if any(_dtype(i) in (torch.bool, torch.uint8) for _, i in indices):
             return []
         return [(i, int(value.shape[dim]), -int(value.shape[dim])) for dim, i in indices]
     return []
+
+
+def _is_not_zero(divisor: Node) -> bool:
+    """Whether the passes have put something in the place of zeros."""
+    mask = divisor.args[1] if divisor.target is aten.masked_fill.Scalar and divisor.args[2] == 1 else None
+    return isinstance(mask, Node) and mask.target is aten.eq.Scalar and mask.args == (divisor.args[0], 0)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from passes import addressing, arithmetic, bounded, branches
 from passes.bounded.grouped_products import GROUPED, needs_offsets
 from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
-from passes.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
+from passes.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
 _FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
 TABLES: dict[str, Mapping[Any, Rule]] = {
@@ -52,6 +52,7 @@ def remove_host_values(
     while True:
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
         rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
+        guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
         try:
             graph = rewriter.run()
             if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):
@@ -62,15 +63,15 @@ def remove_host_values(
             if not known - exact:
                 raise Unremovable(missing.detail, missing.operator, missing.site) from missing
             exact |= known
-        del facts.decisions[before[0] :]
-        facts.definitions = dict(before[1])
+        facts.forget(*before)
     count = _results(module.graph)
     module.graph = graph
+    needed = branches.conditions(module)
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
+    changes = [*rewriter.changes, *branches.guard(module, count)]
     module.graph.eliminate_dead_code()
     assumes = _results(graph) > count
-    changes = list(rewriter.changes)
     if assumes:
-        changes += branches.guard_indices(module, count)
         changes += branches.make_undoable(module)
     changes += merge_duplicates(module)
     module.meta["results"], module.meta["assumes"] = count, assumes
@@ -108,7 +109,7 @@ def _needs_host(node: Node) -> bool:
         return True
     if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
         return True
-    indices = node.args[1] if node.target in branches.BY_INDEX else ()
+    indices = node.args[1] if node.target in BY_INDEX else ()
     return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
 
 

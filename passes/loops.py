@@ -29,6 +29,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.aliases import written
+from passes.sites import Site
 
 Tensor = torch.Tensor
 LIMIT = 64
@@ -49,6 +50,15 @@ class Trip:
         return sympy.Lt(self.index, self.count)
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One side of a branch of which both sides are traced; see `passes.forks`."""
+
+    fork: int
+    runs: sympy.Basic
+    site: Site
+
+
 class Loops:
     """The loops of a step that is being traced.
 
@@ -57,13 +67,13 @@ class Loops:
             ``"no"`` to leave loops to Python.
 
     Attributes:
-        trips: those that are running now, the outermost first.
+        trips: those that are running now, the outermost first, and the sides of branches among them.
         left: whether a loop was left before its last trip.
     """
 
     def __init__(self, unroll: str = "no") -> None:
         self.unroll = unroll
-        self.trips: tuple[Trip, ...] = ()
+        self.trips: tuple[Trip | Arm, ...] = ()
         self.left = False
         self.found = 0
 
@@ -90,9 +100,9 @@ def is_iteration() -> bool:
 def leaks(module: GraphModule) -> bool:
     """Whether a value made inside a trip is read outside of it."""
     return any(
-        _trips(user)[: len(trips)] != trips
+        loops_of(user)[: len(loops)] != loops
         for node in module.graph.nodes
-        if (trips := _trips(_lasting(node)))
+        if (loops := loops_of(_lasting(node)))
         for user in node.users
     )
 
@@ -104,13 +114,19 @@ def _lasting(node: Node) -> Node:
     return node
 
 
-def _trips(node: Node) -> tuple[Trip, ...]:
+def trips_of(node: Node) -> tuple[Trip | Arm, ...]:
+    """The conditions that a node of a traced graph stands under, the outermost first."""
     return tuple(node.meta.get("trips", ()))
+
+
+def loops_of(node: Node) -> tuple[Trip, ...]:
+    """Those of them that are trips of loops."""
+    return tuple(trip for trip in trips_of(node) if isinstance(trip, Trip))
 
 
 def outside(module: GraphModule) -> list[tuple[Any, ...]]:
     """What a graph does outside of its loops, to be compared."""
-    nodes = [node for node in module.graph.nodes if not _trips(node)]
+    nodes = [node for node in module.graph.nodes if not loops_of(node)]
     places = {node: index for index, node in enumerate(nodes)}
 
     def described(value: Any) -> Any:

@@ -21,15 +21,31 @@ from passes.aliases import Aliases, returns_view
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
-from passes.loops import Trip
+from passes.loops import Arm, Trip
 from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
-from passes.tracing import Facts
+from passes.tracing import Decision, Facts
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
+ALONG = (
+    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
+    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
+    *(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.index_fill_.int_Scalar),
+    *(aten.index_fill_.int_Tensor, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor),
+    *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_reduce.default, aten.index_reduce_.default),
+)
+"""Operators whose third argument picks places along the dimension that is their second."""
+BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
+DIVIDING = (
+    *(aten.floor_divide.default, aten.floor_divide_.Tensor, aten.remainder.Tensor, aten.remainder_.Tensor),
+    *(aten.fmod.Tensor, aten.fmod_.Tensor, aten.div.Tensor_mode, aten.div_.Tensor_mode),
+)
+PICKING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl.default, *BY_INDEX)
+PARTIAL = frozenset((*ALONG, *PICKING, *DIVIDING, aten.embedding.default))
+"""Operators that refuse some values of a tensor: places that are not there, zeros to divide whole numbers by."""
 Lengths = dict[int, sympy.Basic]
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
@@ -81,7 +97,7 @@ class Rewriter:
         self.graph = Graph(owning_module=module)
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
-        self.trips: tuple[Trip, ...] = ()
+        self.trips: tuple[Trip | Arm, ...] = ()
         self.guarded, self.trusted = guarded, False
         self.changes: list[tuple[str, str]] = []
         self.checks: list[Node] = []
@@ -113,8 +129,9 @@ class Rewriter:
                     made.meta["zeros"] = True
                 return made
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and (self.sized_by_symbols(node) or (self.trips and schema.is_mutable)):
-            return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; a conditional write
+        conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
+        if schema is not None and (self.sized_by_symbols(node) or conditional):
+            return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; what has a condition
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
         self.aliases.made(copied)
@@ -197,15 +214,15 @@ class Rewriter:
         root = self.aliases.root(tensor)
         return isinstance(root, Node) and tuple(root.meta.get("trips", ()))[: len(self.trips)] == self.trips
 
-    def running(self) -> Node:
-        """0-d flag: whether the trips that the current node belongs to take place."""
-        made: Any = self.number(sympy.And(*[trip.runs for trip in self.trips]))
-        return made
+    def running(self) -> Any:
+        """Whether the trips and sides that the current node belongs to take place: a 0-d flag, or True where they must."""
+        return self.number(sympy.And(*[trip.runs for trip in self.trips]))
 
     def plain(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node, with its fake value."""
+        """A new node, with its fake value. One that refuses some values says when that matters."""
+        runs = self.running() if self.trips and target in PARTIAL else None
         node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(site=self.site, trips=self.trips)
+        node.meta.update(site=self.site, trips=self.trips, runs=runs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         try:
             with self.facts.mode, torch.no_grad():
@@ -335,7 +352,7 @@ class Rewriter:
             hint = self.facts.hint(expression)
             if hint is None:
                 raise Unremovable("the size depends on a value that the eager run did not read", "size", self.site)
-            self.facts.decide(sympy.Eq(expression, hint), True, self.site)
+            self.assume(sympy.Eq(expression, hint))
             return int(hint)
         largest = self.bounds.of(expression)
         if largest is None:
@@ -343,15 +360,19 @@ class Rewriter:
             name = f"{sites[0][0].rsplit('/', 1)[-1]}:{sites[0][1]}" if sites else "name"
             remedy = f'Pass bounds={{"{name}": the largest value}}'
             raise Unremovable(f"a length ({expression}) has no upper bound", "size", self.site, remedy)
-        self.facts.decide(expression <= largest, True, self.site)
+        self.assume(expression <= largest)
         return largest
 
     def size(self, value: Any) -> int:
         """A size argument of an operator as a static number."""
         return self.bound(expression_of(value)) if is_symbol(value) else int(value)
 
+    def is_uncertain(self, decision: Decision) -> bool:
+        """Whether the graph has to check what it assumes."""
+        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.holds)))
+
     def assume(self, condition: sympy.Basic) -> None:
-        """Add a condition to what the graph assumes; inside a trip of a loop it matters if the trip takes place."""
+        """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.runs) for trip in self.trips], condition), True, self.site)
 
     @property

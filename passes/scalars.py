@@ -79,6 +79,8 @@ class Scalars:
         special = _SPECIAL.get(type(expression))
         if special is not None:
             return special(self, expression)
+        if isinstance(expression, (sympy.Eq, sympy.Ne)) and (flag := self._flag(*expression.args)) is not None:
+            return flag if isinstance(expression, sympy.Eq) else self._call(aten.logical_not.default, flag)
         packet = _OPERATIONS.get(type(expression))
         if packet is None:
             raise self._missing(f"{type(expression).__name__} has no operator for it")
@@ -94,6 +96,13 @@ class Scalars:
         for value in values[1:]:
             total = self._combined(type(expression), packet, total, value)
         return total
+
+    def _flag(self, symbol: sympy.Basic, value: sympy.Basic) -> Node | None:
+        """The tensor behind ``symbol == 1``, if it is one of flags."""
+        held = self._symbols.get(symbol) if value == 1 else None
+        if held is None or held.meta["val"].dtype != torch.bool:
+            return None
+        return held if held.meta["val"].dim() == 0 else self._call(aten.view.default, held, [])
 
     def _combined(self, kind: type, packet: Any, a: Any, b: Any) -> Any:
         """One operator over two values, of which at least one is a tensor."""
@@ -144,11 +153,22 @@ class Scalars:
             return self._zero_dim(node.args[0])  # type: ignore[arg-type]
         if node.target is torch.sym_float:
             return self.cast(self.of(node.args[0]), torch.float64)
+        if node.target is torch.sym_ite:
+            return self._choice(*(self.of(argument) for argument in node.args))
         if node.target is operator.mod:
             return self._remainder(*self.doubles([self.of(argument) for argument in node.args]))
         if node.target in _PYTHON:
             return self._call(_PYTHON[node.target], *self.doubles([self.of(argument) for argument in node.args]))
         raise Unremovable("no operator computes this from a value on the device", str(node.target), self._rewriter.site)
+
+    def _choice(self, holds: Any, a: Any, b: Any) -> Any:
+        """``a if holds else b``, of numbers and 0-d tensors."""
+        if isinstance(holds, bool):
+            return a if holds else b
+        if a is b or (not isinstance(a, Node) and not isinstance(b, Node) and repr(a) == repr(b)):
+            return a if isinstance(a, Node) else self.filled(a, holds)
+        sides = [side if isinstance(side, Node) else self.filled(side, holds) for side in (a, b)]
+        return self._call(aten.where.self, holds, *sides)
 
     def _remainder(self, a: Node, b: Node) -> Node:
         """``a % b`` of floats: Python gives a zero the sign of ``b``."""
@@ -167,12 +187,7 @@ class Scalars:
             cases, last = list(expression.args), expression.args[-1]
         made = self.number(last.args[0])
         for value, condition in reversed([case.args for case in cases]):
-            holds = self.number(condition)
-            if isinstance(holds, bool):
-                made = self.number(value) if holds else made
-                continue
-            sides = [side if isinstance(side, Node) else self.filled(side, holds) for side in (self.number(value), made)]
-            made = self._call(aten.where.self, holds, *sides)
+            made = self._choice(self.number(condition), self.number(value), made)
         return made
 
     def power(self, expression: sympy.Basic) -> Node:

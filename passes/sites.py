@@ -13,11 +13,20 @@ _MODELS = frozenset(("bench", "models", "ops"))  # where the package above has l
 
 def user_site() -> Site:
     """File and line of the innermost frame that belongs to no library below the model."""
+    frame = user_frame()
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame that belongs to no library below the model."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
-        library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in _MODELS)
-        if not library and not frame.f_code.co_filename.startswith("<"):
-            return frame.f_code.co_filename, frame.f_lineno
+    while frame is not None and not is_user(frame):
         frame = frame.f_back
-    return "", 0
+    return frame
+
+
+def is_user(frame: FrameType) -> bool:
+    """Whether a frame belongs to no library below the model."""
+    package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in _MODELS)
+    return not library and not frame.f_code.co_filename.startswith("<")

@@ -15,26 +15,30 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, should_allow_numbers_as_tensors
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
+from passes.exchange import Plan, Written, forked
 from passes.fakes import StepFakes
-from passes.loops import LIMIT, Loops, leaks, outside
+from passes.forks import Forks, Snapshot, Unmergeable
+from passes.loops import LIMIT, Arm, Loops
 from passes.python_entry import SymbolicEntry, traced_tensor
-from passes.sites import Site, user_site
+from passes.sites import Site, user_frame, user_site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -82,6 +86,8 @@ class Facts:
         names: what symbols are called that stand for numbers of Python.
         limits: largest values of counts.
         loops, outcomes: the loops that are being traced, and which way branches inside of them went, by line.
+        branches: the functions whose lines ask for the truth of a symbol, by line.
+        unmerged: why branches have only one of their sides in the graph, by file and first line.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -96,16 +102,45 @@ class Facts:
     limits: dict[sympy.Symbol, int] = field(default_factory=dict)
     loops: Loops | None = None
     outcomes: dict[Site, bool] = field(default_factory=dict)
+    branches: dict[Site, CodeType] = field(default_factory=dict)
+    unmerged: dict[Site, str] = field(default_factory=dict)
+    shorter: dict[Any, sympy.Basic] = field(default_factory=dict)  # of `passes.bounds`, for which sympy takes long
+    _resolved: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
+    _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
+    _known: set[sympy.Basic] = field(default_factory=set)
+
+    def happened(self) -> bool:
+        """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
+        trips = self.loops.trips if self.loops is not None else ()
+        return all(self.hint(trip.runs) == sympy.true for trip in trips)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
-        while any(symbol in self.definitions for symbol in expression.free_symbols):
-            expression = expression.xreplace(self.definitions)
-        return expression
+        made = self._resolved.get(expression)
+        if made is None:
+            made = expression.replace(sympy.ITE, _without_choice) if expression.has(sympy.ITE) else expression
+        while any(symbol in self.definitions for symbol in made.free_symbols):
+            made = made.xreplace(self.definitions)
+        self._resolved[expression] = made
+        return made
+
+    def forget(self, decisions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
+        """Go back to the first ``decisions``, and to these definitions."""
+        del self.decisions[decisions:]
+        self.definitions = dict(definitions)
+        self._resolved.clear()
+        self._known = {decision.holds for decision in self.decisions}
 
     def hint(self, expression: sympy.Basic) -> sympy.Basic | None:
         """The value of ``expression`` in the eager run, or None."""
-        value = self.resolve(expression).xreplace({s: sympy.sympify(v) for s, v in self.hints.items()})
+        resolved = self.resolve(expression)
+        symbols = resolved.free_symbols
+        if any(symbol not in self.hints for symbol in symbols):
+            value = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols if s in self.hints})
+        else:
+            value = self._hinted.get(resolved)
+            if value is None:
+                value = self._hinted[resolved] = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols})
         return value if not value.free_symbols else None
 
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site) -> None:
@@ -113,11 +148,17 @@ class Facts:
         decision = Decision(self.resolve(predicate), outcome, site)
         if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
             skipped = [sympy.Not(trip.runs) for trip in self.loops.trips]
-            self.outcomes[site] = bool(outcome)
+            if self.happened():
+                self.outcomes[site] = bool(outcome)
             decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
-        known = any(d.predicate == decision.predicate and d.outcome == decision.outcome for d in self.decisions)
-        if not known and decision.holds not in (sympy.true, True):
+        if decision.holds not in self._known and decision.holds != sympy.true:
+            self._known.add(decision.holds)
             self.decisions.append(decision)
+
+
+def _without_choice(holds: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
+    """One of two conditions, in terms that torch knows the bounds of."""
+    return sympy.Or(sympy.And(holds, a), sympy.And(sympy.Not(holds), b))
 
 
 def _is_condition(expression: sympy.Basic) -> bool:
@@ -130,21 +171,40 @@ class _Hinted(ShapeEnv):
 
     facts: Facts
 
+    def static(self, expression: sympy.Basic) -> Any:
+        """The value of an expression that has it whatever the data, else None."""
+        known: dict[sympy.Basic, Any] = self.__dict__.setdefault("_static_values", {})
+        if expression not in known:
+            known[expression] = self._maybe_evaluate_static(expression)
+        return known[expression]
+
+    def bound_sympy(self, expr: sympy.Expr, size_oblivious: bool = False) -> Any:
+        return super().bound_sympy(self.facts.resolve(expr), size_oblivious)  # type: ignore[arg-type]
+
     def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(ShapeEnv.evaluate_expr).bind(self, orig_expr, *args, **kwargs).arguments
         expression = self.facts.resolve(orig_expr)
-        known = self._maybe_evaluate_static(expression)
+        known = self.static(expression)
         if known is not None:
             return known
         if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
             return sympy.sympify(bound["fallback_value"])
-        value = self.facts.hint(expression)
-        if value is None and _is_condition(expression):  # in a trip that the eager run did not make
+        value = self.facts.hint(expression) if self.facts.happened() else None
+        if value is None and _is_condition(expression):  # where the eager run did not come
             value = self.facts.outcomes.get(user_site())
+        if value is None:
+            value = self.facts.hint(expression)
+        if value is None and not self.facts.happened() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
+            value = sympy.true  # an index that is not known, which counts from the front
+        if value is None and not self.facts.happened() and _is_condition(expression):
+            value = sympy.false  # any way will do, until both are in the graph
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
             self.facts.decide(expression, bool(value), user_site())
+            frame = user_frame()
+            if frame is not None:
+                self.facts.branches[frame.f_code.co_filename, frame.f_lineno] = frame.f_code
         elif not value.is_Integer:
             raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
         else:
@@ -155,7 +215,7 @@ class _Hinted(ShapeEnv):
         self, orig_expr: Any, msg: str, fx_node: Any = None, **_: Any
     ) -> bool:
         expression = self.facts.resolve(orig_expr)
-        if self._maybe_evaluate_static(expression) is None:
+        if self.static(expression) is None:
             self.facts.decide(expression, True, user_site())
         return True
 
@@ -163,8 +223,9 @@ class _Hinted(ShapeEnv):
 class _Follow(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
         super().__init__()
+        self.forks = forks
         self.facts, self.loops = facts, loops
         self.reads = list(reads)
         self.given: list[Any] = []  # values of a list, for the items it is made of
@@ -173,18 +234,19 @@ class _Follow(TorchDispatchMode):
         site = user_site()
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
-        result = func(*args, **(kwargs or {}))
+        args, kwargs = _not_computed(func, args, kwargs or {})
+        result = func(*args, **kwargs)
         self._mark(site)
-        self._forget_offsets(result)
+        self._forget_offsets(result, (args, kwargs))
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):
             facts = self.facts
             facts.limits |= {s: args[0].numel() for s in _fresh(result, facts)}
         if func is aten.split_with_sizes.default:
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
-            self._define_slice(result, *args, **(kwargs or {}))
-        elif any(trip.index >= self.facts.hints.get(trip.count, 0) for trip in self.loops.trips):
-            return result  # a trip that the eager run did not make
+            self._define_slice(result, *args, **kwargs)
+        elif self.forks.naming or not self.facts.happened():
+            return result
         elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
             self._name(result, [self.given.pop(0)], site)
         elif (values := self._next(str(func), site)) is not None:
@@ -197,7 +259,7 @@ class _Follow(TorchDispatchMode):
         for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips)
+            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -210,7 +272,7 @@ class _Follow(TorchDispatchMode):
 
     def drop(self, operator: str) -> None:
         """Forget a read that has no value: a conversion that the traced step does without."""
-        if self.reads and self.reads[0].operator == operator:
+        if self.reads and self.reads[0].operator == operator and self.facts.happened():
             self.reads.pop(0)
 
     def _next(self, operator: str, site: Site) -> list[Any] | None:
@@ -249,7 +311,8 @@ class _Follow(TorchDispatchMode):
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, _expression(x.shape[dim])
-        first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole), _index(end, whole, whole)))
+        joins = self.forks.joining is not None
+        first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole, joins), _index(end, whole, whole, joins)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
         if step == 1 and count.is_Integer and hint == sympy.true:  # a window of fixed size that ends before its tensor does
@@ -269,18 +332,43 @@ class _Follow(TorchDispatchMode):
         if isinstance(last, sympy.Symbol) and last not in rest.free_symbols:
             facts.definitions[last] = rest
 
-    def _forget_offsets(self, result: Any) -> None:
-        """The place of a view in its storage may be a symbol too; nothing reads it."""
+    def _forget_offsets(self, result: Any, arguments: Any) -> None:
+        """The place of a view in its storage may be a symbol of its own; nothing reads it."""
         offset = result.storage_offset() if isinstance(result, Tensor) and result.layout == torch.strided else 0
         if isinstance(offset, torch.SymInt):
-            known = {*self.facts.hints, *self.facts.definitions}
+            given = {symbol for leaf in tree_leaves(arguments) for symbol in _symbols_of(leaf)}
+            known = {*self.facts.hints, *self.facts.definitions, *given}
             self.facts.offsets |= {symbol for symbol in offset.node.expr.free_symbols if symbol not in known}
+
+
+def _symbols_of(value: Any) -> Iterator[sympy.Symbol]:
+    """The symbols of a number, or of where and how a tensor lies."""
+    parts = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, FakeTensor) else (value,)
+    for part in parts:
+        if isinstance(part, _SYMBOLS):
+            yield from part.node.expr.free_symbols
 
 
 _OTHER_READS = (
     *("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default)),
     *("torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor"),
 )
+
+
+def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of an operator that fake tensors do not stand for yet, as views, for which they do.
+
+    An operator that takes a number for a tensor would be run, to find its constant: written, or taken for the same always.
+    """
+    if not should_allow_numbers_as_tensors(func):
+        return args, kwargs
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return args, kwargs
+    if not (func._schema.is_mutable or all(tensor.numel() <= 1 for tensor in tensors)):
+        return args, kwargs
+    made: tuple[Any, Any] = tree_map_only(Tensor, aten.alias.default, (args, kwargs))
+    return made
 
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
@@ -302,13 +390,37 @@ def _expression(value: Any) -> sympy.Basic:
     return value.node.expr if isinstance(value, _SYMBOLS) else sympy.sympify(value)
 
 
-def _index(value: Any, default: Any, whole: sympy.Basic) -> sympy.Basic:
-    """A slice bound as a number from the front: one below zero counts from the end."""
+def _index(value: Any, default: Any, whole: sympy.Basic, natural: bool = False) -> sympy.Basic:
+    """A slice bound as a number from the front: one below zero, unless it is ``natural``, counts from the end."""
     if value is None:
         return sympy.sympify(default)
     if isinstance(value, torch.SymInt):
-        return value.node.expr if bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
+        return value.node.expr if natural or bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
     return sympy.Integer(min(value, sys.maxsize)) if value >= 0 else sympy.Max(value + whole, 0)
+
+
+def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> GraphModule:
+    """The graph of ``step``.
+
+    Raises:
+        Unmergeable: a side of a branch cannot be traced. One that is not taken may raise anything.
+    """
+    try:
+        module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+    except Unmergeable:
+        raise
+    except Exception as error:
+        arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, Arm)), None)
+        if arm is None:
+            raise
+        text = str(error).partition("\n")[0]
+        raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
+    if forks.failed is not None:
+        raise forks.failed
+    left = next((trip for trip in forks.loops.trips if isinstance(trip, Arm)), None)
+    if left is not None:
+        raise forks.unmergeable("a side raises an exception, which is caught elsewhere", left.site)
+    return module
 
 
 def _hold(module: GraphModule, tensors: Sequence[Tensor]) -> None:
@@ -367,28 +479,6 @@ def _advance(
     return eval(source, {"math": math})  # printed from expressions of whole numbers, nothing of the user's
 
 
-def trace_step(*arguments: Any, **settings: Any) -> GraphModule:
-    """The graph of a step, with its loops over data unrolled where they can be; see `trace_once`."""
-    if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
-        return trace_once(*arguments, **settings)
-    try:
-        unrolled = trace_once(*arguments, **{**settings, "unroll": "bound"})
-        loops = unrolled.meta["facts"].loops
-        if not loops.found:
-            return unrolled
-        if not loops.left and not leaks(unrolled):
-            seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
-            if outside(seen) == outside(unrolled):
-                return unrolled
-    except Unremovable:
-        pass
-    return trace_once(*arguments, **settings)
-
-
-def _reads_of(step: Any, tensors: Any, reads: Sequence[Read] = (), *_: Any, **__: Any) -> Sequence[Read]:
-    return reads
-
-
 def trace_once(
     step: Callable[[Sequence[Tensor], Sequence[Any]], list[Any]],
     tensors: Sequence[Tensor],
@@ -397,6 +487,11 @@ def trace_once(
     numbers: Sequence[Number] = (),
     advanced: Callable[[], Sequence[Any]] = tuple,
     unroll: str = "no",
+    structure: Callable[[], Any] = lambda: None,
+    plan: Plan = MappingProxyType({}),
+    functions: Mapping[Written, Sequence[FunctionType]] = MappingProxyType({}),
+    snapshot: Snapshot | None = None,
+    restore: Callable[[], None] = lambda: None,
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
 
@@ -409,6 +504,9 @@ def trace_once(
         numbers: numbers of Python that the step advances.
         advanced: gives, after the step, what they became; `module.meta["advance"]` computes the same from the old ones.
         unroll: what becomes of loops over data; see `passes.loops.Loops`.
+        structure: gives, after the step, what is to be found as `module.meta["structure"]`.
+        plan, functions: branches of which both sides are traced, and the functions that they stand in; see `passes.forks`.
+        snapshot, restore: see `passes.rounds.trace_step`.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -416,7 +514,9 @@ def trace_once(
 
     Raises:
         Unremovable: the step does with a host value what no graph can do.
+        Unmergeable: both sides of a branch cannot be in the graph.
     """
+    restore()
     environment = _Hinted(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
     mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
     facts = environment.facts = Facts(mode)
@@ -424,7 +524,8 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    follow = _Follow(facts, reads, facts.loops)
+    forks = Forks(facts, facts.loops, environment.static, snapshot)
+    follow = _Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
@@ -436,14 +537,17 @@ def trace_once(
                 facts.hints[symbol.node.expr] = number.value
                 facts.names[symbol.node.expr] = number.name
             results = step(arguments, symbols)
+            meta["structure"] = structure()
             if numbers:
                 meta["advance"] = _advance(facts, numbers, held, symbols, advanced())
             return results
 
-    with symbolic_builtins(modules), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        module = make_fx(followed, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+    as_written = torch.compiler.set_stance("force_eager")
+    with symbolic_builtins(modules), forked(plan, forks, functions), torch.no_grad(), as_written:
+        module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
-    facts.decisions = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
+    facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]
     _hold(module, [number.tensor for number in numbers])
     _name_state(module)
     module.meta.update(meta, facts=facts)

@@ -95,3 +95,18 @@ def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
         main(["explain", "tests.test_explain:factory", "--no-fuse"])
     assert done.value.code == 0
     assert "# Pass hoist_constants: 2 change(s)" in capsys.readouterr().out
+
+
+def drawing(x: Tensor, t: Tensor) -> Tensor:
+    if t > 0:
+        x = x * 2
+    if t > 1:
+        x = x + torch.rand_like(x)
+    return x
+
+
+def test_branches_that_stay_assumptions_are_named_with_the_reason() -> None:
+    told = explain(drawing, (torch.ones(3), torch.tensor(0)), fuse=False)
+    line = drawing.__code__.co_firstlineno + 3
+    assert told.assumed == {f"{__file__}:{line}": "a side draws random numbers"}
+    assert f"{__file__}:{line}: a side draws random numbers" in str(told)

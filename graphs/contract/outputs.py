@@ -51,6 +51,21 @@ class OutputTemplate:
         self.structure = structure
         self.fill = _builder(structure)
 
+    def select(self, output: Any) -> list[Tensor]:
+        """The tensors of ``output``, which has this structure, that stand where a replay produces them."""
+        found: dict[int, Tensor] = {}
+        _select(self.structure, output, found)
+        return [found[index] for index in sorted(found)]
+
+
+def _select(structure: Any, value: Any, found: dict[int, Tensor]) -> None:
+    if isinstance(structure, _Leaf):
+        found[structure.index] = value
+        return
+    parts, values = _children(structure), _children(value)
+    for part, item in zip(parts or (), values or (), strict=True):
+        _select(part, item, found)
+
 
 def _builder(value: Any) -> Build:
     """A function that builds an output of this structure: what `map_leaves` would find out at each call."""

@@ -40,6 +40,7 @@ Tensor = torch.Tensor
 _SKIPPED = (
     *(types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
     *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
+    *(torch.SymInt, torch.SymFloat, torch.SymBool),  # and numbers of a traced step of all that is traced
 )
 _WALK_LIMIT = 500_000
 _LIBRARY_PATHS = tuple(
@@ -97,16 +98,30 @@ def _position(iterator: Any) -> tuple[Any, ...]:
 class PythonState:
     """A snapshot of everything mutable that is reachable from named roots.
 
+    Args:
+        roots: objects, with the names to call them by.
+        known: a snapshot of which nothing is taken again.
+        generators: whether to include Python's and NumPy's own random generators.
+        tensors: whether to include which memory tensors lie in.
+
     Attributes:
         owners: links to tensors.
         complete: False when the walk gave up at half a million objects.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]], *, generators: bool = True) -> None:
+    def __init__(
+        self,
+        roots: Iterable[tuple[str, Any]],
+        known: PythonState | None = None,
+        *,
+        generators: bool = True,
+        tensors: bool = True,
+    ) -> None:
         self._places: list[Place] = []
         self._storages: list[tuple[str, Tensor, Tensor]] = []
         self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
-        self._seen: set[int] = set()
+        self._seen: set[int] = set(known._seen) if known is not None else set()
+        self._tensors = tensors
         self._steering: list[tuple[str, Any, Any, Any]] = []
         self.owners: list[Link] = []
         self.complete = True
@@ -199,7 +214,7 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if isinstance(item, Tensor):
             self.owners.append(link)
-            if item.layout == torch.strided and not item.is_inference():
+            if self._tensors and item.layout == torch.strided and not item.is_inference():
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 

@@ -39,10 +39,10 @@ class TensorState:
         return [_copy(whole) for whole, _ in self._saved.values()]
 
     def restore(self, copies: list[Tensor] | None = None) -> None:
-        """Write back the saved values, or ``copies`` made by `copies`."""
+        """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was."""
         with torch.no_grad():
             for index, (whole, saved) in enumerate(self._saved.values()):
-                whole.copy_(saved if copies is None else copies[index])
+                whole.copy_(saved if copies is None or index >= len(copies) else copies[index])
 
     def release(self) -> None:
         """Free the saved values and keep only which tensors were written."""

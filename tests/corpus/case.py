@@ -29,6 +29,7 @@ class Case:
         bounds: what the caller says about lengths that nothing else bounds, by the name of the variable that holds them.
         eager_calls: calls that may run the model itself besides the first of each way through the step's Python.
         tolerance: why outputs may differ in their last bits; empty: they may not.
+        merged: both sides of every branch are part of one recording.
         steady: the host is made to wait, or to upload, but learns the same at each step.
     """
 
@@ -40,6 +41,7 @@ class Case:
     eager_calls: int = 0
     tolerance: str = ""
     steady: bool = False
+    merged: bool = False
 
     @property
     def name(self) -> str:

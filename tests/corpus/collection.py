@@ -13,8 +13,9 @@ from tests.corpus import (
     own_state,
     refusals,
     selection,
+    sides,
 )
 from tests.corpus.case import Case
 
-MODULES = (addressing, arithmetic, bounded, selection, control_flow, constants, experts, combined, own_state, refusals)
+MODULES = (addressing, arithmetic, bounded, selection, control_flow, sides, constants, experts, combined, own_state, refusals)
 CASES = [entry for module in MODULES for entry in vars(module).values() if isinstance(entry, Case)]

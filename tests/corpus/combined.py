@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tests.corpus.case import REORDERED, case, choice, mask, noise, number, whole
 
 
-@case(lambda i: (noise(i, 4), torch.tensor(i)), tolerance=REORDERED)
+@case(lambda i: (noise(i, 4), torch.tensor(i)), tolerance=REORDERED, merged=True)
 class AttentionOverAGrowingCache(nn.Module):
     """The position addresses, bounds a length, and resets."""
 
@@ -28,7 +28,7 @@ class AttentionOverAGrowingCache(nn.Module):
         return scores.softmax(-1) @ self.values[:end_pos]
 
 
-@case(lambda i: (noise(i, 2, 4), torch.tensor([i, (3 * i + 5) % 20])), tolerance=REORDERED)
+@case(lambda i: (noise(i, 2, 4), torch.tensor([i, (3 * i + 5) % 20])), tolerance=REORDERED, merged=True)
 class CompressedAttention(nn.Module):
     """Window ring, an entry per four tokens, and the best entries of those committed, one sequence after the other."""
 
@@ -55,7 +55,7 @@ class CompressedAttention(nn.Module):
         return torch.stack(out)
 
 
-@case(lambda i: (noise(i, 3, 8), number(i).abs() if i % 3 else torch.tensor(0.0), whole(i, 1, 9)))
+@case(lambda i: (noise(i, 3, 8), number(i).abs() if i % 3 else torch.tensor(0.0), whole(i, 1, 9)), merged=True)
 def sampling_settings(logits: Tensor, temperature: Tensor, k: Tensor) -> Tensor:
     if temperature.item() == 0:
         return logits.argmax(-1)
@@ -64,7 +64,7 @@ def sampling_settings(logits: Tensor, temperature: Tensor, k: Tensor) -> Tensor:
     return scaled.masked_fill(scaled < kept, float("-inf")).softmax(-1).argmax(-1)
 
 
-@case(lambda i: (choice(i, 4, 2), choice(i, 4, 2, salt=1), noise(i, 4, 2)))
+@case(lambda i: (choice(i, 4, 2), choice(i, 4, 2, salt=1), noise(i, 4, 2)), merged=True)
 class AcceptedDraftTokens(nn.Module):
     """As many rows are kept as leading tokens agree."""
 
@@ -82,7 +82,7 @@ class AcceptedDraftTokens(nn.Module):
         return self.rows.clone()
 
 
-@case(lambda i: (noise(i, 4, 3), mask(i, 4)), tolerance=REORDERED)
+@case(lambda i: (noise(i, 4, 3), mask(i, 4)), tolerance=REORDERED, merged=True)
 class OnlyActiveRequestsAdvance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class GroupsWithAThreshold(nn.Module):
         return self.means * 2
 
 
-@case(lambda i: (noise(i, 3), whole(i, 0, 3), number(i)))
+@case(lambda i: (noise(i, 3), whole(i, 0, 3), number(i)), merged=True)
 class CountersHostsAndItems(nn.Module):
     """A Python counter, a host constant, an item and a branch together."""
 
@@ -134,7 +134,7 @@ class CountersHostsAndItems(nn.Module):
         return self.log.amax(0) + self.calls
 
 
-@case(lambda i: (noise(i, 3, 4), noise(i, 3, 5, salt=1), torch.tensor(i % 10)), tolerance=REORDERED)
+@case(lambda i: (noise(i, 3, 4), noise(i, 3, 5, salt=1), torch.tensor(i % 10)), tolerance=REORDERED, merged=True)
 class BeamSearch(nn.Module):
     """Beams are reordered by what was best, and finished ones stay."""
 

@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from tests.corpus.case import case, choice, noise, number, phase, whole
 
 
-@case(lambda i: (noise(i, 5),))
+@case(lambda i: (noise(i, 5),), merged=True)
 def both_sides_are_pure(x: Tensor) -> Tensor:
     if x.sum() > 0:
         return x * 2
     return x - 1
 
 
-@case(lambda i: (noise(i, 5), number(i)))
+@case(lambda i: (noise(i, 5), number(i)), merged=True)
 def a_conditional_expression(x: Tensor, value: Tensor) -> Tensor:
     return (x.relu() if value.item() > 0 else x.abs()) + 1
 
 
-@case(lambda i: (noise(i, 5), number(i), number(i * 3 + 1)))
+@case(lambda i: (noise(i, 5), number(i), number(i * 3 + 1)), merged=True)
 def and_or_not(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a > 0 and not b > 0:
         x = x + 1
@@ -36,7 +36,7 @@ def an_assertion_that_may_fail(x: Tensor) -> Tensor:
     return x * 2
 
 
-@case(lambda i: (noise(i, 3), number(i)))
+@case(lambda i: (noise(i, 3), number(i)), merged=True)
 class OneSideWritesState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OneSideWritesState(nn.Module):
         return self.best + value
 
 
-@case(lambda i: (noise(i, 3).abs(),))
+@case(lambda i: (noise(i, 3).abs(),), merged=True)
 class StateIsWrittenBeforeARareBranch(nn.Module):
     """Whoever notices the branch late has to put the state back."""
 
@@ -73,7 +73,7 @@ def random_numbers_decide(x: Tensor) -> Tensor:
     return x + drawn
 
 
-@case(lambda i: (noise(i, 3), number(i)))
+@case(lambda i: (noise(i, 3), number(i)), merged=True)
 class BothSidesWriteState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class BothSidesWriteState(nn.Module):
         return out + self.high
 
 
-@case(lambda i: (noise(i, 3), torch.tensor(i % 6)))
+@case(lambda i: (noise(i, 3), torch.tensor(i % 6)), merged=True)
 class ResetAtTheStart(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ResetAtTheStart(nn.Module):
         return self.state.clone()
 
 
-@case(lambda i: (noise(i, 6, 2), choice(i, 3, 2 if i % 3 else 1)))
+@case(lambda i: (noise(i, 6, 2), choice(i, 3, 2 if i % 3 else 1)), merged=True)
 def an_early_out(x: Tensor, lengths: Tensor) -> Tensor:
     total = int(lengths.sum())
     if total == 0:
@@ -112,7 +112,7 @@ def an_early_out(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:total].amax(0)
 
 
-@case(lambda i: (noise(i, 5), phase(i, 3)))
+@case(lambda i: (noise(i, 5), phase(i, 3)), merged=True)
 def a_chain_of_cases(x: Tensor, kind: Tensor) -> Tensor:
     which = int(kind)
     if which == 0:
@@ -128,7 +128,7 @@ def a_dictionary_of_functions(x: Tensor, kind: Tensor) -> Tensor:
     return functions[kind.item()](x)
 
 
-@case(lambda i: (noise(i, 5), number(i), number(i * 2 + 1)))
+@case(lambda i: (noise(i, 5), number(i), number(i * 2 + 1)), merged=True)
 def nested_branches(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a > 0:
         x = x + a
@@ -176,7 +176,7 @@ class GenerationStopsEarly(nn.Module):
         return x + tokens[-1]
 
 
-@case(lambda i: (noise(i, 4), choice(i, 3, 3)))
+@case(lambda i: (noise(i, 4), choice(i, 3, 3)), merged=True)
 def empty_groups_are_skipped(x: Tensor, counts: Tensor) -> Tensor:
     out = x.clone()
     for group in range(3):
@@ -186,7 +186,7 @@ def empty_groups_are_skipped(x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@case(lambda i: (noise(i, 5) if i % 3 else noise(i, 5).fill_(float("nan")),))
+@case(lambda i: (noise(i, 5) if i % 3 else noise(i, 5).fill_(float("nan")),), merged=True)
 def broken_numbers_are_replaced(x: Tensor) -> Tensor:
     if torch.isnan(x).any():
         x = torch.nan_to_num(x, nan=7.0)
@@ -215,7 +215,7 @@ def any_over_a_generator(parts: list[Tensor]) -> Tensor:
     return parts[2] * 2
 
 
-@case(lambda i: (noise(i, 3), torch.tensor(i)))
+@case(lambda i: (noise(i, 3), torch.tensor(i)), merged=True)
 class ACounterInATensorDrivesABranch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def tokens(i: int) -> tuple[Tensor]:
     return (x + 3 * noise(i, WIDTH, salt=1) if i % 2 else x,)
 
 
-@case(tokens, tolerance=PADDED_GEMM)
+@case(tokens, tolerance=PADDED_GEMM, merged=True)
 class CountsAsAListAndContinue(Routed):
     def forward(self, x: Tensor) -> Tensor:
         weights, indices = self.route(x)
@@ -60,7 +60,7 @@ class WhereWithoutCounts(Routed):
         return out
 
 
-@case(tokens, tolerance=PADDED_GEMM)
+@case(tokens, tolerance=PADDED_GEMM, merged=True)
 class ALoopOverExpertsThatWereHit(Routed):
     def forward(self, x: Tensor) -> Tensor:
         weights, indices = self.route(x)
@@ -74,7 +74,7 @@ class ALoopOverExpertsThatWereHit(Routed):
         return out
 
 
-@case(tokens, tolerance=PADDED_GEMM)
+@case(tokens, tolerance=PADDED_GEMM, merged=True)
 class MasksAndAny(Routed):
     def forward(self, x: Tensor) -> Tensor:
         weights, indices = self.route(x)

@@ -122,7 +122,7 @@ def check(case: Case, device: Device) -> None:
     reference = case.build(device)
     model = copy.deepcopy(reference)
     step = capture(case, model)
-    replays = STEPS - case.eager_calls - len(set(ways(case))) + 1
+    replays = STEPS - case.eager_calls - (0 if case.merged else len(set(ways(case))) - 1)
     for index in range(STEPS):
         _compare(case, device, index, reference, step)
     _expected(case, replays, step.report())
@@ -187,6 +187,7 @@ def _same(case: Case, wanted: Any, got: Any, what: str) -> None:
 def _expected(case: Case, replays: int, report: graphs.CaptureReport) -> None:
     if case.expect == RECORDED:
         assert report.replays >= replays, f"{replays} replays expected: {report}"
+        assert not case.merged or report.recordings == 1, f"one recording expected: {report}"
         return
     file, lines = case.lines()
     named = [refusal for refusal in report.refusals if refusal.file == file and refusal.line in lines]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.models.test_deepseek_v4_skeleton import REPLAYED, compare
+from tests.models.test_deepseek_v4_skeleton import check_report, compare
 
 
 def test_the_loop_over_sequences_equals_eager_when_captured(device: torch.device) -> None:
-    report = compare(device)
-    # it goes 110 ways, of which the first ones are recorded: the rest of the calls runs eagerly, and says why
-    assert {refusal.reason for refusal in report.refusals} <= {"many-ways"}, str(report)
-    assert report.replays >= REPLAYED, str(report)
+    check_report(compare(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import passes
+from graphs.contract.python_state import PythonState
 from graphs.watch import watch_step
 from passes.host_values import TABLES
 
@@ -19,15 +21,20 @@ Step = Callable[..., Any]
 ALL = (*TABLES, "branches")
 
 
-def traced(step: Step, *tensors: Tensor) -> GraphModule:
-    """``step`` traced with the values that it reads when it is run on copies of ``tensors``."""
+def traced(step: Step, *tensors: Tensor, merge: bool = False) -> GraphModule:
+    """``step`` traced with the values that it reads when it is run on copies of ``tensors``.
+
+    Args:
+        merge: whether both sides of branches are traced.
+    """
     arguments = [tensor.clone() for tensor in tensors]
     _, trace = watch_step(lambda: step(*arguments), arguments)
     trace.written.restore()
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
     modules = {read.site[0] for read in reads}
     names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in modules]
-    return passes.trace_step(lambda leaves, _: flat(step(*leaves)), tensors, reads, names)
+    snapshot = functools.partial(PythonState, tensors=False) if merge else None
+    return passes.trace_step(lambda leaves, _: flat(step(*leaves)), tensors, reads, names, snapshot=snapshot)
 
 
 def flat(output: Any) -> list[Any]:
@@ -57,9 +64,11 @@ class Rewritten:
         passes.undo(self.module.meta["undo"], saved)
 
 
-def rewritten(step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL) -> Rewritten:
+def rewritten(
+    step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL, merge: bool = False
+) -> Rewritten:
     """``step`` without host values."""
-    module = traced(step, *tensors)
+    module = traced(step, *tensors, merge=merge)
     changes = passes.remove_host_values(module, bounds, only)
     module.graph.lint()
     module.recompile()

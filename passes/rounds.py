@@ -1,0 +1,134 @@
+"""A step traced in rounds: as it goes, then with both sides of the branches it met, then with those met inside of them.
+
+A round that fails names a branch, which stays an assumption of the graph; the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from passes.errors import Unremovable
+from passes.exchange import Lines, Plan, Written, branch_in, functions_of, written
+from passes.forks import Snapshot, Unmergeable
+from passes.loops import leaks, outside
+from passes.sides import check
+from passes.sites import Site
+from passes.tracing import Read, trace_once
+
+aten = torch.ops.aten
+
+
+def trace_step(
+    *arguments: Any, snapshot: Snapshot | None = None, restore: Callable[[], None] = lambda: None, **settings: Any
+) -> GraphModule:
+    """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
+
+    The step runs several times: once to find its branches, then with both sides of them, until no other branches are found.
+
+    Args:
+        snapshot: takes snapshots of Python objects, which tell whether a side changes any; without it no branch is merged.
+        restore: puts Python back to what it was before the step ran.
+    """
+    merger = _Merger(arguments, settings, restore)
+    module = merger.trace({}, None)
+    if snapshot is not None:
+        module = merger.merge(module, snapshot)
+    module.meta["facts"].unmerged = merger.unmerged
+    return module
+
+
+class _Merger:
+    """The traces of one step.
+
+    Attributes:
+        unmerged: why branches cannot be merged, by file and first line.
+    """
+
+    def __init__(self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None]) -> None:
+        self._arguments, self._settings, self._restore = arguments, settings, restore
+        self._functions: dict[Written, list[FunctionType]] = {}
+        self.unmerged: dict[Site, str] = {}
+
+    def trace(self, plan: Plan, snapshot: Snapshot | None) -> GraphModule:
+        """The graph with the branches of ``plan`` merged."""
+        settings = {**self._settings, "plan": plan, "snapshot": snapshot, "functions": self._functions}
+        return _unrolled(*self._arguments, **settings, restore=self._restore)
+
+    def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
+        """The graph with all branches merged that can be."""
+        plan: dict[Written, Lines] = {}
+        tried: set[Site] = set()
+        while True:
+            found = self._branches(module, tried)
+            if not found:
+                return module
+            tried |= set(found)
+            plan, module = self._wider(plan, module, found, snapshot)
+
+    def _branches(self, module: GraphModule, tried: set[Site]) -> dict[Site, Written]:
+        """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
+        found: dict[Site, Written] = {}
+        for (file, line), code in module.meta["facts"].branches.items():
+            place = written(code)
+            first = branch_in(place[1], line)
+            if first is not None and (file, first) not in tried:
+                found[file, first] = place
+        self._functions |= functions_of([place for place in dict.fromkeys(found.values()) if place not in self._functions])
+        anew = [site for site, place in found.items() if not self._functions[place]]
+        self.unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")
+        return {site: place for site, place in found.items() if site not in anew}
+
+    def _wider(
+        self, plan: dict[Written, Lines], module: GraphModule, found: dict[Site, Written], snapshot: Snapshot
+    ) -> tuple[dict[Written, Lines], GraphModule]:
+        """The graph with as many more branches merged as can be, and which are then."""
+        while found:
+            wider = dict(plan)
+            for (_, line), place in found.items():
+                wider[place] = wider.get(place, frozenset()) | {line}
+            try:
+                made = self.trace(wider, snapshot)
+                check(made)
+                return wider, made
+            except Unmergeable as reason:
+                blamed, detail = reason.site, str(reason)
+            except Unremovable as reason:
+                blamed, detail = ("", 0), f"with both sides, {reason}"
+            if blamed in found:
+                self.unmerged[blamed] = detail
+                del found[blamed]
+            elif len(found) == 1:
+                self.unmerged[next(iter(found))] = detail
+                break
+            else:
+                for site, place in found.items():  # one by one, so that only those that cannot be stay out
+                    plan, module = self._wider(plan, module, {site: place}, snapshot)
+                break
+        return plan, module
+
+
+def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
+    """The graph of a step, with its loops over data unrolled where they can be."""
+    if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
+        return trace_once(*arguments, **settings)
+    try:
+        unrolled = trace_once(*arguments, **{**settings, "unroll": "bound"})
+        loops = unrolled.meta["facts"].loops
+        if not loops.found:
+            return unrolled
+        if not loops.left and not leaks(unrolled):
+            seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
+            if outside(seen) == outside(unrolled):
+                return unrolled
+    except Unremovable:
+        pass
+    return trace_once(*arguments, **settings)
+
+
+def _reads_of(step: Any, tensors: Any, reads: Sequence[Read] = (), *_: Any, **__: Any) -> Sequence[Read]:
+    return reads
