@@ -51,7 +51,9 @@ def remove_host_values(
     before = len(facts.decisions), dict(facts.definitions)
     while True:
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
-        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
+        checked = "branches" in only
+        finish = branches.flag if checked else _certain
+        rewriter = Rewriter(module, rules, default, bounds, exact, finish, guarded, checked)
         try:
             graph = rewriter.run()
             if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):

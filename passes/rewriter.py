@@ -74,6 +74,7 @@ class Rewriter:
         exact: frozenset[sympy.Symbol] = frozenset(),
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
         guarded: bool = True,
+        checked: bool = False,
     ) -> None:
         self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
         self.facts: Facts = module.meta["facts"]
@@ -82,7 +83,7 @@ class Rewriter:
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
         self.trips: tuple[Trip, ...] = ()
-        self.guarded, self.trusted = guarded, False
+        self.guarded, self.trusted, self._checked = guarded, False, checked
         self.changes: list[tuple[str, str]] = []
         self.checks: list[Node] = []
         self._cache: dict[Any, Node] = {}
@@ -357,7 +358,7 @@ class Rewriter:
     @property
     def can_check(self) -> bool:
         """Whether what the current operator relies on can be checked by the graph, for all of its runs."""
-        return self.guarded and self.finish is not None and not self.trips
+        return self._checked and not self.trips
 
     def mask(self, node: Node, dims: list[int] | None = None) -> Node | None:
         """A boolean mask, broadcastable to ``node``, of what lies within its true lengths (of ``dims``, or of all)."""
