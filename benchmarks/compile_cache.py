@@ -37,6 +37,7 @@ def first_replay(layers: int, width: int, device_name: str, started: float) -> d
         WIDE, layers=layers, hidden=width, intermediate=4 * width, heads=width // 64, kv_heads=width // 128
     )
     if device.type == "cpu":
+        torch.set_num_threads(1)  # as in all experiments on a CPU: threads that wait for each other scatter on a busy machine
         size = dataclasses.replace(size, dtype=torch.float32)
     model = build_llama(size, device)
     decoding = Decoding(model, size, 4, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def time_call(
     runs: int = 3,
     warm_up: int = 0,
     watch: Callable[[], Any] = lambda: None,
+    enough: float = math.inf,
 ) -> CallTime:
     """Median host and device time of ``fn`` over ``runs`` calls, after ``warm_up`` unmeasured ones.
 
@@ -38,13 +40,17 @@ def time_call(
     Args:
         before: called before each run and not measured, for example to restore state.
         watch: called after each run, for a progress bar.
+        enough: seconds after which no further run begins: what takes long by itself is not made exact by repetition.
     """
     for _ in range(warm_up):
         before()
         fn()
         watch()
     hosts, devices = [], []
-    for _ in range(runs):
+    started = time.perf_counter()
+    for index in range(runs):
+        if index and time.perf_counter() - started > enough:
+            break
         before()
         hosts.append(_host_us(fn, device))
         if device.type == "cuda":

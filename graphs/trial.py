@@ -53,6 +53,7 @@ from graphs.watch import Trace, compare_traces, last_operation, watch_again, wat
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
 class Deferred(Exception):
@@ -257,8 +258,8 @@ def _record(
             _verify_second_replay(plain, entry, start, stand_ins)
     if probe is not None:
         probe.prove(entry)
-    entry.eager = time_call(lambda: plain.run(stand_ins), step.device, before=start.restore)
-    entry.replay = time_call(lambda: recording.replay(tensors, step.real), step.device, before=start.restore)
+    timed = functools.partial(time_call, device=step.device, before=start.restore, enough=_ENOUGH)
+    entry.eager, entry.replay = timed(lambda: plain.run(stand_ins)), timed(lambda: recording.replay(tensors, step.real))
     return entry
 
 

@@ -62,6 +62,13 @@ def lasting_writes(module: GraphModule) -> tuple[list[int], list[str]]:
     return sorted(places[root] for root in roots if root in places), [str(root.target) for root in roots if root.op == "get_attr"]
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """A graph that nothing is added to."""
+
+    module: GraphModule
+
+
 class Aliases:
     """Which nodes share memory, in the graph that a `Rewriter` builds."""
 
@@ -75,6 +82,14 @@ class Aliases:
         old = module.graph.nodes
         self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
         self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
+
+    @classmethod
+    def of(cls, module: GraphModule) -> Aliases:
+        """Those of a finished graph, up to its last node."""
+        aliases = cls(_Finished(module))  # type: ignore[arg-type]  # nothing of a rewriter's is used but its module
+        for node in module.graph.nodes:
+            aliases.made(node)
+        return aliases
 
     def made(self, node: Node) -> None:
         """Note a new node: whose view it is, and what it writes."""

@@ -155,13 +155,11 @@ class Undo:
 
 def make_undoable(module: GraphModule) -> list[tuple[str, str]]:
     """Save what each write to lasting memory replaces, and return it behind the flag."""
-    rewriter = Rewriter(module, {})
     saved: list[Any] = []
     plan: list[Undo] = []
     changes = []
-    aliases = Aliases(rewriter)
+    aliases = Aliases.of(module)
     for node in list(module.graph.nodes):
-        aliases.made(node)
         for target in written(node):
             root = aliases.root(target)
             if isinstance(root, Node):

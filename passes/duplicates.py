@@ -23,14 +23,11 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes.aliases import Aliases, returns_view, written
-from passes.rewriter import Rewriter
 
 
 def merge_duplicates(module: GraphModule) -> list[tuple[str, str]]:
     """Rewrite ``module`` in place; returns the nodes that went, with those that stand for them."""
-    aliases = Aliases(Rewriter(module, {}))
-    for node in module.graph.nodes:
-        aliases.made(node)
+    aliases = Aliases.of(module)
     roots = {node: aliases.root(node) for node in module.graph.nodes}
     targets = {roots[target] for node in module.graph.nodes for target in written(node)}
     output = next(node for node in module.graph.nodes if node.op == "output")

@@ -51,7 +51,9 @@ def remove_host_values(
     before = len(facts.decisions), dict(facts.definitions)
     while True:
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
-        rewriter = Rewriter(module, rules, default, bounds, exact, branches.flag if "branches" in only else _certain, guarded)
+        checked = "branches" in only
+        finish = branches.flag if checked else _certain
+        rewriter = Rewriter(module, rules, default, bounds, exact, finish, guarded, checked)
         guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
         try:
             graph = rewriter.run()

@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.aliases import Aliases, written
-from passes.rewriter import Rewriter
 
 aten = torch.ops.aten
 Range = tuple[int, int]
@@ -21,9 +20,7 @@ class Ranges:
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
-        aliases = Aliases(Rewriter(module, {}))
-        for node in module.graph.nodes:
-            aliases.made(node)
+        aliases = Aliases.of(module)
         self._roots = {node: aliases.root(node) for node in module.graph.nodes}
         self._written = {self._roots[target] for node in module.graph.nodes for target in written(node)}
 

@@ -1,9 +1,10 @@
 """Rebuilding an ATen graph node by node, with host values as 0-d tensors and data-dependent lengths as bounds.
 
-A rule is given a node and its arguments as they are in the new graph, and returns what stands for it there. Three things
+A rule is given a node and its arguments as they are in the new graph, and returns what stands for it there. Four things
 travel with the nodes of the new graph: the fake value (``meta["val"]``), the user's line (``meta["site"]``), and for
 padded tensors the true lengths of their dimensions (``meta["lengths"]``, expressions by dimension). What lies beyond a
-true length is undefined; a rule that mixes rows replaces it by the neutral element of what it computes.
+true length is undefined, unless ``meta["zeros"]`` says that it is zero (``"exactly"``, or in rows that are not all NaN); a
+rule that mixes rows replaces it by the neutral element of what it computes.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Rewriter:
         exact: frozenset[sympy.Symbol] = frozenset(),
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
         guarded: bool = True,
+        checked: bool = False,
     ) -> None:
         self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
         self.facts: Facts = module.meta["facts"]
@@ -98,7 +100,7 @@ class Rewriter:
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
         self.trips: tuple[Trip | Arm, ...] = ()
-        self.guarded, self.trusted = guarded, False
+        self.guarded, self.trusted, self._checked = guarded, False, checked
         self.changes: list[tuple[str, str]] = []
         self.checks: list[Node] = []
         self._cache: dict[Any, Node] = {}
@@ -126,7 +128,7 @@ class Rewriter:
             if made is not None:
                 self.changes.append((_text(node), _text(made)))
                 if isinstance(made, Node) and _keeps_zeros(made, args[:1]):
-                    made.meta["zeros"] = True
+                    made.meta["zeros"] = args[0].meta["zeros"]
                 return made
         schema = getattr(node.target, "_schema", None)
         conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
@@ -378,7 +380,7 @@ class Rewriter:
     @property
     def can_check(self) -> bool:
         """Whether what the current operator relies on can be checked by the graph, for all of its runs."""
-        return self.guarded and self.finish is not None and not self.trips
+        return self._checked and not self.trips
 
     def mask(self, node: Node, dims: list[int] | None = None) -> Node | None:
         """A boolean mask, broadcastable to ``node``, of what lies within its true lengths (of ``dims``, or of all)."""
@@ -438,6 +440,8 @@ class Rewriter:
     def neutral(self, node: Node, fill: float | bool, dims: list[int] | None = None) -> Node:
         """``node`` with ``fill`` beyond its true lengths."""
         value, made = node.meta["val"], node
+        if node.meta.get("zeros") == "exactly" and fill == 0:
+            return node
         for dim, expression in self.lengths(node).items():
             if dims is None or dim in dims:
                 beyond = self.beyond(expression, value.shape[dim], value.device, value.dim() - dim - 1)

@@ -129,7 +129,7 @@ class Scalars:
 
     def cast(self, value: Node, dtype: torch.dtype) -> Node:
         """A 0-d tensor in another dtype."""
-        return self._call(aten._to_copy.default, value, dtype=dtype)
+        return value if value.meta["val"].dtype == dtype else self._call(aten._to_copy.default, value, dtype=dtype)
 
     def doubles(self, values: list[Any]) -> list[Node]:
         """Numbers and 0-d tensors, of which at least one is a tensor, as float64."""

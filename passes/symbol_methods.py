@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from passes.errors import Unremovable
-from passes.sites import user_site
+from passes.sites import is_user, user_site
 from passes.symbols import SYMBOLS
 
 _KINDS: dict[type, type] = {torch.SymInt: builtins.int, torch.SymFloat: builtins.float, torch.SymBool: builtins.bool}
@@ -29,13 +30,30 @@ def _no_text(self: Any, form: str) -> str:
     raise Unremovable("its text needs the value", "format", user_site())
 
 
+def _text_of_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``str(u)``, ``print(u)``: refused to the program, which wants the value; torch gets the name for its own messages."""
+
+    def chosen(self: Any) -> Any:
+        if getattr(_active, "here", False) and is_user(sys._getframe(1)):
+            raise Unremovable("its text needs the value", "str", user_site())
+        return original(self)
+
+    return chosen
+
+
 def _hash_of_value(self: Any) -> int:
     """A symbol as the key of a dictionary: the value is taken as it is, which becomes an assumption of the graph."""
     kind: type = next(kind for cls, kind in _KINDS.items() if isinstance(self, cls))
     return hash(kind(self))
 
 
-_METHODS: dict[str, Callable[..., Any]] = {"__format__": _no_text, "__hash__": _hash_of_value}
+_METHODS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "__format__": lambda original: _in_this_thread(_no_text, original),
+    "__hash__": lambda original: _in_this_thread(_hash_of_value, original),
+    "__str__": _text_of_name,
+    "__repr__": _text_of_name,
+}
+"""From torch's own method to what stands for it."""
 
 
 @contextlib.contextmanager
@@ -46,7 +64,7 @@ def value_methods() -> Iterator[None]:
     try:
         _active.here = True
         for kind, name, _, original in before:
-            setattr(kind, name, _in_this_thread(_METHODS[name], original))
+            setattr(kind, name, _METHODS[name](original))
         yield
     finally:
         _active.here = outer

@@ -46,6 +46,9 @@ TOY_SYNCS = SyncSizes(2, 2, 16, 64, 32, 48, 4, 2, 256, 8, torch.float32)
 class RingAttention(torch.nn.Module):
     """A cache row written at a position that the host reads, and attention over as many rows as are filled."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, sizes: SyncSizes) -> None:
         super().__init__()
         shape = (sizes.rows, sizes.heads, sizes.capacity, sizes.width)

@@ -115,11 +115,11 @@ def prepare(pattern: Pattern, sizes: SyncSizes, device: torch.device, compiler: 
     with progress.case(f"{pattern.name}, recording and comparing", CALLS) as tick, torch.no_grad():
         for call in calls:
             expected = eager(*call)
-            for version, step in (("rewritten", written), ("by hand", by_hand)):
-                _same(step(*call), expected, f"{pattern.name}, {version},")
+            for version, captured in (("rewritten", written), ("by hand", by_hand)):
+                _same(captured(*call), expected, f"{pattern.name}, {version},")
             tick()
-    for step in (written, by_hand):
-        _require_replays(step, pattern.name)
+    for recorded in (written, by_hand):
+        _require_replays(recorded, pattern.name)
     return Steps(pattern, eager, written, by_hand, calls)
 
 

@@ -48,7 +48,7 @@ def grouped_mm(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str
     offsets = args[2] if len(args) > 2 else kwargs.get("offs")
     if any(rw.lengths(x) for x in (a, b, offsets) if isinstance(x, Node)):
         rw.no_rule("a grouped product of a length that only the device knows", node)
-    if not needs_offsets(node):
+    if offsets is None or not needs_offsets(node):
         return None
     if (a.meta["val"].dim(), b.meta["val"].dim()) != (2, 3):
         rw.no_rule("a product of groups of columns, or of sums", node)

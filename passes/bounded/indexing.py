@@ -29,6 +29,7 @@ def _expanded(rw: Rewriter, indices: list[Any], size: Any) -> list[Any]:
             lengths = {0: length} if length.free_symbols else {}
             for dim in range(index.meta["val"].dim()):
                 made.append(rw.padded(rw.call(aten.select.int, rows, 1, dim), lengths))
+                made[-1].meta["zeros"] = "exactly"
         else:
             made.append(index)
     return made

@@ -33,7 +33,7 @@ def _product(left: int, right: int, first: int = 0) -> Rule:
         arguments = (*args[:first], a, b, *args[first + 2 :])
         made = rw.padded(rw.call(node.target, *arguments, **kwargs), rw.expected(node))
         if padded and trusted:
-            rw.check(_finite(rw, made))
+            rw.checks.append(_finite(rw, made))
         return made
 
     return rule

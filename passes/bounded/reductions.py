@@ -109,8 +109,8 @@ def softmax(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     dim = args[1] % x.meta["val"].dim()
     made = rw.padded(rw.call(node.target, rw.neutral(x, -math.inf, [dim]), *args[1:], **kwargs), rw.expected(node))
-    if node.target is not aten._log_softmax.default and set(rw.lengths(x)) == {dim}:
-        made.meta["zeros"] = True  # beyond the true length, but for rows that have none: all of those is NaN
+    if node.target is not aten._log_softmax.default and set(rw.lengths(x)) == {dim} and not rw.aliases.is_written(node):
+        made.meta["zeros"] = "or NaN"  # beyond the true length; of a row that has none everything is NaN
     return made
 
 

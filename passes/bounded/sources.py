@@ -40,6 +40,8 @@ def true_rows(rw: Rewriter, mask: Node, symbol_of: Any) -> tuple[Node, sympy.Bas
 def nonzero(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``x.nonzero()``."""
     rows, length = true_rows(rw, args[0], node.meta["val"].shape[0])
+    if not rw.aliases.is_written(node):
+        rows.meta["zeros"] = "exactly"
     return rw.padded(rows, {0: length} if length.free_symbols else {})
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_every_pattern_makes_the_host_wait_and_no_twin_does() -> None:
         arguments = pattern.arguments(TOY_SYNCS, generator, 0)
         for build, waits in ((pattern.written, True), (pattern.by_hand, False)):
             with torch.no_grad():
-                _, trace = watch_step(lambda step=build(TOY_SYNCS): step(*arguments), arguments)  # type: ignore[misc]
+                _, trace = watch_step(functools.partial(build(TOY_SYNCS), *arguments), arguments)
             assert bool(trace.findings) == waits, (pattern.name, trace.findings)
 
 

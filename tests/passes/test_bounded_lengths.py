@@ -134,11 +134,13 @@ WRITES: dict[str, Body] = {
     "twice in place": lambda x, n: writing(x, lambda y: y[:n].add_(1).mul_(2)),
     "rows by index": lambda x, n: writing(x, lambda y: y.index_copy_(0, torch.arange(n), x)),
     "sums by index": lambda x, n: writing(x, lambda y: y.index_add_(0, torch.arange(n), x)),
-    "a number by place": lambda x, n: writing(x, lambda y: y.scatter_(0, (torch.arange(n) * 2 % 7)[:, None].expand(n, 3), 5.0)),
+    "a number by place": lambda x, n: writing(
+        x, lambda y: y.scatter_(0, (torch.arange(len(x)) * 2 % 7)[:, None].expand(-1, 3), 5.0)
+    ),
     "rows by place": lambda x, n: writing(x, lambda y: y.scatter_(0, (7 - torch.arange(n))[:, None].expand(n, 3), x)),
     "columns by place": lambda x, n: writing(x, lambda y: y.scatter_(1, torch.arange(n)[:, None] % 3, x)),
     "a number into a longer row": lambda x, n: (
-        torch.ones(2, n + 1).scatter(1, torch.arange(1, n + 1)[None].expand(2, n), 4.0).sum(1)
+        torch.ones(2, len(x) + 1).scatter(1, torch.arange(1, len(x) + 1)[None].expand(2, -1), 4.0).sum(1)
     ),
     "where a mask says": lambda x, n: writing(x, lambda y: y[:n].masked_fill_(x > 0, 3.0)),
     "through the given tensor": lambda x, n: x.mul_(2).sum(0),

@@ -134,13 +134,12 @@ arg1_1 [8] = placeholder(arg1_1)
 sum_default [] = sum.default(arg1_1)
 nonzero_static_default [8, 1] = nonzero_static.default(arg1_1, size=8, fill_value=0)
 select_int [8] = select.int(nonzero_static_default, 1, 0)
+index_tensor [8, 3] = index.Tensor(arg0_1, [select_int])
 _pass_constant_0 [8] = get_attr(_pass_constant_0)
 ge_tensor [8] = ge.Tensor(_pass_constant_0, sum_default)
-masked_fill_scalar [8] = masked_fill.Scalar(select_int, ge_tensor, 0)
-index_tensor [8, 3] = index.Tensor(arg0_1, [masked_fill_scalar])
 view_default [8, 1] = view.default(ge_tensor, [8, 1])
-masked_fill_scalar_1 [8, 3] = masked_fill.Scalar(index_tensor, view_default, 0)
-sum_dim_int_list [3] = sum.dim_IntList(masked_fill_scalar_1, [0])
+masked_fill_scalar [8, 3] = masked_fill.Scalar(index_tensor, view_default, 0)
+sum_dim_int_list [3] = sum.dim_IntList(masked_fill_scalar, [0])
 return [sum_dim_int_list]"""
 
 
@@ -151,3 +150,17 @@ def test_the_graphs_before_and_after() -> None:
     assert printed(graph.module) == AFTER and not graph.assumes
     assert printed(rewritten(picked, *arguments, only=["bounded"]).module) == AFTER
     assert [after.split(" : ")[0] for _, after in graph.changes] == ["%index_tensor", "%sum_dim_int_list"]
+
+
+def list_written_through_a_view(x: Tensor, m: Tensor) -> Tensor:
+    rows = m.nonzero()
+    head = rows[:, 0]
+    head.add_(1).remainder_(ROWS)
+    return x[rows[:, 0]].nan_to_num().sum(0)
+
+
+def test_a_list_that_is_written_is_not_taken_for_zeros_behind_its_end() -> None:
+    graph = rewritten(list_written_through_a_view, *inputs([True] * 4 + [False] * 4, 0, {}))
+    for true in range(1, ROWS + 1):
+        x, m = inputs([True] * true + [False] * (ROWS - true), true, {})
+        check(graph, list_written_through_a_view, x.nan_to_num(1e6), m, exact=False, may_break=True)

@@ -79,12 +79,11 @@ select_1 [3] = select.int(arg0_1, 0, 1)
 add_1 [3] = add.Tensor(select_1, where)
 full_like_default_2 [] = full_like.default(eq_scalar, 2.0, dtype=torch.float64)
 _to_copy_default [] = _to_copy.default(arg2_1, dtype=torch.float64)
-_to_copy_default_1 [] = _to_copy.default(_to_copy_default, dtype=torch.float64)
 full_like_default_3 [] = full_like.default(_to_copy_default, 0.5, dtype=torch.float64)
-mul_tensor [] = mul.Tensor(_to_copy_default_1, full_like_default_3)
+mul_tensor [] = mul.Tensor(_to_copy_default, full_like_default_3)
 where_self_1 [] = where.self(eq_scalar, full_like_default_2, mul_tensor)
-_to_copy_default_2 [] = _to_copy.default(where_self_1, dtype=torch.float32)
-mul_tensor_1 [3] = mul.Tensor(add_1, _to_copy_default_2)
+_to_copy_default_1 [] = _to_copy.default(where_self_1, dtype=torch.float32)
+mul_tensor_1 [3] = mul.Tensor(add_1, _to_copy_default_1)
 return [mul_tensor_1]"""
 
 

@@ -14,7 +14,7 @@ from passes.builtins import symbolic_builtins
 from passes.symbol_methods import value_methods
 from passes.symbols import SYMBOLS
 
-NAMES = ("__format__", "__hash__")
+NAMES = ("__format__", "__hash__", "__str__", "__repr__")
 
 
 def methods() -> list[Any]:
@@ -30,6 +30,14 @@ def test_text_of_a_symbol_is_refused_while_a_step_is_traced() -> None:
     with value_methods(), pytest.raises(passes.Unremovable, match="text needs the value"):
         f"{known}"
     assert f"{known}".startswith("u")
+
+
+@pytest.mark.parametrize("write", [str, repr, print, "{0!r}".format, lambda u: "%s" % u])  # noqa: UP031
+def test_output_of_a_value_is_refused(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    known = symbol()
+    with value_methods(), pytest.raises(passes.Unremovable, match="text needs the value"):
+        write(known)
+    assert capsys.readouterr().out == ""
 
 
 def test_methods_are_put_back_when_a_trace_fails() -> None:
@@ -48,6 +56,24 @@ def test_another_thread_sees_the_methods_of_torch() -> None:
         thread.start()
         thread.join()
     assert seen == [str(other)]
+
+
+def printing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    print("loss", t.item())
+    return x * 2
+
+
+def test_a_step_that_prints_is_refused_by_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import graphs
+
+    step = graphs.capture(printing)
+    with pytest.warns(match="its text needs the value"):
+        for value in (3, 4, 5):
+            step(torch.ones(2), torch.tensor(value))
+    (refusal,) = step.report().refusals
+    assert (refusal.line, refusal.count) == (printing.__code__.co_firstlineno + 1, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["loss 4", "loss 5"] and not any("u0" in line for line in lines)
 
 
 def test_two_threads_trace_one_after_the_other() -> None:
