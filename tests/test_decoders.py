@@ -67,10 +67,7 @@ def _reference(decoder: Decoder, experts: str | None, device: torch.device | str
 
 
 BEYOND = {
-    ("jetmoe", None): {"host-sync"},  # pieces of data-dependent length, multiplied again with what they were cut from
-    ("gpt_oss", None): {"changing-value", "host-constant"},  # torch's fake grouped_mm takes bfloat16 only, on a CPU
-    ("deepseek_v4", None): {"host-sync"},  # likewise
-    ("deepseek_v4", "eager"): {"host-sync"},  # a loop over experts whose trips Python tells apart
+    ("deepseek_v4", "eager"): {"host-sync", "many-ways"},  # trips of its loop that Python tells apart
 }
 """What the passes cannot take out yet, by the reasons that are reported: the operator may be met with either finding."""
 
