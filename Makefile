@@ -16,7 +16,7 @@ demo: .demo-venv/.ready
 	.demo-venv/bin/python -m graphs bench --out $(RESULTS)
 
 test: lint
-	.venv/bin/python -m pytest -n 2 tests
+	.venv/bin/python -m pytest -n 2 --dist worksteal tests
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -66,25 +66,15 @@ def _reference(decoder: Decoder, experts: str | None, device: torch.device | str
     return decoded
 
 
-BEYOND = {
-    ("deepseek_v4", "eager"): {"host-sync", "many-ways"},  # trips of its loop that Python tells apart
-}
-"""What the passes cannot take out yet, by the reasons that are reported: the operator may be met with either finding."""
-
-
-def expected(name: str, experts: str | None, report: graphs.CaptureReport) -> None:
-    """Recorded without a refusal, or refused by the reason in `BEYOND`."""
-    reasons = BEYOND.get((name, experts))
-    if reasons is not None and report.refusals:
-        assert reasons & {refusal.reason for refusal in report.refusals}, str(report)
-        return
+def expected(name: str, report: graphs.CaptureReport) -> None:
+    """Recorded without a refusal."""
     assert not report.refusals, str(report)
     assert report.replays >= TOKENS - DECODERS[name].eager_calls, str(report)
 
 
 @pytest.mark.parametrize(("name", "experts"), CASES, ids=[f"{name}-{experts or 'default'}" for name, experts in CASES])
 def test_a_decode_step_is_recorded_and_equals_eager(name: str, experts: str | None) -> None:
-    expected(name, experts, compare(DECODERS[name], experts))
+    expected(name, compare(DECODERS[name], experts))
 
 
 OWN_CACHES = {"deepseek_v4": lambda config: DynamicCache(config=config), "minimax": lambda config: MiniMaxCache()}

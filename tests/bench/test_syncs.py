@@ -49,7 +49,7 @@ def test_a_version_that_computes_something_else_is_an_error(progress: Progress) 
 class Branching(RingAttention):
     def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
         made = super().forward(*arguments)
-        return made + 0 if int(arguments[-1]) % 2 else made
+        return made + torch.rand(()) * 0 if int(arguments[-1]) % 2 else made  # random numbers: not both sides
 
 
 def test_a_version_that_needs_several_recordings_is_an_error(progress: Progress) -> None:

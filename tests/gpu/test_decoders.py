@@ -13,4 +13,4 @@ from tests.test_decoders import CASES, compare, expected
 
 @pytest.mark.parametrize(("name", "experts"), CASES, ids=[f"{name}-{experts or 'default'}" for name, experts in CASES])
 def test_a_decode_step_is_recorded_and_equals_eager(name: str, experts: str | None, device: torch.device) -> None:
-    expected(name, experts, compare(DECODERS[name], experts, device))
+    expected(name, compare(DECODERS[name], experts, device))

@@ -142,8 +142,11 @@ DECODERS = {
         Decoder("deepseek_v4", DEEPSEEK, cache=bounded_deepseek_cache, arguments=with_full_window),
     )
 }
-EAGER_EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe", "olmoe", "phimoe", "qwen3_next", "minimax", "deepseek_v4")
-"""Architectures whose experts have several implementations; ``eager`` is the loop over ``nonzero``."""
+EAGER_EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe", "olmoe", "phimoe", "qwen3_next", "minimax")
+"""Architectures whose experts have several implementations; ``eager`` is the loop over ``nonzero``.
+
+Not deepseek_v4: Python tells the trips of its loop apart, so it goes many ways, and to trace each takes minutes.
+"""
 
 
 @dataclass
