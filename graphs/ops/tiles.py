@@ -59,9 +59,7 @@ WARPGROUP: tuple[tuple[int, int, Cluster], ...] = (  # up to this many columns a
     (2**31, 16, Cluster(16, 64, 1, 5)),  # G = 16: 28.2 us at 16 tokens, einsum 50.3; 128 columns 29.1, `split` 29.7
     (2**31, 64, Cluster(64, 64, 1, 4)),  # 32.8 us at 64 tokens, einsum 54.2; 128 columns 34.3
 )
-MANY_TOKENS = Cluster(
-    64, 64, 1, 4
-)  # above 64: 17.2 us at 256 tokens and G = 2; the cluster of eight 25.5, the portable kernel 24.8
+MANY_TOKENS = Cluster(64, 64, 1, 4)  # above 64: 17.2 us at 256 tokens, G = 2; cluster of eight 25.5, portable kernel 24.8
 SPLIT: tuple[tuple[int, int, Tile], ...] = (  # up to this many columns and tokens -> tile of the kernel that splits K over warps
     (2048, 16, Tile(16, 16, 4, 4)),  # G = 2: 7.4 us at 16 tokens; the portable kernel 12.5
     (2048, 32, Tile(32, 16, 4, 3)),
