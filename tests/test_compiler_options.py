@@ -17,27 +17,11 @@ from graphs.compiler_options import CompilerOptions
 from graphs.config import BackendOptions
 from graphs.errors import ConfigError
 from graphs.ops import skinny
+from tests.models.one_query_attention import OneQueryAttention, pair_of
 
 CPU = torch.device("cpu")
 Tensor = torch.Tensor
 EVERYWHERE = {"skinny_products": True, "one_query_attention": True}
-
-
-class Attention(nn.Module):
-    """One query over a cache that the step writes, with a common activation for queries, keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(256, n, bias=False) for n in (256, 64, 64))
-        self.register_buffer("keys", torch.randn(2, 1, 16, 64))
-        self.register_buffer("values", torch.randn(2, 1, 16, 64))
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        self.keys.index_copy_(2, position, self.k(x).view(2, 1, 1, 64))
-        self.values.index_copy_(2, position, self.v(x).view(2, 1, 1, 64))
-        keys, values = self.keys.expand(2, 4, 16, 64), self.values.expand(2, 4, 16, 64)
-        query = self.q(x).view(2, 1, 4, 64).transpose(1, 2)
-        return nn.functional.scaled_dot_product_attention(query, keys, values)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +38,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
-    model, twin = Attention().bfloat16(), Attention().bfloat16()
-    twin.load_state_dict(model.state_dict())
+    model, twin = pair_of(OneQueryAttention(16).bfloat16())
     options = {**EVERYWHERE, "force_disable_caches": True, "epilogue_fusion": True}
     step = graphs.capture(model, compiler="inductor", compiler_options=options)
     for _ in range(3):
@@ -70,14 +53,14 @@ def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
 @pytest.mark.slow
 def test_both_are_on_where_they_were_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny, "pays_on", lambda device: True)
-    step = graphs.capture(Attention().bfloat16(), compiler="inductor", compiler_options={"force_disable_caches": True})
+    step = graphs.capture(OneQueryAttention(16).bfloat16(), compiler="inductor", compiler_options={"force_disable_caches": True})
     step(*inputs())
     assert step.report().keys[0].rewrites == {"one_query_attention": 1, "skinny_products": 3}
 
 
 @pytest.mark.slow
 def test_the_weights_of_a_rewritten_step_stay_parameters_and_may_be_updated() -> None:
-    model = Attention().bfloat16()
+    model = OneQueryAttention(16).bfloat16()
     held = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     step = graphs.capture(model, compiler="inductor", compiler_options=EVERYWHERE)
     x = inputs()
@@ -90,7 +73,7 @@ def test_the_weights_of_a_rewritten_step_stay_parameters_and_may_be_updated() ->
 
 @pytest.mark.slow
 def test_the_backend_takes_the_same_options() -> None:
-    model = Attention().bfloat16()
+    model = OneQueryAttention(16).bfloat16()
     options = {"compiler_options": {**EVERYWHERE, "force_disable_caches": True}}
     step = torch.compile(model, backend=graphs_backend, options=options)
     x = inputs()

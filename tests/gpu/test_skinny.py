@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 import graphs
 from graphs.backend import backend_report, graphs_backend
 from graphs.bench.launches import count_launches
 from graphs.ops import skinny
+from tests.models.one_query_attention import OneQueryAttention, pair_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.gpu
@@ -55,28 +55,8 @@ def test_rows_that_do_not_lie_together_are_read_as_they_are(device: torch.device
     torch.testing.assert_close(y, held[::2, ::2] @ weight.t(), rtol=2e-2, atol=0.2)
 
 
-class Attention(nn.Module):
-    """One query over a cache that the step writes, with a common activation for queries, keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(256, n, bias=False) for n in (256, 64, 64))
-        self.register_buffer("keys", torch.randn(2, 1, 64, 64))
-        self.register_buffer("values", torch.randn(2, 1, 64, 64))
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        self.keys.index_copy_(2, position, self.k(x).view(2, 1, 1, 64))
-        self.values.index_copy_(2, position, self.v(x).view(2, 1, 1, 64))
-        keys, values = self.keys.expand(2, 4, 64, 64), self.values.expand(2, 4, 64, 64)
-        query = self.q(x).view(2, 1, 4, 64).transpose(1, 2)
-        mask = (torch.arange(64, device=x.device) <= position)[None, None, None]
-        return nn.functional.scaled_dot_product_attention(query, keys, values, mask)
-
-
-def pair(device: torch.device) -> tuple[Attention, Attention]:
-    model, twin = (Attention().to(device, torch.bfloat16) for _ in range(2))
-    twin.load_state_dict(model.state_dict())
-    return model, twin
+def pair(device: torch.device) -> tuple[OneQueryAttention, OneQueryAttention]:
+    return pair_of(OneQueryAttention(64, masked=True).to(device, torch.bfloat16))
 
 
 def inputs(device: torch.device, position: int) -> tuple[Tensor, Tensor]:
