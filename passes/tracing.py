@@ -7,7 +7,8 @@ branch on a symbol takes the way the hint takes, and the predicate becomes a `De
 has to hold whenever the graph runs. In-place operators stay in place.
 
 Python turns symbols into plain numbers where it converts: ``int(t)``, ``range(n)``, ``min(a, b)``. In the modules whose
-lines read values, these names mean symbolic versions while the step is traced (`symbolic_builtins`).
+lines read values, these names mean symbolic versions while the step is traced (`symbolic_builtins`). Composite operators
+are decomposed by torch's Python versions where it has them: those in C++ ask some sizes for their number.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, should_allow_numbers_as_tensors
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -392,7 +394,7 @@ def _expression(value: Any) -> sympy.Basic:
 
 def _index(value: Any, default: Any, whole: sympy.Basic, natural: bool = False) -> sympy.Basic:
     """A slice bound as a number from the front: one below zero, unless it is ``natural``, counts from the end."""
-    if value is None:
+    if value is None or (isinstance(value, int) and value == sys.maxsize):
         return sympy.sympify(default)
     if isinstance(value, torch.SymInt):
         return value.node.expr if natural or bool(value >= 0) else sympy.Max(value.node.expr + whole, 0)
@@ -543,7 +545,8 @@ def trace_once(
             return results
 
     as_written = torch.compiler.set_stance("force_eager")
-    with symbolic_builtins(modules), forked(plan, forks, functions), torch.no_grad(), as_written:
+    named = symbolic_builtins(modules)
+    with named, forked(plan, forks, functions), torch.no_grad(), as_written, enable_python_dispatcher():
         module = _made(followed, fakes, forks)
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,10 @@ class CountBehindAnObject(nn.Module):
         super().__init__()
         self.cache = _Counted()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountBehindAnObject:
+        self.cache.count = fn(self.cache.count)
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         n = self.cache.count.item()
         self.cache.count += 3
@@ -97,6 +103,6 @@ class ArrayOfABuffer(nn.Module):
         self.register_buffer("row", torch.tensor([0, 1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.row.numpy()
+        first, second = self.row.cpu().numpy()
         self.row.add_(1).remainder_(5)
         return x[int(first)] - x[int(second)]
