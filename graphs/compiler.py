@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import passes
+from graphs.compiled_region import CompiledRegion
 from graphs.compiler_options import CompilerOptions
 from graphs.entry import Entry
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
@@ -57,10 +58,16 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
 
 
 def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
-    """The step with its rewritten graph in the model's place, compiled where the step is to be compiled."""
+    """The step with its rewritten graph in the model's place: compiled where the step is to be compiled, else fused on a GPU.
+
+    The tape of a CPU records operators one by one, so that nothing is fused there.
+    """
     if isinstance(step.model, CompiledModel):
         step.model.stand_for(rewritten.module)
         rewritten.module = step.model
+    elif "fusion" in step.passes and step.device.type != "cpu":
+        fuse = functools.partial(passes.fuse_exact, make=functools.partial(CompiledRegion, known={}))
+        rewritten.changes += passes.run(rewritten.traced, [passes.fewer_launches, fuse])
     return step.with_substitute(rewritten)
 
 

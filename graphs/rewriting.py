@@ -103,7 +103,7 @@ def traced(
 
 def pipeline_of(step: Step) -> list[passes.Pass]:
     """The passes that a step is to go through, in order."""
-    names = [name for name in step.passes if name != "constants"]
+    names = [name for name in step.passes if name not in ("constants", "fusion")]
     remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names)
     return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
 
@@ -212,8 +212,13 @@ class Assumption:
         """Called by each run, eager or recorded, with what its graph computed."""
         if self._runs is None:
             self._runs = torch.zeros((), dtype=torch.int64, device=broken.device)
-        self._runs.add_(2)
-        self._word.copy_(self._runs + broken, non_blocking=True)
+        if broken.device.type == "cpu":
+            self._runs.add_(2)
+            self._word.copy_(self._runs + broken)
+        else:
+            from graphs.record.run_word import count_run
+
+            count_run(self._runs, broken, self._word)
         self._saved = saved
 
     def runs(self) -> int:

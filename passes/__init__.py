@@ -6,7 +6,9 @@ from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
 from passes.example_tracer import trace_with_inputs
+from passes.fusion import fuse_exact
 from passes.host_values import remove_host_values
+from passes.launches import fewer_launches
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.rounds import trace_step
@@ -25,6 +27,8 @@ __all__ = [
     "Undo",
     "Unremovable",
     "compile_mlir",
+    "fewer_launches",
+    "fuse_exact",
     "hoist_constants",
     "lasting_writes",
     "one_query_attention",
