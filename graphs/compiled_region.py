@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 Tensor = torch.Tensor
 Compiled = Callable[..., Sequence[Tensor]]
+_compiled: weakref.WeakValueDictionary[Any, Compiled] = weakref.WeakValueDictionary()
+"""Compiled functions in use, by what they compute and from what: layers of a model, and ways through it, have many alike."""
 
 
 class CompiledRegion(torch.nn.Module):
@@ -18,26 +21,27 @@ class CompiledRegion(torch.nn.Module):
 
     Args:
         body: the graph of the region.
-        known: compiled regions by what they compute and from what, to which this one is added: many are the same.
     """
 
-    def __init__(self, body: GraphModule, known: dict[Any, Compiled]) -> None:
+    def __init__(self, body: GraphModule) -> None:
         super().__init__()
-        self.body, self._known = body, known
+        self.body = body
         self._function: Compiled | None = None
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The results of the region."""
         with torch.no_grad():
             if self._function is None:
-                self._function = self._compiled(inputs)
+                self._function = self._compile(inputs)
             return self._function(*inputs)
 
-    def _compiled(self, inputs: Sequence[Tensor]) -> Compiled:
+    def _compile(self, inputs: Sequence[Tensor]) -> Compiled:
         from torch._inductor.compile_fx import compile_fx
 
         key = (self.body.code, *((x.dtype, x.device, x.shape, x.stride()) for x in inputs))
-        if key not in self._known:
+        function = _compiled.get(key)
+        if function is None:
             with _disable_current_modes():
-                self._known[key] = compile_fx(self.body, list(inputs), config_patches={"triton.cudagraphs": False})  # type: ignore[assignment]
-        return self._known[key]
+                made: Any = compile_fx(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
+            function = _compiled[key] = made
+        return function

@@ -58,17 +58,19 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
 
 
 def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
-    """The step with its rewritten graph in the model's place: compiled where the step is to be compiled, else fused on a GPU.
-
-    The tape of a CPU records operators one by one, so that nothing is fused there.
-    """
+    """The step with its rewritten graph in the model's place: compiled where the step is to be compiled, else fused."""
     if isinstance(step.model, CompiledModel):
         step.model.stand_for(rewritten.module)
         rewritten.module = step.model
-    elif "fusion" in step.passes and step.device.type != "cpu":
-        fuse = functools.partial(passes.fuse_exact, make=functools.partial(CompiledRegion, known={}))
+    elif _is_fused(step):
+        fuse = functools.partial(passes.fuse_exact, make=CompiledRegion)
         rewritten.changes += passes.run(rewritten.traced, [passes.fewer_launches, fuse])
     return step.with_substitute(rewritten)
+
+
+def _is_fused(step: Step) -> bool:
+    """Whether small operators are to be compiled. The tape of a CPU records operators one by one, which it could not then."""
+    return "fusion" in step.passes and step.device.type != "cpu"
 
 
 def _cost(replay: CallTime | None) -> float:

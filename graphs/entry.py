@@ -32,11 +32,13 @@ class Ways:
         ways: each for other outcomes of what the step decides by host values; the last used first.
         broken: calls that none of them could serve, since there were as many as are recorded.
         refusals: why another way cannot be recorded, once that was found.
+        unmerged: branches that could not become part of the first recording; the others are spared the attempt.
     """
 
     ways: list[Entry]
     broken: int = 0
     refusals: list[Refusal] = field(default_factory=list)
+    unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 @dataclass

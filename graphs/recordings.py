@@ -260,6 +260,7 @@ class Recordings:
                 try:
                     step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
                     entry = self._try(step)
+                    entry.group.unmerged = step.unmerged
                 except RowsInteract as reason:
                     self.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
                     plan = self.batch.reject(plan, call, for_good=not reason.unproved)
@@ -270,7 +271,9 @@ class Recordings:
 
     def _record_way(self, beside: Entry, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
-        entry = self._try(self._step(call, args, kwargs))
+        step = self._step(call, args, kwargs)
+        step.unmerged = beside.group.unmerged
+        entry = self._try(step)
         entry.group = beside.group
         entry.group.ways.insert(0, entry)
         self.entries[(call.signature, "way", id(entry))] = entry

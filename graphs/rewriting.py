@@ -95,6 +95,7 @@ def traced(
         structure=lambda: structure[0],
         snapshot=functools.partial(PythonState, tensors=False) if merge else None,
         restore=before.restore_python,
+        unmerged=step.unmerged,
     )
     if counters is not None:
         counters.advance = module.meta["advance"]

@@ -24,7 +24,11 @@ aten = torch.ops.aten
 
 
 def trace_step(
-    *arguments: Any, snapshot: Snapshot | None = None, restore: Callable[[], None] = lambda: None, **settings: Any
+    *arguments: Any,
+    snapshot: Snapshot | None = None,
+    restore: Callable[[], None] = lambda: None,
+    unmerged: dict[Site, str] | None = None,
+    **settings: Any,
 ) -> GraphModule:
     """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
 
@@ -33,8 +37,10 @@ def trace_step(
     Args:
         snapshot: takes snapshots of Python objects, which tell whether a side changes any; without it no branch is merged.
         restore: puts Python back to what it was before the step ran.
+        unmerged: branches that are not tried, and why: those that could not be merged for another way through the step.
+            What turns out not to be mergeable is added.
     """
-    merger = _Merger(arguments, settings, restore)
+    merger = _Merger(arguments, settings, restore, {} if unmerged is None else unmerged)
     module = merger.trace({}, None)
     if snapshot is not None:
         module = merger.merge(module, snapshot)
@@ -49,10 +55,12 @@ class _Merger:
         unmerged: why branches cannot be merged, by file and first line.
     """
 
-    def __init__(self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None]) -> None:
+    def __init__(
+        self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None], unmerged: dict[Site, str]
+    ) -> None:
         self._arguments, self._settings, self._restore = arguments, settings, restore
         self._functions: dict[Written, list[FunctionType]] = {}
-        self.unmerged: dict[Site, str] = {}
+        self.unmerged = unmerged
 
     def trace(self, plan: Plan, snapshot: Snapshot | None) -> GraphModule:
         """The graph with the branches of ``plan`` merged."""
@@ -62,7 +70,7 @@ class _Merger:
     def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
         """The graph with all branches merged that can be."""
         plan: dict[Written, Lines] = {}
-        tried: set[Site] = set()
+        tried = set(self.unmerged)
         while True:
             found = self._branches(module, tried)
             if not found:

@@ -134,6 +134,7 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
             "graphs.ops.skinny_kernel",
             "graphs.ops.split_k",
             "graphs.record.copies",
+            "graphs.record.run_word",
         },
         "aiter": {"graphs.ops.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},

@@ -6,8 +6,8 @@ against what the removed syncs predict. An eager step is a chain of segments wit
 takes as long as the longer of its device work and the issuing of its launches, and each sync adds a round trip. With the
 device time spread evenly over the launches that is::
 
-    eager = max(device, launches * issue) + syncs * drain          # all three constants measured in the same run
-    captured = device + drain
+    eager = max(device, launches * issue) + (syncs + 1) * drain    # all constants measured in the same run
+    captured = call + device + drain
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _LAUNCHES = 400
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """What the host needs to issue one small kernel, and to wait for an idle device, microseconds."""
+    """What the host needs to issue one small kernel, to wait for an idle device, and for one captured call, microseconds."""
 
     issue_us: float
     drain_us: float
+    call_us: float
 
 
 @dataclasses.dataclass
@@ -79,9 +80,11 @@ def measure_syncs(settings: BenchSettings, progress: Progress) -> list[BarRow]:
 
 
 def measure_constants(device: torch.device) -> Constants:
-    """Medians over runs: launches in a row without waiting, and a read of a number that is ready."""
+    """Medians over runs: launches and captured calls in a row without waiting, and a read of a number that is ready."""
     x = torch.zeros(8, device=device)
-    issues, drains = [], []
+    step: Any = graphs.capture(lambda x: x + 1)
+    step(x)
+    issues, drains, calls = [], [], []
     for _ in range(9):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -93,8 +96,12 @@ def measure_constants(device: torch.device) -> Constants:
         for _ in range(20):
             x[0].item()
         drains.append((time.perf_counter() - start) * 1e6 / 20)
+        start = time.perf_counter()
+        for _ in range(20):
+            step(x)
+        calls.append((time.perf_counter() - start) * 1e6 / 20)
     issue = statistics.median(issues)
-    return Constants(issue, max(0.0, statistics.median(drains) - issue))
+    return Constants(issue, max(0.0, statistics.median(drains) - issue), statistics.median(calls))
 
 
 def prepare(pattern: Pattern, sizes: SyncSizes, device: torch.device, compiler: str, progress: Progress) -> Steps:
@@ -187,7 +194,8 @@ def factor_bar(steps: Steps, constants: Constants, settings: BenchSettings, prog
         times = time_variants(single, device, runs=5)
         launches = count_launches(functools.partial(steps.eager, *steps.calls[0]), device) or 0
     predicted = predicted_factor(statistics.median(times["device"].device_us), launches, syncs, constants)
-    detail = f"{syncs} syncs, {launches} launches, issue {constants.issue_us:.1f} us, drain {constants.drain_us:.1f} us"
+    costs = f"issue {constants.issue_us:.1f} us, drain {constants.drain_us:.1f} us, captured call {constants.call_us:.1f} us"
+    detail = f"{syncs} syncs, {launches} launches, {costs}"
     return BarRow(
         name=f"eager original over captured, wall: {steps.pattern.name} ({detail}; predicted {predicted:.2f}x)",
         bar=f"at least {PREDICTED_SHARE:g} of the predicted {predicted:.2f}x",
@@ -203,7 +211,7 @@ def factor_bar(steps: Steps, constants: Constants, settings: BenchSettings, prog
 def predicted_factor(device_us: float, launches: int, syncs: int, constants: Constants) -> float:
     """Eager over captured, from the formula above; the recording's device time stands for both, since it does the same work."""
     eager = max(device_us, launches * constants.issue_us) + (syncs + 1) * constants.drain_us
-    return eager / (device_us + constants.drain_us)
+    return eager / (constants.call_us + device_us + constants.drain_us)
 
 
 def _loop(step: Callable[..., Any], calls: list[tuple[Tensor, ...]], device: torch.device) -> None:

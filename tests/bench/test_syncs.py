@@ -58,9 +58,10 @@ def test_a_version_that_needs_several_recordings_is_an_error(progress: Progress)
         prepare(several, TOY_SYNCS, CPU, "none", progress)
 
 
-def test_the_predicted_factor_is_launches_and_round_trips_over_device_time() -> None:
-    assert predicted_factor(100.0, 10, 3, Constants(5.0, 25.0)) == (100 + 4 * 25) / 125  # the device is the longer
-    assert predicted_factor(100.0, 100, 0, Constants(5.0, 25.0)) == (500 + 25) / 125  # issuing is
+def test_the_predicted_factor_is_launches_and_round_trips_over_one_call() -> None:
+    constants = Constants(5.0, 25.0, 15.0)
+    assert predicted_factor(100.0, 10, 3, constants) == (100 + 4 * 25) / 140  # the device is the longer
+    assert predicted_factor(100.0, 100, 0, constants) == (500 + 25) / 140  # issuing is
 
 
 def test_on_a_cpu_the_tapes_are_compared(settings: BenchSettings, out: Path) -> None:
