@@ -71,7 +71,7 @@ def capture(
             to be faster, on devices of compute capability 9.0.
         passes: what takes host values out of a step that reads them (``.item()``, ``nonzero``, branches on tensors):
             ``"auto"`` (default) all passes, ``"off"`` none, or their names, of ``constants``, ``addressing``,
-            ``arithmetic``, ``bounded`` and ``branches``. Default ``GRAPHS_PASSES``, else ``"auto"``.
+            ``arithmetic``, ``bounded``, ``branches`` and ``fusion``. Default ``GRAPHS_PASSES``, else ``"auto"``.
         bounds: largest values of lengths that nothing in the step bounds, by the variable that holds them
             (``{"n": 4096}`` for ``n = int(t)``) or by ``"file.py:line"``. A length above its bound runs eagerly.
 

@@ -57,7 +57,7 @@ def _outweighs(x: Node, node: Node) -> bool:
 
 
 def _finite(rw: Rewriter, result: Node) -> Node:
-    """0-d flag: whether nothing came of zero times what lies beyond the true rows, which is NaN for NaN and infinity."""
+    """0-d flag: whether nothing came of what lies beyond the true rows, with no weight: NaN, for NaN and infinity."""
     total = rw.call(aten.sum.default, result)
     return rw.call(aten.eq.Tensor, total, total)
 
@@ -89,8 +89,10 @@ def attention(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     k, v = rw.front(k, 2, count), rw.front(v, 2, count)
     if isinstance(mask, Node):
         mask = rw.front(mask, mask.meta["val"].dim() - 1, count)
+    trusted = keys is not None and rw.can_check and min(_bytes(k), _bytes(v)) >= max(_LARGE, 4 * _bytes(q))
     if keys is not None:
-        k, v = _zeroed(rw, k, 2, keys), _zeroed(rw, v, 2, keys)
+        if not trusted:
+            k, v = _zeroed(rw, k, 2, keys), _zeroed(rw, v, 2, keys)
         allowed = rw.within(keys, count, k.meta["val"].device)
         if mask is None:
             mask = rw.call(aten.view.default, allowed, [1, 1, 1, count])
@@ -102,6 +104,8 @@ def attention(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     made = rw.call(
         aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, False, scale=given.get("scale"), enable_gqa=grouped
     )
+    if trusted:
+        rw.checks.append(_finite(rw, made))
     value = node.meta["val"]
     lengths = {0: rw.lengths(q)[0]} if 0 in rw.lengths(q) else {}
     lengths |= {2: rw.lengths(q)[2]} if 2 in rw.lengths(q) else {}

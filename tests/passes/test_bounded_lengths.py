@@ -209,6 +209,25 @@ def test_a_large_side_of_a_product_is_not_copied_and_its_padding_is_noticed(wide
     assert not held, "of no weights softmax makes NaN, and eager zeros"
 
 
+def fused_attention(cache: Tensor, t: Tensor) -> Tensor:
+    n = int(t)
+    return F.scaled_dot_product_attention(cache[:1, :, :2], cache[:1, :, :n], cache[1:, :, :n])
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+def test_a_large_cache_is_not_copied_for_attention_and_its_padding_is_noticed(wide: Tensor, part: int) -> None:
+    cache = wide.view(2, 1, -1, 16)
+    rows = cache.shape[2]
+    graph = rewritten(fused_attention, cache, torch.tensor(rows // 2))
+    assert not any(node.target is torch.ops.aten.masked_fill.Scalar for node in graph.module.graph.nodes)
+    for length in (1, rows // 2, rows):
+        check(graph, fused_attention, cache, torch.tensor(length), exact=False)
+    spoiled = cache.clone()
+    spoiled[part, :, rows // 2 :] = math.nan
+    assert not graph(spoiled, torch.tensor(rows // 2))[1]
+    assert graph(cache, torch.tensor(rows // 2))[1]
+
+
 EXACT: dict[str, Body] = {
     "argmax between rows": lambda x, n: x.t().contiguous().argmax(),
     "variance": lambda x, n: x.var(0),
