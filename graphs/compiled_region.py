@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ _compiled: weakref.WeakValueDictionary[Any, Compiled] = weakref.WeakValueDiction
 
 class CompiledRegion(torch.nn.Module):
     """A region as a module. It is compiled for the tensors of its first call, which is before a step is recorded.
+
+    One that Inductor cannot compile runs operator by operator, with a warning: it is right, and slower.
 
     Args:
         body: the graph of the region.
@@ -39,9 +42,14 @@ class CompiledRegion(torch.nn.Module):
         from torch._inductor.compile_fx import compile_fx
 
         key = (self.body.code, *((x.dtype, x.device, x.shape, x.stride()) for x in inputs))
-        function = _compiled.get(key)
+        function: Any = _compiled.get(key)
         if function is None:
-            with _disable_current_modes():
-                made: Any = compile_fx(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
-            function = _compiled[key] = made
+            try:
+                with _disable_current_modes():
+                    function = compile_fx(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
+            except Exception as error:  # whatever a compiler fails with, the region can run without it
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"{len(self.body.graph.nodes)} small operators run unfused: {reason}", RuntimeWarning, stacklevel=2)
+                return self.body
+            _compiled[key] = function
         return function

@@ -62,14 +62,18 @@ def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
     if isinstance(step.model, CompiledModel):
         step.model.stand_for(rewritten.module)
         rewritten.module = step.model
-    elif _is_fused(step):
-        fuse = functools.partial(passes.fuse_exact, make=CompiledRegion)
-        rewritten.changes += passes.run(rewritten.traced, [passes.fewer_launches, fuse])
+    else:
+        rewritten.changes += passes.run(rewritten.traced, fusion_of(step))
     return step.with_substitute(rewritten)
 
 
+def fusion_of(step: Step) -> list[passes.Pass]:
+    """The passes that leave a rewritten step fewer kernels to launch, where it is recorded uncompiled."""
+    return [passes.fewer_launches, functools.partial(passes.fuse_exact, make=CompiledRegion)] if _is_fused(step) else []
+
+
 def _is_fused(step: Step) -> bool:
-    """Whether small operators are to be compiled. The tape of a CPU records operators one by one, which it could not then."""
+    """Whether small operators are compiled. The tape of a CPU records operators one by one, which it could not then."""
     return "fusion" in step.passes and step.device.type != "cpu"
 
 

@@ -18,7 +18,7 @@ from graphs.audit import step_of
 from graphs.backend import backend_report, graphs_backend
 from graphs.bench.launches import count_launches
 from graphs.capture import capture
-from graphs.compiler import CompiledModel
+from graphs.compiler import CompiledModel, fusion_of
 from graphs.compiler_options import CompilerOptions
 from graphs.config import PASSES
 from graphs.errors import CompileFailed
@@ -153,7 +153,7 @@ def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...],
     except passes.Unremovable as reason:
         return "", str(refusal_of(reason, trace)), (), {}
     graph = str(module.graph)
-    effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing)]
+    effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing, *fusion_of(step))]
     assumed = {f"{file}:{line}": reason for (file, line), reason in module.meta["facts"].unmerged.items()}
     return graph, "", tuple(effects), assumed
 

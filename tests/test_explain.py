@@ -58,6 +58,18 @@ def test_each_pass_is_shown_as_a_diff_of_the_printed_graph() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def windowed(x: Tensor, position: Tensor) -> Tensor:
+    start = int(position)
+    return x[start : start + 2].sum(0) + x[: start + 1].amax(0)
+
+
+def test_on_a_gpu_what_is_fused_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphs.compiler._is_fused", lambda step: True)
+    found = explain(windowed, (torch.randn(8, 3), torch.tensor(2)), fuse=False)
+    effects = {effect.name: effect for effect in found.effects}
+    assert effects["fuse_exact"].changes == 1 and "exact_0" in effects["fuse_exact"].diff
+
+
 def test_launches_pieces_and_the_recording_are_shown() -> None:
     model, args = factory()
     found = explain(model, args, fuse=False)

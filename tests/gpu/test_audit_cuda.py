@@ -16,7 +16,6 @@ OF_ONE_DEVICE = {
     "ALoopOverExpertsThatWereHit": "one_hot looks at the largest class on a CPU only",
     "a_host_copy_scales": "mixes devices",
     "a_host_scalar_in_a_device_operator": "mixes devices",
-    "tensors_of_arrays": "`to` of a device uploads on a GPU only",
 }
 
 

@@ -164,3 +164,14 @@ def test_a_region_is_compiled_once_for_all_that_are_like_it() -> None:
     for region in (first, second):
         assert all(torch.equal(a, b) for a, b in zip(region(n, m), region.body(n, m), strict=True))
     assert first._function is second._function
+
+
+def test_a_region_that_cannot_be_compiled_runs_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fails)
+    region = CompiledRegion(make_fx(lambda n: ((n * 5 - 3).remainder(7),))(torch.arange(5)))
+    with pytest.warns(RuntimeWarning, match="run unfused: no compiler found"):
+        (made,) = region(torch.arange(5))
+    assert torch.equal(made, (torch.arange(5) * 5 - 3).remainder(7))
