@@ -16,9 +16,8 @@ After::
     %scores  : masked_fill.Scalar(%product, %beyond, -inf)
 
 The places, lengths, masks and conditions that other passes make of host values are chains of operators on a handful of
-numbers, each a launch that costs more than its work. *Exact* operators give the same bits however they are compiled:
-arithmetic on whole numbers, comparisons, choices and moves of values. A compiler keeps what it computes in registers, wider
-than the dtype says, so that of what rounds only one sum or product at a time belongs to them, with choices behind it.
+numbers, each a launch that costs more than its work. Exact operators (`passes.exact`) give the same bits however they are
+compiled, so that nothing changes but the number of kernels.
 
 A region reads no memory that the graph writes, so its operators may run as early as their arguments are there.
 """
@@ -32,50 +31,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from passes.aliases import Aliases, returns_view, written
+from passes.exact import exact_operators
 
-aten = torch.ops.aten
-Tensor = torch.Tensor
-LARGEST = 1 << 18
-"""Elements above which an operator is worth a launch of its own."""
 FEWEST = 2
 """Operators below which a region is left as it is."""
 WORTH = 8
 """Operators in all regions below which none is worth compiling."""
-_WHOLE = (torch.int32, torch.int64)
-_ARITHMETIC = frozenset(
-    overload
-    for packet in (
-        *(aten.add, aten.sub, aten.mul, aten.neg, aten.abs, aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum),
-        *(aten.maximum, aten.remainder, aten.floor_divide, aten.scatter_add, aten.sum, aten.amax, aten.amin),
-    )
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)  # fmt: skip
-_CONDITIONS = frozenset(
-    overload
-    for packet in (
-        *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge),
-        *(aten.logical_and, aten.logical_or, aten.logical_not, aten.logical_xor, aten.any, aten.all),
-    )
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)
-_MOVES = frozenset(
-    (
-        *(aten.where.self, aten.masked_fill.Scalar, aten.index.Tensor, aten.index_select.default, aten.gather.default),
-        *(aten.full.default, aten.scalar_tensor.default, aten.clone.default),
-    )
-)
-_WIDER = {
-    torch.bfloat16: (torch.float32, torch.float64),
-    torch.float16: (torch.float32, torch.float64),
-    torch.float32: (torch.float64,),
-    torch.bool: (*_WHOLE, torch.float32, torch.float64),
-    torch.int32: (*_WHOLE, torch.bool, torch.float64),
-    torch.int64: (*_WHOLE, torch.bool),
-}
-"""Conversions that lose nothing, or bits of whole numbers alone."""
 
 
 def fuse_exact(module: GraphModule, make: Callable[[GraphModule], torch.nn.Module]) -> list[tuple[str, str]]:
@@ -84,9 +47,8 @@ def fuse_exact(module: GraphModule, make: Callable[[GraphModule], torch.nn.Modul
     Args:
         make: compiles a region: a graph of tensors that returns a tuple of tensors. It is called once per region.
     """
-    values = _values(module)
     pure = _unwritten(module)
-    exact = _exact(module, pure, values)
+    exact = exact_operators(module, pure, _values(module))
     views = {node for node in pure if returns_view(node.target)}
     held = {node for node in module.graph.nodes if node.op == "get_attr"}
     order = _early(module, exact | views | held)
@@ -114,8 +76,8 @@ def _unwritten(module: GraphModule) -> set[Node]:
     aliases = Aliases.of(module)
     targets = {aliases.root(target) for node in module.graph.nodes for target in written(node)}
     inputs = {node.name for node in module.graph.nodes if node.op == "placeholder"}
-    if targets & inputs:
-        targets |= inputs  # a caller may give the same memory twice
+    if targets and "storages" not in module.meta:
+        targets |= inputs  # the caller's, which may be any memory
     found = set()
     for node in module.graph.nodes:
         target = node.target
@@ -126,71 +88,6 @@ def _unwritten(module: GraphModule) -> set[Node]:
         if aliases.root(node) not in targets and not any(aliases.root(read) in targets for read in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _exact(module: GraphModule, pure: set[Node], values: dict[Node, Any]) -> set[Node]:
-    """The operators that may be compiled; what a sum or product rounds to is only chosen from, in this or another region."""
-    found: set[Node] = set()
-    rounded: set[Node] = set()
-    for node in module.graph.nodes:
-        reads_rounded = not rounded.isdisjoint(node.all_input_nodes)
-        if returns_view(node.target):
-            rounded |= {node} if reads_rounded else set()
-        elif node in pure and node.target in _ROUNDING and not reads_rounded and _is_plain(node, values):
-            rounded.add(node)
-            found.add(node)
-        elif node in pure and is_exact(node, values) and not (reads_rounded and node.target not in _CHOICES):
-            rounded |= {node} if reads_rounded else set()
-            found.add(node)
-    return found
-
-
-_ROUNDING = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor))
-_CHOICES = frozenset((aten.where.self, aten.masked_fill.Scalar))
-
-
-def _is_plain(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a small sum or product is one of two tensors of the dtype of the result, which is floating."""
-    made, read = values[node], [values[one] for one in node.args if isinstance(one, Node)]
-    if len(read) != 2 or node.kwargs or not isinstance(made, Tensor) or not made.dtype.is_floating_point:
-        return False
-    if made.numel() > LARGEST or not all(isinstance(value, Tensor) for value in read):
-        return False
-    return all((value.dtype, value.device) == (made.dtype, made.device) for value in read)
-
-
-def is_exact(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a small operator gives the same bits however it is compiled."""
-    made = values[node]
-    if not isinstance(made, Tensor) or any(map(_is_symbol, made.shape)):
-        return False
-    read = [values[one] for one in node.all_input_nodes]
-    if made.numel() > LARGEST or not all(isinstance(value, Tensor) and value.device == made.device for value in read):
-        return False
-    dtypes = {value.dtype for value in read}
-    numbers = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, (float, complex))]
-    if node.target in _ARITHMETIC:
-        flags = dtypes == {torch.bool} and node.target in _SUMS
-        return made.dtype in _WHOLE and (flags or dtypes <= set(_WHOLE)) and not numbers
-    if node.target in _CONDITIONS:
-        whole = dtypes <= {*_WHOLE, torch.bool} and not numbers
-        return made.dtype == torch.bool and (whole or (len(dtypes) == 1 and len(read) == 2))
-    if node.target is aten._to_copy.default:
-        (source,) = dtypes
-        return set(node.kwargs) == {"dtype"} and made.dtype in _WIDER.get(source, ())
-    if node.target not in _MOVES:
-        return False
-    if node.target is aten.where.self:
-        read = [values[one] for one in node.args[1:]]  # type: ignore[index]
-        return all(value.dtype == made.dtype for value in read)
-    return all(value.dtype in (torch.bool, *_WHOLE, made.dtype) for value in read)
-
-
-_SUMS = frozenset((aten.sum.default, aten.sum.dim_IntList))
-
-
-def _is_symbol(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)
 
 
 def _early(module: GraphModule, movable: set[Node]) -> list[Node]:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
+from passes.aliases import storage_of
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
 from passes.exchange import Plan, Written, forked
@@ -512,7 +513,8 @@ def trace_once(
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
-        The graph of ATen operators, with `Facts` in ``meta["facts"]`` and file and line in ``node.meta["site"]``.
+        The graph of ATen operators, with `Facts` in ``meta["facts"]``, the storages of its inputs, which may be those of tensors
+        that it holds, in ``meta["storages"]``, and file and line in ``node.meta["site"]``.
 
     Raises:
         Unremovable: the step does with a host value what no graph can do.
@@ -553,5 +555,7 @@ def trace_once(
     facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]
     _hold(module, [number.tensor for number in numbers])
     _name_state(module)
-    module.meta.update(meta, facts=facts)
+    inputs = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+    storages = {name: storage_of(tensor) for name, tensor in zip(inputs, tensors, strict=False) if tensor.layout == torch.strided}
+    module.meta.update(meta, facts=facts, storages=storages)
     return module

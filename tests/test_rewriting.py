@@ -306,3 +306,32 @@ def test_an_index_outside_is_the_error_it_is_in_eager_and_the_step_works_on() ->
                     run(x, slot)
         assert torch.equal(model.cache, expected.cache) and torch.equal(model.calls, expected.calls)
     assert step.report().replays == 5 and step.report().recordings == 1
+
+
+class WritesWhatItIsGiven(nn.Module):
+    """A cache that the caller hands in as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(6, dtype=torch.int64))
+
+    def forward(self, given: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        before = given[:3] * 2
+        p = int(position)
+        self.cache[p] = 7 + p
+        return before, given[:3] * 2
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_an_argument_may_lie_in_memory_that_the_step_writes(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphs.compiler._is_fused", lambda step: fused)
+    monkeypatch.setattr("graphs.compiler.CompiledRegion", lambda body: body)
+    monkeypatch.setattr("passes.fusion.WORTH", 1)
+    model, reference = WritesWhatItIsGiven(), WritesWhatItIsGiven()
+    step = graphs.capture(model, static=["given"], strict=True)
+    for position in (0, 2, 1, 4, 0):
+        for made, wanted in zip(
+            step(model.cache, torch.tensor(position)), reference(reference.cache, torch.tensor(position)), strict=True
+        ):
+            assert torch.equal(made, wanted)
+    assert step.report().replays == 5

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphs.compiler
 import passes
 from graphs.compiled_region import CompiledRegion
-from passes import fusion
+from passes import exact, fusion
 from tests.corpus import combined, experts, selection
 from tests.corpus.case import RECORDED, Case
 from tests.corpus.collection import CASES
@@ -70,7 +70,7 @@ return [value_3, value_5]"""
 
 
 def test_places_masks_and_conditions_become_one_region(any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "LARGEST", 8)
+    monkeypatch.setattr(exact, "LARGEST", 8)
     module = rewritten(lambda x, t: x[: int(t) + 1].sum(0), torch.randn(8, 3), torch.tensor(4)).module
     assert fused(module) == [REGION]
     assert printed(module) == AFTER
