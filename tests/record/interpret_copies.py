@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from graphs.contract.padding import Padding, pad_rows
 from graphs.record import copies
 from graphs.record.copies import RING, Copier, Move, load_kernels
+from graphs.record.run_word import count_run
 
 Tensor = torch.Tensor
 POLICIES = (Padding("repeat"), Padding("zero"), Padding("keep"), Padding("sentinel", 3))
@@ -193,6 +194,11 @@ def main() -> None:
     load_kernels(none)  # type: ignore[arg-type]
     out["nothing"] = {"turn": [str(none.cursor.item())]}
     out["kernels"] = {"launched": launched(none)}
+    runs, word, left = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), []
+    for broken in (False, True, False):
+        count_run(runs, torch.tensor(broken), word)
+        left.append(f"{runs} {word}")
+    out["run word"] = {"left": left}
     json.dump(out, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""The kernel that copies inputs in and outputs out: interpreted, and compiled for four chips."""
+"""The kernels that copy inputs in and outputs out and that count runs: interpreted, and compiled for four chips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed, so its kernels ca
 from graphs.contract.padding import Padding
 from graphs.errors import ConfigError
 from graphs.ops import offline
-from graphs.record import copies
+from graphs.record import copies, run_word
 from graphs.record.copies import Move, move_rows
 
 SCRIPT = Path(__file__).with_name("interpret_copies.py")
@@ -64,13 +64,18 @@ def test_a_row_that_many_programs_read_is_fetched_ahead_of_them(interpreted: dic
     assert (fetch, many) == ("fetch_row[1] 1 None", "move_rows[1, 3] 4 False")
 
 
+def test_a_run_leaves_its_number_and_whether_it_was_broken(interpreted: dict[str, Any]) -> None:
+    assert interpreted["run word"]["left"] == ["2 2", "4 5", "6 6"], "twice the runs, and one more in the word if broken"
+
+
 def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sentinel = 3 .* 0 for torch\.complex128"):
         Padding("sentinel", 3).fill_bits(torch.complex128)
     assert Padding("sentinel", 0).fill_bits(torch.complex128) == 0
 
 
-VARIANTS = {  # what `Copier` launches: kernel, constants, warps
+VARIANTS = {  # what `Copier` launches, and `count_run`: kernel, constants, warps
+    "run word": (run_word._count_run, {}, 1),
     "fetch": (copies.fetch_row, {}, 1),
     "few inputs": (move_rows, {"INBOUND": True, "FETCH": True}, 1),
     "many inputs": (move_rows, {"INBOUND": True, "FETCH": False}, copies._WARPS),
@@ -86,7 +91,7 @@ def compiled(target: str, variant: str, width: int = 32) -> tuple[Any, str]:
     known = constants | {"WIDTH": width, "HEADER": copies._HEADER, "FIELDS": copies._FIELDS}
     known["BLOCK"] = copies._BLOCK * warps // copies._WARPS
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in known else "*i64" for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in known else "*u8" if name == "broken" else "*i64" for name in kernel.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind == "*i64"}
     source = triton.compiler.ASTSource(kernel, signature, known, aligned)
     chip = triton.backends.compiler.GPUTarget(vendor, arch, warp)
