@@ -28,11 +28,6 @@ class Gathered:
     scatter: Callable[[Node, Node], None]
 
 
-def storage_of(tensor: torch.Tensor) -> tuple[str, int]:
-    """The root of nodes that share the memory of a tensor that exists."""
-    return ("storage", tensor.untyped_storage()._cdata)
-
-
 def returns_view(target: Any) -> bool:
     """Whether an operator returns a view of its first argument and writes nothing."""
     schema = getattr(target, "_schema", None)
@@ -125,9 +120,10 @@ class Aliases:
             value: Any = self._rewriter.module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
-            return storage_of(value) if isinstance(value, torch.Tensor) else ("attribute", node.target)
+            return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
         if node.op == "placeholder":
-            return self._rewriter.module.meta.get("storages", {}).get(node.target, node.name)
+            storage = self._rewriter.module.meta.get("storages", {}).get(node.target)
+            return node.name if storage is None else ("storage", storage)
         return node
 
     def is_written(self, node: Node) -> bool:

@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
-from passes.aliases import storage_of
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
 from passes.exchange import Plan, Written, forked
@@ -556,6 +555,7 @@ def trace_once(
     _hold(module, [number.tensor for number in numbers])
     _name_state(module)
     inputs = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-    storages = {name: storage_of(tensor) for name, tensor in zip(inputs, tensors, strict=False) if tensor.layout == torch.strided}
+    given = [(name, tensor) for name, tensor in zip(inputs, tensors, strict=False) if tensor.layout == torch.strided]
+    storages = {name: tensor.untyped_storage()._cdata for name, tensor in given}
     module.meta.update(meta, facts=facts, storages=storages)
     return module
