@@ -6,6 +6,7 @@ from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
 from passes.example_tracer import trace_with_inputs
+from passes.facts import Read
 from passes.fusion import fuse_exact
 from passes.host_values import remove_host_values
 from passes.launches import fewer_launches
@@ -14,7 +15,7 @@ from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.skinny import skinny_products
-from passes.tracing import Number, Read
+from passes.tracing import Number
 
 __all__ = [
     "DEFAULT",

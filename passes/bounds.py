@@ -15,8 +15,8 @@ import sympy
 from torch.utils._sympy.functions import Min
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
+from passes.facts import Facts
 from passes.sites import Site
-from passes.tracing import Facts
 
 _LIMIT = 1 << 24  # rows: a larger bound is none
 

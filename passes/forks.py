@@ -37,7 +37,7 @@ from passes.sites import Site, is_user
 from passes.symbols import SYMBOLS, expression_of
 
 if TYPE_CHECKING:
-    from passes.tracing import Facts
+    from passes.facts import Facts
 
 Tensor = torch.Tensor
 _KINDS: tuple[tuple[type, ...], ...] = ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat))

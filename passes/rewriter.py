@@ -22,11 +22,11 @@ from passes.aliases import Aliases, returns_view
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
+from passes.facts import Decision, Facts
 from passes.loops import Arm, Trip
 from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
-from passes.tracing import Decision, Facts
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

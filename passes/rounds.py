@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 
 from passes.errors import Unremovable
 from passes.exchange import Lines, Plan, Written, branch_in, functions_of, written
+from passes.facts import Read
 from passes.forks import Snapshot, Unmergeable
 from passes.loops import leaks, outside
 from passes.sides import check
 from passes.sites import Site
-from passes.tracing import Read, trace_once
+from passes.tracing import trace_once
 
 aten = torch.ops.aten
 

@@ -80,6 +80,8 @@ FORBIDDEN = {
     "passes.symbols": ["passes"],
     "passes.builtins": ["passes.tracing", *REWRITING],
     "passes.python_entry": ["passes.tracing", *REWRITING],
+    "passes.facts": ["passes.tracing", "passes.following", *REWRITING],
+    "passes.following": ["passes.tracing", *REWRITING],
     "passes.tracing": REWRITING,
     "passes.rewriter": ["passes.host_values", *RULES],
     "passes.scalars": ["passes.tracing", "passes.host_values", *RULES],

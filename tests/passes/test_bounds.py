@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import passes
 from passes.bounds import Bounds
-from passes.tracing import Facts
+from passes.facts import Facts
 from tests.passes.steps import check, rewritten
 
 U, V = sympy.Symbol("u", integer=True), sympy.Symbol("v", integer=True)
