@@ -46,19 +46,14 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
-    merge = "branches" in step.passes
-    try:
+    attempts = (True, False) if "branches" in step.passes else (False,)
+    for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
             module, structure = traced(step, trace, tensors, counters, merge=merge)
-            changes = passes.run(module, pipeline_of(step))
-        except passes.Unremovable:
-            if not merge:
-                raise
-            module, structure = traced(step, trace, tensors, counters)  # a bound may come from the way that is taken
-            changes = passes.run(module, pipeline_of(step))
-    except passes.Unremovable as reason:
-        raise refusal_of(reason, trace) from reason
-    return RewrittenStep(module, structure, changes, counters)
+            return RewrittenStep(module, structure, passes.run(module, pipeline_of(step)), counters)
+        except passes.Unremovable as error:
+            reason = error
+    raise refusal_of(reason, trace) from reason
 
 
 def traced(
