@@ -19,6 +19,8 @@ from passes.host_values import TABLES
 
 Step = Callable[..., Any]
 ALL = (*TABLES, "branches")
+OLDER = torch.__version__ < (2, 13)
+"""Whether torch asks some sizes for their number, or whether they are zero, that later releases leave open."""
 
 
 def traced(step: Step, *tensors: Tensor, merge: bool = False) -> GraphModule:

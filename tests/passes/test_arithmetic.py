@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import passes
-from tests.passes.steps import Rewritten, check, printed, rewritten, traced
+from tests.passes.steps import OLDER, Rewritten, check, printed, rewritten, traced
 
 Body = Callable[[Tensor, Any], Any]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,6 +129,7 @@ def test_an_operator_rounds_and_promotes_as_with_the_number(name: str, given_x: 
     assert made is not None
     step, graph = made
     x, t = torch.tensor(given_x[1], dtype=given_x[0]).repeat(16), torch.tensor(given_u[1], dtype=given_u[0])
+    assume(not (OLDER and name == "clamp" and math.isnan(t)))  # where torch's own clamp takes no notice of such a limit
     assume(fits(t.item(), given_x[0]) and not (name in ROUNDED_TWICE and given_x[0] == torch.float64))
     check(graph, step, x, t, may_break=given_u[0] == torch.bool)  # torch asks flags for their value
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.passes.steps import Rewritten, check, rewritten
+from tests.passes.steps import OLDER, Rewritten, check, rewritten
 
 ROWS = 8
 Step = Callable[[Tensor, Tensor], Any]
@@ -175,8 +175,10 @@ specials = st.dictionaries(st.integers(0, ROWS * 3 - 1), st.sampled_from([0.0, 1
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1 << 20), st.integers(0, ROWS), specials)
 def test_a_rule_is_eager_at_every_length(name: str, seed: int, length: int, special: dict[int, float]) -> None:
+    if OLDER and name == "writing rows by index":
+        pytest.skip("this torch does not say that there are as many rows as indices, which is where the bound comes from")
     step, graph = rewritten_once(name)
-    other_way = name in EMPTY_IS_ANOTHER_WAY and length == 0
+    other_way = (name in EMPTY_IS_ANOTHER_WAY or (OLDER and name == "log softmax")) and length == 0
     check(graph, step, *inputs(seed, length, special), exact=False, may_break=other_way)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.passes.steps import Rewritten, check, printed, rewritten, traced
+from tests.passes.steps import OLDER, Rewritten, check, printed, rewritten, traced
 
 ROWS = 8
 aten = torch.ops.aten
@@ -105,7 +105,8 @@ specials = st.dictionaries(st.integers(0, ROWS * 3 - 1), st.sampled_from([0.0, 1
 @settings(max_examples=25, deadline=None)
 @given(masks, st.integers(0, 1 << 20), specials)
 def test_a_list_of_any_length_is_eager(name: str, mask: list[bool], seed: int, special: dict[int, float]) -> None:
-    check(rewritten_once(name), RULES[name], *inputs(mask, seed, special), exact=False)
+    other_way = OLDER and name == "cut" and sum(mask) < 2
+    check(rewritten_once(name), RULES[name], *inputs(mask, seed, special), exact=False, may_break=other_way)
 
 
 @pytest.mark.parametrize("name", RULES)
