@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -153,6 +155,49 @@ def test_a_fused_step_of_the_corpus_equals_eager(case: Case, any_size: None, mon
     monkeypatch.setattr(graphs.compiler, "_is_fused", lambda step: True)
     monkeypatch.setattr(graphs.compiler, "CompiledRegion", lambda body: body)
     check(case, "cpu")
+
+
+OPERATIONS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda a, b: a + b,
+    lambda a, b: a * b - 3,
+    lambda a, b: torch.where(a < b, a, b),
+    lambda a, b: a.index_select(0, b.remainder(4)),
+    lambda a, b: a.clamp(-4, 4).maximum(b),
+    lambda a, b: a.flip(0) + b.sum(),
+    lambda a, b: a.view(2, 2).t().reshape(4),
+    lambda a, b: a.view(2, 2)[0].repeat(2),
+    lambda a, b: a[1:].cumsum(0).sum() + b,
+    lambda a, b: a.add_(b),
+    lambda a, b: a.view(2, 2)[1].mul_(2).repeat(2),
+    lambda a, b: a.copy_(b),
+    lambda a, b: a.index_put_([b.remainder(4)[:1]], b[:1] * 5),
+    lambda a, b: (a.double() * 0.5 + b).floor().to(torch.int64),
+]
+programs = st.lists(
+    st.tuples(st.sampled_from(range(len(OPERATIONS))), st.integers(0, 30), st.integers(0, 30)), min_size=3, max_size=14
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(programs, st.lists(st.integers(-9, 9), min_size=12, max_size=12))
+def test_a_random_program_of_reads_writes_and_views_stays_the_same(
+    any_size: None, program: list[tuple[int, int, int]], numbers: list[int]
+) -> None:
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        values = list(given)
+        for operation, first, second in program:
+            values.append(OPERATIONS[operation](values[first % len(values)], values[second % len(values)]))
+        return tuple(value.clone() for value in values)
+
+    def inputs() -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(numbers).view(3, 4).unbind())
+
+    ours, theirs = (tuple(value.clone() for value in inputs()) for _ in range(2))
+    module = graph_of(step, *(value.clone() for value in inputs()))
+    module.meta["storages"] = {n.target: i for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    fused(module)
+    for made, wanted in zip((*module(*ours), *ours), (*step(*theirs), *theirs), strict=True):
+        assert torch.equal(made, wanted)
 
 
 def test_a_region_is_compiled_once_for_all_that_are_like_it() -> None:
