@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.names import fresh_name
+
 aten = torch.ops.aten
 _MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
 
@@ -45,7 +47,7 @@ def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
         if constant is None:
             continue
         before = node.format_node() or str(node)
-        name = _fresh_name(module)
+        name = fresh_name(module, "_hoisted_constant_")
         with torch.no_grad():
             module.register_buffer(name, node.target(constant, *node.args[1:], **node.kwargs), persistent=False)
         with module.graph.inserting_before(node):
@@ -85,7 +87,7 @@ def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
         value = target(*args, **kwargs)
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
         return None
-    name, before = _fresh_name(module), node.format_node() or str(node)
+    name, before = fresh_name(module, "_hoisted_constant_"), node.format_node() or str(node)
     module.register_buffer(name, value.clone(), persistent=False)
     with module.graph.inserting_before(node):
         hoisted = module.graph.get_attr(name)
@@ -138,10 +140,3 @@ def _is_written(node: Node) -> bool:
             if value is node and argument.alias_info is not None and (argument.alias_info.is_write or _is_written(user)):
                 return True
     return False
-
-
-def _fresh_name(module: GraphModule) -> str:
-    index = 0
-    while hasattr(module, f"_hoisted_constant_{index}"):
-        index += 1
-    return f"_hoisted_constant_{index}"

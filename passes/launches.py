@@ -14,10 +14,14 @@ After::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+
+from passes.names import fresh_name
+from passes.symbols import has_static_shape
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -49,13 +53,13 @@ class _Constants:
         self._module = module
         self._names: dict[Any, str] = {}
 
-    def get(self, key: Any, value: Tensor) -> Node:
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Node:
         """A node that reads the constant known as ``key``."""
         if key not in self._names:
-            self._names[key] = f"_launch_constant_{len(self._names)}"
-            self._module.register_buffer(self._names[key], value, persistent=False)
+            self._names[key] = fresh_name(self._module, "_launch_constant_")
+            self._module.register_buffer(self._names[key], make(), persistent=False)
         node = self.graph.get_attr(self._names[key])
-        node.meta["val"] = value
+        node.meta["val"] = self._module.get_buffer(self._names[key])
         return node
 
 
@@ -66,7 +70,7 @@ def _fill(constants: _Constants, node: Node) -> Node | None:
     if value is None or not value.is_contiguous() or not isinstance(number, (bool, int, float)):
         return None
     key = ("number", repr(number), value.dtype, value.device)
-    filled = constants.get(key, torch.tensor(number, dtype=value.dtype, device=value.device))
+    filled = constants.get(key, lambda: torch.tensor(number, dtype=value.dtype, device=value.device))
     return constants.graph.call_function(aten.where.self, (mask, filled, x))
 
 
@@ -78,9 +82,9 @@ def _places(constants: _Constants, node: Node) -> Node | None:
     if mask is None or mask.dtype != torch.bool or mask.dim() != 1 or not 0 < mask.numel() <= FEW or not 0 < size <= FEW:
         return None
     count, device, call = mask.numel(), mask.device, constants.graph.call_function
-    lower = constants.get(("lower", count, device), torch.ones(count, count, dtype=torch.bool, device=device).tril())
-    order = constants.get(("iota", size, device), torch.arange(size, device=device))
-    filled = constants.get(("number", fill, device), torch.tensor(fill, device=device))
+    lower = constants.get(("lower", count, device), lambda: torch.ones(count, count, dtype=torch.bool, device=device).tril())
+    order = constants.get(("iota", size, device), lambda: torch.arange(size, device=device))
+    filled = constants.get(("number", fill, device), lambda: torch.tensor(fill, device=device))
     pairs = call(aten.logical_and.default, (lower, call(aten.unsqueeze.default, (node.args[0], 0))))
     seen = call(aten.sum.dim_IntList, (pairs, [1]))
     before = call(aten.le.Tensor, (call(aten.unsqueeze.default, (seen, 0)), call(aten.unsqueeze.default, (order, 1))))
@@ -91,8 +95,7 @@ def _places(constants: _Constants, node: Node) -> Node | None:
 
 def _value(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
-    static = isinstance(value, Tensor) and not any(isinstance(size, torch.SymInt) for size in value.shape)
-    return value if static else None
+    return value if has_static_shape(value) else None
 
 
 _RULES = {aten.masked_fill.Scalar: _fill, aten.nonzero_static.default: _places}

@@ -24,6 +24,7 @@ from passes.conditional import conditional_write
 from passes.errors import Unremovable
 from passes.facts import Decision, Facts
 from passes.loops import Arm, Trip
+from passes.names import fresh_name
 from passes.scalars import Scalars
 from passes.sites import Site
 from passes.symbols import SYMBOLS, expression_of, is_symbol
@@ -104,7 +105,6 @@ class Rewriter:
         self.changes: list[tuple[str, str]] = []
         self.checks: list[Node] = []
         self._cache: dict[Any, Node] = {}
-        self._constants = 0
         self.aliases = Aliases(self)
         self._scalars = Scalars(self)
 
@@ -236,9 +236,7 @@ class Rewriter:
 
     def constant(self, value: Tensor) -> Node:
         """A tensor that every run of the graph reads."""
-        while hasattr(self.module, f"_pass_constant_{self._constants}"):
-            self._constants += 1
-        name = f"_pass_constant_{self._constants}"
+        name = fresh_name(self.module, "_pass_constant_")
         self.module.register_buffer(name, value, persistent=False)
         node = self.graph.get_attr(name)
         node.meta.update(val=self.facts.mode.from_tensor(value, static_shapes=True), site=self.site)

@@ -20,7 +20,6 @@ repeated over the groups, a weight that is not constant, an activation that some
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +33,7 @@ from passes.calls import attribute, writes
 from passes.emission import Emitter, Rows, Step, activation_steps, result_steps
 from passes.grouped import GroupedProjection, grouped_projections
 from passes.layouts import Layout, compose
+from passes.names import fresh_name
 from passes.views import GraphViews
 
 Tensor = torch.Tensor
@@ -175,7 +175,7 @@ class _Rewrite:
         held = self.module.named_buffers(recurse=False)
         name = next((name for name, buffer in held if buffer is tensor), None)
         if name is None:
-            name = next(name for i in itertools.count() if not hasattr(self.module, name := f"_routed_weight_{i}"))
+            name = fresh_name(self.module, "_routed_weight_")
             self.module.register_buffer(name, tensor)
         return name
 

@@ -21,3 +21,8 @@ def expression_of(value: Any) -> sympy.Basic:
     """The expression of a number, or of a node that stands for one."""
     value = value.meta["val"] if isinstance(value, Node) else value
     return value.node.expr if isinstance(value, SYMBOLS) else sympy.sympify(value)
+
+
+def has_static_shape(value: Any) -> bool:
+    """Whether a value is a tensor none of whose sizes is a symbol."""
+    return isinstance(value, torch.Tensor) and not any(isinstance(size, torch.SymInt) for size in value.shape)

@@ -74,3 +74,16 @@ def test_a_fill_of_a_transposed_tensor_keeps_its_layout() -> None:
     x, mask = torch.randn(3, 2).t(), torch.tensor([True, False, True])
     module = thinned(lambda x, mask: x.masked_fill(mask, 0), x, mask)
     assert module(x, mask).stride() == x.masked_fill(mask, 0).stride()
+
+
+def test_a_second_run_leaves_the_constants_of_the_first() -> None:
+    x, mask = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+    module = thinned(lambda x, mask: x.masked_fill(mask, 3.0), x, mask)
+    (output,) = module.graph.find_nodes(op="output")
+    with module.graph.inserting_before(output):
+        again = module.graph.call_function(torch.ops.aten.masked_fill.Scalar, (output.args[0], output.args[0].args[0], 5.0))
+    again.meta["val"] = x
+    output.args = ([output.args[0], again],)
+    passes.run(module, [passes.fewer_launches])
+    first, second = module(x, mask)
+    assert first.tolist() == [3.0, 2.0] and second.tolist() == [5.0, 2.0]
