@@ -37,6 +37,14 @@ def returns_view(target: Any) -> bool:
     return first is not None and result is not None and not first.is_write
 
 
+def is_pure(node: Node) -> bool:
+    """Whether a node is an operator of torch's own that depends on its arguments alone."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
 def written(node: Node) -> list[Node]:
     """The arguments that an operator writes."""
     schema = getattr(node.target, "_schema", None)
@@ -127,8 +135,9 @@ class Aliases:
         return node
 
     def is_written(self, node: Node) -> bool:
-        """Whether memory of a node of the old graph is written anywhere in it."""
-        return self._root_of(node, self._old_parents) in self._written_roots
+        """Whether memory of a node of the old graph is written anywhere in it, or may be: an input's may be any memory."""
+        root = self._root_of(node, self._old_parents)
+        return root in self._written_roots or (isinstance(root, str) and bool(self._written_roots))
 
     def is_gathered(self, node: Node) -> bool:
         """Whether ``node`` is a copy as a whole: not a view of one."""

@@ -22,14 +22,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.aliases import Aliases, returns_view, written
+from passes.aliases import Aliases, is_pure, returns_view, written
 
 
 def merge_duplicates(module: GraphModule) -> list[tuple[str, str]]:
     """Rewrite ``module`` in place; returns the nodes that went, with those that stand for them."""
     aliases = Aliases.of(module)
     roots = {node: aliases.root(node) for node in module.graph.nodes}
-    targets = {roots[target] for node in module.graph.nodes for target in written(node)}
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = set(tree_leaves(output.args))
     writes: Counter[Any] = Counter()
@@ -38,7 +37,7 @@ def merge_duplicates(module: GraphModule) -> list[tuple[str, str]]:
     for node in list(module.graph.nodes):
         for target in written(node):
             writes[roots[target]] += 1
-        if not _is_pure(node) or (not returns_view(node.target) and roots[node] in targets):
+        if not is_pure(node) or (not returns_view(node.target) and aliases.is_written(node)):
             continue
         key = _key(node, writes, roots)
         first = seen.setdefault(key, node) if key is not None else node
@@ -47,14 +46,6 @@ def merge_duplicates(module: GraphModule) -> list[tuple[str, str]]:
             node.replace_all_uses_with(first)
             module.graph.erase_node(node)
     return changes
-
-
-def _is_pure(node: Node) -> bool:
-    """Whether a node is an operator of torch's own that depends on its arguments alone."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _key(node: Node, writes: Counter[Any], roots: dict[Node, Any]) -> Any:

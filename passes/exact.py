@@ -8,6 +8,7 @@ only one sum or product at a time is the same, with nothing behind it that compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes.aliases import returns_view
+from passes.symbols import has_static_shape
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -82,20 +84,22 @@ def exact_operators(module: GraphModule, pure: set[Node], values: dict[Node, Any
 def _is_plain(node: Node, values: dict[Node, Any]) -> bool:
     """Whether a small sum or product is one of two tensors of the dtype of the result, which is floating."""
     made, read = values[node], [values[one] for one in node.args if isinstance(one, Node)]
-    if len(read) != 2 or node.kwargs or not isinstance(made, Tensor) or not made.dtype.is_floating_point:
+    if len(read) != 2 or node.kwargs or not _is_small(made, read):
         return False
-    if made.numel() > LARGEST or not all(isinstance(value, Tensor) for value in read):
+    return made.dtype.is_floating_point and all(value.dtype == made.dtype for value in read)
+
+
+def _is_small(made: Any, read: Sequence[Any]) -> bool:
+    """Whether a result is one small tensor of static shape, on the device of all that it is made from."""
+    if not has_static_shape(made) or made.numel() > LARGEST:
         return False
-    return all((value.dtype, value.device) == (made.dtype, made.device) for value in read)
+    return all(isinstance(value, Tensor) and value.device == made.device for value in read)
 
 
 def is_exact(node: Node, values: dict[Node, Any]) -> bool:
     """Whether a small operator gives the same bits however it is compiled."""
-    made = values[node]
-    if not isinstance(made, Tensor) or any(map(_is_symbol, made.shape)):
-        return False
-    read = [values[one] for one in node.all_input_nodes]
-    if made.numel() > LARGEST or not all(isinstance(value, Tensor) and value.device == made.device for value in read):
+    made, read = values[node], [values[one] for one in node.all_input_nodes]
+    if not _is_small(made, read):
         return False
     dtypes = {value.dtype for value in read}
     numbers = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, (float, complex))]
@@ -114,7 +118,3 @@ def is_exact(node: Node, values: dict[Node, Any]) -> bool:
         read = [values[one] for one in node.args[1:]]  # type: ignore[index]
         return all(value.dtype == made.dtype for value in read)
     return all(value.dtype in (torch.bool, *_WHOLE, made.dtype) for value in read)
-
-
-def _is_symbol(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)

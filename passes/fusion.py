@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.aliases import Aliases, returns_view, written
+from passes.aliases import Aliases, is_pure, returns_view
 from passes.exact import exact_operators
+from passes.names import fresh_name
 
 FEWEST = 2
 """Operators below which a region is left as it is."""
@@ -74,20 +75,9 @@ def _values(module: GraphModule) -> dict[Node, Any]:
 def _unwritten(module: GraphModule) -> set[Node]:
     """Operators of torch's own that depend on their arguments alone, and none of whose memory, read or made, is written."""
     aliases = Aliases.of(module)
-    targets = {aliases.root(target) for node in module.graph.nodes for target in written(node)}
-    inputs = {node.name for node in module.graph.nodes if node.op == "placeholder"}
-    if targets and "storages" not in module.meta:
-        targets |= inputs  # the caller's, which may be any memory
-    found = set()
-    for node in module.graph.nodes:
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-            continue
-        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
-            continue
-        if aliases.root(node) not in targets and not any(aliases.root(read) in targets for read in node.all_input_nodes):
-            found.add(node)
-    return found
+    return {
+        node for node in module.graph.nodes if is_pure(node) and not any(map(aliases.is_written, (node, *node.all_input_nodes)))
+    }
 
 
 def _early(module: GraphModule, movable: set[Node]) -> list[Node]:
@@ -169,9 +159,7 @@ class _Rebuilt:
         region = self._regions[index]
         results = [node for node in region if any(self._leaves(user, index) for user in node.users)]
         body, inputs = _body(region, results)
-        name = f"exact_{index}"
-        while hasattr(self._module, name):
-            name += "_"
+        name = fresh_name(self._module, "exact_")
         self._module.add_submodule(name, make(GraphModule(self._module, body)))
         call = graph.call_module(name, tuple(made[node] for node in inputs))
         for position, node in enumerate(results):

@@ -157,13 +157,17 @@ class Scalars:
             return self._choice(*(self.of(argument) for argument in node.args))
         if node.target is operator.mod:
             return self._remainder(*self.doubles([self.of(argument) for argument in node.args]))
-        if node.target in _LIMITS:
-            value, limit = sorted(map(self.of, node.args), key=lambda v: not isinstance(v, Node))
-            if not isinstance(limit, Node) and limit == limit:
-                return self._call(_LIMITS[node.target], self.cast(value, torch.float64), float(limit))
         if node.target in _PYTHON:
-            return self._call(_PYTHON[node.target], *self.doubles([self.of(argument) for argument in node.args]))
+            return self._computed(_PYTHON[node.target], [self.of(argument) for argument in node.args])
         raise Unremovable("no operator computes this from a value on the device", str(node.target), self._rewriter.site)
+
+    def _computed(self, function: Any, values: list[Any]) -> Node:
+        """``function`` of numbers and 0-d tensors, in float64; one limit that is a number is no tensor of its own."""
+        clamp, numbers = _CLAMPS.get(function.overloadpacket), [value for value in values if not isinstance(value, Node)]
+        if clamp is None or not numbers or numbers[0] != numbers[0]:
+            return self._call(function, *self.doubles(values))
+        (value,) = (value for value in values if isinstance(value, Node))
+        return self._call(clamp, self.cast(value, torch.float64), float(numbers[0]))
 
     def _choice(self, holds: Any, a: Any, b: Any) -> Any:
         """``a if holds else b``, of numbers and 0-d tensors."""
@@ -258,7 +262,6 @@ _SWAPPED: dict[type, Any] = {
 }
 """What operator takes its arguments the other way round; None for the same."""
 _CLAMPS = {aten.maximum: aten.clamp_min.default, aten.minimum: aten.clamp_max.default}
-_LIMITS = {torch.sym_max: aten.clamp_min.default, torch.sym_min: aten.clamp_max.default}
 _PYTHON = {
     operator.add: aten.add.Tensor,
     operator.sub: aten.sub.Tensor,

@@ -84,24 +84,21 @@ def measure_constants(device: torch.device) -> Constants:
     x = torch.zeros(8, device=device)
     step: Any = graphs.capture(lambda x: x + 1)
     step(x)
-    issues, drains, calls = [], [], []
-    for _ in range(9):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(_LAUNCHES):
-            x.add_(1)
-        issues.append((time.perf_counter() - start) * 1e6 / _LAUNCHES)
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(20):
-            x[0].item()
-        drains.append((time.perf_counter() - start) * 1e6 / 20)
-        start = time.perf_counter()
-        for _ in range(20):
-            step(x)
-        calls.append((time.perf_counter() - start) * 1e6 / 20)
-    issue = statistics.median(issues)
-    return Constants(issue, max(0.0, statistics.median(drains) - issue), statistics.median(calls))
+
+    def median_us(call: Callable[[], Any], calls: int) -> float:
+        return statistics.median(_mean_us(call, calls, device) for _ in range(9))
+
+    issue, drain = median_us(lambda: x.add_(1), _LAUNCHES), median_us(lambda: x[0].item(), 20)
+    return Constants(issue, max(0.0, drain - issue), median_us(lambda: step(x), 20))
+
+
+def _mean_us(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Microseconds of the host per call, of calls in a row that begin with an idle device."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) * 1e6 / calls
 
 
 def prepare(pattern: Pattern, sizes: SyncSizes, device: torch.device, compiler: str, progress: Progress) -> Steps:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-from graphs.errors import MissingDependency
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise MissingDependency("triton", "recording a step on a GPU", "pip install triton") from error
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from passes.rewriter import Rewriter, Rule
+from passes.symbols import has_static_shape
 
 aten = torch.ops.aten
 
@@ -49,9 +50,13 @@ def _bytes(x: Node) -> int:
 
 
 def _outweighs(x: Node, node: Node) -> bool:
-    """Whether a side of a product is large, and larger than the result: then looking at that is cheaper than copying this."""
+    """Whether a side of a product is large, and larger than the result: then looking at that is cheaper than copying this.
+
+    Args:
+        node: the result, or what has the size of it.
+    """
     value = node.meta["val"]
-    if not value.dtype.is_floating_point or any(isinstance(size, torch.SymInt) for size in value.shape):
+    if not value.dtype.is_floating_point or not has_static_shape(value):
         return False
     return _bytes(x) >= max(_LARGE, 4 * _bytes(node))
 
@@ -89,7 +94,7 @@ def attention(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     k, v = rw.front(k, 2, count), rw.front(v, 2, count)
     if isinstance(mask, Node):
         mask = rw.front(mask, mask.meta["val"].dim() - 1, count)
-    trusted = keys is not None and rw.can_check and min(_bytes(k), _bytes(v)) >= max(_LARGE, 4 * _bytes(q))
+    trusted = keys is not None and rw.can_check and _outweighs(min((k, v), key=_bytes), q)
     if keys is not None:
         if not trusted:
             k, v = _zeroed(rw, k, 2, keys), _zeroed(rw, v, 2, keys)

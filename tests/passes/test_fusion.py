@@ -183,8 +183,8 @@ programs = st.lists(
 def test_a_random_program_of_reads_writes_and_views_stays_the_same(
     any_size: None, program: list[tuple[int, int, int]], numbers: list[int]
 ) -> None:
-    def step(*given: Tensor) -> tuple[Tensor, ...]:
-        values = list(given)
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        values = list(tensors)
         for operation, first, second in program:
             values.append(OPERATIONS[operation](values[first % len(values)], values[second % len(values)]))
         return tuple(value.clone() for value in values)
