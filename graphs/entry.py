@@ -14,7 +14,7 @@ from graphs.contract.outputs import OutputTemplate
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract
 from graphs.contract.static import StaticTensors
-from graphs.contract.steering import Steering
+from graphs.contract.guards import Guards
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import Refusal
 from graphs.measure import CallTime
@@ -47,20 +47,19 @@ class Entry:
 
     Attributes:
         python: the Python state that the recording froze.
-        steering: the part of it that is compared with the present at every call.
+        guards: the Python values that the step reads, compared with the present at every call.
         opaques: weak references to the opaque arguments it was recorded with.
         externals: tensors read in place that are not arguments.
         written: the tensors that the step writes in place.
         sentinels: padding rows that padded calls may write to.
         replays, real_rows: calls served and the rows they had.
-        recheck_at: number of replays at which ``python`` is compared with the present again.
         slack: factor on the tolerance between eager and a replay: above 1 where a compiler's kernels round elsewhere.
         substitute: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
         rewrites: how often each pass changed the graph that was compiled.
         candidates: microseconds of one replay by compiler, where more than one was measured.
-        uploads: versions of host tensors that the recording holds a copy of, to be compared like ``steering``.
+        uploads: host tensors that the recording holds copies of.
         checked: the recording, where it assumes something of host values; None where it holds for any.
         group: the recordings of the key.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
@@ -71,7 +70,6 @@ class Entry:
     template: OutputTemplate
     statics: StaticTensors
     python: PythonState
-    steering: Steering
     opaques: list[Callable[[], Any]]
     externals: list[Tensor]
     written: TensorState
@@ -82,7 +80,6 @@ class Entry:
     capture_seconds: float = 0.0
     replays: int = 0
     real_rows: int = 0
-    recheck_at: int = 1
     slack: float = 1.0
     substitute: Any = None
     compiler: str = "none"
@@ -91,7 +88,8 @@ class Entry:
     candidates: dict[str, float] = field(default_factory=dict)
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None
-    uploads: list[tuple[str, Any, Any, Any]] = field(default_factory=list)
+    uploads: list[Tensor] = field(default_factory=list)
+    guards: Guards = field(default_factory=lambda: Guards((), ()))
     group: Ways = field(default_factory=lambda: Ways([]))
 
     def __post_init__(self) -> None:
@@ -101,8 +99,6 @@ class Entry:
         """Leave numbers to the recording, which advances them itself."""
         for counter in counters:
             self.python.leave_to_recording(counter.container, counter.key)
-        if counters:
-            self.steering = Steering([*self.python.steering(), *self.uploads])
 
     @property
     def sentinels(self) -> list[int]:

@@ -123,6 +123,20 @@ class ChangingValue(Refusal):
     remedy = "keep the value in a tensor that the step updates in place, or pass it as an argument"
 
 
+class UnguardedRead(Refusal):
+    """The step reads something that no later call can be compared with: a clock, a file, a seed it sets itself."""
+
+    reason = "unguarded-read"
+    remedy = "read it outside the step and pass it as an argument; seed generators before the step"
+
+
+class SideEffect(Refusal):
+    """The step does something outside of its tensors and objects, which a replay would leave out."""
+
+    reason = "side-effect"
+    remedy = "return what has to be written, and write it outside the step"
+
+
 class ManyWays(Refusal):
     """The step decides by host values in more ways than are recorded."""
 

@@ -22,6 +22,7 @@ from graphs.errors import (
     ChangingValue,
     ConfigError,
     ManyWays,
+    MovedStaticTensor,
     NestedCapture,
     Refusal,
     RowsInteract,
@@ -57,15 +58,25 @@ Route = tuple[Entry, int] | _Refused
 
 
 class _Outdated(NamedTuple):
-    """A recording whose frozen Python state is not the present one.
+    """A recording that froze what is not so any more.
 
     Attributes:
-        change: what differs; None where the object it was recorded for is gone and another took its identity.
-        unchecked: replays since the value was last known to be the recorded one.
+        change: the Python value that differs.
+        moved: the tensor that is elsewhere.
+        Neither is given where the object it was recorded for is gone and another took its identity.
     """
 
     change: Difference | None = None
-    unchecked: int = 0
+    moved: Refusal | None = None
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What has changed, as a reason not to record again."""
+        if self.change is None:
+            return self.moved
+        path, before, after = self.change.path, self.change.before, self.change.after
+        kind = MovedStaticTensor if after.startswith("tensor(") else ChangingValue
+        return kind(f"{path} was {before} when recorded and is {after} now", operator=path)
 
 
 class Recordings:
@@ -138,18 +149,14 @@ class Recordings:
         for position, opaque in enumerate(call.opaques):
             if entry.opaques[position]() is not opaque:
                 return _Outdated()
-        if not entry.statics.unchanged(tensors):
-            return entry.statics.moved(tensors)
-        changed = entry.steering.changed()
+        changed = entry.guards.changed()
         if changed is not None:
             return _Outdated(changed)
+        if not entry.statics.unchanged(tensors):
+            moved = entry.statics.moved(tensors)
+            return moved if entry.statics.moved_arguments(tensors) else _Outdated(moved=moved)
         if tensors and tensors[0].is_cuda and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
-        if entry.replays >= entry.recheck_at:
-            unchecked, entry.recheck_at = entry.replays - entry.recheck_at // 2, entry.recheck_at * 2
-            changes = entry.python.differences(between_calls=True)
-            if changes:
-                return _Outdated(changes[0], unchecked)
         return None
 
     def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,9 +214,15 @@ class Recordings:
                 found = self._record(call, args, kwargs) if beside is None else self._record_way(beside, call, args, kwargs)
             except Deferred as deferred:
                 self.attempts[call.signature] += 1
-                self.ledger.eager_calls += 1
                 if self.attempts[call.signature] > _MAX_DEFERRALS:
-                    self._remember(call, [ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))])
+                    changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
+                    self._remember(call, [deferred.refusal or changing])
+                if deferred.refusal is not None:
+                    if self.config.strict:
+                        deferred.undo()
+                        raise deferred.refusal from None
+                    self.ledger.refused(deferred.refusal)
+                self.ledger.eager_calls += 1
                 return deferred.output
             except Refused as refused:
                 if beside is None:
@@ -332,14 +345,10 @@ class Recordings:
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
-        change = why.change
         with _recording, self.lock:
             self._drop(entry)
-            if change is not None:
-                detail = f"{change.path} was {change.before} when recorded and is {change.after} now"
-                if why.unchecked:
-                    detail += f"; up to {why.unchecked} replays before this call may have used the old value"
-                refusal = ChangingValue(detail, operator=change.path)
+            refusal = why.refusal
+            if refusal is not None:
                 self.ledger.refused(refusal, outcome="the step is recorded anew")
                 self.attempts[call.signature] += entry.replays < _OFTEN
                 if self.attempts[call.signature] > 1:

@@ -24,14 +24,15 @@ import torch
 from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.arguments import map_leaves
+from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
+from graphs.contract.guard_walk import guards_of
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
-from graphs.contract.places import Difference, VersionView
+from graphs.contract.places import Difference
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static import StaticTensors
-from graphs.contract.steering import Steering
 from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to, sliced
 from graphs.errors import (
@@ -57,11 +58,14 @@ _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU thr
 
 
 class Deferred(Exception):
-    """The call ran for real and initialised state; the next call with this key is tried again."""
+    """The call ran for real and did what the next may not do: the next call with this key is tried again.
 
-    def __init__(self, output: Any, what: str, undo: Callable[[], None]) -> None:
+    It initialised state, or (``refusal``) it did what no replay can stand for, such as writing a warning.
+    """
+
+    def __init__(self, output: Any, what: str, undo: Callable[[], None], refusal: Refusal | None = None) -> None:
         super().__init__(what)
-        self.output, self.undo = output, undo
+        self.output, self.undo, self.refusal = output, undo, refusal
 
 
 class Refused(Exception):
@@ -85,7 +89,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     """
     started = time.perf_counter()
     origin = Checkpoint(step)
-    output, trace = watch_step(step.run, step.call.tensors)
+    reads = CodeReads()
+    output, trace = watch_step(observed(step.run, reads), step.call.tensors)
     origin.covers(trace)
     changed, counters = origin.differences(), origin.counters()
     lasting = next((change for change in changed if change.lasting), None)
@@ -93,6 +98,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [*trace.findings, _changing(lasting)], None)
     if trace.findings and not (step.passes and is_removable(trace.findings)):
         raise Refused(output, trace.findings, origin.restore)
+    if reads.refusals:
+        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
     if not origin.python.complete:
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
@@ -128,6 +135,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     start.restore()
     trace.written.release()
     entry.advances(advanced)
+    entry.guards = guards_of(reads, step.roots(), advanced, entry.statics.links, entry.uploads)
     entry.capture_seconds = time.perf_counter() - started
     return entry
 
@@ -240,7 +248,6 @@ def _record(
         template,
         StaticTensors([(i, step.names[i], tensors[i]) for i in static], externals, trace.written.tensors, start.python.owners),
         start.python,
-        Steering([*start.python.steering(), *_uploads(step)]),
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
         trace.written,
@@ -301,11 +308,10 @@ def _reset(step: Step, start: Checkpoint) -> None:
         step.model.prepare()
 
 
-def _uploads(step: Step) -> list[tuple[str, Any, Any, Any]]:
-    """The versions of host tensors that a rewritten graph uploaded once, as values to be compared at every call."""
+def _uploads(step: Step) -> list[Tensor]:
+    """Host tensors that a rewritten graph uploaded once: writing to one of them makes the recording out of date."""
     module = getattr(step.model, "traced", None)
-    uploaded = module.meta.get("uploaded", []) if module is not None else []
-    return [("a host tensor's version", VersionView(tensor), "", tensor._version) for tensor in uploaded]
+    return module.meta.get("uploaded", []) if module is not None else []
 
 
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,15 @@ def launched(x: Tensor) -> Tensor:
     return x * 2
 
 
+def timed(x: Tensor) -> Tensor:
+    return x * (2 if time.monotonic() > 0 else 3)  # here
+
+
+def printed(x: Tensor) -> Tensor:
+    print("a step")  # here
+    return x * 2
+
+
 def differently_called(x: Tensor) -> Tensor:
     hidden.value += 1
     return x * 2 if hidden.value % 2 else x + x  # here
@@ -178,6 +188,8 @@ CASES = [
     Case(unrepeatable, "verify-mismatch", "output 0", placed=False),
     Case(failing_when_repeated, "capture-failed", "", placed=False),
     Case(launched, "opaque-kernel", "my_kernel"),
+    Case(timed, "unguarded-read", "time.monotonic"),
+    Case(printed, "side-effect", "print"),
 ]
 REMOVED = [case.body for case in CASES if case.reason in ("host-sync", "data-dependent-shape", "host-constant")]
 REMOVED.remove(to_numpy)  # NumPy needs the numbers themselves
@@ -421,11 +433,15 @@ def test_a_step_works_on_after_its_model_raised() -> None:
     assert step.report().replays == 3
 
 
-def test_a_moved_weight_is_named_and_raised_in_strict_mode() -> None:
+def test_a_moved_weight_is_named_and_recorded_anew_until_it_moves_all_the_time() -> None:
     model = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
         step = graphs.capture(model, strict=True)
         step(torch.ones(3))
+        model.weight.data = torch.ones(3, 3)
+        assert step(torch.ones(3)).tolist() == [3, 3, 3]
+        (known,) = step.report().refusals
+        assert (known.reason, known.operator) == ("moved-static-tensor", "self.weight")
         model.weight.data = torch.ones(3, 3)
         with pytest.raises(errors.MovedStaticTensor, match=r"self\.weight"):
             step(torch.ones(3))

@@ -13,7 +13,7 @@ import torch
 Tensor = torch.Tensor
 LEAVES = (str, bytes, int, float, complex, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 """Types of values that are compared by value, and that nothing hangs on."""
-_ABSENT = object()
+ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def same(a: Any, b: Any) -> bool:
 
 def text_of(value: Any) -> str:
     """A value as a message shows it."""
-    if value is _ABSENT:
+    if value is ABSENT:
         return "absent"
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)} at {value.data_ptr():#x}"
@@ -177,5 +177,5 @@ def changed_entries(place: Place) -> list[tuple[Any, Any, Any]]:
     old = before if isinstance(before, dict) else dict(enumerate(before))
     new = after if isinstance(after, dict) else dict(enumerate(after))
     keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in place.counted]
-    pairs = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys]
+    pairs = [(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys]
     return [(key, a, b) for key, a, b in pairs if not same(a, b)]

@@ -122,7 +122,6 @@ class PythonState:
         self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
         self._seen: set[int] = set(known._seen) if known is not None else set()
         self._tensors = tensors
-        self._steering: list[tuple[str, Any, Any, Any]] = []
         self.owners: list[Link] = []
         self.complete = True
         named = list(roots)
@@ -251,26 +250,14 @@ class PythonState:
                 if module and key in ("_parameters", "_buffers", "_modules"):
                     yield from self._members(path, item, link, key != "_buffers")
                     continue
-                if own and isinstance(item, LEAVES):
-                    self._steering.append((form.format(key), attributes, key, item))
                 yield self._entry(form.format(key), attributes, key, item, link)
         names = _slot_names(value)
         if names:
             view = AttributesView(value, names)
             self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
-        if module:
-            self._module_steering(path, value, own)
         if own:
             yield path, type(value), None
-
-    def _module_steering(self, path: str, module: torch.nn.Module, own: bool) -> None:
-        forward = getattr(type(module).forward, "__code__", None)
-        if not own and (forward is None or "training" in _global_names(forward)):
-            self._steering.append((f"{path}.training", vars(module), "training", module.training))
-        if own:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                self._steering.append((f"{path}'s hooks", LengthView(hooks), "", len(hooks)))
 
     def _members(
         self, path: str, members: dict[str, Any], link: Link | None, registered: bool
@@ -292,8 +279,6 @@ class PythonState:
             for name, item in vars(base).items():
                 path = f"{base.__name__}.{name}"
                 if name in state:
-                    if isinstance(item, LEAVES):
-                        self._steering.append((path, view, name, item))
                     yield self._entry(path, view, name, item, None)
                 elif _is_code(item):
                     yield path, getattr(item, "fget", None) or getattr(item, "__func__", item), None
@@ -304,13 +289,10 @@ class PythonState:
             yield f"{path}'s default", default, None
         if function.__dict__:
             yield f"{function.__name__}'s attributes", function.__dict__, None
-            self._steer(function.__name__ + ".{}", function.__dict__, function.__dict__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             view = CellView(cell)
             self._places.append(Place(name + "{}", view.read(), view.read, view.write))
             for item in view.read().values():
-                if isinstance(item, LEAVES):
-                    self._steering.append((name, view, "", item))
                 yield self._entry(name, view, "", item, None)
         if _library_code(function):
             return
@@ -318,18 +300,12 @@ class PythonState:
         names = [name for name in dict.fromkeys(_global_names(function.__code__)) if name in space and _is_state(space[name])]
         globals_ = AttributesView(space, names)
         self._places.append(Place("{}", globals_.read(), globals_.read, globals_.write))
-        self._steer("{}", space, {name: space[name] for name in names})
         yield from (self._entry(name, globals_, name, item, None) for name, item in globals_.read().items())
 
-    def _steer(self, form: str, container: Any, items: Mapping[Any, Any]) -> None:
-        self._steering += [(form.format(key), container, key, item) for key, item in items.items() if isinstance(item, LEAVES)]
-
-    def differences(self, *, between_calls: bool = False) -> list[Difference]:
-        """What changed since the snapshot; ``between_calls`` leaves out what callers may change, random generators."""
+    def differences(self) -> list[Difference]:
+        """What changed since the snapshot."""
         found: list[Difference] = []
         for place in self._places:
-            if between_calls and place.transient:
-                continue
             found += place_differences(place)
         for path, tensor, alias in self._storages:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
@@ -353,7 +329,6 @@ class PythonState:
         for place in self._places:
             if place.container is container:
                 place.counted |= {key}
-        self._steering = [entry for entry in self._steering if not (entry[1] is container and entry[2] == key)]
 
     def restore(self) -> None:
         """Put back what the snapshot saw."""
@@ -363,13 +338,6 @@ class PythonState:
         for _, tensor, alias in self._storages:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
-
-    def steering(self) -> list[tuple[str, Any, Any, Any]]:
-        """Numbers, strings and flags that code can branch on: path, container, key, value.
-
-        Attributes of the user's own objects and classes, closures, globals, training flags and the presence of hooks.
-        """
-        return self._steering
 
 
 def _slot_names(value: Any) -> list[str]:

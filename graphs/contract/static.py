@@ -1,60 +1,34 @@
-"""Static tensors: what a recording reads in place has to be where it was.
+"""Static tensors: what a recording reads in place has to be where it was, in the shape that it had.
 
-Each call checks that static arguments are the same memory, that the whole way from the model or an opaque argument to
-every tensor is the same (``model.cache``, its ``layers``, their ``keys``), and that no storage was exchanged under a
-tensor (``param.data = ...``; ``.to()`` does it to all). Two things keep that cheap for large models. A parameter or
-submodule replaced by assignment announces itself through torch's registration hooks (`registrations`). And of more than
-`WINDOW` tensors, each call looks at the storages of the next `WINDOW`: one exchanged alone, under the same tensor, is
-noticed within ``tensors / WINDOW`` calls, all of them exchanged at the next call.
+Each call checks that static arguments are the same memory and that no storage was exchanged under a tensor that the
+recording reads (``param.data = ...``; ``.to()`` does it to all), all of them in one call of C++ in builds for a GPU. That
+the tensors still hang where the step finds them is a matter of guards (`graphs.contract.guards`).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.modules import module as _module
 
-from graphs.contract.identity import identity_check
 from graphs.contract.operators import storage_id
 from graphs.contract.python_state import Link
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
-WINDOW = 16  # about 1 us per call
 _REMEMBERED = 1024  # addresses of arguments known to lie apart from what the step writes
-
-
-class _Registrations:
-    """How often a parameter or submodule was registered in one of the modules that recordings were made of."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.watched: set[int] = set()
-        for register in (
-            _module.register_module_parameter_registration_hook,
-            _module.register_module_module_registration_hook,
-        ):
-            register(self._registered)
-
-    def _registered(self, module: torch.nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # a traced count would recompile at every slice of a ModuleList
-            return
-        if id(module._parameters) in self.watched or id(module._modules) in self.watched:
-            self.count += 1
-
-
-registrations = _Registrations()
-
-
+_equal_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA and HIP
 _data_ptr = Tensor.data_ptr
 
 
 class StaticTensors:
     """Where the static tensors of one recording were when it was made.
+
+    Attributes:
+        links: the ways from the model or an opaque argument to every tensor that the recording reads.
 
     Args:
         arguments: position, name and tensor of the static arguments.
@@ -74,25 +48,18 @@ class StaticTensors:
         static = {index for index, _, _ in arguments}
         ranges = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
         self._starts = [start for start, _ in ranges]
-        self._ends = [0, *(end for _, end in ranges)]  # of the range that begins before the one at this position
+        self._ends = [0, *accumulate((end for _, end in ranges), max)]  # of all ranges before the one at this position
         self._static = static
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
-        links = {(id(link.container), link.key): link for owner in hanging for link in _way(owner)}
-        self._registered = [link for link in links.values() if link.registered]
-        registrations.watched.update(id(link.container) for link in self._registered)
-        self._attributes = [link for link in links.values() if not link.registered]
-        self._attributes_hold = identity_check((link.container, link.key, link.value) for link in self._attributes)
+        self.links = list({(id(link.container), link.key): link for owner in hanging for link in _way(owner)}.values())
         self._names = {id(owner.value): owner.path for owner in hanging}
-        tensors = {id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values()
-        self._tensors = list(tensors)
+        self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._windows = cycle(
-            (self._tensors[start : start + WINDOW], self._pointers[start : start + WINDOW])
-            for start in range(0, max(len(self._tensors), 1), WINDOW)
-        )
-        self._registration = registrations.count
+        self._indices = list(range(len(self._tensors)))
+        self._layouts = [_layout(tensor) for tensor in self._tensors]
+        self._guards = _tensor_guards(self._tensors)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether everything is where it was. ``tensors`` are the tensor leaves of this call."""
@@ -101,20 +68,18 @@ class StaticTensors:
                 return False
         if self._starts and not self._apart.issuperset(map(_data_ptr, tensors)) and self._overlapping(tensors) is not None:
             return False
-        if not self._attributes_hold():
-            return False
-        if registrations.count != self._registration:
-            if not all(link.holds() for link in self._registered):
-                return False
-            self._registration = registrations.count
-        looked_at, pointers = next(self._windows)
-        return list(map(_data_ptr, looked_at)) == pointers
+        return self._in_place() and (self._guards is None or self._guards.check(*self._tensors))
+
+    def _in_place(self) -> bool:
+        if _equal_addresses is not None:
+            return bool(_equal_addresses(self._tensors, self._pointers, self._indices))
+        return list(map(_data_ptr, self._tensors)) == self._pointers
 
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
-        """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
+        """Position of a copied argument that shares memory with what the step writes: its copy would be stale."""
         for index, tensor in enumerate(tensors):
             pointer = tensor.data_ptr()
-            if pointer >= self._ends[bisect_right(self._starts, pointer)]:
+            if pointer >= self._ends[bisect_left(self._starts, pointer + _extent(tensor))]:
                 if len(self._apart) >= _REMEMBERED:
                     self._apart.clear()
                 self._apart.add(pointer)
@@ -131,14 +96,35 @@ class StaticTensors:
         shared = self._overlapping(tensors)
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
-        for link in [*self._attributes, *self._registered]:
-            if not link.holds():
-                return MovedStaticTensor("it is another object than the one recorded", operator=link.path)
-        for tensor, recorded in zip(self._tensors, self._pointers, strict=True):
+        for tensor, recorded, layout in zip(self._tensors, self._pointers, self._layouts, strict=True):
+            name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
             if tensor.data_ptr() != recorded:
-                name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
+            if _layout(tensor) != layout:
+                return MovedStaticTensor(f"it has another layout, {_layout(tensor)}, than {layout} when recorded", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
+
+    def moved_arguments(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether an argument is not what it has to be: a recording made anew would not serve the next call either."""
+        elsewhere = any(tensors[index].data_ptr() != pointer for index, _, pointer in self._arguments)
+        return elsewhere or self._overlapping(tensors) is not None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last one."""
+    if not tensor.numel():
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _tensor_guards(tensors: Sequence[Tensor]) -> Any:
+    """Torch's guards of shapes, strides and dtypes; None where it has none."""
+    kind = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    return kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None) if kind is not None and tensors else None
 
 
 def _way(owner: Link) -> list[Link]:

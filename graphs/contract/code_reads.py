@@ -1,0 +1,237 @@
+"""What the Python of a step asks for: the functions that run, the names they mention, and calls that nobody can guard.
+
+A profiling hook sees every function that starts and every C function that is called. The names that the code of those
+functions mentions are all that it can look up, so the values which have to be guarded are the ones that stand under these
+names. What depends on something outside the process (a clock, a file) cannot be compared at a later call, and what is
+written outside of it would not be written again: both make the step eager.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import gc
+import io
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphs.contract.libraries import origin_of
+from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
+
+_CLOCKS = frozenset(
+    "time time_ns perf_counter perf_counter_ns monotonic monotonic_ns process_time process_time_ns thread_time localtime "
+    "gmtime ctime".split()  # noqa: SIM905
+)
+_DATES = frozenset(("now", "utcnow", "today"))
+_FILES = frozenset("open stat listdir scandir read readline readlines readinto recv getcwd urandom getrandom input".split())  # noqa: SIM905
+_WRITES = frozenset("print write writelines send sendall system fork_exec unlink remove rename mkdir".split())  # noqa: SIM905
+_SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
+_THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
+_CONTEXT = frozenset(("get", "set"))
+_NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
+_CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
+"""Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
+_ENVIRONMENT = frozenset(getattr(type(__import__("os").environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__"))
+_LONGEST = 80  # characters of a text that may name an attribute
+_COMPUTED = frozenset(("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr"))
+
+
+@dataclass
+class CodeReads:
+    """What one observed run asked for.
+
+    Attributes:
+        codes: the functions that ran and the globals they ran in, by identity of the code; neither Python's own nor, but for
+            ``torch.nn``, torch's.
+        refusals: calls that no replay can stand for.
+        variables: context variables that were read or set, with what they held before.
+        environment: whether environment variables were read.
+        complete: False where another profiler was active and nothing could be observed.
+    """
+
+    codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    variables: dict[ContextVar[Any], Any] = field(default_factory=dict)
+    environment: bool = False
+    complete: bool = True
+
+    def names(self) -> frozenset[str]:
+        """Every name that the functions mention, and every text in them that may be one."""
+        found: set[str] = set()
+        for code, _ in self.codes.values():
+            found.update(names_in(code))
+        return frozenset(found)
+
+    def left_set(self) -> Iterator[Refusal]:
+        """Context variables that hold something else after the run than before."""
+        for variable, before in self.variables.items():
+            if variable.get(None) is not before:
+                yield SideEffect("the step leaves a context variable set", operator=f"ContextVar({variable.name!r})")
+
+    def computed(self) -> bool:
+        """Whether a function of the user's looks attributes up by names that do not stand in its code."""
+        return any(
+            _COMPUTED.intersection(code.co_names) and origin_of(code.co_filename) == "user" for code, _ in self.codes.values()
+        )
+
+
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Attributes that a function looks up, with the comprehensions and functions inside of it, and texts that may name one."""
+    return _names(code)[0]
+
+
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """Globals and builtins that a function looks up, with the comprehensions and functions inside of it."""
+    return _names(code)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    attributes, names = set[str](), set[str]()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
+            names.add(instruction.argval)
+        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+            attributes.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names(constant)
+            attributes |= inner[0]
+            names |= inner[1]
+        for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
+            if isinstance(text, str) and len(text) < _LONGEST:
+                attributes.update(part for part in text.split(".") if part.isidentifier())
+    return frozenset(attributes), frozenset(names)
+
+
+class _Observer:
+    """The profiling hook of one run."""
+
+    def __init__(self, reads: CodeReads) -> None:
+        self.reads = reads
+        self._seen: set[int] = set()
+        self._keep: list[types.CodeType] = []
+
+    def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if id(code) not in self._seen:
+                self._seen.add(id(code))
+                self._keep.append(code)
+                self._started(code, frame)
+        elif event == "c_call":
+            name = getattr(argument, "__name__", "")
+            if name in _NAMES:
+                self._called(name, argument, frame)
+
+    def _started(self, code: types.CodeType, frame: types.FrameType) -> None:
+        if code in _ENVIRONMENT:
+            self.reads.environment = True
+        origin = origin_of(code.co_filename)
+        module = frame.f_globals.get("__name__", "")
+        if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
+            self.reads.codes[id(code)] = (code, frame.f_globals)
+        elif module == "concurrent.futures._base" and code.co_name == "result" and not _by_itself(frame):
+            self._refuse(SideEffect, "the step waits for what another thread computes", "Future.result", frame)
+
+    def _called(self, name: str, function: Any, frame: types.FrameType) -> None:
+        owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
+        if name in _CONTEXT and isinstance(owner, ContextVar):
+            if origin_of(frame.f_code.co_filename) == "own":
+                return
+            self.reads.variables.setdefault(owner, owner.get(None))
+            return
+        refusal = _refused_call(name, owner, module)
+        if refusal is not None and not _by_itself(frame):
+            self._refuse(*refusal, frame)
+
+    def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
+        refusal = kind(detail, operator=operator, site=Site.at(_line(frame)))
+        if all(known.signature != refusal.signature for known in self.reads.refusals):
+            self.reads.refusals.append(refusal)
+
+
+def _is_layers_code(code: types.CodeType, module: str) -> bool:
+    """Whether a function of torch is one of its layers', whose attributes count; not what registers attributes with them."""
+    return module.startswith("torch.nn.") and code.co_name not in ("__setattr__", "__delattr__", "__init__")
+
+
+def _refused_call(name: str, owner: Any, module: str | None) -> tuple[type[Refusal], str, str] | None:
+    """What is wrong with a call of a C function of this name, if anything."""
+    if name in _CLOCKS and module == "time":
+        return UnguardedRead, "the step reads a clock", f"time.{name}"
+    if name in _DATES and isinstance(owner, type) and owner.__module__ == "datetime":
+        return UnguardedRead, "the step reads a clock", f"{owner.__name__}.{name}"
+    if name in _SEEDS and isinstance(owner, torch.Generator):
+        return UnguardedRead, "the step sets the state of a random generator", f"Generator.{name}"
+    if name in _THREADS:
+        return SideEffect, "the step starts a thread", f"threading.{name}"
+    outside = _is_outside(owner) or module in ("posix", "nt", "_io", "io", "builtins", "_posixsubprocess")
+    if name in _WRITES and outside:
+        return SideEffect, "the step writes to a file, a terminal or a connection, which a replay would not", name
+    if name in _FILES and outside:
+        return UnguardedRead, "the step reads what lies outside of this process", name
+    return None
+
+
+def _is_outside(owner: Any) -> bool:
+    """Whether an object stands for a file or a connection; text and bytes in memory do not."""
+    if isinstance(owner, (io.StringIO, io.BytesIO)):
+        return False
+    return isinstance(owner, io.IOBase) or type(owner).__module__ in ("_io", "_socket", "socket")
+
+
+def _by_itself(frame: types.FrameType | None) -> bool:
+    """Whether a call comes from a package that calls it for purposes of its own."""
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in _CALLERS_OF_THEIR_OWN:
+            return True
+        if origin_of(frame.f_code.co_filename) not in ("python", "own"):
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _line(frame: types.FrameType | None) -> tuple[str, int]:
+    """File and line of the innermost frame that is not Python's own."""
+    while frame is not None:
+        if origin_of(frame.f_code.co_filename) in ("user", "library"):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
+
+
+def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
+    """``run`` with the hook installed: what it asks for is put into ``reads``.
+
+    A profiler that is active already stays; then ``reads`` is marked as incomplete.
+    """
+
+    def observe() -> Any:
+        if sys.getprofile() is not None:
+            reads.complete = False
+            return run()
+        collecting = gc.isenabled()
+        gc.disable()  # what it calls is no part of the step
+        sys.setprofile(_Observer(reads))
+        try:
+            return run()
+        finally:
+            sys.setprofile(None)
+            if collecting:
+                gc.enable()
+            reads.refusals += reads.left_set()
+
+    return observe
+
+
+assert time.time.__module__ == "time" and builtins.print.__module__ == "builtins"  # what `_refused_call` tells them by

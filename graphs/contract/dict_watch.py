@@ -1,0 +1,93 @@
+"""Noticing at once that any of many dictionaries was written.
+
+What a step reads of Python hangs mostly in dictionaries: attributes of modules, their parameters and submodules, names of
+Python modules, methods of classes. From Python 3.12 on a dictionary can be watched (`PyDict_Watch`); torch's guards do so and
+number all writes to watched dictionaries in one sequence. A write to a dictionary of our own takes the next number, so two
+such writes with consecutive numbers have no other write between them: one comparison of 0.2 us instead of 30 ns for each
+value. Storing the object that is there already is no write.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_number_of = getattr(torch._C._dynamo.guards, "dict_version", None)
+
+
+class DictWatch:
+    """Counts the occasions on which a watched dictionary was found to have been written."""
+
+    def __init__(self) -> None:
+        self._own: dict[int, bool] = {0: False}
+        self._number = _number_of(self._own) if _number_of is not None else 0
+        self._changes = 0
+
+    def watch(self, dictionary: dict[Any, Any]) -> None:
+        """Notice writes to ``dictionary`` from now on, as long as it lives."""
+        assert _number_of is not None
+        _number_of(dictionary)
+
+    def changes(self) -> int:
+        """A number that is the one of the last call if no watched dictionary was written since."""
+        own = self._own
+        own[0] = not own[0]
+        number = _number_of(own)  # type: ignore[misc]
+        if number != self._number + 1:
+            self._changes += 1
+        self._number = number
+        return self._changes
+
+
+class _Probe:
+    value: Any = 0
+
+
+def _works() -> bool:
+    """Whether writes by attribute, by item, to a class and to an ordered dictionary are all noticed, and reading is not."""
+    if _number_of is None or sys.version_info < (3, 12) or sys.implementation.name != "cpython":
+        return False
+    from collections import OrderedDict
+
+    watch, probe, ordered = DictWatch(), _Probe(), OrderedDict[str, int]()
+    holder = real_dict(vars(_Probe))
+    if holder is None:
+        return False
+    for dictionary in (vars(probe), ordered, holder):
+        watch.watch(dictionary)
+    state = {"step": 0}
+
+    def store() -> None:
+        state["step"] += 1
+        probe.value = state["step"]
+
+    writes = [store] * 50  # long enough for the interpreter to specialise the store
+    writes += [lambda: ordered.update(a=1), lambda: ordered.__delitem__("a"), lambda: setattr(_Probe, "value", object())]
+    watch.changes()
+    for write in writes:
+        before = watch.changes()
+        if watch.changes() != before:
+            return False
+        write()
+        if watch.changes() == before:
+            return False
+    return True
+
+
+@functools.cache
+def shared_watch() -> DictWatch | None:
+    """The watch of this process; None where dictionaries cannot be watched: values are then compared one by one."""
+    return DictWatch() if _works() else None
+
+
+def real_dict(mapping: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dictionary behind the read-only view that ``vars`` of a class is; None where Python does not show it."""
+    if type(mapping) is dict:
+        return mapping
+    found = [referent for referent in gc.get_referents(mapping) if type(referent) is dict]
+    return found[0] if len(found) == 1 else None

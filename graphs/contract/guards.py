@@ -1,0 +1,284 @@
+"""Guards: Python values that a recording froze, compared with the present at every call.
+
+A guard belongs to one container and knows what it held. `Guards` asks them all in the cheapest way there is. Dictionaries are
+watched for writes where Python allows it (`dict_watch`), so that they are looked at only after somebody wrote to one of them;
+everything else (lists, closures, slots, buffers, globals of the user's modules, which every loop at module level writes) is
+compared in one generated expression.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from graphs.contract.dict_watch import shared_watch
+from graphs.contract.places import ABSENT, Difference, same, text_of
+
+_UNROLLED = 24  # items of a sequence that are compared by expressions of their own
+_SOURCE = """
+def all_hold():
+    try:
+        return {conditions}
+    except (KeyError, IndexError, ValueError, AttributeError):
+        return False
+"""
+Bind = Callable[[Any], str]
+"""Gives an object a name in the generated expression."""
+
+
+class Guard(Protocol):
+    """What one container held when the recording was made."""
+
+    def difference(self) -> Difference | None:
+        """The first value that is not what it was."""
+        ...
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Expressions that are true while nothing was exchanged; false ones are looked at by `difference`."""
+        ...
+
+
+class MappingGuard:
+    """Entries of a dictionary, or of the attributes of an object or class.
+
+    Args:
+        form: the path of an entry, with ``{}`` for its key.
+        mapping: the dictionary itself, so that looking at it runs nobody's code.
+        relevant: tells which keys the step can look up; entries under other keys may come and go.
+        ignored: keys of values that the recording advances itself.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        mapping: Mapping[Any, Any],
+        relevant: Callable[[Any], bool] | None = None,
+        ignored: Collection[Any] = (),
+    ) -> None:
+        self._form, self.mapping, self._relevant = form, mapping, relevant
+        self._ignored = ignored
+        self.expected = {key: value for key, value in _items(mapping) if self._counts(key)}
+        self._length = dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
+
+    def _counts(self, key: Any) -> bool:
+        return (self._relevant is None or self._relevant(key)) and key not in self._ignored
+
+    def difference(self) -> Difference | None:
+        """The first entry that was exchanged, removed or added."""
+        now = {key: value for key, value in _items(self.mapping) if self._counts(key)}
+        for key, value in self.expected.items():
+            current = now.get(key, ABSENT)
+            if current is not value and not same(current, value):
+                return Difference(self._form.format(key), text_of(value), text_of(current))
+        added = next((key for key in now if key not in self.expected), ABSENT)
+        if added is not ABSENT:
+            return Difference(self._form.format(added), text_of(ABSENT), text_of(now[added]))
+        if list(now) != list(self.expected) and self._relevant is None:
+            return Difference(self._form.format("..."), "in one order", "in another order")
+        self.expected, self._length = now, len(self.mapping)
+        return None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Every entry by identity, and the length, which tells of new ones."""
+        name = bind(self.mapping)
+        yield f"len({name}) == {self._length}" if self._length else f"not {name}"
+        for key, value in self.expected.items():
+            yield f"{name}[{_key_text(key, bind)}] is {bind(value)}"
+
+
+class NamesGuard(MappingGuard):
+    """Names of a Python module that functions look up; a name that is missing there is one of the builtins."""
+
+    def __init__(self, form: str, mapping: dict[str, Any], names: frozenset[str], ignored: Collection[Any] = ()) -> None:
+        super().__init__(form, mapping, names.__contains__, ignored)
+        self._missing = sorted(name for name in names if name not in mapping and name not in ignored)
+
+    def difference(self) -> Difference | None:
+        """The first name that means something else."""
+        for key, value in self.expected.items():
+            current = self.mapping.get(key, ABSENT)
+            if current is not value and not same(current, value):
+                return Difference(self._form.format(key), text_of(value), text_of(current))
+            self.expected[key] = current
+        added = next((name for name in self._missing if name in self.mapping), None)
+        return Difference(self._form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Every name by identity; other names of the module do not matter."""
+        name = bind(self.mapping)
+        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.expected.items())
+        yield from (f"{key!r} not in {name}" for key in self._missing)
+
+
+class SequenceGuard:
+    """The items of a list or deque, by identity; without those that the recording advances itself."""
+
+    def __init__(self, form: str, sequence: Sequence[Any], ignored: Collection[int] = ()) -> None:
+        self._form, self._sequence, self._items, self._ignored = form, sequence, list(sequence), ignored
+
+    def difference(self) -> Difference | None:
+        """The first item that was exchanged, or the length."""
+        now = list(self._sequence)
+        if len(now) != len(self._items):
+            return Difference(self._form.format("..."), f"{len(self._items)} items", f"{len(now)} items")
+        for index, (value, current) in enumerate(zip(self._items, now, strict=True)):
+            if index not in self._ignored and current is not value and not same(current, value):
+                return Difference(self._form.format(index), text_of(value), text_of(current))
+        self._items = now
+        return None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """The length and every item; long sequences in one comparison."""
+        name = bind(self._sequence)
+        yield f"len({name}) == {len(self._items)}" if self._items else f"not {name}"
+        if len(self._items) <= _UNROLLED or self._ignored:
+            yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self._items) if i not in self._ignored)
+        else:
+            yield f"{bind(_all_identical)}({name}, {bind(self._items)})"
+
+
+class ValueGuard:
+    """A value that is read by a function: the content of a buffer, a context variable, an attribute in a slot."""
+
+    def __init__(self, path: str, read: Callable[[], Any], *, by_value: bool = False) -> None:
+        self._path, self._read, self.value, self._by_value = path, read, read(), by_value
+
+    def difference(self) -> Difference | None:
+        """The value, if it is another one."""
+        now = self._read()
+        if now is self.value or (self._by_value and now == self.value) or same(now, self.value):
+            self.value = now
+            return None
+        if self._by_value:
+            return Difference(self._path, "in another state", "changed")
+        return Difference(self._path, text_of(self.value), text_of(now))
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """One comparison."""
+        yield f"{bind(self._read)}() {'==' if self._by_value else 'is'} {bind(self.value)}"
+
+
+class CellGuard:
+    """The content of a closure's cell."""
+
+    def __init__(self, path: str, cell: types.CellType) -> None:
+        self._path, self._cell, self.value = path, cell, _content(cell)
+
+    def difference(self) -> Difference | None:
+        """The content, if it is another object."""
+        now = _content(self._cell)
+        if not same(now, self.value):
+            return Difference(self._path, text_of(self.value), text_of(now))
+        self.value = now
+        return None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """The content by identity; an empty cell raises, and is looked at by `difference`."""
+        yield f"{bind(self._cell)}.cell_contents is {bind(self.value)}"
+
+
+class FunctionGuard:
+    """The code and the defaults of a function, which may be exchanged while the function stays what it is."""
+
+    _PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+
+    def __init__(self, path: str, function: types.FunctionType) -> None:
+        self._path, self._function = path, function
+        self._values = [getattr(function, part) for part in self._PARTS]
+
+    def difference(self) -> Difference | None:
+        """The part that was exchanged."""
+        for part, value in zip(self._PARTS, self._values, strict=True):
+            now = getattr(self._function, part)
+            if now is not value:
+                return Difference(f"{self._path}.{part}", text_of(value), text_of(now))
+        return None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Each part by identity."""
+        name = bind(self._function)
+        yield from (f"{name}.{part} is {bind(value)}" for part, value in zip(self._PARTS, self._values, strict=True))
+
+
+class Guards:
+    """The guards of one recording.
+
+    Args:
+        watched: of dictionaries that are rarely written, if ever.
+        polled: all others.
+    """
+
+    def __init__(self, watched: Sequence[MappingGuard], polled: Sequence[Guard]) -> None:
+        self._watch = shared_watch()
+        self._watched, self._polled = list(watched), list(polled)
+        if self._watch is None:
+            self._watched, self._polled = [], [*self._watched, *self._polled]
+        for guard in self._watched:
+            assert self._watch is not None and isinstance(guard.mapping, dict)
+            self._watch.watch(guard.mapping)
+        self._seen = self._watch.changes() if self._watch is not None else 0
+        self._all_hold = _expression(self._polled)
+
+    def changed(self) -> Difference | None:
+        """The first value that is not the recorded one. Runs at every call."""
+        watch = self._watch
+        if watch is not None:
+            changes = watch.changes()
+            if changes != self._seen:
+                found = _first(self._watched)
+                if found is not None:
+                    return found
+                self._seen = changes
+        if self._all_hold():
+            return None
+        found = _first(self._polled)
+        if found is None:  # equal, and another object: compared by identity from now on
+            self._all_hold = _expression(self._polled)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._watched) + len(self._polled)
+
+
+def _first(guards: Sequence[Guard]) -> Difference | None:
+    return next((found for guard in guards if (found := guard.difference()) is not None), None)
+
+
+def _expression(guards: Sequence[Guard]) -> Callable[[], bool]:
+    """One function that tells whether all conditions of all guards are true."""
+    objects: dict[str, Any] = {}
+    names: dict[int, str] = {}
+
+    def bind(value: Any) -> str:
+        if value is None or value is True or value is False:
+            return repr(value)
+        name = names.setdefault(id(value), f"o{len(names)}")
+        objects[name] = value
+        return name
+
+    conditions = [condition for guard in guards for condition in guard.conditions(bind)]
+    exec(_SOURCE.format(conditions="\n            and ".join(["(True", *conditions]) + ")"), objects)
+    check: Callable[[], bool] = objects["all_hold"]
+    return check
+
+
+def _items(mapping: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """The entries of a dictionary, whatever a subclass makes of ``items``."""
+    yield from (dict.items(mapping) if isinstance(mapping, dict) else mapping.items())
+
+
+def _key_text(key: Any, bind: Bind) -> str:
+    return repr(key) if type(key) in (str, int) else bind(key)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _all_identical(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    return all(map(operator.is_, now, then))
