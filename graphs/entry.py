@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from graphs.contract.counters import Counter
+from graphs.contract.guards import Guards
 from graphs.contract.outputs import OutputTemplate
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract
 from graphs.contract.static import StaticTensors
-from graphs.contract.guards import Guards
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import Refusal
 from graphs.measure import CallTime

@@ -27,8 +27,10 @@ from graphs.contract.libraries import origin_of
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
 
 _CLOCKS = frozenset(
-    "time time_ns perf_counter perf_counter_ns monotonic monotonic_ns process_time process_time_ns thread_time localtime "
-    "gmtime ctime".split()  # noqa: SIM905
+    (
+        *("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns"),
+        *("process_time", "process_time_ns", "thread_time", "localtime", "gmtime", "ctime"),
+    )
 )
 _DATES = frozenset(("now", "utcnow", "today"))
 _FILES = frozenset("open stat listdir scandir read readline readlines readinto recv getcwd urandom getrandom input".split())  # noqa: SIM905
@@ -39,7 +41,9 @@ _CONTEXT = frozenset(("get", "set"))
 _NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
-_ENVIRONMENT = frozenset(getattr(type(__import__("os").environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__"))
+_ENVIRONMENT = frozenset(
+    getattr(type(__import__("os").environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__")
+)
 _LONGEST = 80  # characters of a text that may name an attribute
 _COMPUTED = frozenset(("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr"))
 

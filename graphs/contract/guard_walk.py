@@ -15,7 +15,7 @@ import os
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,19 @@ from graphs.contract.guards import (
 from graphs.contract.libraries import origin_of, origin_of_code, origin_of_type
 from graphs.contract.places import ABSENT, LEAVES
 from graphs.contract.python_state import Link
+from graphs.contract.raw_access import (
+    IMMUTABLE_TYPE,
+    attributes_of,
+    class_attribute,
+    elements_of,
+    module_name,
+    of_type,
+    sequence_class,
+    slots_of,
+)
 
 Tensor = torch.Tensor
 _LIMIT = 200_000  # objects
-_IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: classes written in C
 _NOT_ENTERED = (
     *(types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(torch.Generator, torch.UntypedStorage, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
@@ -48,7 +57,9 @@ _NOT_ENTERED = (
 )
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
 """Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
-_NOT_METHODS = frozenset(("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "__slots__"))
+_NOT_METHODS = frozenset(
+    ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "__slots__")
+)
 _SMALL = 1 << 24  # bytes of a buffer that are compared at each call
 
 
@@ -85,9 +96,7 @@ class GuardWalk:
         complete: False when more hangs on the step than is worth comparing.
     """
 
-    def __init__(
-        self, reads: CodeReads, roots: Iterable[tuple[str, Any]], advanced: Iterable[tuple[Any, Any]] = ()
-    ) -> None:
+    def __init__(self, reads: CodeReads, roots: Iterable[tuple[str, Any]], advanced: Iterable[tuple[Any, Any]] = ()) -> None:
         self._reads, self._roots = reads, list(roots)
         self._advanced: dict[int, set[Any]] = {}
         for container, key in advanced:
@@ -107,12 +116,14 @@ class GuardWalk:
 
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for ways to tensors that the walk did not find: behind objects that no observed function names."""
-        guarded = {id(guard.mapping) for guard in self._watched} | {id(guard.mapping) for guard in self._polled if isinstance(guard, MappingGuard)}
+        guarded = {id(guard.mapping) for guard in self._watched} | {
+            id(guard.mapping) for guard in self._polled if isinstance(guard, MappingGuard)
+        }
         ways = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in ways if isinstance(link.container, dict)}
         for identity, container in dicts.items():
             keys = {link.key: link.path for link in ways if id(link.container) == identity}
-            self._mapping(os.path.commonprefix(list(keys.values())) + "{}", container, keys.__contains__, enter=False)
+            self._mapping(next(iter(keys.values())).rpartition(".")[0] + ".{}", container, keys.__contains__, enter=False)
         return [
             ValueGuard(link.path, functools.partial(_held, link.container, link.key))
             for link in ways
@@ -135,7 +146,7 @@ class GuardWalk:
         root_ids = {id(root) for _, root in self._roots}
         while self._pending:
             path, value = self._pending.pop()
-            if isinstance(value, (*LEAVES, *_NOT_ENTERED)) or id(value) in self._seen:
+            if of_type(value, (*LEAVES, *_NOT_ENTERED)) or id(value) in self._seen:
                 continue
             if len(self._seen) > _LIMIT:
                 self.complete = False
@@ -189,25 +200,25 @@ class GuardWalk:
                 self._pending.append((f"{path}.{name}", value))
 
     def _visit(self, path: str, value: Any) -> None:
-        walk = _static(type(value), "__graphs_walk__")
+        walk = class_attribute(type(value), "__graphs_walk__")
         if walk is not None:
             self._pending.append((path, walk(value)))
-        elif isinstance(value, Tensor):
-            attributes = _attributes_of(value)
+        elif of_type(value, Tensor):
+            attributes = attributes_of(value)
             if attributes:
                 self._mapping(path + ".{}", attributes, self._relevant)
-        elif isinstance(value, types.MethodType):
+        elif type(value) is types.MethodType:
             self._pending += [(path, value.__self__), (path, value.__func__)]
-        elif isinstance(value, types.FunctionType):
+        elif type(value) is types.FunctionType:
             self._function(path, value)
-        elif isinstance(value, functools.partial):
+        elif of_type(value, functools.partial):
             self._pending += [(path, value.func), (path, value.args), (path, value.keywords)]
-        elif isinstance(value, type):
+        elif of_type(value, type):
             self._class(value)
-        elif isinstance(value, (property, staticmethod, classmethod)):
+        elif of_type(value, (property, staticmethod, classmethod)):
             parts = ("fget", "fset") if isinstance(value, property) else ("__func__",)
             self._pending += [(path, getattr(value, part)) for part in parts]
-        elif isinstance(value, weakref.ref):
+        elif of_type(value, weakref.ref):
             self._polled.append(ValueGuard(path, value))
             self._pending.append((path, value()))
         elif not self._buffer(path, value):
@@ -215,32 +226,29 @@ class GuardWalk:
 
     def _container(self, path: str, value: Any) -> None:
         """Lists, dictionaries and the like, which may have attributes too; and all other objects."""
-        form = path + "[{!r}]"
-        if isinstance(value, dict):
+        form, kind = path + "[{!r}]", sequence_class(value)
+        if of_type(value, dict):
             self._mapping(form, value)
-        elif isinstance(value, types.MappingProxyType):
+        elif type(value) is types.MappingProxyType:
             inner = real_dict(value)
             if inner is not None:
                 self._mapping(form, inner)
-        elif isinstance(value, (list, deque)):
-            self._polled.append(SequenceGuard(form, value, self._advanced.get(id(value), ())))
-            self._pending += [(form.format(index), item) for index, item in enumerate(value)]
-        elif isinstance(value, tuple):
-            self._pending += [(form.format(index), item) for index, item in enumerate(tuple.__iter__(value))]
-        elif isinstance(value, (set, frozenset)):
-            items = list(type(value).__mro__[-2].__iter__(value))  # of set or frozenset themselves
-            if isinstance(value, set):
+        elif kind is not None:
+            items = elements_of(value)
+            if kind in (list, deque):
+                self._polled.append(SequenceGuard(form, value, items, self._advanced.get(id(value), ())))
+            elif kind is set:
                 self._polled.append(ValueGuard(path + "{}", functools.partial(_identities, value), by_value=True))
-            self._pending += [(path + "{}", item) for item in items]
+            self._pending += [(form.format(index), item) for index, item in enumerate(items)]
         if type(value) not in (dict, list, tuple, set, frozenset, deque, OrderedDict):
             self._object(path, value)
 
     def _buffer(self, path: str, value: Any) -> bool:
         """Memory of bytes: numpy arrays, ``array.array``, bytearrays, views of them."""
-        if isinstance(value, (bytearray, array.array, memoryview)):
+        if of_type(value, (bytearray, array.array, memoryview)):
             self._polled.append(ValueGuard(path, functools.partial(bytes, memoryview(value).cast("B")), by_value=True))
             return True
-        if type(value).__module__.partition(".")[0] != "numpy":
+        if module_name(type(value)).partition(".")[0] != "numpy":
             return False
         if hasattr(value, "tobytes") and value.nbytes <= _SMALL and not value.dtype.hasobject:
             self._polled.append(ValueGuard(path, value.tobytes, by_value=True))
@@ -268,13 +276,15 @@ class GuardWalk:
 
     def _class(self, kind: type[Any]) -> None:
         for base in type.__getattribute__(kind, "__mro__"):
-            if base.__flags__ & _IMMUTABLE or (id(base) in self._seen and base is not kind):
+            if base.__flags__ & IMMUTABLE_TYPE or (id(base) in self._seen and base is not kind):
                 continue
             self._seen.add(id(base))
             content = real_dict(type.__getattribute__(base, "__dict__"))
             if content is None or origin_of_type(base) == "python":
                 continue
-            guard = MappingGuard(base.__name__ + ".{}", content, functools.partial(_is_looked_up, self._names), self._advanced.get(id(content), ()))
+            guard = MappingGuard(
+                base.__name__ + ".{}", content, functools.partial(_is_looked_up, self._names), self._advanced.get(id(content), ())
+            )
             self._watched.append(guard)
             if origin_of_type(base) != "torch":
                 named = [(key, item) for key, item in guard.expected.items() if _is_code(item) or not key.startswith("__")]
@@ -283,12 +293,12 @@ class GuardWalk:
     def _object(self, path: str, value: Any) -> None:
         kind = type(value)
         users = origin_of_type(kind) == "user"
-        module = isinstance(value, torch.nn.Module)
-        package = str(kind.__module__)
+        module = of_type(value, torch.nn.Module)
+        package = module_name(kind)
         if not users and not module and package.partition(".")[0] in _FOREIGN and not package.startswith("torch.nn"):
             return
         form, relevant = path + ".{}", None if users and self._everything else self._relevant
-        attributes = _attributes_of(value)
+        attributes = attributes_of(value)
         if attributes is not None:
             self._mapping(form, attributes, relevant)
             for members in ("_parameters", "_buffers", "_modules") if module else ():
@@ -296,34 +306,15 @@ class GuardWalk:
                 if isinstance(held, dict):
                     self._seen.add(id(held))
                     self._mapping(form, held)
-        for name in _slot_names(kind) if not kind.__flags__ & _IMMUTABLE else ():
+        for name, slot in slots_of(kind).items():
             if relevant is None or relevant(name):
-                self._slot(f"{path}.{name}", value, kind, name)
+                self._slot(f"{path}.{name}", value, slot)
         self._pending.append((path, kind))
 
-    def _slot(self, path: str, value: Any, kind: type[Any], name: str) -> None:
-        read = functools.partial(_slot_content, _static(kind, name), value)
-        guard = ValueGuard(path, read)
+    def _slot(self, path: str, value: Any, slot: types.MemberDescriptorType) -> None:
+        guard = ValueGuard(path, functools.partial(_slot_content, slot, value))
         self._polled.append(guard)
         self._pending.append((path, guard.value))
-
-
-def _static(kind: type[Any], name: str) -> Any:
-    """A class attribute as it lies there, without asking the class for it."""
-    for base in type.__getattribute__(kind, "__mro__"):
-        content = type.__getattribute__(base, "__dict__")
-        if name in content:
-            return content[name]
-    return None
-
-
-def _attributes_of(value: Any) -> dict[str, Any] | None:
-    """The dictionary of an object's attributes, without asking the object; None where it has none."""
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _is_looked_up(names: frozenset[str], key: str) -> bool:
@@ -333,14 +324,6 @@ def _is_looked_up(names: frozenset[str], key: str) -> bool:
 
 def _is_code(item: Any) -> bool:
     return isinstance(item, (types.FunctionType, property, staticmethod, classmethod))
-
-
-def _slot_names(kind: type[Any]) -> Collection[str]:
-    names: dict[str, None] = {}
-    for base in type.__getattribute__(kind, "__mro__"):
-        content = type.__getattribute__(base, "__dict__")
-        names.update((name, None) for name, item in content.items() if isinstance(item, types.MemberDescriptorType))
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def _slot_content(descriptor: Any, value: Any) -> Any:
@@ -357,9 +340,9 @@ def _held(container: Any, key: Any) -> Any:
         return ABSENT
 
 
-def _version(tensor: Tensor) -> int:
-    return tensor._version
-
-
 def _identities(items: set[Any]) -> frozenset[int]:
     return frozenset(map(id, set.__iter__(items)))
+
+
+def _version(tensor: Tensor) -> int:
+    return tensor._version

@@ -8,15 +8,19 @@ compared in one generated expression.
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
 from graphs.contract.places import ABSENT, Difference, same, text_of
+from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
+_REBUILDS = 4  # of the expression: objects made anew at each call are compared one by one after that
 _SOURCE = """
 def all_hold():
     try:
@@ -60,7 +64,7 @@ class MappingGuard:
         self._form, self.mapping, self._relevant = form, mapping, relevant
         self._ignored = ignored
         self.expected = {key: value for key, value in _items(mapping) if self._counts(key)}
-        self._length = dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
+        self._length = _length(mapping)
 
     def _counts(self, key: Any) -> bool:
         return (self._relevant is None or self._relevant(key)) and key not in self._ignored
@@ -77,11 +81,17 @@ class MappingGuard:
             return Difference(self._form.format(added), text_of(ABSENT), text_of(now[added]))
         if list(now) != list(self.expected) and self._relevant is None:
             return Difference(self._form.format("..."), "in one order", "in another order")
-        self.expected, self._length = now, len(self.mapping)
+        self.expected, self._length = now, _length(self.mapping)
         return None
+
+    def _unchanged(self) -> bool:
+        return self.difference() is None
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every entry by identity, and the length, which tells of new ones."""
+        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType):
+            yield f"{bind(self._unchanged)}()"
+            return
         name = bind(self.mapping)
         yield f"len({name}) == {self._length}" if self._length else f"not {name}"
         for key, value in self.expected.items():
@@ -113,14 +123,17 @@ class NamesGuard(MappingGuard):
 
 
 class SequenceGuard:
-    """The items of a list or deque, by identity; without those that the recording advances itself."""
+    """The items of a list or deque, by identity; without those that the recording advances itself.
 
-    def __init__(self, form: str, sequence: Sequence[Any], ignored: Collection[int] = ()) -> None:
-        self._form, self._sequence, self._items, self._ignored = form, sequence, list(sequence), ignored
+    A subclass may answer for its length and items, so it is read through the class it derives from.
+    """
+
+    def __init__(self, form: str, sequence: Sequence[Any], items: list[Any], ignored: Collection[int] = ()) -> None:
+        self._form, self._sequence, self._items, self._ignored = form, sequence, items, ignored
 
     def difference(self) -> Difference | None:
         """The first item that was exchanged, or the length."""
-        now = list(self._sequence)
+        now = elements_of(self._sequence)
         if len(now) != len(self._items):
             return Difference(self._form.format("..."), f"{len(self._items)} items", f"{len(now)} items")
         for index, (value, current) in enumerate(zip(self._items, now, strict=True)):
@@ -131,6 +144,9 @@ class SequenceGuard:
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """The length and every item; long sequences in one comparison."""
+        if type(self._sequence) not in (list, deque):
+            yield f"{bind(functools.partial(_same_elements, self._sequence, self._items, self._ignored))}()"
+            return
         name = bind(self._sequence)
         yield f"len({name}) == {len(self._items)}" if self._items else f"not {name}"
         if len(self._items) <= _UNROLLED or self._ignored:
@@ -220,6 +236,7 @@ class Guards:
             self._watch.watch(guard.mapping)
         self._seen = self._watch.changes() if self._watch is not None else 0
         self._all_hold = _expression(self._polled)
+        self._rebuilds = 0
 
     def changed(self) -> Difference | None:
         """The first value that is not the recorded one. Runs at every call."""
@@ -234,7 +251,8 @@ class Guards:
         if self._all_hold():
             return None
         found = _first(self._polled)
-        if found is None:  # equal, and another object: compared by identity from now on
+        if found is None and self._rebuilds < _REBUILDS:  # equal, and another object: compared by identity from now on
+            self._rebuilds += 1
             self._all_hold = _expression(self._polled)
         return found
 
@@ -265,8 +283,16 @@ def _expression(guards: Sequence[Guard]) -> Callable[[], bool]:
 
 
 def _items(mapping: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """The entries of a dictionary, whatever a subclass makes of ``items``."""
-    yield from (dict.items(mapping) if isinstance(mapping, dict) else mapping.items())
+    return items_of(mapping) if isinstance(mapping, dict) else iter(mapping.items())
+
+
+def _same_elements(sequence: Sequence[Any], items: list[Any], ignored: Collection[int]) -> bool:
+    now = elements_of(sequence)
+    return len(now) == len(items) and all(a is b or i in ignored for i, (a, b) in enumerate(zip(now, items, strict=True)))
+
+
+def _length(mapping: Mapping[Any, Any]) -> int:
+    return dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
 
 
 def _key_text(key: Any, bind: Bind) -> str:

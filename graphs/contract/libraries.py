@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from graphs.contract.raw_access import module_name
+
 _PYTHON = tuple({os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = ("site-packages", "dist-packages")
 _TORCH = tuple(os.path.dirname(path) + os.sep for path in torch.__path__ for path in (os.path.join(path, ""),))
@@ -70,8 +72,8 @@ def origin_of_code(code: types.CodeType, space: dict[str, Any]) -> str:
 @functools.cache
 def origin_of_type(kind: Any) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
-    name = type.__getattribute__(kind, "__dict__").get("__module__")
-    module = sys.modules.get(name) if isinstance(name, str) else None
+    name = module_name(kind)
+    module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):
         return "user"
     return origin_of(str(vars(module).get("__file__") or "<frozen>"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import functools
+import math
 import types
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from graphs.contract.raw_access import IMMUTABLE_TYPE, mapping_class, sequence_class, slots_of
 
 Tensor = torch.Tensor
 LEAVES = (str, bytes, int, float, complex, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
@@ -55,17 +59,20 @@ class CellView:
 
 
 class AttributesView:
-    """Some attributes of an object or class, or some names of a namespace, as a mapping."""
+    """Some attributes of an object's slots or of a class, or some names of a namespace, as a mapping."""
 
     def __init__(self, owner: Any, names: Iterable[str]) -> None:
         self._owner, self._names = owner, tuple(names)
+        self._slots = {} if isinstance(owner, (dict, type)) else slots_of(type(owner))
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self._owner, dict):
             return self._owner[key]
+        if isinstance(self._owner, type):
+            return type.__getattribute__(self._owner, "__dict__")[key]
         try:
-            return vars(self._owner)[key] if isinstance(self._owner, type) else getattr(self._owner, key)
-        except AttributeError as error:
+            return self._slots[key].__get__(self._owner)
+        except AttributeError as error:  # empty
             raise KeyError(key) from error
 
     def read(self) -> dict[str, Any]:
@@ -79,14 +86,24 @@ class AttributesView:
         return content
 
     def write(self, content: dict[str, Any]) -> None:
-        """Set the attributes in ``content``."""
+        """Set those attributes that are not what ``content`` says."""
+        now = self.read()
         for name, value in content.items():
+            if now.get(name, ABSENT) is value:
+                continue
             if isinstance(self._owner, dict):
                 self._owner[name] = value
             elif isinstance(self._owner, type):
-                setattr(self._owner, name, value)
+                type.__setattr__(self._owner, name, value)
             else:
-                object.__setattr__(self._owner, name, value)
+                self._slots[name].__set__(self._owner, value)
+        for name in now.keys() - content.keys():
+            if isinstance(self._owner, dict):
+                del self._owner[name]
+            elif isinstance(self._owner, type):
+                type.__delattr__(self._owner, name)
+            else:
+                self._slots[name].__delete__(self._owner)
 
 
 @dataclass(slots=True)
@@ -103,69 +120,79 @@ class Place:
     counted: frozenset[Any] = frozenset()  # keys of numbers that a recording advances itself
 
 
-def write_list(container: Any, content: list[Any]) -> None:
+def write_sequence(container: Any, content: list[Any]) -> None:
     """Make a list or deque hold ``content``."""
-    container.clear()
-    container.extend(content)
+    kind = sequence_class(container)
+    if kind is list:
+        list.__setitem__(container, slice(None), content)
+    else:
+        kind.clear(container)
+        kind.extend(container, content)
 
 
-def write_mapping(container: MutableMapping[Any, Any], content: dict[Any, Any]) -> None:
-    """Make a mapping hold ``content``, in its order."""
-    container.clear()
-    container.update(content)
+def write_mapping(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """Make a dictionary hold ``content``, in its order; entries that are right are left alone."""
+    kind = mapping_class(container)
+    for key in [key for key in kind.keys(container) if key not in content]:
+        kind.__delitem__(container, key)
+    for key, value in content.items():
+        if kind.get(container, key, ABSENT) is not value:
+            kind.__setitem__(container, key, value)
+    if list(kind.keys(container)) != list(content):
+        kind.clear(container)
+        for key, value in content.items():
+            kind.__setitem__(container, key, value)
 
 
 def write_set(container: Any, content: Any) -> None:
     """Make a set or bytearray hold ``content``."""
-    container.clear()
-    container |= content
+    if isinstance(container, bytearray):
+        container[:] = content
+    else:
+        set.clear(container)
+        set.update(container, content)
+
+
+def read_set(container: set[Any]) -> tuple[Any, ...]:
+    """The items of a set in an order of their own, to be compared by identity: equality would be the items' own."""
+    return tuple(sorted(set.__iter__(container), key=id))
 
 
 def same(a: Any, b: Any) -> bool:
-    """Identity, or equality of values of one immutable type (NaN equals itself)."""
+    """Identity, or equality of values of one immutable type (NaN equals itself, and the zeros differ by their signs)."""
     if a is b:
         return True
-    if isinstance(a, LEAVES) and type(a) is type(b):
-        return bool(a == b or (a != a and b != b))
+    if type(a) is type(b) is float:
+        return (a == b and math.copysign(1.0, a) == math.copysign(1.0, b)) or (a != a and b != b)
+    if type(a) is type(b) and issubclass(type(a), LEAVES):
+        return bool(a == b or (a != a and b != b)) if _is_plain(type(a)) else False
     if type(a) is tuple and type(b) is tuple:
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return False
+
+
+@functools.cache
+def _is_plain(kind: type[Any]) -> bool:
+    """Whether values of a class are compared by Python's or torch's own code."""
+    compares = next(base for base in kind.__mro__ if "__eq__" in vars(base))
+    return bool(compares.__flags__ & IMMUTABLE_TYPE)
 
 
 def text_of(value: Any) -> str:
     """A value as a message shows it."""
     if value is ABSENT:
         return "absent"
-    if isinstance(value, Tensor):
-        return f"tensor{tuple(value.shape)} at {value.data_ptr():#x}"
-    return repr(value) if isinstance(value, LEAVES) else f"a {type(value).__name__}"
-
-
-class LengthView:
-    """The number of items of a container, as a mapping with one item."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-
-    def __getitem__(self, key: str) -> int:
-        return len(self._container)
-
-
-class VersionView:
-    """How often a tensor was written, as a mapping with one item."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __getitem__(self, key: str) -> int:
-        return self._tensor._version
+    kind = type(value)
+    if kind in (Tensor, torch.nn.Parameter):
+        return f"tensor{tuple(value.shape)} at {value.data_ptr():#x}" if value.layout == torch.strided else "a tensor"
+    return repr(value) if kind in LEAVES or issubclass(kind, enum.Enum) else f"a {kind.__name__}"
 
 
 def place_differences(place: Place) -> list[Difference]:
     """What changed in one place since it was read first."""
     before, after = place.content, place.read()
     if not isinstance(before, (dict, list)):
-        if before == after:
+        if same(before, after) or (not isinstance(before, tuple) and before == after):
             return []
         return [Difference(place.form.format(""), "in another state", "advanced", place.lasting)]
     return [Difference(place.form.format(key), text_of(a), text_of(b)) for key, a, b in changed_entries(place)]

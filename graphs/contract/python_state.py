@@ -1,8 +1,8 @@
 """Python state that a step can read or change: found by walking, compared, restored.
 
 The walk starts at the model, its opaque arguments and, for functions, their closures, defaults and the globals they
-name. It enters containers, objects and the user's own classes and functions; of code that comes with Python or sits in
-site-packages it enters objects but not classes or functions. C objects are not entered.
+name. It enters containers, objects and the user's own classes and functions; of libraries it enters objects but not
+classes or functions. C objects are not entered. Looking runs no code of the user's (`raw_access`).
 """
 
 from __future__ import annotations
@@ -12,40 +12,50 @@ import logging
 import pickle
 import random
 import sys
-import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from graphs.contract.code_reads import global_names, names_in
+from graphs.contract.libraries import origin_of, origin_of_code, origin_of_type
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
     CellView,
     Difference,
-    LengthView,
     Place,
     changed_entries,
     place_differences,
+    read_set,
     text_of,
-    write_list,
     write_mapping,
+    write_sequence,
     write_set,
+)
+from graphs.contract.raw_access import (
+    IMMUTABLE_TYPE,
+    attributes_of,
+    class_attribute,
+    elements_of,
+    items_of,
+    module_name,
+    of_type,
+    sequence_class,
+    slots_of,
 )
 
 Tensor = torch.Tensor
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SKIPPED = (
     *(types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
     *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
     *(torch.SymInt, torch.SymFloat, torch.SymBool),  # and numbers of a traced step of all that is traced
 )
 _WALK_LIMIT = 500_000
-_LIBRARY_PATHS = tuple(
-    {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))} | {"<frozen"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +80,8 @@ class Link:
             return False
 
 
-@functools.cache
-def _library_type(kind: Any) -> bool:
-    """Whether a class comes with Python or from site-packages."""
-    module = sys.modules.get(kind.__module__)
-    file = getattr(module, "__file__", None)
-    return kind.__module__ != "__main__" and (file is None or file.startswith(_LIBRARY_PATHS))
-
-
-def _library_code(function: types.FunctionType) -> bool:
-    return function.__code__.co_filename.startswith(_LIBRARY_PATHS)
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
-
-
 def _position(iterator: Any) -> tuple[Any, ...]:
+    """How far a generator, or an iterator written in C, has come."""
     frame = getattr(iterator, "gi_frame", None)
     hint = getattr(iterator, "__length_hint__", None)
     return (frame.f_lasti if frame is not None else None, hint() if hint is not None else None, repr(iterator))
@@ -131,7 +123,7 @@ class PythonState:
         pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
         while pending:
             path, value, link = pending.pop()
-            if isinstance(value, (*LEAVES, *_SKIPPED)) or id(value) in self._seen:
+            if of_type(value, (*LEAVES, *_SKIPPED)) or id(value) in self._seen:
                 continue
             if len(self._seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -166,125 +158,125 @@ class PythonState:
         self._places.append(Place(path + "{}", reading(), reading, lambda c: write(pickle.loads(c)), transient=True))
 
     def _visit(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        walk = getattr(type(value), "__graphs_walk__", None)
+        kind = type(value)
+        walk = class_attribute(kind, "__graphs_walk__")
         if walk is not None:
             yield path, walk(value), None
-        elif isinstance(value, Tensor):
-            return
-        elif isinstance(value, types.MethodType):
+        elif issubclass(kind, Tensor):
+            yield from self._inner_tensors(path, value, link)
+        elif kind is types.MethodType:
             yield path, value.__self__, link
             yield path, value.__func__, link
-        elif isinstance(value, types.FunctionType):
+        elif kind is types.FunctionType:
             yield from self._function(path, value, link)
-        elif isinstance(value, functools.partial):
+        elif issubclass(kind, functools.partial):
             for name in ("func", "args", "keywords"):
-                yield path, getattr(value, name), link
-        elif isinstance(value, type):
+                yield path, class_attribute(functools.partial, name).__get__(value), link
+        elif issubclass(kind, type):
             yield from self._class(value)
-        elif isinstance(value, (tuple, frozenset, MutableMapping, list, deque, set, bytearray)):
-            yield from self._container(path, value, link)
-        elif isinstance(value, random.Random):
-            self._places.append(Place(path + "{}", value.getstate(), value.getstate, value.setstate, transient=True))
-        elif type(value).__module__.partition(".")[0] == "numpy":
+        elif issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
+            read, write = (functools.partial(getattr(random.Random, name), value) for name in ("getstate", "setstate"))
+            self._places.append(Place(path + "{}", read(), read, write, transient=True))
+        elif module_name(kind).partition(".")[0] == "numpy":
             self._numpy(path, value)
-        elif hasattr(value, "__next__"):
+        elif kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None:
             read = functools.partial(_position, value)
             self._places.append(Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
         else:
+            yield from self._container(path, value, link)
             yield from self._object(path, value, link)
 
-    def _numpy(self, path: str, value: Any) -> None:
-        if hasattr(value, "bit_generator"):
-            bits = value.bit_generator
-            self._pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state))
-        elif hasattr(value, "set_state"):
-            self._pickled(path, value.get_state, value.set_state)
-        elif hasattr(value, "tobytes") and getattr(value, "flags", None) is not None and value.flags.writeable:
-            copy = value.copy()
-
-            def write(_: bytes) -> None:
-                value[...] = copy
-
-            self._places.append(Place(path + "{}", value.tobytes(), value.tobytes, write))
+    def _inner_tensors(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        """The tensors that a wrapper subclass is made of; it has no memory of its own."""
+        flatten = class_attribute(type(value), "__tensor_flatten__")
+        attributes = attributes_of(value) if flatten is not None else None
+        if attributes is None:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            names = flatten(value)[0]
+        yield from (self._entry(f"{path}.{n}", attributes, n, attributes[n], link) for n in names if n in attributes)
 
     def _entry(
         self, path: str, container: Any, key: Any, item: Any, parent: Link | None, registered: bool = False
     ) -> tuple[str, Any, Link]:
         link = Link(path, container, key, item, registered, parent)
-        if isinstance(item, Tensor):
+        if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and item.layout == torch.strided and not item.is_inference():
+            if self._tensors and not item.is_inference():
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 
     def _container(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        form = path + "[{!r}]"
-        if isinstance(value, MutableMapping):
-            self._places.append(
-                Place(form, dict(value), lambda: dict(value), functools.partial(write_mapping, value), container=value)
-            )
-            yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(value.items()))
-        elif isinstance(value, (set, bytearray)):
-            self._places.append(Place(path + "{}", value.copy(), value.copy, functools.partial(write_set, value)))
-        else:
-            if isinstance(value, (list, deque)):
-                self._places.append(
-                    Place(form, list(value), lambda: list(value), functools.partial(write_list, value), container=value)
-                )
-            indexed = value if not isinstance(value, frozenset) else tuple(value)
-            yield from (self._entry(form.format(index), indexed, index, item, link) for index, item in enumerate(indexed))
+        form, kind = path + "[{!r}]", sequence_class(value)
+        if of_type(value, dict):
+            self._mapping(form, value)
+            yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(items_of(value)))
+        elif of_type(value, bytearray):
+            self._places.append(Place(path + "{}", bytes(value), lambda: bytes(value), functools.partial(write_set, value)))
+        elif kind is not None:
+            if kind in (list, deque):
+                read = functools.partial(elements_of, value)
+                self._places.append(Place(form, read(), read, functools.partial(write_sequence, value), container=value))
+            elif kind is set:
+                read = functools.partial(read_set, value)
+                self._places.append(Place(path + "{}", read(), read, functools.partial(write_set, value)))
+            indexed = value if type(value) in (list, tuple, deque) else tuple(elements_of(value))
+            yield from (self._entry(form.format(i), indexed, i, item, link) for i, item in enumerate(elements_of(value)))
+
+    def _mapping(self, form: str, mapping: dict[Any, Any]) -> None:
+        read = functools.partial(_copied, mapping)
+        self._places.append(Place(form, read(), read, functools.partial(write_mapping, mapping), container=mapping))
 
     def _object(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        module = isinstance(value, torch.nn.Module)
-        own = not _library_type(type(value))  # type: ignore[arg-type]
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
-            form = path + ".{}"
-            self._places.append(
-                Place(
-                    *(form, dict(attributes), lambda: dict(attributes), functools.partial(write_mapping, attributes)),
-                    container=attributes,
-                )
-            )
+        kind = type(value)
+        module = issubclass(kind, torch.nn.Module)
+        attributes, form = attributes_of(value), path + ".{}"
+        if attributes is not None:
+            self._mapping(form, attributes)
             for key, item in list(attributes.items()):
-                if module and key in ("_parameters", "_buffers", "_modules"):
+                if module and key in ("_parameters", "_buffers", "_modules") and isinstance(item, dict):
                     yield from self._members(path, item, link, key != "_buffers")
                     continue
                 yield self._entry(form.format(key), attributes, key, item, link)
-        names = _slot_names(value)
-        if names:
-            view = AttributesView(value, names)
-            self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
+        slots = slots_of(kind)
+        if slots:
+            view = AttributesView(value, slots)
+            self._places.append(Place(form, view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
-        if own:
-            yield path, type(value), None
+        if origin_of_type(kind) == "user":
+            yield path, kind, None
 
     def _members(
         self, path: str, members: dict[str, Any], link: Link | None, registered: bool
     ) -> Iterator[tuple[str, Any, Link | None]]:
-        self._places.append(Place(path + ".{}", dict(members), lambda: dict(members), functools.partial(write_mapping, members)))
+        self._mapping(path + ".{}", members)
         self._keep.append(members)
         for name, item in list(members.items()):
             if item is not None:
                 yield self._entry(f"{path}.{name}", members, name, item, link, registered)
 
     def _class(self, kind: type[Any]) -> Iterator[tuple[str, Any, Link | None]]:
-        for base in kind.__mro__:
-            if _library_type(base) or (id(base) in self._seen and base is not kind):
+        for base in type.__getattribute__(kind, "__mro__"):
+            if origin_of_type(base) != "user" or (id(base) in self._seen and base is not kind):
                 continue
             self._seen.add(id(base))
-            state = [name for name, item in vars(base).items() if not name.startswith("__") and not _is_code(item)]
+            content = dict(type.__getattribute__(base, "__dict__"))
+            state = [name for name, item in content.items() if not name.startswith("__") and not _is_code(item)]
             view = AttributesView(base, state)
             self._places.append(Place(base.__name__ + ".{}", view.read(), view.read, view.write))
-            for name, item in vars(base).items():
+            for name, item in content.items():
                 path = f"{base.__name__}.{name}"
                 if name in state:
                     yield self._entry(path, view, name, item, None)
-                elif _is_code(item):
-                    yield path, getattr(item, "fget", None) or getattr(item, "__func__", item), None
+                elif isinstance(item, property):
+                    yield path, item.fget, None
+                elif isinstance(item, (staticmethod, classmethod)):
+                    yield path, item.__func__, None
+                elif isinstance(item, types.FunctionType):
+                    yield path, item, None
 
     def _function(self, path: str, function: types.FunctionType, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        yield path, getattr(function, "__wrapped__", None), link
+        yield path, function.__dict__.get("__wrapped__"), link
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             yield f"{path}'s default", default, None
         if function.__dict__:
@@ -294,13 +286,23 @@ class PythonState:
             self._places.append(Place(name + "{}", view.read(), view.read, view.write))
             for item in view.read().values():
                 yield self._entry(name, view, "", item, None)
-        if _library_code(function):
-            return
-        space = function.__globals__
-        names = [name for name in dict.fromkeys(_global_names(function.__code__)) if name in space and _is_state(space[name])]
-        globals_ = AttributesView(space, names)
-        self._places.append(Place("{}", globals_.read(), globals_.read, globals_.write))
-        yield from (self._entry(name, globals_, name, item, None) for name, item in globals_.read().items())
+        if origin_of_code(function.__code__, function.__globals__) == "user":
+            yield from self._globals(function)
+
+    def _globals(self, function: types.FunctionType) -> Iterator[tuple[str, Any, Link | None]]:
+        """State that a function names: globals of its own module, and names of other modules of the user's."""
+        space, code = function.__globals__, function.__code__
+        named = [name for name in sorted(global_names(code)) if name in space]
+        spaces = [("{}", space, [name for name in named if _is_state(space[name])])]
+        for name in named:
+            module = space[name]
+            if type(module) is types.ModuleType and origin_of(str(vars(module).get("__file__") or "<frozen>")) == "user":
+                held = vars(module)
+                spaces.append((name + ".{}", held, [n for n in sorted(names_in(code)) if n in held and _is_state(held[n])]))
+        for form, content, names in spaces:
+            view = AttributesView(content, names)
+            self._places.append(Place(form, view.read(), view.read, view.write))
+            yield from (self._entry(form.format(name), view, name, item, None) for name, item in view.read().items())
 
     def differences(self) -> list[Difference]:
         """What changed since the snapshot."""
@@ -340,22 +342,21 @@ class PythonState:
                 tensor.data = alias
 
 
-def _slot_names(value: Any) -> list[str]:
-    names: list[str] = []
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+def _copied(mapping: dict[Any, Any]) -> dict[Any, Any]:
+    return dict(items_of(mapping))
 
 
 def _is_code(item: Any) -> bool:
-    return isinstance(item, (types.FunctionType, staticmethod, classmethod, property)) or hasattr(type(item), "__get__")
+    code = (types.FunctionType, staticmethod, classmethod, property, types.MemberDescriptorType, types.GetSetDescriptorType)
+    return isinstance(item, code)
 
 
 def _is_state(item: Any) -> bool:
     """Whether a global can be state of the step, or lead to it: not a module, nor a library's class or function."""
-    if isinstance(item, types.FunctionType):
-        return not _library_code(item)
-    if isinstance(item, type):
-        return not _library_type(item)
-    return not isinstance(item, _SKIPPED) and (not callable(item) or isinstance(item, torch.nn.Module))
+    kind = type(item)
+    if kind is types.FunctionType:
+        return origin_of_code(item.__code__, item.__globals__) == "user"
+    if issubclass(kind, type):
+        return origin_of_type(item) == "user"
+    called = class_attribute(kind, "__call__") is not None
+    return not issubclass(kind, _SKIPPED) and (not called or issubclass(kind, torch.nn.Module) or origin_of_type(kind) == "user")

@@ -114,7 +114,9 @@ def _extent(tensor: Tensor) -> int:
     """Bytes from the first element of a tensor to the end of its last one."""
     if not tensor.numel():
         return 0
-    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+    return (
+        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    ) * tensor.element_size()
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

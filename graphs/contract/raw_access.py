@@ -1,0 +1,78 @@
+"""Looking at objects without asking them: nothing here runs a method, property or comparison of the user's.
+
+Attributes are read from where they lie, class attributes along the method resolution order, and containers through the
+methods of the class that Python ships, whatever a subclass makes of them (`ACT2FN["silu"]` of transformers instantiates).
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Any
+
+IMMUTABLE_TYPE = 1 << 8
+"""``Py_TPFLAGS_IMMUTABLETYPE``: classes written in C."""
+
+
+def of_type(value: Any, kinds: Any) -> bool:
+    """``isinstance`` by the type alone: an object may claim another ``__class__``, and computes the claim."""
+    return issubclass(type(value), kinds)
+
+
+def class_attribute(kind: type[Any], name: str) -> Any:
+    """A class attribute as it lies there; None where there is none."""
+    for base in type.__getattribute__(kind, "__mro__"):
+        content = type.__getattribute__(base, "__dict__")
+        if name in content:
+            return content[name]
+    return None
+
+
+def module_name(kind: type[Any]) -> str:
+    """Name of the Python module of a class."""
+    name = type.__dict__["__module__"].__get__(kind)  # of classes written in C it is computed
+    return name if isinstance(name, str) else "builtins"
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """The dictionary of an object's attributes; None where it has none."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def slots_of(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
+    """The slots of a class written in Python, by name."""
+    slots: dict[str, types.MemberDescriptorType] = {}
+    for base in type.__getattribute__(kind, "__mro__"):
+        if not base.__flags__ & IMMUTABLE_TYPE:
+            content = type.__getattribute__(base, "__dict__")
+            found = {name: item for name, item in content.items() if isinstance(item, types.MemberDescriptorType)}
+            slots = {**found, **slots}
+    return {name: slot for name, slot in slots.items() if name not in ("__dict__", "__weakref__")}
+
+
+def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class of Python's own that a dictionary is made of."""
+    return OrderedDict if issubclass(type(mapping), OrderedDict) else dict
+
+
+def items_of(mapping: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """The entries of a dictionary."""
+    return iter(mapping_class(mapping).items(mapping))
+
+
+def sequence_class(value: Any) -> Any:
+    """Which of Python's own containers of items a value is; None for everything else."""
+    for kind in (tuple, list, deque, set, frozenset):
+        if issubclass(type(value), kind):
+            return kind
+    return None
+
+
+def elements_of(value: Any) -> list[Any]:
+    """The items of a tuple, list, deque or set."""
+    return list(sequence_class(value).__iter__(value))
