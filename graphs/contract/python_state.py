@@ -196,6 +196,20 @@ class PythonState:
             names = flatten(value)[0]
         yield from (self._entry(f"{path}.{n}", attributes, n, attributes[n], link) for n in names if n in attributes)
 
+    def _numpy(self, path: str, value: Any) -> None:
+        if hasattr(value, "bit_generator"):
+            bits = value.bit_generator
+            self._pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state))
+        elif hasattr(value, "set_state"):
+            self._pickled(path, value.get_state, value.set_state)
+        elif hasattr(value, "tobytes") and getattr(value, "flags", None) is not None and value.flags.writeable:
+            copy = value.copy()
+
+            def write(_: bytes) -> None:
+                value[...] = copy
+
+            self._places.append(Place(path + "{}", value.tobytes(), value.tobytes, write))
+
     def _entry(
         self, path: str, container: Any, key: Any, item: Any, parent: Link | None, registered: bool = False
     ) -> tuple[str, Any, Link]:
