@@ -25,10 +25,11 @@ from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from passes.composites import run, taken_apart
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-_LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
+_LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
 
@@ -134,6 +135,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        whole = taken_apart(self, func, args, kwargs)
+        if whole is not NotImplemented:
+            return whole
         frame = user_frame(sys._getframe(1))
         self.inside = True
         try:
@@ -144,7 +148,7 @@ class _Watch(TorchDispatchMode):
             tensors = self._before(func, args, kwargs, frame)
         self.inside = True
         try:
-            result = func(*args, **kwargs)
+            result = run(func, args, kwargs)
         finally:
             self.inside = False
         with torch._C.DisableTorchFunction():
@@ -396,8 +400,11 @@ class _LastOperator(TorchDispatchMode):
         self.site = Site()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = taken_apart(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
         self.operator, self.site = str(func), Site.at(user_frame(sys._getframe(1)))
-        return func(*args, **(kwargs or {}))
+        return run(func, args, kwargs or {})
 
 
 def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], _LastOperator]:

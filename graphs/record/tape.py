@@ -21,6 +21,7 @@ from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.record.step import Body
+from passes.composites import run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -67,7 +68,10 @@ class _TapeMode(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func in RESIZING:
             raise UnsupportedOperator("the tape holds tensors at fixed storage and cannot resize them", operator=str(func))
-        result = func(*args, **kwargs)
+        whole = taken_apart(self, func, args, kwargs)
+        if whole is not NotImplemented:
+            return whole
+        result = run(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             self._append(func, args, kwargs, result)
         return result
@@ -177,7 +181,7 @@ class TapeRecording:
 
     def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
         """Run the tape on the slots of ``tensors``; see `graphs.record.step.Recording`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
             for call in self._calls:
