@@ -1,4 +1,4 @@
-"""What can be said about a call before anything runs: settings that belong to its key, and reasons not to record it."""
+"""What can be said about a call before anything runs: the names of its arguments, and reasons not to record it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,6 @@ def inadmissible(call: Call) -> Refusal | None:
     if _stream_is_capturing(call):
         return NestedCapture("the current stream is being recorded by somebody else", operator="record")
     return None
-
-
-def ambient_of(model: Any) -> tuple[Any, ...]:
-    """Settings outside the arguments that change what a step does: training mode and autocast."""
-    training = getattr(model, "training", None)
-    if torch._C._is_any_autocast_enabled():
-        return training, *((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ("cpu", "cuda"))
-    return (training,)
 
 
 def _stream_is_capturing(call: Call) -> bool:

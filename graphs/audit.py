@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from graphs.admission import ambient_of, device_of, inadmissible, parameter_names
+from graphs.admission import device_of, inadmissible, parameter_names
+from graphs.ambient import ambient_of
 from graphs.contract.arguments import flatten_call, leaf_names
 from graphs.errors import MixedDevices, UnsupportedArgument
 from graphs.findings.diagnose import diagnose

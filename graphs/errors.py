@@ -251,6 +251,38 @@ class RowsInteract(Refusal):
         """True where this call could prove nothing; a later one with other data may."""
 
 
+class ActiveMode(Refusal):
+    """The call is made inside a dispatch or function mode of the caller's, which a replay would hide its operators from."""
+
+    reason = "active-mode"
+    remedy = "call the step outside of the mode, or set graphs_observer = True on the class of a mode that changes nothing"
+
+
+class HigherOrder(Refusal):
+    """An operator that takes functions (``torch.cond``, ``scan``, ``flex_attention``), which no schema describes."""
+
+    reason = "higher-order-operator"
+    remedy = (
+        "write it with operators (torch.where for torch.cond, scaled_dot_product_attention for flex_attention), or compile the "
+        "step with backend='graphs'"
+    )
+
+
+class InternalError(Refusal):
+    """Something in this project raised; the step itself ran eagerly.
+
+    Attributes:
+        error: what was raised.
+    """
+
+    reason = "internal-error"
+    remedy = "nothing in the step has to change; please report this, with the traceback that the report shows"
+
+    def __init__(self, detail: str, error: BaseException, *, operator: str = "") -> None:
+        super().__init__(detail, operator=operator)
+        self.error = error
+
+
 class NestedCapture(Refusal):
     """The call happens while another graph is being recorded on the current stream."""
 

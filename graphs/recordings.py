@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphs.admission import ambient_of, device_of, inadmissible, is_capturing, parameter_names
+from graphs.admission import device_of, inadmissible, is_capturing, parameter_names
+from graphs.ambient import active_mode, ambient_of
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
@@ -101,6 +102,9 @@ class Recordings:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
             return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
+        inside = active_mode()
+        if inside is not None:
+            return self._refuse([inside], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self.routes.get(call.signature)

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
-from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
-from passes.composites import run, taken_apart
+from graphs.errors import AutogradInput, ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from graphs.fast_paths import unnoticed
+from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
+from passes.composites import Calls, called, run, taken_apart
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -162,6 +163,10 @@ class _Watch(TorchDispatchMode):
         """Note a value that the host got."""
         self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
 
+    def made(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of the step's own making."""
+        return self.origins.get(storage_id(tensor), ("",))[0] == "operation"
+
     @property
     def asked(self) -> str:
         """Name of the Python function of torch that is running, or an empty string."""
@@ -220,24 +225,39 @@ class _Watch(TorchDispatchMode):
         return origin
 
 
-class _Conversions(TorchFunctionMode):
+class _Conversions(Calls):
     """Reports conversions to host objects, and tells the dispatch mode which Python function is running."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
+        self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.grad_mode and func in GRAD_PROPERTIES:
+            self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
-            return func(*args, **kwargs)
+            with called(func):
+                return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
+
+    def _asked_of(self, tensor: Tensor, name: str, frame: FrameType) -> None:
+        """Report that the step asks of a tensor of its own making what autograd keeps of it."""
+        if is_users(frame) and tensor.layout == torch.strided and self.watch.made(tensor):
+            self.asked_by(frame, f"Tensor.{name}")
+
+    def asked_by(self, frame: FrameType, operator: str = "torch.is_grad_enabled") -> None:
+        """Report that the step asks whether gradients are recorded, in grad mode."""
+        at = Site.at(user_frame(frame))
+        detail = "the step asks whether gradients are recorded: they are, but not in a recording"
+        self.watch.trace.found(AutogradInput(detail, operator=operator, site=at), operator)
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"
@@ -333,7 +353,9 @@ def watch_step(
     """
     trace = into if into is not None else Trace()
     watch = _Watch(trace, arguments, before)
-    with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
+    conversions = _Conversions(watch)
+    asking = grad_questions(conversions.asked_by, is_users) if conversions.grad_mode else contextlib.nullcontext()
+    with torch.compiler.set_stance("force_eager"), _raw_launches(watch), unnoticed(), asking, conversions, watch:
         output = fn()
     for storage, checksum in trace.checksums.items():
         tensor = trace.externals[storage]
@@ -412,7 +434,7 @@ def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], _L
     mode = _LastOperator()
 
     def watched(tensors: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"), mode:
+        with torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
             return body(tensors)
 
     return watched, mode

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_tensors
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
+from graphs.fast_paths import unnoticed
 from graphs.record.step import Body
-from passes.composites import run, taken_apart
+from passes.composites import Calls, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -90,6 +91,8 @@ class _TapeMode(TorchDispatchMode):
             call = _functional_call(func, args, kwargs, result)
         else:
             call = functools.partial(func._op, *args, **kwargs)
+        for kind, dtype in casts_inside(func, args, kwargs):
+            call = torch.autocast(kind, dtype, cache_enabled=False)(call)
         self.instructions.append(_Instruction(call, reads, written | made, made, func, (args, kwargs, result)))
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
@@ -113,13 +116,12 @@ class _TapeMode(TorchDispatchMode):
 
 def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
     found = out_overload(func)
-    if found is not None:
-        overload, names = found
-        outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
-        plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
-        return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
-
-    return _copying_call(func, args, kwargs, result)
+    outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
+    if found is None or len(found[1]) != len(outputs):  # an operator may leave results undefined
+        return _copying_call(func, args, kwargs, result)
+    overload, names = found
+    plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
+    return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
 
 
 def _copying_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
@@ -223,7 +225,7 @@ class TapeRecorder:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
         buffers = contract.filled(tensors)
         mode = _TapeMode()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
             outputs = body(contract.arrange(buffers, tensors))
         volatile = {storage_id(tensor) for tensor in (buffers if owned else [*buffers, *outputs])}
         recording = TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)
