@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch._C import DispatchKey
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -131,7 +131,7 @@ def _is_composite(func: Any) -> bool:
         return False
     name = func.name()
     composite = _COMPOSITE in func.py_kernels or _has_kernel(name, _COMPOSITE.name)
-    others = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "Autograd")
+    others = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "AutogradCPU", "AutogradCUDA")
     return composite and not any(_has_kernel(name, key) for key in others)
 
 
@@ -153,7 +153,7 @@ def _autocast_devices(func: Any) -> tuple[str, ...]:
 def _cast_by_itself(name: str) -> frozenset[str]:
     """Types of the devices for which autocast has a kernel of the operator that a function of this name calls."""
     packet = getattr(torch.ops.aten, name, None) if name else None
-    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    overloads = [getattr(packet, each) for each in packet.overloads()] if isinstance(packet, OpOverloadPacket) else []
     return frozenset(kind for func in overloads for kind in _autocast_devices(func))
 
 
