@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class GraphsError(Exception):
@@ -278,8 +279,8 @@ class InternalError(Refusal):
     reason = "internal-error"
     remedy = "nothing in the step has to change; please report this, with the traceback that the report shows"
 
-    def __init__(self, detail: str, error: BaseException, *, operator: str = "") -> None:
-        super().__init__(detail, operator=operator)
+    def __init__(self, detail: str, *, error: Exception | None = None, **where: Any) -> None:
+        super().__init__(detail, **where)
         self.error = error
 
 

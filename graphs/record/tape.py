@@ -21,7 +21,7 @@ from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.fast_paths import unnoticed
-from graphs.record.step import Body
+from graphs.record.step import Body, ReplayRaised
 from passes.composites import Calls, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
@@ -186,8 +186,11 @@ class TapeRecording:
         with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
-            for call in self._calls:
-                call()
+            try:
+                for call in self._calls:
+                    call()
+            except Exception as error:
+                raise ReplayRaised(error) from error
         outputs = [
             out if dim is None else out.narrow(dim, 0, rows)
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
