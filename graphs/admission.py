@@ -8,14 +8,18 @@ from typing import Any
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.errors import MixedDevices, NestedCapture, Refusal, UnsupportedArgument
+from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
 
 Tensor = torch.Tensor
 is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
-def inadmissible(call: Call) -> Refusal | None:
+def inadmissible(call: Call, model: Any = None) -> Refusal | None:
     """Reasons that need no run to be seen."""
+    if isinstance(model, torch.nn.Module):
+        scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+        if scripted is not None:
+            return Scripted("what it keeps cannot be compared between steps", operator=scripted or "self")
     devices = {tensor.device for tensor in call.tensors}
     if len(devices) > 1:
         return MixedDevices(f"tensor arguments are on {sorted(map(str, devices))}", operator="arguments")

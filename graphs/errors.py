@@ -259,6 +259,37 @@ class ActiveMode(Refusal):
     remedy = "call the step outside of the mode, or set graphs_observer = True on the class of a mode that changes nothing"
 
 
+class UnsupportedTensor(Refusal):
+    """A tensor in the step that is no dense memory of its own: sparse, nested, of MKLDNN, or a wrapper of other tensors."""
+
+    reason = "unsupported-tensor"
+    remedy = "make it dense before the step (to_dense(), the tensors that a wrapper holds), or leave what uses it out of the step"
+
+
+class Scripted(Refusal):
+    """A module of TorchScript, whose attributes are kept where Python cannot see them change."""
+
+    reason = "torchscript"
+    remedy = "capture the module that was scripted or traced, in place of what torch.jit made of it"
+
+
+class Collective(Refusal):
+    """A collective of ``torch.distributed`` that is waited for outside of any operator."""
+
+    reason = "collective"
+    remedy = (
+        "use the functional collectives (torch.distributed._functional_collectives), which return tensors and wait as operators, "
+        "or leave the collective out of the step"
+    )
+
+
+class Unwatchable(Refusal):
+    """The step raises while its operators are watched, and does not otherwise."""
+
+    reason = "unwatchable"
+    remedy = "leave what raises out of the step: it does something that PyTorch does not support under a TorchDispatchMode"
+
+
 class HigherOrder(Refusal):
     """An operator that takes functions (``torch.cond``, ``scan``, ``flex_attention``), which no schema describes."""
 

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from graphs.errors import AutogradInput, InternalError, Refusal
+from graphs.errors import AutogradInput, InternalError, Refusal, Unwatchable
 
 _OWN = ("graphs", "passes")
 
@@ -26,9 +26,11 @@ class StepRaised(Exception):
 
 def refusal_of(error: Exception) -> Refusal:
     """Why a call ran eagerly in which ``error`` was raised that the step does not raise in eager."""
-    if torch.is_grad_enabled() and not is_of_our_own(error):
+    if is_of_our_own(error):
+        return internal_error(error)
+    if torch.is_grad_enabled() and "grad" in str(error):
         return AutogradInput(f"run without autograd, the step raises {_text(error)}", operator="grad mode")
-    return internal_error(error)
+    return Unwatchable(f"only while its operators are watched, the step raises {_text(error)}", operator=type(error).__name__)
 
 
 def internal_error(error: Exception) -> InternalError:

@@ -389,7 +389,7 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call)
+        return inadmissible(call, self.model)
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""

@@ -8,6 +8,7 @@ is an ordinary eager run: its outputs and effects are real.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,14 +17,25 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
-from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.operators import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
-from graphs.errors import AutogradInput, ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from graphs.errors import (
+    AutogradInput,
+    ChangingValue,
+    Collective,
+    HigherOrder,
+    HostSync,
+    OpaqueKernel,
+    Refusal,
+    Site,
+    UndeclaredWrite,
+    UnsupportedTensor,
+)
 from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
 from passes.composites import Calls, called, run, taken_apart
@@ -61,6 +73,22 @@ class TensorUse(NamedTuple):
     dtype: torch.dtype
     device: str
     origin: tuple[str, int]
+
+
+class _Same:
+    """An object that is equal to itself only, whatever its class says of equality."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"a {type(self.value).__name__} at {id(self.value):#x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +151,8 @@ class Trace:
 class _Watch(TorchDispatchMode):
     """Fills a `Trace` with what reaches the dispatcher."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, trace: Trace, arguments: list[Tensor], before: Trace | None) -> None:
         super().__init__()
         self.trace = trace
@@ -130,16 +160,22 @@ class _Watch(TorchDispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
+        self.objects: dict[int, tuple[Any, Any]] = {}  # of TorchScript, and how they are described
         self.origins: dict[int, tuple[str, int]] = {}
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        frame = user_frame(sys._getframe(1))
+        if isinstance(func, HigherOrderOperator):
+            return self._run_higher_order(func, args, kwargs, frame)
+        wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
+        if wrapper is not None:
+            return self._run_wrapped(wrapper, func, types, args, kwargs, frame)
         whole = taken_apart(self, func, args, kwargs)
         if whole is not NotImplemented:
             return whole
-        frame = user_frame(sys._getframe(1))
         self.inside = True
         try:
             check_once(func, args, kwargs)
@@ -159,13 +195,38 @@ class _Watch(TorchDispatchMode):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
 
+    def _run_wrapped(
+        self, wrapper: Tensor, func: OpOverload, types: Any, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
+    ) -> Any:
+        """Let the class of a wrapper run an operator: what it calls on the tensors inside is watched."""
+        with torch._C.DisableTorchFunction():
+            inner = wrapped_tensors(wrapper)
+            own = inner is not None and all(self._known(tensor) for tensor in inner)
+        if not own:
+            detail = f"a {type(wrapper).__name__} that the step did not make: its memory is in other tensors"
+            self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+        with self:
+            return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
+
+    def _known(self, tensor: Tensor) -> bool:
+        return self.origins.get(storage_id(tensor), ("external",))[0] != "external"
+
+    def _run_higher_order(self, func: HigherOrderOperator, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
+        """Run an operator that takes functions, unwatched; what it is given may be written."""
+        detail = "what the functions it is given do cannot be seen"
+        self.trace.found(HigherOrder(detail, operator=func.name(), site=Site.at(frame)), self.asked)
+        for tensor in tensors_in((*args, kwargs)):
+            if has_storage(tensor) and not self.made(tensor):
+                self.trace.written.save(tensor)
+        return func(*args, **kwargs)
+
     def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
         """Note a value that the host got."""
         self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
 
     def made(self, tensor: Tensor) -> bool:
         """Whether a tensor is of the step's own making."""
-        return self.origins.get(storage_id(tensor), ("",))[0] == "operation"
+        return self.origins.get(storage_id(tensor), ("", 0))[0] == "operation"
 
     @property
     def asked(self) -> str:
@@ -181,6 +242,7 @@ class _Watch(TorchDispatchMode):
             described = (*described, _host_data(tensors[0]))
         operation = Operation(func, described, frame)
         refusal = None if self._fills_with_host_data(func, args) else finding(func, args, kwargs, tensors, self.function)
+        refusal = _unrecordable(func, tensors) or refusal
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
@@ -198,6 +260,9 @@ class _Watch(TorchDispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.ScriptObject):
+                self.objects[id(value)] = value, ("made by operation", index)
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
@@ -205,13 +270,17 @@ class _Watch(TorchDispatchMode):
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
             tensors.append(value)
-            return TensorUse(tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
+            strides = value.stride() if has_storage(value) else ()
+            shape = () if value.is_nested else tuple(value.shape)
+            return TensorUse(shape, strides, value.dtype, value.device.type, self._origin(value))
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(item, tensors) for item in value)
         if isinstance(value, torch.Generator):
             if value not in self.trace.generators:
                 self.trace.generators[value] = value.get_state()
             return "generator"
+        if isinstance(value, torch.ScriptObject):  # which need not be comparable; one made by the step is another each time
+            return self.objects.get(id(value), (None, _Same(value)))[1]
         return value
 
     def _origin(self, tensor: Tensor) -> tuple[str, int]:
@@ -219,10 +288,21 @@ class _Watch(TorchDispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
-            if self.before is None:
+            if self.before is None and has_storage(tensor):
                 self.trace.checksums[storage] = _checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin
+
+
+def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refusal] | None:
+    """What no recording can hold whatever the values are: a collective, a tensor without a storage."""
+    if func.namespace == "c10d":
+        return functools.partial(Collective, "what was begun here is waited for by Python")
+    odd = next((tensor for tensor in tensors if not has_storage(tensor)), None)
+    if odd is None:
+        return None
+    kind = "nested tensor" if odd.is_nested else f"tensor with layout {odd.layout}"
+    return functools.partial(UnsupportedTensor, f"a {kind} is no dense memory of its own")
 
 
 class _Conversions(Calls):
@@ -250,7 +330,7 @@ class _Conversions(Calls):
 
     def _asked_of(self, tensor: Tensor, name: str, frame: FrameType) -> None:
         """Report that the step asks of a tensor of its own making what autograd keeps of it."""
-        if is_users(frame) and tensor.layout == torch.strided and self.watch.made(tensor):
+        if is_users(frame) and self.watch.made(tensor):
             self.asked_by(frame, f"Tensor.{name}")
 
     def asked_by(self, frame: FrameType, operator: str = "torch.is_grad_enabled") -> None:
@@ -416,12 +496,17 @@ def _difference(a: Any, b: Any) -> str:
 class _LastOperator(TorchDispatchMode):
     """Remembers the operator that runs now."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.operator = ""
         self.site = Site()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator) or any(map(is_wrapper, tensors_in((*args, kwargs or {})))):
+            self.operator, self.site = str(func), Site.at(user_frame(sys._getframe(1)))
+            return func(*args, **(kwargs or {}))
         whole = taken_apart(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole

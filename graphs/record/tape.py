@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_tensors
+from graphs.contract.operators import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.fast_paths import unnoticed
@@ -67,6 +67,10 @@ class _TapeMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
+        if wrapper is not None:  # what its class runs on the tensors inside is recorded
+            with self:
+                return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
         if func in RESIZING:
             raise UnsupportedOperator("the tape holds tensors at fixed storage and cannot resize them", operator=str(func))
         whole = taken_apart(self, func, args, kwargs)
@@ -78,6 +82,8 @@ class _TapeMode(TorchDispatchMode):
         return result
 
     def _append(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace == "profiler":
+            return  # the range of a profile, which ended with the recording
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
