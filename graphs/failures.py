@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from types import TracebackType
 
 import torch
 
@@ -20,15 +19,24 @@ class StepRaised(Exception):
     """The step itself raised ``error``, and has left what eager leaves: the user gets just that."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
+        super().__init__(error)
         self.error = error
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """Why a call ran eagerly in which ``error`` was raised that the step does not raise in eager."""
-    if is_of_our_own(error):
+class RaisedWatched(Exception):
+    """The step raised ``error`` while it was watched, all of which was undone: whether it raises in eager too is not known yet."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def refusal_of(failure: Exception) -> Refusal:
+    """Why a call ran eagerly that ``failure`` met, though the step does not raise in eager."""
+    error = failure.error if isinstance(failure, RaisedWatched) else failure
+    if error is failure or is_of_our_own(error):
         return internal_error(error)
-    if torch.is_grad_enabled() and "grad" in str(error):
+    if torch.is_grad_enabled() and "grad" in _text(error):
         return AutogradInput(f"run without autograd, the step raises {_text(error)}", operator="grad mode")
     return Unwatchable(f"only while its operators are watched, the step raises {_text(error)}", operator=type(error).__name__)
 
@@ -39,13 +47,13 @@ def internal_error(error: Exception) -> InternalError:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]  # also where its text cannot be had
 
 
 def is_of_our_own(error: BaseException) -> bool:
     """Whether ``error`` was raised by a line of this project, and not by one of the step's, or of torch below it."""
-    module = _modules(error.__traceback__)[-1:]
-    return bool(module) and module[0].partition(".")[0] in _OWN
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and names[-1].partition(".")[0] in _OWN
 
 
 def _place(error: BaseException) -> str:
@@ -53,9 +61,5 @@ def _place(error: BaseException) -> str:
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = str(frame.f_globals.get("__name__", ""))
         if name.partition(".")[0] in _OWN:
-            return f"{name}.{frame.f_code.co_qualname if hasattr(frame.f_code, 'co_qualname') else frame.f_code.co_name}"
+            return f"{name}.{getattr(frame.f_code, 'co_qualname', frame.f_code.co_name)}"
     return type(error).__name__
-
-
-def _modules(trace: TracebackType | None) -> list[str]:
-    return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(trace)]

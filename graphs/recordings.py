@@ -31,7 +31,7 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.failures import Eagerly, StepRaised, is_of_our_own, refusal_of
+from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
@@ -115,13 +115,14 @@ class Recordings:
 
     def _despite(self, failure: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model where something raised on the way to a recording: the model too, or only this project."""
-        if self.config.strict and is_of_our_own(failure) and not self.config.raise_internal:
+        error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
+        if self.config.strict and is_of_our_own(error) and not self.config.raise_internal:
             raise refusal_of(failure)
         output = self.model(*args, **kwargs)
         refusal = refusal_of(failure)
         if self.config.raise_internal and isinstance(refusal, InternalError):
-            raise failure
-        if not isinstance(failure, (MemoryError, torch.OutOfMemoryError)):
+            raise error
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             self._remember_if_possible(refusal, args, kwargs)
         self._count([refusal])
         return output

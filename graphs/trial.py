@@ -44,7 +44,7 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
-from graphs.failures import StepRaised, internal_error
+from graphs.failures import RaisedWatched, StepRaised, internal_error
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
@@ -138,7 +138,8 @@ def _first_run(step: Step, origin: Checkpoint) -> tuple[Any, Trace]:
     """Run A, from ``origin``, which covers it then. What it raises leaves no trace.
 
     Raises:
-        StepRaised: the step raised, and what it did cannot be undone: that was the call.
+        RaisedWatched: the step raised.
+        StepRaised: and what it did cannot be undone: that was the call.
     """
     trace = Trace()
     try:
@@ -148,6 +149,8 @@ def _first_run(step: Step, origin: Checkpoint) -> tuple[Any, Trace]:
         if isinstance(error, Exception) and any(change.lasting for change in origin.differences()):
             raise StepRaised(error) from None
         origin.restore()
+        if isinstance(error, Exception):
+            raise RaisedWatched(error) from error
         raise
     origin.covers(trace)
     return output, trace

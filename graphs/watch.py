@@ -75,22 +75,6 @@ class TensorUse(NamedTuple):
     origin: tuple[str, int]
 
 
-class _Same:
-    """An object that is equal to itself only, whatever its class says of equality."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __repr__(self) -> str:
-        return f"a {type(self.value).__name__} at {id(self.value):#x}"
-
-
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One operator call: constants by value, tensors as `TensorUse`, keywords as pairs after the positional arguments."""
@@ -160,7 +144,6 @@ class _Watch(TorchDispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
-        self.objects: dict[int, tuple[Any, Any]] = {}  # of TorchScript, and how they are described
         self.origins: dict[int, tuple[str, int]] = {}
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
@@ -206,7 +189,20 @@ class _Watch(TorchDispatchMode):
             detail = f"a {type(wrapper).__name__} that the step did not make: its memory is in other tensors"
             self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
         with self:
-            return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
+            result = type(wrapper).__torch_dispatch__(func, types, args, kwargs)
+        return result if result is not NotImplemented else self._run_below(wrapper, func, args, kwargs, frame)
+
+    def _run_below(
+        self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
+    ) -> Any:
+        """Run an operator that the class of a wrapper leaves to torch's own code, unwatched: a `DTensor`."""
+        detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
+        self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+        for tensor in written_tensors(func, args, kwargs):
+            for each in wrapped_tensors(tensor) or ():
+                if not self.made(each):
+                    self.trace.written.save(each)
+        return func(*args, **kwargs)
 
     def _known(self, tensor: Tensor) -> bool:
         return self.origins.get(storage_id(tensor), ("external",))[0] != "external"
@@ -260,9 +256,6 @@ class _Watch(TorchDispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.ScriptObject):
-                self.objects[id(value)] = value, ("made by operation", index)
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
@@ -279,8 +272,8 @@ class _Watch(TorchDispatchMode):
             if value not in self.trace.generators:
                 self.trace.generators[value] = value.get_state()
             return "generator"
-        if isinstance(value, torch.ScriptObject):  # which need not be comparable; one made by the step is another each time
-            return self.objects.get(id(value), (None, _Same(value)))[1]
+        if isinstance(value, torch.ScriptObject):  # not comparable, and another Python object each time it is passed
+            return str(value._type().qualified_name())
         return value
 
     def _origin(self, tensor: Tensor) -> tuple[str, int]:

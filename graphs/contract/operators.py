@@ -70,5 +70,6 @@ def wrapped_tensors(tensor: Tensor) -> list[Tensor] | None:
     if not is_traceable_wrapper_subclass(tensor):
         return None
     names, _ = tensor.__tensor_flatten__()
-    inner = [wrapped_tensors(getattr(tensor, name)) for name in names]
+    held = [getattr(tensor, name) for name in names]
+    inner = [wrapped_tensors(each) for each in held if isinstance(each, Tensor)]  # a mesh of devices may be among them
     return None if None in inner else [each for part in inner if part is not None for each in part]

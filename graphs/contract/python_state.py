@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from graphs.contract.operators import has_storage
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
@@ -214,7 +215,7 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if isinstance(item, Tensor):
             self.owners.append(link)
-            if self._tensors and item.layout == torch.strided and not item.is_inference():
+            if self._tensors and has_storage(item) and not item.is_inference():
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 

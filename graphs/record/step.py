@@ -22,7 +22,7 @@ class ReplayRaised(Exception):
     """An operator of the step raised ``error`` in a replay, as it does in eager; those before it have run."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+        super().__init__(error)
         self.error = error
 
 
