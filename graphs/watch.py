@@ -188,14 +188,15 @@ class _Watch(TorchDispatchMode):
         if not own:
             detail = f"a {type(wrapper).__name__} that the step did not make: its memory is in other tensors"
             self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+        if _is_dispatched_in_c(wrapper):
+            return self._run_below(wrapper, func, args, kwargs, frame)
         with self:
-            result = type(wrapper).__torch_dispatch__(func, types, args, kwargs)
-        return result if result is not NotImplemented else self._run_below(wrapper, func, args, kwargs, frame)
+            return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
 
     def _run_below(
         self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
     ) -> Any:
-        """Run an operator that the class of a wrapper leaves to torch's own code, unwatched: a `DTensor`."""
+        """Run an operator on a wrapper that torch's own code takes apart, unwatched."""
         detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
         self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
         for tensor in written_tensors(func, args, kwargs):
@@ -285,6 +286,12 @@ class _Watch(TorchDispatchMode):
                 self.trace.checksums[storage] = _checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin
+
+
+def _is_dispatched_in_c(wrapper: Tensor) -> bool:
+    """Whether the class of a wrapper only calls the operator again, which C++ then takes apart: a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(wrapper, module.DTensor)
 
 
 def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refusal] | None:

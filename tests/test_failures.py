@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections.abc
+import ctypes
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,26 +41,38 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor, given: Any = None) -> Any:
         self.total.add_(x.sum())
-        if not torch.is_tensor(x):
-            raise TypeError
         return x * 2 + self.total + torch.rand(())
 
 
-class Counting(Stateful):
-    """Advances a number of Python and then may stop."""
+runs_left = ctypes.c_int(0)  # where no walk over Python objects sees it
 
-    stop: BaseException | None = None
-    at = 0
+
+class Interrupted(Stateful):
+    """Advances a number of Python and a tensor, draws, and then may stop: in the run that ``runs_left`` counts down to."""
+
+    def __init__(self, stop: BaseException) -> None:
+        super().__init__()
+        self.stop = (stop,)
 
     def forward(self, x: Tensor, given: Any = None) -> Any:
         self.calls += 1
-        self.seen.append(self.calls) if self.calls < 0 else None
         self.total.add_(x.sum())
         noise = torch.rand(())
-        Counting.at -= 1
-        if Counting.at == 0 and self.stop is not None:
-            raise self.stop
+        runs_left.value -= 1
+        if runs_left.value == 0:
+            raise self.stop[0]
         return x * 2 + self.total + noise
+
+
+class Refusing(Stateful):
+    """Raises on some data."""
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        self.calls += 1
+        self.total.add_(x.sum())
+        if x.shape[0] == 3:
+            raise ValueError("not three")
+        return x * 2 + self.total
 
 
 def state(model: Any) -> tuple[Any, ...]:
@@ -132,8 +146,16 @@ def test_objects_that_raise_when_they_are_looked_at_do_no_harm(kind: type, where
     assert {refusal.reason for refusal in step.report().refusals} <= {"internal-error"}
 
 
-def _fails(*_: Any, **__: Any) -> Any:
-    raise ZeroDivisionError("a fault")
+def _raising(error: BaseException) -> Callable[..., Any]:
+    """A function that raises, as if it were one of the project's."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return types.FunctionType(fails.__code__, {"__name__": "graphs.fault"}, "fails", None, fails.__closure__)
+
+
+_fails = _raising(ZeroDivisionError("a fault"))
 
 
 PLACES = [
@@ -197,39 +219,19 @@ def test_in_tests_a_fault_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contexts
 def test_what_the_step_raises_is_raised_once_with_the_state_of_eager(context: Any) -> None:
-    def failing() -> Counting:
-        model = Counting()
-        model.stop = ValueError("not this one")
-        return model
-
-    model, reference = failing(), failing()
+    model, reference = Refusing(), Refusing()
     step = graphs.capture(model)
     with context():
-        for called in (reference, step):
-            Counting.at = 1 if called is reference else 1
-            torch.manual_seed(0)
-            with pytest.raises(ValueError, match="not this one") as raised:
-                _forced(called)
-            assert raised.value.__context__ is None and raised.value.__cause__ is None
-        assert (model.calls, float(model.total)) == (reference.calls, float(reference.total))
-        Counting.at = 0
-        same(model, reference, step)
-    assert step.report().refusals == ()
-
-
-def _forced(called: Any) -> Any:
-    """Call until what is to be raised at the first run is raised at each."""
-    kept = Counting.forward
-
-    def always(self: Counting, x: Tensor, given: Any = None) -> Any:
-        Counting.at = 1
-        return kept(self, x, given)
-
-    Counting.forward = always  # type: ignore[method-assign]
-    try:
-        return called(torch.ones(2))
-    finally:
-        Counting.forward = kept  # type: ignore[method-assign]
+        for size in (3, 2, 3, 2, 2):
+            for called in (reference, step):
+                if size != 3:
+                    called(torch.ones(2))
+                    continue
+                with pytest.raises(ValueError, match="not three") as raised:
+                    called(torch.ones(3))
+                assert raised.value.__context__ is None and raised.value.__cause__ is None
+            assert state(model) == state(reference)
+    assert step.report().refusals == () and step.report().replays == 3
 
 
 class Stop(BaseException):
@@ -237,34 +239,27 @@ class Stop(BaseException):
 
 
 @contexts
-@pytest.mark.parametrize("run", range(1, 8))
+@pytest.mark.parametrize("run", range(1, 10))
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, Stop])
 def test_an_interrupt_in_the_first_call_leaves_what_was_before(run: int, kind: type[BaseException], context: Any) -> None:
-    model, reference = Counting(), Counting()
-    step = graphs.capture(model)
-    model.stop, Counting.at = kind(), run
+    model, reference = Interrupted(kind()), Interrupted(kind())
+    step, runs_left.value = graphs.capture(model), run
     before = state(model)
     with context():
-        try:
+        with pytest.raises(kind):
             step(torch.ones(2))
-        except kind:
-            assert state(model) == before
-        else:
-            pytest.skip(f"there is no run {run}")
-        model.stop, Counting.at = None, 0
+        assert state(model) == before
+        runs_left.value = 0
         same(model, reference, step)
-    assert step.report().replays >= 3
+    assert step.report().replays >= 3, str(step.report())
 
 
 @pytest.mark.parametrize("place", ["graphs.trial.make_contract", "graphs.trial.compare_traces", "graphs.trial.verify.run_difference"])
 def test_an_interrupt_between_the_runs_leaves_what_was_before(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    model, reference = Counting(), Counting()
+    model, reference = Stateful(), Stateful()
     step, before = graphs.capture(model), state(model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), torch.no_grad():
-        patch.setattr(place, interrupted)
+        patch.setattr(place, _raising(KeyboardInterrupt()))
         step(torch.ones(2))
     assert state(model) == before
     with torch.no_grad():
