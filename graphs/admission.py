@@ -1,4 +1,4 @@
-"""What can be said about a call before anything runs: settings that belong to its key, and reasons not to record it."""
+"""What can be said about a call before anything runs: the names of its arguments, and reasons not to record it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.errors import MixedDevices, NestedCapture, Refusal, UnsupportedArgument
+from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
 
 Tensor = torch.Tensor
 is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
-def inadmissible(call: Call) -> Refusal | None:
+def inadmissible(call: Call, model: Any = None) -> Refusal | None:
     """Reasons that need no run to be seen."""
+    if isinstance(model, torch.nn.Module):
+        scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+        if scripted is not None:
+            return Scripted("what it keeps cannot be compared between steps", operator=scripted or "self")
     devices = {tensor.device for tensor in call.tensors}
     if len(devices) > 1:
         return MixedDevices(f"tensor arguments are on {sorted(map(str, devices))}", operator="arguments")
@@ -27,14 +31,6 @@ def inadmissible(call: Call) -> Refusal | None:
     if _stream_is_capturing(call):
         return NestedCapture("the current stream is being recorded by somebody else", operator="record")
     return None
-
-
-def ambient_of(model: Any) -> tuple[Any, ...]:
-    """Settings outside the arguments that change what a step does: training mode and autocast."""
-    training = getattr(model, "training", None)
-    if torch._C._is_any_autocast_enabled():
-        return training, *((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ("cpu", "cuda"))
-    return (training,)
 
 
 def _stream_is_capturing(call: Call) -> bool:

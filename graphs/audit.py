@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from graphs.admission import ambient_of, device_of, inadmissible, parameter_names
+from graphs.admission import device_of, inadmissible, parameter_names
+from graphs.ambient import ambient_of
 from graphs.contract.arguments import flatten_call, leaf_names
 from graphs.errors import MixedDevices, UnsupportedArgument
 from graphs.findings.diagnose import diagnose
@@ -61,7 +62,7 @@ def step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         call = flatten_call(args, kwargs, ambient_of(model))
     except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
         raise UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments") from error
-    refusal = inadmissible(call)
+    refusal = inadmissible(call, model)
     if refusal is not None and not isinstance(refusal, MixedDevices):
         raise refusal
     names, opaque_names = leaf_names(args, kwargs, parameter_names(model))

@@ -8,6 +8,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from graphs.config import MODES, CaptureConfig, choice
 from graphs.contract.padding import Padding
 from graphs.errors import ConfigError
@@ -114,6 +116,8 @@ class CapturedModule(Generic[Model]):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._graphs_model(*args, **kwargs)  # a part of what is being compiled
         if self._graphs_mode == "eager" or forced_by():
             return self._graphs_recordings.run_eagerly(args, kwargs)
         return self._graphs_recordings.call(args, kwargs)

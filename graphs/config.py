@@ -159,6 +159,8 @@ class CaptureConfig:
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = PASSES
     bounds: Mapping[str, int] = field(default_factory=dict)
+    raise_internal: bool = False
+    """Raise what `graphs.errors.InternalError` would count: for tests. ``GRAPHS_RAISE_INTERNAL``."""
 
     @classmethod
     def resolve(
@@ -193,6 +195,7 @@ class CaptureConfig:
         return cls(
             passes=as_passes(passes if passes is not None else _env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
             bounds=limits,
+            raise_internal=_env_flag("GRAPHS_RAISE_INTERNAL", False),
             mode=_chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),
             batch_dims=dict(batch_dims) if batch_dims is not None else None,

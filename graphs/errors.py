@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class GraphsError(Exception):
@@ -263,6 +264,69 @@ class RowsInteract(Refusal):
         super().__init__(detail, operator="padding")
         self.unproved = unproved
         """True where this call could prove nothing; a later one with other data may."""
+
+
+class ActiveMode(Refusal):
+    """The call is made inside a dispatch or function mode of the caller's, which a replay would hide its operators from."""
+
+    reason = "active-mode"
+    remedy = "call the step outside of the mode, or set graphs_observer = True on the class of a mode that changes nothing"
+
+
+class UnsupportedTensor(Refusal):
+    """A tensor in the step that is no dense memory of its own: sparse, nested, of MKLDNN, or a wrapper of other tensors."""
+
+    reason = "unsupported-tensor"
+    remedy = "make it dense before the step (to_dense(), the tensors that a wrapper holds), or leave what uses it out of the step"
+
+
+class Scripted(Refusal):
+    """A module of TorchScript, whose attributes are kept where Python cannot see them change."""
+
+    reason = "torchscript"
+    remedy = "capture the module that was scripted or traced, in place of what torch.jit made of it"
+
+
+class Collective(Refusal):
+    """A collective of ``torch.distributed`` that is waited for outside of any operator."""
+
+    reason = "collective"
+    remedy = (
+        "use the functional collectives (torch.distributed._functional_collectives), which return tensors and wait as operators, "
+        "or leave the collective out of the step"
+    )
+
+
+class Unwatchable(Refusal):
+    """The step raises while its operators are watched, and does not otherwise."""
+
+    reason = "unwatchable"
+    remedy = "leave what raises out of the step: it does something that PyTorch does not support under a TorchDispatchMode"
+
+
+class HigherOrder(Refusal):
+    """An operator that takes functions (``torch.cond``, ``scan``, ``flex_attention``), which no schema describes."""
+
+    reason = "higher-order-operator"
+    remedy = (
+        "write it with operators (torch.where for torch.cond, scaled_dot_product_attention for flex_attention), or compile the "
+        "step with backend='graphs'"
+    )
+
+
+class InternalError(Refusal):
+    """Something in this project raised; the step itself ran eagerly.
+
+    Attributes:
+        error: what was raised.
+    """
+
+    reason = "internal-error"
+    remedy = "nothing in the step has to change; please report this, with the traceback that the report shows"
+
+    def __init__(self, detail: str, *, error: Exception | None = None, **where: Any) -> None:
+        super().__init__(detail, **where)
+        self.error = error
 
 
 class NestedCapture(Refusal):

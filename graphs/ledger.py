@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 import warnings
 
 from graphs.entry import Entry
-from graphs.errors import Refusal
+from graphs.errors import InternalError, Refusal
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 
 
@@ -36,7 +37,7 @@ class Ledger:
         known = self._refusals.get(refusal.signature)
         if known is None:
             site = refusal.site
-            known = RefusalCount(refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0)
+            known = RefusalCount(refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0, _traceback(refusal))
             warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
 
@@ -60,6 +61,11 @@ class Ledger:
             refusals=self.refusals,
             keys=tuple(_key_report(entry) for entry in entries),
         )
+
+
+def _traceback(refusal: Refusal) -> str:
+    error = refusal.error if isinstance(refusal, InternalError) else None
+    return "".join(traceback.format_exception(error)) if error is not None else ""
 
 
 def _key_report(entry: Entry) -> KeyReport:

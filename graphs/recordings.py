@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from graphs.admission import ambient_of, device_of, inadmissible, is_capturing, parameter_names
+from graphs.admission import device_of, inadmissible, is_capturing, parameter_names
+from graphs.ambient import active_mode, ambient_of
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
@@ -21,6 +22,8 @@ from graphs.errors import (
     AutogradInput,
     ChangingValue,
     ConfigError,
+    GraphsError,
+    InternalError,
     ManyWays,
     MovedStaticTensor,
     NestedCapture,
@@ -29,9 +32,10 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
+from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
-from graphs.record.step import Recorder, recorder_for, trial_lock
+from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
 from graphs.report import CaptureReport
 from graphs.step import Step
 from graphs.trial import Deferred, Refused, compare_replay, run_trial
@@ -100,7 +104,57 @@ class Recordings:
         self.parameters = parameter_names(model)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
+        """Run one step: replay it if its key is recorded, else try to record it, else run the model.
+
+        Only what the model raises reaches the caller, and in strict mode a refusal.
+        """
+        failure: Exception | None = None
+        own: BaseException | None = None
+        try:
+            return self._serve(args, kwargs)
+        except Eagerly:
+            pass
+        except StepRaised as raised:
+            own = raised.error
+        except GraphsError:
+            raise
+        except Exception as error:
+            failure = error
+        if own is not None:
+            raise own
+        return self.model(*args, **kwargs) if failure is None else self._despite(failure, args, kwargs)
+
+    def _despite(self, failure: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model where something raised on the way to a recording: the model too, or only this project."""
+        error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
+        if self.config.strict and is_of_our_own(error) and not self.config.raise_internal:
+            raise refusal_of(failure)
+        output = self.model(*args, **kwargs)
+        refusal = refusal_of(failure)
+        if self.config.raise_internal and isinstance(refusal, InternalError):
+            raise error
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self._remember_if_possible(refusal, args, kwargs)
+        self._count([refusal])
+        return output
+
+    def _remember_if_possible(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run calls like this one eagerly from now on; a call that cannot be flattened has no key to remember it by."""
+        try:
+            call = flatten_call(args, kwargs, ambient_of(self.model))
+            hash(call.signature)
+        except Exception:  # that is what failed, then
+            return
+        with _recording, self.lock:
+            self._remember(call, [refusal])
+
+    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a recording gives, or the watched run of a step that none can be made of.
+
+        Raises:
+            Eagerly, StepRaised: see there.
+            Refusal: in strict mode.
+        """
         ambient = ambient_of(self.model)
         last = self.last
         if last is not None:
@@ -112,6 +166,9 @@ class Recordings:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
             return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
+        inside = active_mode()
+        if inside is not None:
+            return self._refuse([inside], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self.routes.get(call.signature)
@@ -132,7 +189,7 @@ class Recordings:
             if stale is None:
                 if self.verifies_always:
                     self._verify(entry, rows, call, args, kwargs)
-                produced = entry.recording.replay(call.tensors, rows)
+                produced = self._replayed(entry, rows, call)
                 if entry.checked is None or entry.checked.settled():
                     entry.replays += 1
                     entry.real_rows += rows
@@ -142,6 +199,15 @@ class Recordings:
         if isinstance(stale, _Outdated):
             return self._outdated(entry, stale, call, args, kwargs)
         return self._refuse([stale], args, kwargs)
+
+    @staticmethod
+    def _replayed(entry: Entry, rows: int, call: Call) -> list[torch.Tensor]:
+        try:
+            return entry.recording.replay(call.tensors, rows)
+        except ReplayRaised as raised:  # an operator of the step; where nothing was written, eager says it better
+            if entry.written.tensors:
+                raise StepRaised(raised.error) from None
+            raise
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
         """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
@@ -168,7 +234,7 @@ class Recordings:
             for entry in [other for other in ways if other is not broken]:
                 if self._stale(entry, call) is not None:
                     continue
-                produced = entry.recording.replay(call.tensors, rows)
+                produced = self._replayed(entry, rows, call)
                 if entry.checked is None or entry.checked.settled():
                     ways.remove(entry)
                     ways.insert(0, entry)
@@ -181,11 +247,7 @@ class Recordings:
             detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
             refusal = ManyWays(detail, operator="branch")
             if len(ways) < _MAX_WAYS:
-                try:
-                    return self._unknown(call, args, kwargs, beside=broken)
-                except Exception:  # the step's own: it ran eagerly and says what is wrong with this call
-                    self.ledger.eager_calls += 1
-                    raise
+                return self._unknown(call, args, kwargs, beside=broken)
             broken.group.broken += 1
             if broken.group.broken > _PATIENCE and 2 * broken.group.broken > sum(way.replays for way in ways):
                 self._remember(call, [refusal])
@@ -341,7 +403,7 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call)
+        return inadmissible(call, self.model)
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
@@ -353,7 +415,7 @@ class Recordings:
                 self.attempts[call.signature] += entry.replays < _OFTEN
                 if self.attempts[call.signature] > 1:
                     self._remember(call, [refusal])
-        return self.call(args, kwargs)
+        return self._serve(args, kwargs)
 
     def _drop(self, entry: Entry) -> None:
         self.last = None
@@ -372,15 +434,19 @@ class Recordings:
 
     def _count(self, refusals: list[Refusal]) -> None:
         """Count the reasons of one eager call, or raise the first in strict mode."""
+        internal = next((refusal for refusal in refusals if isinstance(refusal, InternalError)), None)
+        if internal is not None and internal.error is not None and self.config.raise_internal:
+            raise StepRaised(internal.error)
         if self.config.strict:
             raise refusals[0]
         for refusal in refusals:
             self.ledger.refused(refusal)
         self.ledger.eager_calls += 1
 
-    def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        """Have `call` run the model."""
         self._count(refusals)
-        return self.model(*args, **kwargs)
+        raise Eagerly
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model, because the caller asked for it, or a trial of a module around this one did."""

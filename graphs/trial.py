@@ -45,6 +45,7 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
+from graphs.failures import RaisedWatched, StepRaised, internal_error
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
@@ -90,8 +91,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     started = time.perf_counter()
     origin = Checkpoint(step)
     reads = CodeReads()
-    output, trace = watch_step(observed(step.run, reads), step.call.tensors)
-    origin.covers(trace)
+    output, trace = _first_run(step, origin, reads)
     changed, counters = origin.differences(), origin.counters()
     lasting = next((change for change in changed if change.lasting), None)
     if lasting is not None:
@@ -130,14 +130,38 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [refusal, *others], origin.restore) from refusal
     except Exception as error:  # whatever else a recording meets, the user gets the eager result and the reason
         after.restore()
-        failure = CaptureFailed(f"recording raised {type(error).__name__}: {error}")
-        raise Refused(output, [failure], origin.restore) from error
+        raise Refused(output, [internal_error(error)], origin.restore) from error
+    except BaseException:  # an interrupt: the call has not taken place
+        origin.restore()
+        raise
     start.restore()
     trace.written.release()
     entry.advances(advanced)
     entry.guards = guards_of(reads, step.roots(), advanced, entry.statics.links, entry.uploads)
     entry.capture_seconds = time.perf_counter() - started
     return entry
+
+
+def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
+    """Run A, from ``origin``, which covers it then, with what its Python asks for. What it raises leaves no trace.
+
+    Raises:
+        RaisedWatched: the step raised.
+        StepRaised: and what it did cannot be undone: that was the call.
+    """
+    trace = Trace()
+    try:
+        output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
+    except BaseException as error:
+        origin.covers(trace)
+        if isinstance(error, Exception) and any(change.lasting for change in origin.differences()):
+            raise StepRaised(error) from None
+        origin.restore()
+        if isinstance(error, Exception):
+            raise RaisedWatched(error) from error
+        raise
+    origin.covers(trace)
+    return output, trace
 
 
 def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:

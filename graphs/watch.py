@@ -8,6 +8,7 @@ is an ordinary eager run: its outputs and effects are real.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,19 +17,32 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
-from graphs.contract.operators import storage_id, tensors_in, written_tensors
+from graphs.contract.operators import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
-from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from graphs.errors import (
+    AutogradInput,
+    ChangingValue,
+    Collective,
+    HigherOrder,
+    HostSync,
+    OpaqueKernel,
+    Refusal,
+    Site,
+    UndeclaredWrite,
+    UnsupportedTensor,
+)
+from graphs.fast_paths import unnoticed
+from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
+from passes.composites import Calls, called, run, taken_apart
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-_LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
+_LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
 
@@ -121,6 +135,8 @@ class Trace:
 class _Watch(TorchDispatchMode):
     """Fills a `Trace` with what reaches the dispatcher."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, trace: Trace, arguments: list[Tensor], before: Trace | None) -> None:
         super().__init__()
         self.trace = trace
@@ -135,6 +151,14 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = user_frame(sys._getframe(1))
+        if isinstance(func, HigherOrderOperator):
+            return self._run_higher_order(func, args, kwargs, frame)
+        wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
+        if wrapper is not None:
+            return self._run_wrapped(wrapper, func, types, args, kwargs, frame)
+        whole = taken_apart(self, func, args, kwargs)
+        if whole is not NotImplemented:
+            return whole
         self.inside = True
         try:
             check_once(func, args, kwargs)
@@ -144,7 +168,7 @@ class _Watch(TorchDispatchMode):
             tensors = self._before(func, args, kwargs, frame)
         self.inside = True
         try:
-            result = func(*args, **kwargs)
+            result = run(func, args, kwargs)
         finally:
             self.inside = False
         with torch._C.DisableTorchFunction():
@@ -154,9 +178,52 @@ class _Watch(TorchDispatchMode):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
 
+    def _run_wrapped(
+        self, wrapper: Tensor, func: OpOverload, types: Any, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
+    ) -> Any:
+        """Let the class of a wrapper run an operator: what it calls on the tensors inside is watched."""
+        with torch._C.DisableTorchFunction():
+            inner = wrapped_tensors(wrapper)
+            own = inner is not None and all(self._known(tensor) for tensor in inner)
+        if not own:
+            detail = f"a {type(wrapper).__name__} that the step did not make: its memory is in other tensors"
+            self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+        if _is_dispatched_in_c(wrapper):
+            return self._run_below(wrapper, func, args, kwargs, frame)
+        with self:
+            return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
+
+    def _run_below(
+        self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
+    ) -> Any:
+        """Run an operator on a wrapper that torch's own code takes apart, unwatched."""
+        detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
+        self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+        for tensor in written_tensors(func, args, kwargs):
+            for each in wrapped_tensors(tensor) or ():
+                if not self.made(each):
+                    self.trace.written.save(each)
+        return func(*args, **kwargs)
+
+    def _known(self, tensor: Tensor) -> bool:
+        return self.origins.get(storage_id(tensor), ("external",))[0] != "external"
+
+    def _run_higher_order(self, func: HigherOrderOperator, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
+        """Run an operator that takes functions, unwatched; what it is given may be written."""
+        detail = "what the functions it is given do cannot be seen"
+        self.trace.found(HigherOrder(detail, operator=func.name(), site=Site.at(frame)), self.asked)
+        for tensor in tensors_in((*args, kwargs)):
+            if has_storage(tensor) and not self.made(tensor):
+                self.trace.written.save(tensor)
+        return func(*args, **kwargs)
+
     def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
         """Note a value that the host got."""
         self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
+
+    def made(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of the step's own making."""
+        return self.origins.get(storage_id(tensor), ("", 0))[0] == "operation"
 
     @property
     def asked(self) -> str:
@@ -172,6 +239,7 @@ class _Watch(TorchDispatchMode):
             described = (*described, _host_data(tensors[0]))
         operation = Operation(func, described, frame)
         refusal = None if self._fills_with_host_data(func, args) else finding(func, args, kwargs, tensors, self.function)
+        refusal = _unrecordable(func, tensors) or refusal
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
@@ -196,13 +264,17 @@ class _Watch(TorchDispatchMode):
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
             tensors.append(value)
-            return TensorUse(tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
+            strides = value.stride() if has_storage(value) else ()
+            shape = () if value.is_nested else tuple(value.shape)
+            return TensorUse(shape, strides, value.dtype, value.device.type, self._origin(value))
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(item, tensors) for item in value)
         if isinstance(value, torch.Generator):
             if value not in self.trace.generators:
                 self.trace.generators[value] = value.get_state()
             return "generator"
+        if isinstance(value, torch.ScriptObject):  # not comparable, and another Python object each time it is passed
+            return str(value._type().qualified_name())
         return value
 
     def _origin(self, tensor: Tensor) -> tuple[str, int]:
@@ -210,30 +282,62 @@ class _Watch(TorchDispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
-            if self.before is None:
+            if self.before is None and has_storage(tensor):
                 self.trace.checksums[storage] = _checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin
 
 
-class _Conversions(TorchFunctionMode):
+def _is_dispatched_in_c(wrapper: Tensor) -> bool:
+    """Whether the class of a wrapper only calls the operator again, which C++ then takes apart: a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(wrapper, module.DTensor)
+
+
+def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refusal] | None:
+    """What no recording can hold whatever the values are: a collective, a tensor without a storage."""
+    if func.namespace == "c10d":
+        return functools.partial(Collective, "what was begun here is waited for by Python")
+    odd = next((tensor for tensor in tensors if not has_storage(tensor)), None)
+    if odd is None:
+        return None
+    kind = "nested tensor" if odd.is_nested else f"tensor with layout {odd.layout}"
+    return functools.partial(UnsupportedTensor, f"a {kind} is no dense memory of its own")
+
+
+class _Conversions(Calls):
     """Reports conversions to host objects, and tells the dispatch mode which Python function is running."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
+        self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.grad_mode and func in GRAD_PROPERTIES:
+            self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
-            return func(*args, **kwargs)
+            with called(func):
+                return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
+
+    def _asked_of(self, tensor: Tensor, name: str, frame: FrameType) -> None:
+        """Report that the step asks of a tensor of its own making what autograd keeps of it."""
+        if is_users(frame) and self.watch.made(tensor):
+            self.asked_by(frame, f"Tensor.{name}")
+
+    def asked_by(self, frame: FrameType, operator: str = "torch.is_grad_enabled") -> None:
+        """Report that the step asks whether gradients are recorded, in grad mode."""
+        at = Site.at(user_frame(frame))
+        detail = "the step asks whether gradients are recorded: they are, but not in a recording"
+        self.watch.trace.found(AutogradInput(detail, operator=operator, site=at), operator)
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"
@@ -329,7 +433,9 @@ def watch_step(
     """
     trace = into if into is not None else Trace()
     watch = _Watch(trace, arguments, before)
-    with torch.compiler.set_stance("force_eager"), _raw_launches(watch), _Conversions(watch), watch:
+    conversions = _Conversions(watch)
+    asking = grad_questions(conversions.asked_by, is_users) if conversions.grad_mode else contextlib.nullcontext()
+    with torch.compiler.set_stance("force_eager"), _raw_launches(watch), unnoticed(), asking, conversions, watch:
         output = fn()
     for storage, checksum in trace.checksums.items():
         tensor = trace.externals[storage]
@@ -390,14 +496,22 @@ def _difference(a: Any, b: Any) -> str:
 class _LastOperator(TorchDispatchMode):
     """Remembers the operator that runs now."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.operator = ""
         self.site = Site()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator) or any(map(is_wrapper, tensors_in((*args, kwargs or {})))):
+            self.operator, self.site = str(func), Site.at(user_frame(sys._getframe(1)))
+            return func(*args, **(kwargs or {}))
+        whole = taken_apart(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
         self.operator, self.site = str(func), Site.at(user_frame(sys._getframe(1)))
-        return func(*args, **(kwargs or {}))
+        return run(func, args, kwargs or {})
 
 
 def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], _LastOperator]:
@@ -405,7 +519,7 @@ def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], _L
     mode = _LastOperator()
 
     def watched(tensors: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"), mode:
+        with torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
             return body(tensors)
 
     return watched, mode

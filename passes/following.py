@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 
+from passes.composites import run, taken_apart
 from passes.errors import Unremovable
 from passes.facts import Facts, Read
 from passes.forks import Forks
@@ -108,11 +109,14 @@ class Follow(TorchDispatchMode):
         self.given: list[Any] = []  # values of a list, for the items it is made of
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = taken_apart(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
         site = user_site()
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
-        result = func(*args, **kwargs)
+        result = run(func, args, kwargs)
         self._mark(site)
         self._forget_offsets(result, (args, kwargs))
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from passes.composites import called
 from passes.errors import Unremovable
 from passes.loops import is_iteration
 from passes.sites import user_site
@@ -51,7 +52,10 @@ class SymbolicEntry(TorchFunctionMode):
             return rows
         entry = _ENTRIES.get(func)
         made = entry(func, args, kwargs) if entry is not None else NotImplemented
-        return func(*args, **kwargs) if made is NotImplemented else made
+        if made is not NotImplemented:
+            return made
+        with called(func):
+            return func(*args, **kwargs)
 
 
 def _to_host(args: Arguments, kwargs: dict[str, Any]) -> Tensor:

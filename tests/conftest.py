@@ -13,7 +13,8 @@ torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cor
 
 @pytest.fixture(autouse=True)
 def _fixed_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the person who runs the tests do not reach them."""
+    """Settings of the person who runs the tests do not reach them; a fault of this project is raised and not survived."""
     for name in [name for name in os.environ if name.startswith("GRAPHS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GRAPHS_RAISE_INTERNAL", "1")
     torch.manual_seed(0)

@@ -48,12 +48,13 @@ AUDIT = ["graphs.audit", "graphs.findings"]
 ABOVE = [*MAIN_PATH, *AUDIT, "graphs.bench", "graphs.cli"]
 RULES = ["passes.addressing", "passes.arithmetic", "passes.bounded", "passes.branches"]
 REWRITING = ["passes.rewriter", "passes.aliases", "passes.scalars", "passes.bounds", "passes.host_values", *RULES]
+PASSES = [name for name in modules("passes") if name not in ("passes", "passes.composites")]  # which every dispatch mode shares
 FORBIDDEN = {
     "graphs.errors": ["graphs", "passes", "torch"],
     "graphs.report": ["graphs", "passes", "torch"],
     "graphs.modes": ["graphs", "passes"],
     "graphs.contract": ["graphs.record", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
-    "graphs.record": ["graphs.ledger", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
+    "graphs.record": ["graphs.ledger", "graphs.ops", "graphs.config", *PASSES, *TRIAL, *ABOVE],
     "graphs.ops": ["graphs.record", "graphs.contract", "passes", *TRIAL, *ABOVE],
     "graphs.watch": ["graphs.trial", "graphs.record", *ABOVE],
     "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
@@ -75,6 +76,7 @@ FORBIDDEN = {
     "graphs.rewriting": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.entry": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "passes": ["graphs"],
+    "passes.composites": ["passes"],
     "passes.errors": ["passes", "torch"],
     "passes.sites": ["passes", "torch"],
     "passes.symbols": ["passes"],

@@ -22,6 +22,7 @@ import torch
 
 from graphs.contract.code_reads import global_names, names_in
 from graphs.contract.libraries import origin_of, origin_of_code, origin_of_type
+from graphs.contract.operators import has_storage
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
@@ -216,7 +217,7 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and not item.is_inference():
+            if self._tensors and has_storage(item) and not item.is_inference():
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 

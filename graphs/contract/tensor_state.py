@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from graphs.contract.operators import has_storage, storage_id
+
 Tensor = torch.Tensor
 
 
@@ -23,7 +25,10 @@ class TensorState:
         return storage in self._saved
 
     def save(self, tensor: Tensor) -> None:
-        """Copy the whole storage of ``tensor`` unless it is saved already."""
+        """Copy the whole storage of ``tensor`` unless it is saved already; one without storage is copied itself."""
+        if not has_storage(tensor):
+            self._saved.setdefault(storage_id(tensor), (tensor, tensor.clone()))
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._saved:
             whole = _whole(tensor)

@@ -10,15 +10,16 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from graphs.fast_paths import unnoticed
 from graphs.watch import user_frame
+from passes.composites import Calls
 
 Place = tuple[tuple[str, int], str]
 """A line, and the name of the function of torch that it calls."""
 
 
-class _Stopwatch(TorchFunctionMode):
+class _Stopwatch(Calls):
     """Adds up the time of calls at some places."""
 
     def __init__(self, places: Collection[Place]) -> None:
@@ -55,7 +56,7 @@ def time_places(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         watch = _Stopwatch(places)
-        with torch.compiler.set_stance("force_eager"), watch:
+        with torch.compiler.set_stance("force_eager"), unnoticed(), watch:
             run()
         for place, seconds in watch.seconds.items():
             samples[place].append(seconds * 1e6)

@@ -249,9 +249,9 @@ class CudaRecorder:
             if self.policy.poll_capture and not torch.cuda.is_current_stream_capturing():
                 raise CaptureFailed("the device dropped the capture without an error")
             graph.capture_end()
-        except Exception as error:
+        except BaseException as error:
             self._abandon(graph)
-            if isinstance(error, Refusal):
+            if isinstance(error, Refusal) or not isinstance(error, Exception):
                 raise
             raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 

@@ -18,6 +18,14 @@ trial_lock = threading.RLock()
 """One trial at a time in a process: a capture shares the state of allocators and generators."""
 
 
+class ReplayRaised(Exception):
+    """An operator of the step raised ``error`` in a replay, as it does in eager; those before it have run."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Recording(Protocol):
     """A step that runs without the model's Python.
 

@@ -17,10 +17,12 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_tensors
+from graphs.contract.operators import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
-from graphs.record.step import Body
+from graphs.fast_paths import unnoticed
+from graphs.record.step import Body, ReplayRaised
+from passes.composites import Calls, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -65,14 +67,23 @@ class _TapeMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
+        if wrapper is not None:  # what its class runs on the tensors inside is recorded
+            with self:
+                return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
         if func in RESIZING:
             raise UnsupportedOperator("the tape holds tensors at fixed storage and cannot resize them", operator=str(func))
-        result = func(*args, **kwargs)
+        whole = taken_apart(self, func, args, kwargs)
+        if whole is not NotImplemented:
+            return whole
+        result = run(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             self._append(func, args, kwargs, result)
         return result
 
     def _append(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace == "profiler":
+            return  # the range of a profile, which ended with the recording
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
@@ -86,6 +97,8 @@ class _TapeMode(TorchDispatchMode):
             call = _functional_call(func, args, kwargs, result)
         else:
             call = functools.partial(func._op, *args, **kwargs)
+        for kind, dtype in casts_inside(func, args, kwargs):
+            call = torch.autocast(kind, dtype, cache_enabled=False)(call)
         self.instructions.append(_Instruction(call, reads, written | made, made, func, (args, kwargs, result)))
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
@@ -109,13 +122,12 @@ class _TapeMode(TorchDispatchMode):
 
 def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
     found = out_overload(func)
-    if found is not None:
-        overload, names = found
-        outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
-        plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
-        return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
-
-    return _copying_call(func, args, kwargs, result)
+    outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
+    if found is None or len(found[1]) != len(outputs):  # an operator may leave results undefined
+        return _copying_call(func, args, kwargs, result)
+    overload, names = found
+    plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
+    return functools.partial(overload._op, *args, **plain, **dict(zip(names, outputs, strict=True)))
 
 
 def _copying_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
@@ -177,11 +189,14 @@ class TapeRecording:
 
     def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
         """Run the tape on the slots of ``tensors``; see `graphs.record.step.Recording`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
-            for call in self._calls:
-                call()
+            try:
+                for call in self._calls:
+                    call()
+            except Exception as error:
+                raise ReplayRaised(error) from error
         outputs = [
             out if dim is None else out.narrow(dim, 0, rows)
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
@@ -204,7 +219,9 @@ class TapeRecorder:
         return fn()
 
     def refuses(self, operator: str) -> str | None:
-        """No operator is refused by name; what a tape cannot hold raises `UnsupportedOperator` while recording."""
+        """Why an operator cannot be recorded, or None; what else a tape cannot hold raises `UnsupportedOperator` while recording."""
+        if operator.startswith("_c10d_functional."):
+            return "its result is there once it was waited for, and a tape copies it before"
         return None
 
     def record(
@@ -219,7 +236,7 @@ class TapeRecorder:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
         buffers = contract.filled(tensors)
         mode = _TapeMode()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
             outputs = body(contract.arrange(buffers, tensors))
         volatile = {storage_id(tensor) for tensor in (buffers if owned else [*buffers, *outputs])}
         recording = TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)

@@ -28,6 +28,7 @@ Tensor = torch.Tensor
 Device = torch.device | str
 Instruction = tuple[CodeType, int]
 Way = tuple[Instruction, ...]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 aten = torch.ops.aten
 _WAITING = {
     *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount),
@@ -112,8 +113,12 @@ def arguments(case: Case, index: int, device: Device) -> tuple[Any, ...]:
     return _pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, case.inputs(index))
 
 
-def check(case: Case, device: Device) -> None:
+def check(case: Case, device: Device, context: Context = torch.no_grad, *, again: bool = True) -> None:
     """Run a case eagerly and captured, then once more over the same data with everything that waits being listed.
+
+    Args:
+        context: entered to make the arguments of a step and to run it.
+        again: whether there is a second time.
 
     Raises:
         AssertionError: an output, an argument or the final state differs, the step is recorded or refused other than
@@ -124,9 +129,9 @@ def check(case: Case, device: Device) -> None:
     step = capture(case, model)
     replays = STEPS - case.eager_calls - (0 if case.merged else len(set(ways(case))) - 1)
     for index in range(STEPS):
-        _compare(case, device, index, reference, step)
+        _compare(case, device, index, reference, step, context=context)
     _expected(case, replays, step.report())
-    if case.expect == RECORDED:
+    if case.expect == RECORDED and again:
         _watched_again(case, device, replays, reference, step)
     _same(case, _state(reference), _state(model), "state")
 
@@ -152,22 +157,34 @@ def _watched_again(case: Case, device: Device, replays: int, reference: Callable
 
 
 def _compare(
-    case: Case, device: Device, index: int, reference: Callable[..., Any], step: Any, watch: Any = contextlib.nullcontext
+    case: Case,
+    device: Device,
+    index: int,
+    reference: Callable[..., Any],
+    step: Any,
+    watch: Any = contextlib.nullcontext,
+    context: Context = torch.no_grad,
 ) -> list[str]:
-    given, kept = arguments(case, index, device), arguments(case, index, device)
+    with context():
+        given, kept = arguments(case, index, device), arguments(case, index, device)
     with watch() as seen:
-        got = _seeded(index, step, given)
-    wanted = _seeded(index, reference, kept)
+        got = _seeded(index, step, given, context)
+    wanted = _seeded(index, reference, kept, context)
+    assert _inference(got) == _inference(wanted), "what is returned can be used where eager's can"
     _same(case, copied(wanted), copied(got), f"output of step {index}")
     _same(case, kept, given, f"arguments of step {index}")
     return seen.waits if seen is not None else []
 
 
-def _seeded(index: int, step: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+def _inference(value: Any) -> list[bool]:
+    return [leaf.is_inference() for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _seeded(index: int, step: Callable[..., Any], given: tuple[Any, ...], context: Context = torch.no_grad) -> Any:
     torch.manual_seed(index)
     random.seed(index)
     np.random.seed(index)
-    with torch.no_grad(), warnings.catch_warnings():
+    with context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
         try:
             return step(*given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.corpus.case import Case
 from tests.corpus.collection import CASES
@@ -12,6 +13,11 @@ from tests.corpus.running import check, outcomes, unexecuted_lines
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_case_equals_eager_and_is_recorded_or_refused_by_name(case: Case) -> None:
     check(case, "cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_equals_eager_under_inference_mode(case: Case) -> None:
+    check(case, "cpu", torch.inference_mode, again=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

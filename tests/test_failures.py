@@ -1,0 +1,287 @@
+"""No exception of this project reaches a caller; the step's own does, once, with the state that eager leaves."""
+
+from __future__ import annotations
+
+import collections.abc
+import ctypes
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphs
+from graphs import trial
+from graphs.contract import outputs
+from graphs.contract.tensor_state import TensorState
+from graphs.errors import InternalError
+from graphs.ledger import NotReplayed
+from graphs.record import tape
+from graphs.recordings import Recordings
+
+Tensor = torch.Tensor
+contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+
+
+@pytest.fixture
+def _survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run it: what goes wrong inside is survived."""
+    monkeypatch.delenv("GRAPHS_RAISE_INTERNAL")
+
+
+class Stateful(nn.Module):
+    """Every kind of state there is."""
+
+    def __init__(self, held: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+        self.calls, self.held, self.seen = 0, held, list[int]()
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        self.total.add_(x.sum())
+        return x * 2 + self.total + torch.rand(())
+
+
+runs_left = ctypes.c_int(0)  # where no walk over Python objects sees it
+
+
+class Interrupted(Stateful):
+    """Advances a number of Python and a tensor, draws, and then may stop: in the run that ``runs_left`` counts down to."""
+
+    def __init__(self, stop: BaseException) -> None:
+        super().__init__()
+        self.stop = (stop,)
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        self.calls += 1
+        self.total.add_(x.sum())
+        noise = torch.rand(())
+        runs_left.value -= 1
+        if runs_left.value == 0:
+            raise self.stop[0]
+        return x * 2 + self.total + noise
+
+
+class Refusing(Stateful):
+    """Raises on some data."""
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        self.calls += 1
+        self.total.add_(x.sum())
+        if x.shape[0] == 3:
+            raise ValueError("not three")
+        return x * 2 + self.total
+
+
+def state(model: Any) -> tuple[Any, ...]:
+    return float(model.total), model.calls, [*model.seen], torch.get_rng_state().tolist()
+
+
+def same(model: Any, reference: Any, step: Any, calls: int = 4, given: Callable[[], tuple[Any, ...]] = tuple) -> None:
+    """Call a step and its reference alike."""
+    for index in range(calls):
+        x = torch.full((2,), float(index))
+        torch.manual_seed(index)
+        wanted = reference(x, *given())
+        after = state(reference)
+        torch.manual_seed(index)
+        assert torch.equal(step(x, *given()), wanted), f"call {index}"
+        assert state(model) == after, f"state after call {index}"
+
+
+class Attributes:
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+class Equality:
+    def __eq__(self, other: object) -> bool:
+        raise LookupError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Text:
+    def __repr__(self) -> str:
+        raise LookupError
+
+    def __len__(self) -> int:
+        raise LookupError
+
+    def __hash__(self) -> int:
+        raise LookupError
+
+
+class Items(collections.abc.MutableMapping[str, int]):
+    def __getitem__(self, key: str) -> int:
+        raise LookupError
+
+    def __setitem__(self, key: str, value: int) -> None:
+        raise LookupError
+
+    def __delitem__(self, key: str) -> None:
+        raise LookupError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["key"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.usefixtures("_survived")
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@contexts
+@pytest.mark.parametrize("kind", [Attributes, Equality, Text, Items])
+@pytest.mark.parametrize("where", ["model", "argument", "in a list", "in a dict"])
+def test_objects_that_raise_when_they_are_looked_at_do_no_harm(kind: type, where: str, context: Any) -> None:
+    held = kind() if where == "model" else None
+    model, reference = Stateful(held), Stateful(held)
+    given = {"argument": lambda: (kind(),), "in a list": lambda: ([kind()],), "in a dict": lambda: ({"it": kind()},)}
+    step = graphs.capture(model)
+    with context():
+        same(model, reference, step, given=given.get(where, tuple))
+    assert {refusal.reason for refusal in step.report().refusals} <= {"internal-error"}
+
+
+def _raising(error: BaseException) -> Callable[..., Any]:
+    """A function that raises, as if it were one of the project's."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return types.FunctionType(fails.__code__, {"__name__": "graphs.fault"}, "fails", None, fails.__closure__)
+
+
+_fails = _raising(ZeroDivisionError("a fault"))
+
+
+PLACES = [
+    ("graphs.recordings.flatten_call", Recordings),
+    ("graphs.recordings.device_of", Recordings),
+    ("graphs.recordings.leaf_names", Recordings),
+    ("graphs.trial.Checkpoint", trial),
+    ("graphs.trial.compare_traces", trial),
+    ("graphs.trial.make_contract", trial),
+    ("graphs.trial.StaticTensors", trial),
+    ("graphs.trial.Steering", trial),
+    ("graphs.trial.time_call", trial),
+    ("graphs.trial.output_template", outputs),
+    ("graphs.trial.verify.run_difference", trial),
+    ("graphs.watch.finding", trial),
+    ("graphs.watch.values_read", trial),
+    ("graphs.watch._checksum", trial),
+    ("graphs.record.tape._functional_call", tape),
+    ("graphs.record.tape.TapeRecording.poison", tape),
+    ("graphs.recordings.LastCall.of", Recordings),
+]
+
+
+@pytest.mark.usefixtures("_survived")
+@contexts
+@pytest.mark.parametrize("place", [name for name, _ in PLACES])
+def test_a_fault_anywhere_is_a_counted_eager_call(place: str, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = Stateful(), Stateful()
+    step = graphs.capture(model)
+    with monkeypatch.context() as patch, context(), pytest.warns(NotReplayed) as warned:
+        patch.setattr(place, _fails)
+        same(model, reference, step)
+    report = step.report()
+    assert len(warned) == 1
+    (refusal,) = report.refusals
+    assert (refusal.reason, report.replays) == ("internal-error", 0) or place.endswith("LastCall.of")
+    assert "ZeroDivisionError: a fault" in refusal.traceback and refusal.traceback.splitlines()[-1] in refusal.detail
+    assert "a fault" in str(report)
+    step.invalidate()
+    with context():
+        same(model, reference, step)  # another module, or this one afterwards, records
+    assert step.report().replays >= 4
+
+
+@pytest.mark.usefixtures("_survived")
+def test_strict_raises_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stateful()
+    step = graphs.capture(model, strict=True)
+    monkeypatch.setattr("graphs.trial.make_contract", _fails)
+    with pytest.raises(InternalError, match="a fault"), torch.no_grad():
+        step(torch.ones(2))
+    assert float(model.total) == 0
+
+
+def test_in_tests_a_fault_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("graphs.trial.make_contract", "graphs.recordings.flatten_call"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="a fault"), torch.no_grad():
+            patch.setattr(place, _fails)
+            graphs.capture(Stateful())(torch.ones(2))
+
+
+@contexts
+def test_what_the_step_raises_is_raised_once_with_the_state_of_eager(context: Any) -> None:
+    model, reference = Refusing(), Refusing()
+    step = graphs.capture(model)
+    with context():
+        for size in (3, 2, 3, 2, 2):
+            for called in (reference, step):
+                if size != 3:
+                    called(torch.ones(2))
+                    continue
+                with pytest.raises(ValueError, match="not three") as raised:
+                    called(torch.ones(3))
+                assert raised.value.__context__ is None and raised.value.__cause__ is None
+            assert state(model) == state(reference)
+    assert step.report().refusals == () and step.report().replays == 3
+
+
+class Stop(BaseException):
+    """Like an interrupt: no `Exception`."""
+
+
+@contexts
+@pytest.mark.parametrize("run", range(1, 10))
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Stop])
+def test_an_interrupt_in_the_first_call_leaves_what_was_before(run: int, kind: type[BaseException], context: Any) -> None:
+    model, reference = Interrupted(kind()), Interrupted(kind())
+    step, runs_left.value = graphs.capture(model), run
+    before = state(model)
+    with context():
+        with pytest.raises(kind):
+            step(torch.ones(2))
+        assert state(model) == before
+        runs_left.value = 0
+        same(model, reference, step)
+    assert step.report().replays >= 3, str(step.report())
+
+
+@pytest.mark.parametrize("place", ["graphs.trial.make_contract", "graphs.trial.compare_traces", "graphs.trial.verify.run_difference"])
+def test_an_interrupt_between_the_runs_leaves_what_was_before(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = Stateful(), Stateful()
+    step, before = graphs.capture(model), state(model)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), torch.no_grad():
+        patch.setattr(place, _raising(KeyboardInterrupt()))
+        step(torch.ones(2))
+    assert state(model) == before
+    with torch.no_grad():
+        same(model, reference, step)
+
+
+def test_an_operator_that_raises_in_a_replay_raises_what_eager_raises() -> None:
+    table = torch.randn(4, 2)
+    step = graphs.capture(lambda index: table[index] * 2)
+    with torch.no_grad():
+        for _ in range(2):
+            step(torch.tensor([1, 2]))
+        with pytest.raises(IndexError, match="out of bounds"):
+            step(torch.tensor([1, 9]))
+        assert torch.equal(step(torch.tensor([1, 2])), table[[1, 2]] * 2)
+    assert step.report().replays == 3
+
+
+def test_the_state_of_a_sparse_tensor_is_put_back() -> None:
+    matrix = torch.eye(3).to_sparse().coalesce()
+    saved = TensorState()
+    saved.save(matrix)
+    matrix.mul_(3)
+    saved.restore()
+    assert torch.equal(matrix.to_dense(), torch.eye(3))
