@@ -54,9 +54,9 @@ def structure_of(call: Call) -> tuple[Any, ...]:
         structure.append(item)
         position += 1
         if isinstance(item, type) and issubclass(item, Tensor):
-            shape, _, dtype, device = signature[position : position + 4]
-            structure += [len(shape), dtype, device]
-            position += 4
+            shape, _, dtype, device, traits = signature[position : position + 5]
+            structure += [len(shape), dtype, device, traits]
+            position += 5
     return tuple(structure)
 
 
