@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphs.admission import ambient_of, device_of, inadmissible, is_capturing, parameter_names
+from graphs.admission import ambient_of, carries_objects, device_of, inadmissible, is_capturing, parameter_names
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
@@ -328,7 +328,7 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call)
+        return inadmissible(call) or carries_objects(call)
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""

@@ -48,11 +48,11 @@ from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
+from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
-aten = torch.ops.aten
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
@@ -214,7 +214,7 @@ def _record(
     static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
-    externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
+    externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
     if watched.findings or counters:
         step = _without_host_values(step, start, watched, stand_ins, counters)
         if _covers(trace, step.model, tensors):
@@ -264,12 +264,18 @@ def _record(
 
 
 def _stand_in_run(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace, stand_ins: list[Tensor], output: Any
+    step: Step,
+    recorder: Recorder,
+    start: Checkpoint,
+    first: Trace,
+    contract: Contract,
+    stand_ins: list[Tensor],
+    output: Any,
 ) -> tuple[list[Tensor], OutputTemplate, Trace]:
     """Run C. Returns the tensors the recording reads in place, the template of its output, and what was seen.
 
     Only here is an argument told apart from the step's own tensor that it happens to be, and a padded batch from the
-    call's: the same tensors must be written, and at exact sizes by the same operators.
+    call's: the same tensors must be written, and at exact sizes the same operators run on the same numbers and layouts.
     """
     start.restore()
     result, trace = _guarded(step, lambda: recorder.run(lambda: watch_again(lambda: step.run(stand_ins), stand_ins, first)))
@@ -278,13 +284,13 @@ def _stand_in_run(
     differing = RowsInteract if step.rows is not None else ChangingValue
     if trace.written.tensors:
         raise differing("a tensor is written only when the arguments are copies or padded")
-    if step.rows is None and [o.func for o in trace.operations] != [o.func for o in first.operations]:
-        raise ChangingValue("other operators run when the arguments are copies")  # padded, a copy may become a view
-    scattered = any(not tensor.is_contiguous() for tensor in step.call.tensors)
-    strided = next((o for o in trace.operations if o.func is aten.as_strided.default), None)
-    if scattered and strided is not None:
-        detail = "it may read an argument by its layout in memory, and the copies are contiguous"
-        raise UnsupportedOperator(detail, operator=str(strided.func), site=strided.site)
+    refusal = reads_by_layout(trace, step.call.tensors, contract.scattered(step.call.tensors))
+    if refusal is None and step.rows is None:  # padded, a copy may become a view
+        refusal = compare_with_stand_ins(first, trace, step.call.tensors, strides=contract.keeps_strides)
+    elif refusal is None and step.rows == 1 and compare_with_stand_ins(first, trace, step.call.tensors, strides=False):
+        raise RowsInteract("another layout of the arguments gives other numbers, and a single row proves no more", unproved=True)
+    if refusal is not None:
+        raise refusal
     externals = list(trace.externals.values())
     template = step.template(result, stand_ins, externals)[0]
     exact = step.template(output, step.call.tensors, list(first.externals.values()))[0]

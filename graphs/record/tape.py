@@ -109,7 +109,8 @@ class _TapeMode(TorchDispatchMode):
 
 def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
     found = out_overload(func)
-    if found is not None:
+    returned = _leaves(result)
+    if found is not None and all(isinstance(leaf, Tensor) for leaf in returned):  # an undefined tensor cannot be written
         overload, names = found
         outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
         plain = {name: value for name, value in kwargs.items() if name not in _NOT_OF_OUT or _accepts(overload, name)}
