@@ -13,9 +13,10 @@ import torch
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.counters import Counter, find_counters
-from graphs.contract.outputs import OutputTemplate, output_template
+from graphs.contract.outputs import Known, OutputTemplate, output_template
 from graphs.contract.places import Difference, text_of, write_mapping
 from graphs.contract.python_state import PythonState
+from graphs.contract.slots import kept_strides
 from graphs.contract.tensor_state import RandomState
 from graphs.watch import Trace
 
@@ -38,6 +39,7 @@ class Step:
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
         unmerged: branches that cannot become part of a recording, and why, by file and line; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
+        held: whether an object hangs on the module or on an opaque argument; filled by the trial.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
@@ -60,6 +62,7 @@ class Step:
     bounds: Mapping[str, int] = field(default_factory=dict)
     unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
+    held: Callable[[Any], bool] = lambda value: False
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
@@ -81,7 +84,8 @@ class Step:
         self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
     ) -> tuple[OutputTemplate, list[Tensor]]:
         """The output as a template and the tensors that a replay has to produce."""
-        return output_template(output, tensors, self.call.opaques, externals)
+        views = self.rows is None and all(kept_strides(tensor) is not None for tensor in tensors)
+        return output_template(output, Known(tensors, self.call.opaques, externals, self.held, views))
 
     def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
         """Run at ``tensors`` and return the output tensors that a replay has to produce."""

@@ -23,14 +23,12 @@ import torch
 
 from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
-from graphs.contract.arguments import map_leaves
 from graphs.contract.counters import Counter, Counters
 from graphs.contract.operators import storage_id
-from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
+from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference, VersionView
-from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
-from graphs.contract.static import StaticTensors
+from graphs.contract.static import StaticTensors, sharing
 from graphs.contract.steering import Steering
 from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to, sliced
@@ -47,6 +45,7 @@ from graphs.errors import (
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
+from graphs.returned import adopt_returned, links_to, unobserved
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
 from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.step import Checkpoint, Step
@@ -98,6 +97,10 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
     adopt_returned(trace, output, after.python)
+    unseen = unobserved(trace, output)
+    if unseen is not None:
+        raise Refused(output, [unseen], origin.restore)
+    step.held = after.python.holds
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
         initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
@@ -132,20 +135,6 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     return entry
 
 
-def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:
-    """Count tensors that the step returns without reading them (a weight, a cache) among those it reads in place."""
-    owned = {storage_id(owner.value): owner.value for owner in python.owners}
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            storage = storage_id(value)
-            if storage in owned and same_memory(value, owned[storage]):
-                trace.externals.setdefault(storage, owned[storage])
-        return value
-
-    map_leaves(output, leaf)
-
-
 def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingValue:
     detail = f"{change.path} was {change.before}, then {change.after}; a replay would not change it"
     return ChangingValue(detail, operator=change.path, site=refusal.site if refusal is not None else None)
@@ -173,8 +162,8 @@ def _compare_consecutive(
         if error is None and not changes and compare_traces(second, third) is None:
             return f"a value computed once, at {refusal.site}", []  # behind a cache that cannot be seen from here
         raise refusal
-    externals, (tensors, opaques) = list(first.externals.values()), (step.call.tensors, step.call.opaques)
-    templates = [output_template(value, tensors, opaques, externals)[0].structure for value in (output, result)]
+    externals, tensors = list(first.externals.values()), step.call.tensors
+    templates = [step.template(value, tensors, externals)[0].structure for value in (output, result)]
     refusal = compare_templates(*templates)
     if refusal is not None:
         raise refusal
@@ -211,7 +200,7 @@ def _record(
     Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
     """
     tensors, plain = step.call.tensors, step.without_substitute()
-    static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
+    static = sorted({*step.static, *sharing(tensors, trace.written.tensors)})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
@@ -238,9 +227,15 @@ def _record(
         recording,
         contract,
         template,
-        StaticTensors([(i, step.names[i], tensors[i]) for i in static], externals, trace.written.tensors, start.python.owners),
+        StaticTensors(
+            [(i, step.names[i], tensors[i]) for i in static],
+            externals,
+            trace.written.tensors,
+            start.python.owners,
+            contract.longest,
+        ),
         start.python,
-        Steering([*start.python.steering(), *_uploads(step)]),
+        Steering([*start.python.steering(), *links_to(template.held, start.python), *_uploads(step)]),
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
         trace.written,
@@ -369,13 +364,13 @@ def _compare_substitute(
     """
     plain = step.without_substitute()
     start.restore()
-    output = map_leaves(
+    output = map_output(
         _guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
     )
     state = trace.written.copies()
     _reset(step, start)
     template, produced = step.template(step.run(stand_ins), stand_ins, externals)
-    expected = template.select(output)
+    expected, produced = template.tensors(output), template.seen(produced)
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
     if fetched:
         raise HostSync(f"output {fetched[0]} is a tensor of the host that holds values of the device", operator="output")
@@ -445,8 +440,9 @@ def _recorded(
 def _verify_first_replay(
     entry: Entry, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
 ) -> None:
-    expected = sliced(reference, entry.contract.output_dims, rows)
-    produced = entry.recording.replay(tensors, rows)
+    seen = entry.template.seen
+    expected = seen(sliced(reference, entry.contract.output_dims, rows))
+    produced = seen(entry.recording.replay(tensors, rows))
     found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
         raise VerifyMismatch(found[1], operator=found[0])
@@ -457,12 +453,13 @@ def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_in
     assert entry.checked is not None
     start.restore()
     plain.produced(stand_ins, entry.externals)
-    expected = [out.clone() for out in plain.produced(stand_ins, entry.externals)]
+    seen = entry.template.seen
+    expected = seen([out.clone() for out in plain.produced(stand_ins, entry.externals)])
     state = entry.written.copies()
     start.restore()
     entry.recording.replay(stand_ins, plain.real)
     entry.checked.store()
-    produced = entry.recording.replay(stand_ins, plain.real)
+    produced = seen(entry.recording.replay(stand_ins, plain.real))
     if entry.checked.held():  # else the second step goes another way
         found = verify.run_difference(expected, produced, state, entry.written.tensors, slack=entry.slack)
         if found is not None:
@@ -480,11 +477,11 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         start.restore()
         if not held:
             return None
-    expected = [out.clone() for out in entry.template.select(step.run(step.call.tensors))]
+    expected = [out.clone() for out in entry.template.tensors(step.run(step.call.tensors))]
     state = entry.written.copies()
     start.restore()
     try:
-        produced = entry.recording.replay(step.call.tensors, rows)
+        produced = entry.template.seen(entry.recording.replay(step.call.tensors, rows))
         found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels, entry.slack)
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:

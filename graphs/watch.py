@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -98,6 +99,8 @@ class Trace:
         written: externals and arguments that were written in place, saved before the first write.
         generators: generators named explicitly by an operator, with the states they had.
         checksums: of each external when it was first seen.
+        origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
+        storages: what keeps identities of storages that are gone from being those of new ones.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -109,6 +112,8 @@ class Trace:
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
     checksums: dict[int, Tensor] = field(default_factory=dict)
+    origins: dict[int, tuple[str, int]] = field(default_factory=dict)
+    storages: list[StorageWeakRef] = field(default_factory=list)
 
     def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""
@@ -128,7 +133,7 @@ class _Watch(TorchDispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
-        self.origins: dict[int, tuple[str, int]] = {}
+        self.origins = trace.origins
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
@@ -192,6 +197,7 @@ class _Watch(TorchDispatchMode):
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
+                self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):

@@ -137,15 +137,18 @@ def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
 
 def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
     """Rebuild ``value`` with ``fn`` applied to every leaf, in the order of `flatten_call`."""
+    return fn(value) if is_leaf(value) else map_children(value, lambda item: map_leaves(item, fn))
+
+
+def map_children(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """Rebuild a container with ``fn`` applied to what it holds directly."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind(map_leaves(item, fn) for item in value)
+        return kind([fn(item) for item in value])
     if kind is dict:
-        return {key: map_leaves(item, fn) for key, item in value.items()}
+        return {key: fn(item) for key, item in value.items()}
     children, context = pytree_children(value)
-    if children is None:
-        return fn(value)
-    rebuilt = [map_leaves(item, fn) for item in children]
+    rebuilt = [fn(item) for item in children or ()]
     if hasattr(kind, "_fields") and isinstance(value, tuple):
         return tuple.__new__(kind, rebuilt)  # past a constructor that checks or computes
     return _pytree.SUPPORTED_NODES[kind].unflatten_fn(rebuilt, context)

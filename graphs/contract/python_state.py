@@ -364,6 +364,10 @@ class PythonState:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
 
+    def holds(self, value: Any) -> bool:
+        """Whether an object hangs on one of the roots, or is one."""
+        return id(value) in self._seen
+
     def steering(self) -> list[tuple[str, Any, Any, Any]]:
         """Numbers, strings and flags that code can branch on: path, container, key, value.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -52,22 +53,24 @@ class Traits:
 
     Attributes:
         conj, neg: whether its memory is to be read conjugated, or negated.
+        inference: whether it was made in inference mode.
         attributes: what hangs on it: constants, which are part of the signature.
     """
 
     conj: bool = False
     neg: bool = False
     requires_grad: bool = False
+    inference: bool = False
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Traits:
         """Those of one tensor."""
-        return cls(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad, dict(tensor.__dict__))
+        return cls(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad, tensor.is_inference(), dict(tensor.__dict__))
 
     def given_to(self, tensor: Tensor) -> Tensor:
         """``tensor``, or a view of it, with these."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(self.inference):
             if self.conj:
                 tensor = torch._conj(tensor)
             if self.neg:
@@ -124,7 +127,7 @@ class Slot:
 
     def allocate(self) -> Tensor:
         """Fixed storage for the slot, zeroed so that no run sees another program's memory."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(self.traits.inference):
             if self.strides is not None and self.like_its_source:
                 return torch.empty_strided(self.distinct, self.strides, dtype=self.dtype, device=self.device).zero_()
             return torch.zeros(self.distinct, dtype=self.dtype, device=self.device)
@@ -140,17 +143,17 @@ class Slot:
     def fill(self, buffer: Tensor, source: Tensor) -> Tensor:
         """Copy ``source`` into ``buffer`` and pad it."""
         source = self.of_source(source)
-        with torch.no_grad():
+        with torch.inference_mode() if self.traits.inference else torch.no_grad():
             if self.batch_dim is None:
                 return buffer.copy_(source)
             return pad_rows(source, self.batch_dim, self.rows, self.padding, buffer)
 
     def stand_in(self, buffer: Tensor) -> Tensor:
         """What the step is given in the argument's place; inside a recording, a copy is part of it."""
-        with torch.no_grad():
+        with torch.inference_mode() if self.traits.inference else torch.no_grad():
             if self.strides is not None:
                 if not self.like_its_source:
-                    with torch.inference_mode(False):
+                    with torch.inference_mode(self.traits.inference):
                         spread = torch.empty_strided(self.distinct, self.strides, dtype=self.dtype, device=self.device)
                     buffer = spread.copy_(buffer)
                 if self.distinct != self.shape:
@@ -168,6 +171,7 @@ class Contract:
         rows: batch rows at the recorded size, or None without buckets.
         output_dims: batch dimension of each produced output, None where it has none.
         same: positions of copied arguments that are the very object of a slot, each with the position of that.
+        longest: bytes that an argument extends over at most; None where padded arguments may be of any layout.
     """
 
     slots: tuple[Slot, ...]
@@ -175,6 +179,7 @@ class Contract:
     rows: int | None = None
     output_dims: tuple[int | None, ...] = ()
     same: tuple[tuple[int, int], ...] = ()
+    longest: int | None = None
 
     def filled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """New storage for every slot, filled and padded from the tensor leaves of a call."""
@@ -221,13 +226,17 @@ def make_contract(
         slots.append(
             Slot(
                 *(name, index, shape, tensor.dtype, tensor.device, dim, padding.get(name, Padding())),
-                strides=_strides(tensor) if rows is None else None,
-                traits=Traits.of(tensor),
+                strides=kept_strides(tensor) if rows is None else None,
+                traits=Traits.of(tensor) if rows is None else replace(Traits.of(tensor), inference=False),
             )
         )
-    return Contract(tuple(slots), tuple(static), rows, same=tuple(same))
+    longest = max(map(extent, tensors), default=0)
+    if rows is not None:
+        sizes = [slot.dtype.itemsize * prod(slot.shape) for slot in slots]
+        longest = max([longest, *sizes]) if all(tensor.is_contiguous() for tensor in tensors) else None
+    return Contract(tuple(slots), tuple(static), rows, same=tuple(same), longest=longest)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+def kept_strides(tensor: Tensor) -> tuple[int, ...] | None:
     """The strides for a stand-in; None where its holes would take more than `SPREAD`."""
     return tensor.stride() if extent(tensor) - tensor.numel() * tensor.element_size() <= SPREAD else None

@@ -11,7 +11,7 @@ noticed within ``tensors / WINDOW`` calls, all of them exchanged at the next cal
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.modules import module as _module
 from graphs.contract.identity import identity_check
 from graphs.contract.operators import storage_id
 from graphs.contract.python_state import Link
+from graphs.contract.slots import extent
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
@@ -61,6 +62,7 @@ class StaticTensors:
         externals: tensors read in place that are not arguments.
         written: those of both that the step writes: another argument must not share their memory.
         owners: links to tensors, from `PythonState`; those of other tensors are ignored.
+        longest: bytes that a copied argument extends over at most; None where that is not known.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class StaticTensors:
         externals: Sequence[Tensor],
         written: Sequence[Tensor],
         owners: Sequence[Link],
+        longest: int | None = None,
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
-        ranges = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
+        ranges = joined((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
         self._starts = [start for start, _ in ranges]
         self._ends = [0, *(end for _, end in ranges)]  # of the range that begins before the one at this position
+        self._longest = longest
         self._static = static
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
@@ -99,7 +103,7 @@ class StaticTensors:
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if self._starts and not self._apart.issuperset(map(_data_ptr, tensors)) and self._overlapping(tensors) is not None:
+        if self._starts and not self._lie_apart(tensors):
             return False
         if not self._attributes_hold():
             return False
@@ -110,17 +114,30 @@ class StaticTensors:
         looked_at, pointers = next(self._windows)
         return list(map(_data_ptr, looked_at)) == pointers
 
+    def _lie_apart(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether no copied argument shares memory with what the step writes: its copy would be stale."""
+        return self._apart.issuperset(map(_data_ptr, tensors)) or self._overlapping(tensors) is None
+
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
-        """Position of a copied argument that begins inside memory the step writes: its copy would be stale."""
+        """Position of a copied argument that shares memory with what the step writes.
+
+        Addresses that are far enough from it for the longest argument are remembered, whichever argument was found there.
+        """
         for index, tensor in enumerate(tensors):
             pointer = tensor.data_ptr()
-            if pointer >= self._ends[bisect_right(self._starts, pointer)]:
+            if self._longest is not None and not self._reaches(pointer, self._longest):
                 if len(self._apart) >= _REMEMBERED:
                     self._apart.clear()
                 self._apart.add(pointer)
-            elif index not in self._static and tensor.numel():
+            elif index not in self._static and tensor.numel() and self._reaches(pointer, extent(tensor)):
                 return index
         return None
+
+    def _reaches(self, pointer: int, size: int) -> bool:
+        """Whether ``size`` bytes from an address on hold any that the step writes."""
+        position = bisect_right(self._starts, pointer)
+        following = self._starts[position] if position < len(self._starts) else pointer + size
+        return pointer < self._ends[position] or following < pointer + size
 
     def moved(self, tensors: Sequence[Tensor]) -> MovedStaticTensor:
         """The refusal for a call whose static tensors changed: names the first."""
@@ -139,6 +156,29 @@ class StaticTensors:
                 name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that overlap made one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def sharing(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> list[int]:
+    """Positions of the tensors that share memory with those that are written, be it under another storage."""
+    storages = {storage_id(tensor) for tensor in written}
+    ranges = joined((tensor.data_ptr(), tensor.data_ptr() + extent(tensor)) for tensor in written if tensor.numel())
+    return [
+        index
+        for index, tensor in enumerate(tensors)
+        if storage_id(tensor) in storages
+        or any(start < tensor.data_ptr() + extent(tensor) and tensor.data_ptr() < end for start, end in ranges)
+    ]
 
 
 def _way(owner: Link) -> list[Link]:

@@ -39,9 +39,12 @@ class TensorState:
         return [_copy(whole) for whole, _ in self._saved.values()]
 
     def restore(self, copies: list[Tensor] | None = None) -> None:
-        """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was."""
+        """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was.
+
+        Last saved, first restored: two storages may be one memory, of which the later copy holds writes to the earlier.
+        """
         with torch.no_grad():
-            for index, (whole, saved) in enumerate(self._saved.values()):
+            for index, (whole, saved) in reversed([*enumerate(self._saved.values())]):
                 whole.copy_(saved if copies is None or index >= len(copies) else copies[index])
 
     def release(self) -> None:
