@@ -21,15 +21,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
+from graphs.contract.host_values import (
+    FILLS,
+    FROM_LISTS,
+    OF_THE_OBJECT,
+    TO_HOST,
+    HostRead,
+    finding,
+    leaves_the_device,
+    values_read,
+)
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
-from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite, UnsupportedArgument
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools"))
+_ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
 
@@ -159,6 +169,10 @@ class _Watch(TorchDispatchMode):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1)
         return result
 
+    def is_argument(self, tensor: Tensor) -> bool:
+        """Whether a tensor is an argument or a view of one."""
+        return tensor.layout == torch.strided and self.origins.get(storage_id(tensor), ("", 0))[0] == "argument"
+
     def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
         """Note a value that the host got."""
         self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
@@ -233,6 +247,8 @@ class _Conversions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
+        elif func in OF_THE_OBJECT and not self.watch.inside:
+            self._read_property(func, args, sys._getframe(1))
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
@@ -240,6 +256,13 @@ class _Conversions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
+
+    def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
+        """Report what the user's own code asks of an argument and no copy of it can answer."""
+        if is_users(frame) and isinstance(args[0], Tensor) and self.watch.is_argument(args[0]):
+            operator = f"Tensor.{OF_THE_OBJECT[func]}"
+            detail = "it is asked of an argument, has another answer at each call, and a replay would know only the recorded one"
+            self.watch.trace.found(UnsupportedArgument(detail, operator=operator, site=Site.at(user_frame(frame)), remedy=_ASKED))
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"
