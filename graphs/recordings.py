@@ -22,6 +22,7 @@ from graphs.errors import (
     ChangingValue,
     ConfigError,
     ManyWays,
+    MovedStaticTensor,
     NestedCapture,
     Refusal,
     RowsInteract,
@@ -86,6 +87,7 @@ class Recordings:
         self.last: tuple[LastCall, Entry, int] | None = None
         self.batch = BatchRule()
         self.attempts: Counter[tuple[Any, ...]] = Counter()
+        self.moving: dict[tuple[Any, ...], frozenset[int]] = {}  # positions of arguments that are elsewhere at each call
         self.parameters = parameter_names(model)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,6 +132,8 @@ class Recordings:
             return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
             return self._outdated(entry, stale, call, args, kwargs)
+        if isinstance(stale, MovedStaticTensor) and self._releases(entry, stale, call):
+            return self.call(args, kwargs)
         return self._refuse([stale], args, kwargs)
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
@@ -151,6 +155,25 @@ class Recordings:
             if changes:
                 return _Outdated(changes[0], unchecked)
         return None
+
+    def _releases(self, entry: Entry, moved: MovedStaticTensor, call: Call) -> bool:
+        """Whether a recording was dropped since arguments that it writes in place are elsewhere.
+
+        One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
+        """
+        arguments = entry.statics.moved_arguments(call.tensors)
+        declared = {name for _, name in arguments if name in self.config.static}
+        known = self.moving.get(call.signature, frozenset())
+        positions = {index for index, _ in arguments}
+        if entry.contract.rows is not None or declared or positions <= known:
+            return False
+        with _recording, self.lock:
+            if entry in self.entries.values():
+                self.ledger.refused(moved, outcome="the step is recorded anew")
+                self._drop(entry)
+                if entry.replays < _OFTEN:
+                    self.moving[call.signature] = known | positions
+        return True
 
     def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
@@ -311,6 +334,7 @@ class Recordings:
             static=tuple(i for i, name in enumerate(names) if name in config.static),
             padding=dict(config.padding),
             device=device_of(call, self.model),
+            moving=self.moving.get(call.signature, frozenset()),
             compiler=config.compiler,
             compiler_options=config.compiler_options,
             passes=config.passes,
@@ -422,4 +446,4 @@ class Recordings:
             for entry in list(self.entries.values()):
                 self.ledger.dropped(entry)
             self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
-            self.batch = BatchRule()
+            self.batch, self.moving = BatchRule(), {}

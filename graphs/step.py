@@ -39,6 +39,7 @@ class Step:
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
         unmerged: branches that cannot become part of a recording, and why, by file and line; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
+        moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
         held: whether an object hangs on the module or on an opaque argument; filled by the trial.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
@@ -62,6 +63,7 @@ class Step:
     bounds: Mapping[str, int] = field(default_factory=dict)
     unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
+    moving: frozenset[int] = frozenset()
     held: Callable[[Any], bool] = lambda value: False
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:

@@ -28,7 +28,7 @@ from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference, VersionView
 from graphs.contract.slots import Contract, make_contract
-from graphs.contract.static import StaticTensors, sharing
+from graphs.contract.static import StaticTensors, alone, sharing
 from graphs.contract.steering import Steering
 from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to, sliced
@@ -36,6 +36,7 @@ from graphs.errors import (
     CaptureFailed,
     ChangingValue,
     HostSync,
+    MovedStaticTensor,
     Refusal,
     RowsInteract,
     UnsupportedArgument,
@@ -130,6 +131,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [failure], origin.restore) from error
     start.restore()
     trace.written.release()
+    entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
     entry.capture_seconds = time.perf_counter() - started
     return entry
@@ -200,10 +202,18 @@ def _record(
     Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
     """
     tensors, plain = step.call.tensors, step.without_substitute()
-    static = sorted({*step.static, *sharing(tensors, trace.written.tensors)})
-    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
+    in_place = {*step.static, *sharing(tensors, trace.written.tensors)}
+    moving = (
+        [index for index in in_place & step.moving if alone(index, tensors, _not_given(trace, tensors))]
+        if step.rows is None
+        else []
+    )
+    static = sorted(in_place - {*moving})
+    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
+    if moving and (watched.findings or counters or plain is not step):
+        raise MovedStaticTensor("it is written, and lies elsewhere at each call", operator=step.names[moving[0]])
     if watched.findings or counters:
         step = _without_host_values(step, start, watched, stand_ins, counters)
         if _covers(trace, step.model, tensors):
@@ -215,6 +225,7 @@ def _record(
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
     _reset(step, start)
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
+    contract.write_back(stand_ins, tensors)
     state = trace.written.copies()
     dims = (None,) * len(reference) if probe is None else probe.output_dims(reference)
     contract = dataclasses.replace(contract, output_dims=dims)
@@ -227,13 +238,7 @@ def _record(
         recording,
         contract,
         template,
-        StaticTensors(
-            [(i, step.names[i], tensors[i]) for i in static],
-            externals,
-            trace.written.tensors,
-            start.python.owners,
-            contract.longest,
-        ),
+        _statics(step, contract, externals, trace, start),
         start.python,
         Steering([*start.python.steering(), *links_to(template.held, start.python), *_uploads(step)]),
         [reference_to(opaque) for opaque in step.call.opaques],
@@ -277,7 +282,8 @@ def _stand_in_run(
     start.restore()
     adopt_returned(trace, result, start.python)
     differing = RowsInteract if step.rows is not None else ChangingValue
-    if trace.written.tensors:
+    expected = {storage_id(stand_ins[index]) for index in contract.written}
+    if any(storage_id(tensor) not in expected for tensor in trace.written.tensors):
         raise differing("a tensor is written only when the arguments are copies or padded")
     refusal = reads_by_layout(trace, step.call.tensors, contract.scattered(step.call.tensors))
     if refusal is None and step.rows is None:  # padded, a copy may become a view
@@ -293,6 +299,26 @@ def _stand_in_run(
     if refusal is not None:
         raise differing(refusal.detail)
     return externals, template, trace
+
+
+def _not_given(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a step reads in place and is not given."""
+    given = {storage_id(tensor) for tensor in tensors}
+    return [tensor for storage, tensor in trace.externals.items() if storage not in given]
+
+
+def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: Trace, start: Checkpoint) -> StaticTensors:
+    tensors = step.call.tensors
+    copied = {storage_id(tensors[index]) for index in contract.written}
+    return StaticTensors(
+        [(index, step.names[index], tensors[index]) for index in contract.static],
+        externals,
+        [tensor for tensor in trace.written.tensors if storage_id(tensor) not in copied],
+        start.python.owners,
+        contract.longest,
+        contract.written,
+        [index for index, _ in contract.same],
+    )
 
 
 def _reset(step: Step, start: Checkpoint) -> None:
@@ -469,7 +495,9 @@ def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_in
 
 def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
-    trace = Trace(written=entry.written)
+    trace = Trace()
+    for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
+        trace.written.save(tensor)
     start = Checkpoint(step, trace)
     if entry.checked is not None:  # an eager run of another way would write what this recording does not
         entry.recording.replay(step.call.tensors, rows)
@@ -478,11 +506,11 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         if not held:
             return None
     expected = [out.clone() for out in entry.template.tensors(step.run(step.call.tensors))]
-    state = entry.written.copies()
+    state = trace.written.copies()
     start.restore()
     try:
         produced = entry.template.seen(entry.recording.replay(step.call.tensors, rows))
-        found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels, entry.slack)
+        found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels, entry.slack)
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -96,6 +96,7 @@ class Slot:
         padding: what rows beyond the real batch hold.
         strides: of the argument and of its stand-in; None where they are not known, and the stand-in is contiguous.
         traits: what else the stand-in has in common with the argument.
+        written: whether the step writes the argument, so that the buffer is copied back.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Slot:
     padding: Padding = field(default_factory=Padding)
     strides: tuple[int, ...] | None = None
     traits: Traits = field(default_factory=Traits)
+    written: bool = False
 
     @property
     def rows(self) -> int:
@@ -147,6 +149,11 @@ class Slot:
             if self.batch_dim is None:
                 return buffer.copy_(source)
             return pad_rows(source, self.batch_dim, self.rows, self.padding, buffer)
+
+    def copy_back(self, buffer: Tensor, source: Tensor) -> None:
+        """Copy what the step left in ``buffer`` to the argument."""
+        with torch.inference_mode() if self.traits.inference else torch.no_grad():
+            self.of_source(source).copy_(buffer)
 
     def stand_in(self, buffer: Tensor) -> Tensor:
         """What the step is given in the argument's place; inside a recording, a copy is part of it."""
@@ -195,6 +202,27 @@ class Contract:
         return arranged
 
     @property
+    def written(self) -> list[int]:
+        """Positions of copied arguments that the step writes."""
+        return [slot.index for slot in self.slots if slot.written]
+
+    def settle(self, buffers: Sequence[Tensor], arranged: Sequence[Tensor]) -> None:
+        """Bring what the step wrote to stand-ins to the buffers, where these are not the same memory."""
+        for slot, buffer in zip(self.slots, buffers, strict=True):
+            if slot.written and not slot.like_its_source:
+                slot.fill(buffer, arranged[slot.index])
+
+    def write_back(self, stand_ins: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Copy the stand-ins that were written to the arguments."""
+        with torch.inference_mode():
+            for index in self.written:
+                tensors[index].copy_(stand_ins[index])
+
+    def refill(self, stand_ins: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Make the stand-ins that a step writes hold again what the arguments hold."""
+        self.write_back(tensors, stand_ins)
+
+    @property
     def keeps_strides(self) -> bool:
         """Whether each stand-in has the strides of its argument."""
         return all(slot.strides is not None for slot in self.slots)
@@ -211,8 +239,13 @@ def make_contract(
     padding: dict[str, Padding],
     batch_dims: Sequence[int | None],
     rows: int | None,
+    written: Sequence[int] = (),
 ) -> Contract:
-    """The contract of a call recorded at ``rows`` rows (None: at its exact sizes)."""
+    """The contract of a call recorded at ``rows`` rows (None: at its exact sizes).
+
+    Args:
+        static, written: positions of arguments used in place, and of copied ones that the step writes.
+    """
     slots, same = [], []
     firsts = repeats(tensors) or range(len(tensors))
     for index, (name, tensor, first) in enumerate(zip(names, tensors, firsts, strict=True)):
@@ -228,6 +261,7 @@ def make_contract(
                 *(name, index, shape, tensor.dtype, tensor.device, dim, padding.get(name, Padding())),
                 strides=kept_strides(tensor) if rows is None else None,
                 traits=Traits.of(tensor) if rows is None else replace(Traits.of(tensor), inference=False),
+                written=index in written,
             )
         )
     longest = max(map(extent, tensors), default=0)

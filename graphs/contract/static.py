@@ -63,6 +63,8 @@ class StaticTensors:
         written: those of both that the step writes: another argument must not share their memory.
         owners: links to tensors, from `PythonState`; those of other tensors are ignored.
         longest: bytes that a copied argument extends over at most; None where that is not known.
+        copied_back: positions of copied arguments that the step writes: no other tensor must share their memory.
+        same: positions of arguments that are the very object at another position.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class StaticTensors:
         written: Sequence[Tensor],
         owners: Sequence[Link],
         longest: int | None = None,
+        copied_back: Sequence[int] = (),
+        same: Sequence[int] = (),
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
-        ranges = joined((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
-        self._starts = [start for start, _ in ranges]
-        self._ends = [0, *(end for _, end in ranges)]  # of the range that begins before the one at this position
+        self._written = _Memory((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
+        self._in_place = _Memory(map(_storage_range, externals))
+        self._copied_back, self._same = list(copied_back), {*same}
         self._longest = longest
         self._static = static
         self._apart: set[int] = set()
@@ -103,7 +107,9 @@ class StaticTensors:
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if self._starts and not self._lie_apart(tensors):
+        if self._written.starts and not self._lie_apart(tensors):
+            return False
+        if self._copied_back and self._shared_when_copied(tensors) is not None:
             return False
         if not self._attributes_hold():
             return False
@@ -125,19 +131,28 @@ class StaticTensors:
         """
         for index, tensor in enumerate(tensors):
             pointer = tensor.data_ptr()
-            if self._longest is not None and not self._reaches(pointer, self._longest):
+            if self._longest is not None and not self._written.reached(pointer, self._longest):
                 if len(self._apart) >= _REMEMBERED:
                     self._apart.clear()
                 self._apart.add(pointer)
-            elif index not in self._static and tensor.numel() and self._reaches(pointer, extent(tensor)):
+            elif index not in self._static and tensor.numel() and self._written.reached(pointer, extent(tensor)):
                 return index
         return None
 
-    def _reaches(self, pointer: int, size: int) -> bool:
-        """Whether ``size`` bytes from an address on hold any that the step writes."""
-        position = bisect_right(self._starts, pointer)
-        following = self._starts[position] if position < len(self._starts) else pointer + size
-        return pointer < self._ends[position] or following < pointer + size
+    def _shared_when_copied(self, tensors: Sequence[Tensor]) -> int | None:
+        """Position of a copied argument that the step writes and that shares memory with what the step uses besides it."""
+        for index in self._copied_back:
+            start, end = tensors[index].data_ptr(), tensors[index].data_ptr() + extent(tensors[index])
+            others = [t for i, t in enumerate(tensors) if i != index and i not in self._same]
+            if any(t.data_ptr() < end and start < t.data_ptr() + extent(t) for t in others):
+                return index
+            if self._in_place.reached(start, end - start):
+                return index
+        return None
+
+    def moved_arguments(self, tensors: Sequence[Tensor]) -> list[tuple[int, str]]:
+        """Position and name of static arguments that are not where they were."""
+        return [(index, name) for index, name, pointer in self._arguments if tensors[index].data_ptr() != pointer]
 
     def moved(self, tensors: Sequence[Tensor]) -> MovedStaticTensor:
         """The refusal for a call whose static tensors changed: names the first."""
@@ -146,6 +161,7 @@ class StaticTensors:
                 text = f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}"
                 return MovedStaticTensor(text, operator=name)
         shared = self._overlapping(tensors)
+        shared = self._shared_when_copied(tensors) if shared is None else shared
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
         for link in [*self._attributes, *self._registered]:
@@ -156,6 +172,33 @@ class StaticTensors:
                 name = self._names.get(id(tensor), f"tensor{tuple(tensor.shape)}")
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
+
+
+def alone(index: int, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> bool:
+    """Whether an argument shares no memory with another one, nor with what the step reads in place."""
+    tensor, others = tensors[index], [t for t in tensors if t is not tensors[index]]
+    apart = not sharing([tensor], others)
+    return apart and not _Memory(map(_storage_range, externals)).reached(tensor.data_ptr(), extent(tensor))
+
+
+class _Memory:
+    """Ranges of addresses."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        found = joined(ranges)
+        self.starts = [start for start, _ in found]
+        self._ends = [0, *(end for _, end in found)]  # of the range that begins before the one at this position
+
+    def reached(self, pointer: int, size: int) -> bool:
+        """Whether any of ``size`` bytes from an address on lies in one."""
+        position = bisect_right(self.starts, pointer)
+        following = self.starts[position] if position < len(self.starts) else pointer + size
+        return pointer < self._ends[position] or following < pointer + size
+
+
+def _storage_range(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -28,6 +28,11 @@ class TensorState:
         if storage._cdata not in self._saved:
             whole = _whole(tensor)
             self._saved[storage._cdata] = (whole, _copy(whole))
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out the storages of ``tensors``."""
+        for tensor in tensors:
+            self._saved.pop(tensor.untyped_storage()._cdata, None)
 
     @property
     def tensors(self) -> list[Tensor]:

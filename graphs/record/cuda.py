@@ -75,6 +75,7 @@ class CudaRecording:
         self._sources = tuple(slot.index for slot in moved)
         self._gathered = [(position, slot) for position, slot in enumerate(moved) if not slot.like_its_source]
         self._large = [(slot, buffer) for slot, buffer in slots if buffer.nbytes > LARGE]
+        self._written = [(slot, buffer) for slot, buffer in slots if slot.written]
         self._device = order.device
         self._index = order.device.index
         self._layouts = [(tuple(o.shape), o.stride(), o.dtype, dim) for o, dim in zip(outputs, contract.output_dims, strict=True)]
@@ -102,6 +103,8 @@ class CudaRecording:
         table.claim(row)
         self._replay()
         table.turn += 1
+        for slot, buffer in self._written:
+            slot.copy_back(buffer, tensors[slot.index])
         return outputs
 
     def _new_outputs(self, rows: int) -> list[Tensor]:
@@ -229,7 +232,9 @@ class CudaRecorder:
                 graph.register_generator_state(generator)
             with _paused_collector(), torch.no_grad(), self._capturing(graph):
                 inbound.launch()
-                produced = body(contract.arrange(buffers, tensors))
+                arranged = contract.arrange(buffers, tensors)
+                produced = body(arranged)
+                contract.settle(buffers, arranged)
                 outputs = [_dense(o, dim is not None) for o, dim in zip(produced, contract.output_dims, strict=True)]
                 outbound.bind(
                     [Move(o, dim, _KEEP) for o, dim in zip(outputs, contract.output_dims, strict=True)] if owned else []

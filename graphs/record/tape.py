@@ -156,6 +156,7 @@ class TapeRecording:
         self._program = program
         self._calls = [instruction.call for instruction in program]
         self._slots = list(zip(contract.slots, buffers, strict=True))
+        self._written = [(slot, buffer) for slot, buffer in self._slots if slot.written]
         self.pool_bytes = sum(
             storage.nbytes()
             for storage in {
@@ -183,6 +184,8 @@ class TapeRecording:
                 slot.fill(buffer, tensors[slot.index])
             for call in self._calls:
                 call()
+            for slot, buffer in self._written:
+                slot.copy_back(buffer, tensors[slot.index])
         outputs = [
             out if dim is None else out.narrow(dim, 0, rows)
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
@@ -221,7 +224,9 @@ class TapeRecorder:
         buffers = contract.filled(tensors)
         mode = _TapeMode()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:
-            outputs = body(contract.arrange(buffers, tensors))
+            arranged = contract.arrange(buffers, tensors)
+            outputs = body(arranged)
+            contract.settle(buffers, arranged)
         volatile = {storage_id(tensor) for tensor in (buffers if owned else [*buffers, *outputs])}
         recording = TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)
         recording.poison()
