@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphs.contract.arguments import Call
+from graphs.contract.arguments import Call, objects_on
 from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
 
 Tensor = torch.Tensor
@@ -30,6 +30,17 @@ def inadmissible(call: Call, model: Any = None) -> Refusal | None:
             return UnsupportedArgument(f"a tensor on {tensor.device}", operator="arguments")
     if _stream_is_capturing(call):
         return NestedCapture("the current stream is being recorded by somebody else", operator="record")
+    return None
+
+
+def carries_objects(call: Call) -> Refusal | None:
+    """The attribute of a tensor argument that no key can hold and no replay refresh, or None."""
+    for tensor in call.tensors:
+        for name in objects_on(tensor):
+            kind = type(tensor.__dict__[name]).__name__
+            detail = f"a {kind} hangs on a tensor argument, as its attribute {name!r}, where a replay does not look for it"
+            remedy = "pass it as an argument of its own, or with the tensor in a tuple or dict"
+            return UnsupportedArgument(detail, operator=name, remedy=remedy)
     return None
 
 

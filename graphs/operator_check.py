@@ -229,8 +229,9 @@ def _check_replays(
     why = recorder.refuses(operator)
     if why is not None:
         raise subject.error(UnsupportedOperator, why)
-    contract = make_contract(subject.names, subject.tensors, (), {}, (), None)
-    contract = dataclasses.replace(contract, output_dims=(None,) * len(runs[0][2]))
+    contract = make_contract(subject.names, _copies(subject.tensors), (), {}, (), None)
+    slots = tuple(dataclasses.replace(slot, strides=None) for slot in contract.slots)  # other data may have other strides
+    contract = dataclasses.replace(contract, slots=slots, output_dims=(None,) * len(runs[0][2]))
     recorder.run(lambda: subject.run(_copies(subject.tensors)))
     try:
         generators = tuple(trace.generators)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from graphs.admission import device_of, inadmissible, is_capturing, parameter_names
+from graphs.admission import carries_objects, device_of, inadmissible, is_capturing, parameter_names
 from graphs.ambient import active_mode, ambient_of
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
@@ -101,6 +101,7 @@ class Recordings:
         self.last: tuple[LastCall, Entry, int] | None = None
         self.batch = BatchRule()
         self.attempts: Counter[tuple[Any, ...]] = Counter()
+        self.moving: dict[tuple[Any, ...], frozenset[int]] = {}  # positions of arguments that are elsewhere at each call
         self.parameters = parameter_names(model)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,6 +199,8 @@ class Recordings:
             return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
             return self._outdated(entry, stale, call, args, kwargs)
+        if isinstance(stale, MovedStaticTensor) and self._releases(entry, stale, call):
+            return self._serve(args, kwargs)
         return self._refuse([stale], args, kwargs)
 
     @staticmethod
@@ -220,10 +223,29 @@ class Recordings:
             return _Outdated(changed)
         if not entry.statics.unchanged(tensors):
             moved = entry.statics.moved(tensors)
-            return moved if entry.statics.moved_arguments(tensors) else _Outdated(moved=moved)
+            return _Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
         if tensors and tensors[0].is_cuda and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         return None
+
+    def _releases(self, entry: Entry, moved: MovedStaticTensor, call: Call) -> bool:
+        """Whether a recording was dropped since arguments that it writes in place are elsewhere.
+
+        One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
+        """
+        arguments = entry.statics.moved_arguments(call.tensors)
+        declared = {name for _, name in arguments if name in self.config.static}
+        known = self.moving.get(call.signature, frozenset())
+        positions = {index for index, _ in arguments}
+        if entry.contract.rows is not None or declared or positions <= known:
+            return False
+        with _recording, self.lock:
+            if entry in self.entries.values():
+                self.ledger.refused(moved, outcome="the step is recorded anew")
+                self._drop(entry)
+                if entry.replays < _OFTEN:
+                    self.moving[call.signature] = known | positions
+        return True
 
     def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
@@ -386,6 +408,7 @@ class Recordings:
             static=tuple(i for i, name in enumerate(names) if name in config.static),
             padding=dict(config.padding),
             device=device_of(call, self.model),
+            moving=self.moving.get(call.signature, frozenset()),
             compiler=config.compiler,
             compiler_options=config.compiler_options,
             passes=config.passes,
@@ -403,7 +426,7 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call, self.model)
+        return inadmissible(call, self.model) or carries_objects(call)
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
@@ -497,4 +520,4 @@ class Recordings:
             for entry in list(self.entries.values()):
                 self.ledger.dropped(entry)
             self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
-            self.batch = BatchRule()
+            self.batch, self.moving = BatchRule(), {}

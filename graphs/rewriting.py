@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import passes
-from graphs.contract.arguments import flatten_call, map_leaves, replace_tensors
+from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.counters import Counters
+from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
@@ -79,7 +80,7 @@ def traced(
         output = step.model(*args, **kwargs)
         advanced[:] = [place.container[place.key] for place in places]
         found: list[Any] = []
-        structure[:] = [map_leaves(output, lambda leaf: _hole(leaf, found))]
+        structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
         return found
 
     reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
@@ -172,7 +173,7 @@ class RewrittenStep:
         results = made[: self._results]
         if self.assumption is not None:
             self.assumption.ran(made[self._results], made[self._results + 1 :])
-        return map_leaves(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
+        return map_output(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
 
     def prepare(self) -> None:
         """Make the device hold Python's numbers, before the graph is run outside a recording."""

@@ -13,9 +13,10 @@ import torch
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.counters import Counter, find_counters
-from graphs.contract.outputs import OutputTemplate, output_template
-from graphs.contract.places import Difference
+from graphs.contract.outputs import Known, OutputTemplate, output_template
+from graphs.contract.places import Difference, text_of, write_mapping
 from graphs.contract.python_state import PythonState
+from graphs.contract.slots import kept_strides
 from graphs.contract.tensor_state import RandomState
 from graphs.watch import Trace
 
@@ -38,6 +39,8 @@ class Step:
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
         unmerged: branches that cannot become part of a recording, and why, by file and line; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
+        moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
+        held: whether an object hangs on the module or on an opaque argument; filled by the trial.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
 
@@ -60,6 +63,8 @@ class Step:
     bounds: Mapping[str, int] = field(default_factory=dict)
     unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
+    moving: frozenset[int] = frozenset()
+    held: Callable[[Any], bool] = lambda value: False
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
@@ -81,7 +86,8 @@ class Step:
         self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
     ) -> tuple[OutputTemplate, list[Tensor]]:
         """The output as a template and the tensors that a replay has to produce."""
-        return output_template(output, tensors, self.call.opaques, externals)
+        views = self.rows is None and all(kept_strides(tensor) is not None for tensor in tensors)
+        return output_template(output, Known(tensors, self.call.opaques, externals, self.held, views))
 
     def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
         """Run at ``tensors`` and return the output tensors that a replay has to produce."""
@@ -93,6 +99,10 @@ class Step:
         model = getattr(self.model, "_orig_mod", self.model)  # a compiled module's own bookkeeping is not state
         model = getattr(model, "_torchdynamo_orig_callable", model)
         return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True)]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensor arguments by name."""
+        yield from zip(self.names, self.call.tensors, strict=True)
 
     def containers(self) -> list[tuple[str, Any]]:
         """Lists and dicts among the arguments, which a step may fill."""
@@ -117,6 +127,7 @@ class Checkpoint:
     def __init__(self, step: Step, trace: Trace | None = None) -> None:
         self.python = PythonState(step.roots())
         self._arguments = PythonState.of_containers(step.containers())
+        self._hung = [(name, tensor.__dict__, dict(tensor.__dict__)) for name, tensor in step.tensors()]
         self._random = RandomState(step.device, {g: g.get_state() for g in trace.generators} if trace else None)
         self._written = trace.written if trace else None
         self._copies = trace.written.copies() if trace else None
@@ -128,16 +139,25 @@ class Checkpoint:
 
     def differences(self) -> list[Difference]:
         """What Python state is not as it was."""
-        return [*self._arguments.differences(), *self.python.differences()]
+        return [*self._arguments.differences(), *self._hanging(), *self.python.differences()]
+
+    def _hanging(self) -> list[Difference]:
+        """What was set on or taken from tensor arguments."""
+        return [
+            Difference(f"{name}.{key}", text_of(before.get(key)), text_of(now.get(key)))
+            for name, now, before in self._hung
+            for key in {**before, **now}
+            if now.get(key) is not before.get(key)
+        ]
 
     def counters(self) -> list[Counter] | None:
         """The whole numbers of Python that changed since; None where something else did."""
-        return find_counters(self.python) if not self._arguments.differences() else None
+        return find_counters(self.python) if not self._arguments.differences() and not self._hanging() else None
 
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
         """This checkpoint with the Python state of another."""
         mixed = copy.copy(self)
-        mixed.python, mixed._arguments = other.python, other._arguments
+        mixed.python, mixed._arguments, mixed._hung = other.python, other._arguments, other._hung
         return mixed
 
     def restore(self) -> None:
@@ -149,5 +169,8 @@ class Checkpoint:
 
     def restore_python(self) -> None:
         """Put Python objects back, and nothing else."""
+        for _, attributes, before in self._hung:
+            if attributes or before:
+                write_mapping(attributes, before)
         self._arguments.restore()
         self.python.restore()

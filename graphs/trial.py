@@ -23,22 +23,21 @@ import torch
 
 from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
-from graphs.contract.arguments import map_leaves
 from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
 from graphs.contract.guard_walk import guards_of
 from graphs.contract.operators import storage_id
-from graphs.contract.outputs import OutputTemplate, compare_templates, output_template, same_memory
+from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference
-from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract, make_contract
-from graphs.contract.static import StaticTensors
+from graphs.contract.static import StaticTensors, alone, sharing
 from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to, sliced
 from graphs.errors import (
     CaptureFailed,
     ChangingValue,
     HostSync,
+    MovedStaticTensor,
     Refusal,
     RowsInteract,
     UnsupportedArgument,
@@ -49,12 +48,13 @@ from graphs.failures import RaisedWatched, StepRaised, internal_error
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
+from graphs.returned import adopt_returned, links_to, unobserved
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
+from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
-aten = torch.ops.aten
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
@@ -105,6 +105,10 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
     adopt_returned(trace, output, after.python)
+    unseen = unobserved(trace, output)
+    if unseen is not None:
+        raise Refused(output, [unseen], origin.restore)
+    step.held = after.python.holds
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
         initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
@@ -136,8 +140,10 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     start.restore()
     trace.written.release()
+    entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
-    entry.guards = guards_of(reads, step.roots(), advanced, entry.statics.links, entry.uploads)
+    links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
+    entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads)
     entry.capture_seconds = time.perf_counter() - started
     return entry
 
@@ -162,20 +168,6 @@ def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, T
         raise
     origin.covers(trace)
     return output, trace
-
-
-def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:
-    """Count tensors that the step returns without reading them (a weight, a cache) among those it reads in place."""
-    owned = {storage_id(owner.value): owner.value for owner in python.owners}
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            storage = storage_id(value)
-            if storage in owned and same_memory(value, owned[storage]):
-                trace.externals.setdefault(storage, owned[storage])
-        return value
-
-    map_leaves(output, leaf)
 
 
 def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingValue:
@@ -205,8 +197,8 @@ def _compare_consecutive(
         if error is None and not changes and compare_traces(second, third) is None:
             return f"a value computed once, at {refusal.site}", []  # behind a cache that cannot be seen from here
         raise refusal
-    externals, (tensors, opaques) = list(first.externals.values()), (step.call.tensors, step.call.opaques)
-    templates = [output_template(value, tensors, opaques, externals)[0].structure for value in (output, result)]
+    externals, tensors = list(first.externals.values()), step.call.tensors
+    templates = [step.template(value, tensors, externals)[0].structure for value in (output, result)]
     refusal = compare_templates(*templates)
     if refusal is not None:
         raise refusal
@@ -243,10 +235,18 @@ def _record(
     Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
     """
     tensors, plain = step.call.tensors, step.without_substitute()
-    static = sorted({*step.static, *(i for i, t in enumerate(tensors) if storage_id(t) in trace.written)})
-    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows)
+    in_place = {*step.static, *sharing(tensors, trace.written.tensors)}
+    moving = (
+        [index for index in in_place & step.moving if alone(index, tensors, _not_given(trace, tensors))]
+        if step.rows is None
+        else []
+    )
+    static = sorted(in_place - {*moving})
+    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
-    externals, template, watched = _stand_in_run(plain, recorder, start, trace, stand_ins, output)
+    externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
+    if moving and (watched.findings or counters or plain is not step):
+        raise MovedStaticTensor("it is written, and lies elsewhere at each call", operator=step.names[moving[0]])
     if watched.findings or counters:
         step = _without_host_values(step, start, watched, stand_ins, counters)
         if _covers(trace, step.model, tensors):
@@ -258,6 +258,7 @@ def _record(
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
     _reset(step, start)
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
+    contract.write_back(stand_ins, tensors)
     state = trace.written.copies()
     dims = (None,) * len(reference) if probe is None else probe.output_dims(reference)
     contract = dataclasses.replace(contract, output_dims=dims)
@@ -270,7 +271,7 @@ def _record(
         recording,
         contract,
         template,
-        StaticTensors([(i, step.names[i], tensors[i]) for i in static], externals, trace.written.tensors, start.python.owners),
+        _statics(step, contract, externals, trace, start),
         start.python,
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
@@ -295,27 +296,34 @@ def _record(
 
 
 def _stand_in_run(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace, stand_ins: list[Tensor], output: Any
+    step: Step,
+    recorder: Recorder,
+    start: Checkpoint,
+    first: Trace,
+    contract: Contract,
+    stand_ins: list[Tensor],
+    output: Any,
 ) -> tuple[list[Tensor], OutputTemplate, Trace]:
     """Run C. Returns the tensors the recording reads in place, the template of its output, and what was seen.
 
     Only here is an argument told apart from the step's own tensor that it happens to be, and a padded batch from the
-    call's: the same tensors must be written, and at exact sizes by the same operators.
+    call's: the same tensors must be written, and at exact sizes the same operators run on the same numbers and layouts.
     """
     start.restore()
     result, trace = _guarded(step, lambda: recorder.run(lambda: watch_again(lambda: step.run(stand_ins), stand_ins, first)))
     start.restore()
     adopt_returned(trace, result, start.python)
     differing = RowsInteract if step.rows is not None else ChangingValue
-    if trace.written.tensors:
+    expected = {storage_id(stand_ins[index]) for index in contract.written}
+    if any(storage_id(tensor) not in expected for tensor in trace.written.tensors):
         raise differing("a tensor is written only when the arguments are copies or padded")
-    if step.rows is None and [o.func for o in trace.operations] != [o.func for o in first.operations]:
-        raise ChangingValue("other operators run when the arguments are copies")  # padded, a copy may become a view
-    scattered = any(not tensor.is_contiguous() for tensor in step.call.tensors)
-    strided = next((o for o in trace.operations if o.func is aten.as_strided.default), None)
-    if scattered and strided is not None:
-        detail = "it may read an argument by its layout in memory, and the copies are contiguous"
-        raise UnsupportedOperator(detail, operator=str(strided.func), site=strided.site)
+    refusal = reads_by_layout(trace, step.call.tensors, contract.scattered(step.call.tensors))
+    if refusal is None and step.rows is None:  # padded, a copy may become a view
+        refusal = compare_with_stand_ins(first, trace, step.call.tensors, strides=contract.keeps_strides)
+    elif refusal is None and step.rows == 1 and compare_with_stand_ins(first, trace, step.call.tensors, strides=False):
+        raise RowsInteract("another layout of the arguments gives other numbers, and a single row proves no more", unproved=True)
+    if refusal is not None:
+        raise refusal
     externals = list(trace.externals.values())
     template = step.template(result, stand_ins, externals)[0]
     exact = step.template(output, step.call.tensors, list(first.externals.values()))[0]
@@ -323,6 +331,26 @@ def _stand_in_run(
     if refusal is not None:
         raise differing(refusal.detail)
     return externals, template, trace
+
+
+def _not_given(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a step reads in place and is not given."""
+    given = {storage_id(tensor) for tensor in tensors}
+    return [tensor for storage, tensor in trace.externals.items() if storage not in given]
+
+
+def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: Trace, start: Checkpoint) -> StaticTensors:
+    tensors = step.call.tensors
+    copied = {storage_id(tensors[index]) for index in contract.written}
+    return StaticTensors(
+        [(index, step.names[index], tensors[index]) for index in contract.static],
+        externals,
+        [tensor for tensor in trace.written.tensors if storage_id(tensor) not in copied],
+        start.python.owners,
+        contract.longest,
+        contract.written,
+        [index for index, _ in contract.same],
+    )
 
 
 def _reset(step: Step, start: Checkpoint) -> None:
@@ -393,13 +421,13 @@ def _compare_substitute(
     """
     plain = step.without_substitute()
     start.restore()
-    output = map_leaves(
+    output = map_output(
         _guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
     )
     state = trace.written.copies()
     _reset(step, start)
     template, produced = step.template(step.run(stand_ins), stand_ins, externals)
-    expected = template.select(output)
+    expected, produced = template.tensors(output), template.seen(produced)
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
     if fetched:
         raise HostSync(f"output {fetched[0]} is a tensor of the host that holds values of the device", operator="output")
@@ -469,8 +497,9 @@ def _recorded(
 def _verify_first_replay(
     entry: Entry, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
 ) -> None:
-    expected = sliced(reference, entry.contract.output_dims, rows)
-    produced = entry.recording.replay(tensors, rows)
+    seen = entry.template.seen
+    expected = seen(sliced(reference, entry.contract.output_dims, rows))
+    produced = seen(entry.recording.replay(tensors, rows))
     found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
         raise VerifyMismatch(found[1], operator=found[0])
@@ -481,12 +510,13 @@ def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_in
     assert entry.checked is not None
     start.restore()
     plain.produced(stand_ins, entry.externals)
-    expected = [out.clone() for out in plain.produced(stand_ins, entry.externals)]
+    seen = entry.template.seen
+    expected = seen([out.clone() for out in plain.produced(stand_ins, entry.externals)])
     state = entry.written.copies()
     start.restore()
     entry.recording.replay(stand_ins, plain.real)
     entry.checked.store()
-    produced = entry.recording.replay(stand_ins, plain.real)
+    produced = seen(entry.recording.replay(stand_ins, plain.real))
     if entry.checked.held():  # else the second step goes another way
         found = verify.run_difference(expected, produced, state, entry.written.tensors, slack=entry.slack)
         if found is not None:
@@ -496,7 +526,9 @@ def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_in
 
 def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
-    trace = Trace(written=entry.written)
+    trace = Trace()
+    for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
+        trace.written.save(tensor)
     start = Checkpoint(step, trace)
     if entry.checked is not None:  # an eager run of another way would write what this recording does not
         entry.recording.replay(step.call.tensors, rows)
@@ -504,12 +536,12 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         start.restore()
         if not held:
             return None
-    expected = [out.clone() for out in entry.template.select(step.run(step.call.tensors))]
-    state = entry.written.copies()
+    expected = [out.clone() for out in entry.template.tensors(step.run(step.call.tensors))]
+    state = trace.written.copies()
     start.restore()
     try:
-        produced = entry.recording.replay(step.call.tensors, rows)
-        found = verify.run_difference(expected, produced, state, entry.written.tensors, entry.sentinels, entry.slack)
+        produced = entry.template.seen(entry.recording.replay(step.call.tensors, rows))
+        found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels, entry.slack)
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -18,9 +18,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
+from graphs.contract.host_values import (
+    FILLS,
+    FROM_LISTS,
+    OF_THE_OBJECT,
+    TO_HOST,
+    HostRead,
+    finding,
+    leaves_the_device,
+    values_read,
+)
 from graphs.contract.operators import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
@@ -34,6 +44,7 @@ from graphs.errors import (
     Refusal,
     Site,
     UndeclaredWrite,
+    UnsupportedArgument,
     UnsupportedTensor,
 )
 from graphs.fast_paths import unnoticed
@@ -43,6 +54,7 @@ from passes.composites import Calls, called, run, taken_apart
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
+_ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
 
@@ -112,6 +124,8 @@ class Trace:
         written: externals and arguments that were written in place, saved before the first write.
         generators: generators named explicitly by an operator, with the states they had.
         checksums: of each external when it was first seen.
+        origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
+        storages: what keeps identities of storages that are gone from being those of new ones.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -123,6 +137,8 @@ class Trace:
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
     checksums: dict[int, Tensor] = field(default_factory=dict)
+    origins: dict[int, tuple[str, int]] = field(default_factory=dict)
+    storages: list[StorageWeakRef] = field(default_factory=list)
 
     def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""
@@ -144,7 +160,7 @@ class _Watch(TorchDispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
-        self.origins: dict[int, tuple[str, int]] = {}
+        self.origins = trace.origins
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
@@ -193,9 +209,7 @@ class _Watch(TorchDispatchMode):
         with self:
             return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
 
-    def _run_below(
-        self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
-    ) -> Any:
+    def _run_below(self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
         """Run an operator on a wrapper that torch's own code takes apart, unwatched."""
         detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
         self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
@@ -216,6 +230,10 @@ class _Watch(TorchDispatchMode):
             if has_storage(tensor) and not self.made(tensor):
                 self.trace.written.save(tensor)
         return func(*args, **kwargs)
+
+    def is_argument(self, tensor: Tensor) -> bool:
+        """Whether a tensor is an argument or a view of one."""
+        return tensor.layout == torch.strided and self.origins.get(storage_id(tensor), ("", 0))[0] == "argument"
 
     def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
         """Note a value that the host got."""
@@ -260,6 +278,7 @@ class _Watch(TorchDispatchMode):
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
+                self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):
@@ -319,6 +338,8 @@ class _Conversions(Calls):
             self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
+        elif func in OF_THE_OBJECT and not self.watch.inside:
+            self._read_property(func, args, sys._getframe(1))
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
@@ -338,6 +359,13 @@ class _Conversions(Calls):
         at = Site.at(user_frame(frame))
         detail = "the step asks whether gradients are recorded: they are, but not in a recording"
         self.watch.trace.found(AutogradInput(detail, operator=operator, site=at), operator)
+
+    def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
+        """Report what the user's own code asks of an argument and no copy of it can answer."""
+        if is_users(frame) and isinstance(args[0], Tensor) and self.watch.is_argument(args[0]):
+            operator = f"Tensor.{OF_THE_OBJECT[func]}"
+            detail = "it is asked of an argument, has another answer at each call, and a replay would know only the recorded one"
+            self.watch.trace.found(UnsupportedArgument(detail, operator=operator, site=Site.at(user_frame(frame)), remedy=_ASKED))
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"

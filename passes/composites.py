@@ -1,4 +1,4 @@
-"""Operators as they arrive at a dispatch mode, run as eager runs them: composites in parts, and with the autocast of their caller.
+"""Operators as they arrive at a dispatch mode, run as eager runs them: composites in parts, with their caller's autocast.
 
 Under ``torch.inference_mode()``, and for tensors made there, the keys of autograd are off. What takes a composite operator
 apart (``aten.is_nonzero``, ``aten.item``, ``aten.linear``, ``aten.matmul``) is its kernel for autograd, so that a mode is given

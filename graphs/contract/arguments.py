@@ -7,29 +7,15 @@ registry is used and its walk is not.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
 
-Tensor = torch.Tensor
-_CONSTANTS = (
-    type(None),
-    bool,
-    int,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    torch.Size,
-    type(Ellipsis),
-)
+from graphs.contract.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
 
-_BY_VALUE = (enum.Enum, int, float, complex, str, range)
+Tensor = torch.Tensor
 
 
 class Call(NamedTuple):
@@ -52,36 +38,58 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], prefix: tuple[An
     opaques: list[Any] = []
     signature: list[Any] = list(prefix)
     for value in args:
-        if type(value) is Tensor:
-            tensors.append(value)
-            signature += (Tensor, value.shape, value.stride(), value.dtype, value.device)
-        else:
-            _flatten(value, tensors, opaques, signature)
+        _flatten(value, tensors, opaques, signature)
     for name, value in kwargs.items():
         signature.append(name)
-        if type(value) is Tensor:
-            tensors.append(value)
-            signature += (Tensor, value.shape, value.stride(), value.dtype, value.device)
-        else:
-            _flatten(value, tensors, opaques, signature)
+        _flatten(value, tensors, opaques, signature)
+    if len(tensors) > 1:
+        given_again = repeats(tensors)
+        if given_again is not None:
+            signature.append(given_again)
     return Call(tensors, opaques, tuple(signature))
+
+
+def repeats(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """For each tensor the position where the very same object stands first; None where all are different objects."""
+    identities = [*map(id, tensors)]
+    return tuple(map(identities.index, identities)) if len({*identities}) < len(identities) else None
+
+
+def traits(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor is beyond shape, strides, dtype and device, and what hangs on it; empty for most.
+
+    An attribute that is no constant enters by its type alone: such a call is not recorded (`objects_on`).
+    """
+    flags = (tensor.requires_grad, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
+    attributes = tensor.__dict__
+    if not attributes:
+        return flags if True in flags else ()
+    return (*flags, *((name, _attribute_key(value)) for name, value in attributes.items()))
+
+
+def _attribute_key(value: Any) -> Any:
+    key = nested_key(value)
+    return type(value) if key is NOT_CONSTANT else key
+
+
+def objects_on(tensor: Tensor) -> list[str]:
+    """Names of attributes of a tensor that are no constants."""
+    return [name for name, value in tensor.__dict__.items() if nested_key(value) is NOT_CONSTANT]
 
 
 def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     kind = type(value)
     if kind is Tensor or isinstance(value, Tensor):
         tensors.append(value)
-        signature += (kind, value.shape, value.stride(), value.dtype, value.device)
-    elif kind in _CONSTANTS:
+        signature += (kind, value.shape, value.stride(), value.dtype, value.device, traits(value))
+    elif kind in PLAIN:
         signature += (kind, value)
-    elif kind is float:
-        signature += (float, value.hex())  # so that 0.0 and -0.0 differ, and nan equals itself
     elif kind is tuple or kind is list:
         signature += (kind, len(value))
         for item in value:
             _flatten(item, tensors, opaques, signature)
     elif kind is dict:
-        signature += (dict, tuple(value))
+        signature += (dict, names_key(value))
         for item in value.values():
             _flatten(item, tensors, opaques, signature)
     else:
@@ -91,34 +99,32 @@ def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: l
 def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     children, context = pytree_children(value)
     if children is not None:
-        signature += (type(value), len(children), _frozen(context))
+        signature += (type(value), len(children), context_key(context))
         for item in children:
             _flatten(item, tensors, opaques, signature)
-    elif isinstance(value, slice) and not _has_tensor(value):
-        signature += (slice, repr(value))
-    elif isinstance(value, enum.Enum):
-        signature += (type(value), value.name)
-    elif isinstance(value, _BY_VALUE):  # numpy scalars and subclasses of numbers
-        signature += (type(value), repr(value))
-    else:
+        return
+    key = constant_key(value)
+    if key is NOT_CONSTANT:
         opaques.append(value)
         signature += (type(value), id(value))
+    else:
+        signature.append(key)
 
 
 def is_constant(value: Any) -> bool:
     """Whether a leaf is part of the key by its value."""
-    known = type(value) in (*_CONSTANTS, float) or isinstance(value, _BY_VALUE)
-    return known or (isinstance(value, slice) and not _has_tensor(value))
+    return type(value) in PLAIN or constant_key(value) is not NOT_CONSTANT
 
 
-def _has_tensor(value: slice) -> bool:
-    return any(isinstance(part, Tensor) for part in (value.start, value.stop, value.step))
+def is_leaf(value: Any) -> bool:
+    """Whether a value holds no others, as far as flattening sees."""
+    return type(value) not in (tuple, list, dict) and pytree_children(value)[0] is None
 
 
 def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
     """Children and context of a registered pytree node, ``(None, None)`` for a leaf."""
     kind = type(value)
-    if kind in _CONSTANTS:
+    if kind in PLAIN:
         return None, None
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return list(value), None
@@ -129,27 +135,22 @@ def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
     return list(children), context
 
 
-def _frozen(context: Any) -> Any:
-    try:
-        hash(context)
-    except TypeError:
-        return repr(context)
-    return context
-
-
 def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
     """Rebuild ``value`` with ``fn`` applied to every leaf, in the order of `flatten_call`."""
+    return fn(value) if is_leaf(value) else map_children(value, lambda item: map_leaves(item, fn))
+
+
+def map_children(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """Rebuild a container with ``fn`` applied to what it holds directly."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind(map_leaves(item, fn) for item in value)
+        return kind([fn(item) for item in value])
     if kind is dict:
-        return {key: map_leaves(item, fn) for key, item in value.items()}
+        return {key: fn(item) for key, item in value.items()}
     children, context = pytree_children(value)
-    if children is None:
-        return fn(value)
-    rebuilt = [map_leaves(item, fn) for item in children]
+    rebuilt = [fn(item) for item in children or ()]
     if hasattr(kind, "_fields") and isinstance(value, tuple):
-        return kind(*rebuilt)
+        return tuple.__new__(kind, rebuilt)  # past a constructor that checks or computes
     return _pytree.SUPPORTED_NODES[kind].unflatten_fn(rebuilt, context)
 
 

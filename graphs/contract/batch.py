@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.contract.buckets import Shape, batch_size, bucket_for, inferred_batch_dims, resized
+from graphs.contract.buckets import Shape, batch_size, bucket_for, inferred_batch_dims, is_contiguous, resized
 from graphs.errors import AboveLargestBucket, ConfigError
 
 Tensor = torch.Tensor
@@ -33,20 +33,23 @@ class Plan:
     dims: Dims
 
     def resize(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """The tensors with ``rows`` rows: cut, or with the last row repeated."""
-        resized = []
+        """The tensors with ``rows`` rows: cut, or with the last row repeated. What was one object still is."""
+        resized: dict[int, Tensor] = {}
         for tensor, dim in zip(tensors, self.dims, strict=True):
+            if id(tensor) in resized:
+                continue
+            sized = tensor
             if dim is not None and tensor.shape[dim] >= rows:
-                tensor = tensor.narrow(dim, 0, rows)
+                sized = tensor.narrow(dim, 0, rows)
             elif dim is not None:
                 last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
-                tensor = torch.cat([tensor, *[last] * (rows - tensor.shape[dim])], dim)
-            resized.append(tensor)
-        return resized
+                sized = torch.cat([tensor, *[last] * (rows - tensor.shape[dim])], dim)
+            resized[id(tensor)] = sized
+        return [resized[id(tensor)] for tensor in tensors]
 
 
 def structure_of(call: Call) -> tuple[Any, ...]:
-    """The signature of a call without the sizes of its tensors."""
+    """The signature of a call without the sizes of its tensors; of their layout, whether it is contiguous."""
     structure: list[Any] = []
     signature, position = call.signature, 0
     while position < len(signature):
@@ -54,9 +57,9 @@ def structure_of(call: Call) -> tuple[Any, ...]:
         structure.append(item)
         position += 1
         if isinstance(item, type) and issubclass(item, Tensor):
-            shape, _, dtype, device = signature[position : position + 4]
-            structure += [len(shape), dtype, device]
-            position += 4
+            shape, strides, dtype, device, traits = signature[position : position + 5]
+            structure += [len(shape), is_contiguous(shape, strides), dtype, device, traits]
+            position += 5
     return tuple(structure)
 
 

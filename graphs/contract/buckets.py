@@ -31,6 +31,16 @@ def inferred_batch_dims(first: Sequence[Shape], second: Sequence[Shape]) -> tupl
     return tuple(dims) if len(sizes) == 1 else None
 
 
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor of this layout lies in memory row after row, as `torch.Tensor.is_contiguous` says."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
+
+
 def batch_size(shapes: Sequence[Shape], dims: Sequence[int | None]) -> int | None:
     """The common size of the batch dimensions, or None when the tensors disagree or have none."""
     sizes = {shape[dim] for shape, dim in zip(shapes, dims, strict=True) if dim is not None and dim < len(shape)}

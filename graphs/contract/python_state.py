@@ -356,6 +356,10 @@ class PythonState:
             if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
 
+    def holds(self, value: Any) -> bool:
+        """Whether an object hangs on one of the roots, or is one."""
+        return id(value) in self._seen
+
 
 def _copied(mapping: dict[Any, Any]) -> dict[Any, Any]:
     return dict(items_of(mapping))

@@ -7,15 +7,15 @@ the tensors still hang where the step finds them is a matter of guards (`graphs.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from graphs.contract.operators import storage_id
 from graphs.contract.python_state import Link
+from graphs.contract.slots import extent
 from graphs.errors import MovedStaticTensor
 
 Tensor = torch.Tensor
@@ -35,6 +35,9 @@ class StaticTensors:
         externals: tensors read in place that are not arguments.
         written: those of both that the step writes: another argument must not share their memory.
         owners: links to tensors, from `PythonState`; those of other tensors are ignored.
+        longest: bytes that a copied argument extends over at most; None where that is not known.
+        copied_back: positions of copied arguments that the step writes: no other tensor must share their memory.
+        same: positions of arguments that are the very object at another position.
     """
 
     def __init__(
@@ -43,12 +46,16 @@ class StaticTensors:
         externals: Sequence[Tensor],
         written: Sequence[Tensor],
         owners: Sequence[Link],
+        longest: int | None = None,
+        copied_back: Sequence[int] = (),
+        same: Sequence[int] = (),
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
-        ranges = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size()) for w in written if w.numel())
-        self._starts = [start for start, _ in ranges]
-        self._ends = [0, *accumulate((end for _, end in ranges), max)]  # of all ranges before the one at this position
+        self._written = _Memory((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
+        self._in_place = _Memory(map(_storage_range, externals))
+        self._copied_back, self._same = list(copied_back), {*same}
+        self._longest = longest
         self._static = static
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
@@ -66,26 +73,55 @@ class StaticTensors:
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if self._starts and not self._apart.issuperset(map(_data_ptr, tensors)) and self._overlapping(tensors) is not None:
+        if self._written.starts and not self._lie_apart(tensors):
             return False
-        return self._in_place() and (self._guards is None or self._guards.check(*self._tensors))
+        if self._copied_back and self._shared_when_copied(tensors) is not None:
+            return False
+        return self._stayed() and (self._guards is None or self._guards.check(*self._tensors))
 
-    def _in_place(self) -> bool:
+    def _stayed(self) -> bool:
         if _equal_addresses is not None:
             return bool(_equal_addresses(self._tensors, self._pointers, self._indices))
         return list(map(_data_ptr, self._tensors)) == self._pointers
 
+    def _lie_apart(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether no copied argument shares memory with what the step writes: its copy would be stale."""
+        return self._apart.issuperset(map(_data_ptr, tensors)) or self._overlapping(tensors) is None
+
     def _overlapping(self, tensors: Sequence[Tensor]) -> int | None:
-        """Position of a copied argument that shares memory with what the step writes: its copy would be stale."""
+        """Position of a copied argument that shares memory with what the step writes.
+
+        Addresses that are far enough from it for the longest argument are remembered, whichever argument was found there.
+        """
         for index, tensor in enumerate(tensors):
             pointer = tensor.data_ptr()
-            if pointer >= self._ends[bisect_left(self._starts, pointer + _extent(tensor))]:
+            if self._longest is not None and not self._written.reached(pointer, self._longest):
                 if len(self._apart) >= _REMEMBERED:
                     self._apart.clear()
                 self._apart.add(pointer)
-            elif index not in self._static and tensor.numel():
+            elif index not in self._static and tensor.numel() and self._written.reached(pointer, extent(tensor)):
                 return index
         return None
+
+    def _shared_when_copied(self, tensors: Sequence[Tensor]) -> int | None:
+        """Position of a copied argument that the step writes and that shares memory with what the step uses besides it."""
+        for index in self._copied_back:
+            start, end = tensors[index].data_ptr(), tensors[index].data_ptr() + extent(tensors[index])
+            others = [t for i, t in enumerate(tensors) if i != index and i not in self._same]
+            if any(t.data_ptr() < end and start < t.data_ptr() + extent(t) for t in others):
+                return index
+            if self._in_place.reached(start, end - start):
+                return index
+        return None
+
+    def moved_arguments(self, tensors: Sequence[Tensor]) -> list[tuple[int, str]]:
+        """Position and name of static arguments that are not where they were."""
+        return [(index, name) for index, name, pointer in self._arguments if tensors[index].data_ptr() != pointer]
+
+    def arguments_fit(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether nothing is wrong with the arguments of a call: what moved is the step's own, and stays where it is now."""
+        moved = self.moved_arguments(tensors)
+        return not moved and self._overlapping(tensors) is None and self._shared_when_copied(tensors) is None
 
     def moved(self, tensors: Sequence[Tensor]) -> MovedStaticTensor:
         """The refusal for a call whose static tensors changed: names the first."""
@@ -94,6 +130,7 @@ class StaticTensors:
                 text = f"the argument is at {tensors[index].data_ptr():#x}, recorded at {pointer:#x}"
                 return MovedStaticTensor(text, operator=name)
         shared = self._overlapping(tensors)
+        shared = self._shared_when_copied(tensors) if shared is None else shared
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
         for tensor, recorded, layout in zip(self._tensors, self._pointers, self._layouts, strict=True):
@@ -104,20 +141,6 @@ class StaticTensors:
                 return MovedStaticTensor(f"it has another layout, {_layout(tensor)}, than {layout} when recorded", operator=name)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
 
-    def moved_arguments(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether an argument is not what it has to be: a recording made anew would not serve the next call either."""
-        elsewhere = any(tensors[index].data_ptr() != pointer for index, _, pointer in self._arguments)
-        return elsewhere or self._overlapping(tensors) is not None
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last one."""
-    if not tensor.numel():
-        return 0
-    return (
-        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    ) * tensor.element_size()
-
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
@@ -127,6 +150,56 @@ def _tensor_guards(tensors: Sequence[Tensor]) -> Any:
     """Torch's guards of shapes, strides and dtypes; None where it has none."""
     kind = getattr(torch._C._dynamo.guards, "TensorGuards", None)
     return kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None) if kind is not None and tensors else None
+
+
+def alone(index: int, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> bool:
+    """Whether an argument shares no memory with another one, nor with what the step reads in place."""
+    tensor, others = tensors[index], [t for t in tensors if t is not tensors[index]]
+    apart = not sharing([tensor], others)
+    return apart and not _Memory(map(_storage_range, externals)).reached(tensor.data_ptr(), extent(tensor))
+
+
+class _Memory:
+    """Ranges of addresses."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        found = joined(ranges)
+        self.starts = [start for start, _ in found]
+        self._ends = [0, *(end for _, end in found)]  # of the range that begins before the one at this position
+
+    def reached(self, pointer: int, size: int) -> bool:
+        """Whether any of ``size`` bytes from an address on lies in one."""
+        position = bisect_right(self.starts, pointer)
+        following = self.starts[position] if position < len(self.starts) else pointer + size
+        return pointer < self._ends[position] or following < pointer + size
+
+
+def _storage_range(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that overlap made one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def sharing(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> list[int]:
+    """Positions of the tensors that share memory with those that are written, be it under another storage."""
+    storages = {storage_id(tensor) for tensor in written}
+    ranges = joined((tensor.data_ptr(), tensor.data_ptr() + extent(tensor)) for tensor in written if tensor.numel())
+    return [
+        index
+        for index, tensor in enumerate(tensors)
+        if storage_id(tensor) in storages
+        or any(start < tensor.data_ptr() + extent(tensor) and tensor.data_ptr() < end for start, end in ranges)
+    ]
 
 
 def _way(owner: Link) -> list[Link]:

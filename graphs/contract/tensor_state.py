@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -34,6 +34,11 @@ class TensorState:
             whole = _whole(tensor)
             self._saved[storage._cdata] = (whole, _copy(whole))
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out the storages of ``tensors``."""
+        for tensor in tensors:
+            self._saved.pop(tensor.untyped_storage()._cdata, None)
+
     @property
     def tensors(self) -> list[Tensor]:
         """The live tensors that were written, each whole: the full storage, not the view that was written."""
@@ -44,9 +49,12 @@ class TensorState:
         return [_copy(whole) for whole, _ in self._saved.values()]
 
     def restore(self, copies: list[Tensor] | None = None) -> None:
-        """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was."""
+        """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was.
+
+        Last saved, first restored: two storages may be one memory, of which the later copy holds writes to the earlier.
+        """
         with torch.no_grad():
-            for index, (whole, saved) in enumerate(self._saved.values()):
+            for index, (whole, saved) in reversed([*enumerate(self._saved.values())]):
                 whole.copy_(saved if copies is None or index >= len(copies) else copies[index])
 
     def release(self) -> None:

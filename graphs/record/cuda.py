@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from graphs.contract.padding import Padding
-from graphs.contract.slots import Contract
+from graphs.contract.slots import Contract, is_dense
 from graphs.errors import CaptureFailed, Refusal
 from graphs.record.copies import AddressTable, Copier, Move, load_kernels
 from graphs.record.policy import current_policy
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
 _current_device = torch._C._cuda_getDevice
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
-_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_data_ptr = Tensor.data_ptr
 _KEEP = Padding("keep")
 LARGE = 1 << 26
 """Bytes above which an input is copied by a launch of its own, ahead of the graph: next to such a copy a launch is nothing,
@@ -71,8 +71,11 @@ class CudaRecording:
         self._order = order
         self._keep = (*keep, buffers)
         slots = list(zip(contract.slots, buffers, strict=True))
-        self._sources = tuple(slot.index for slot, buffer in slots if buffer.nbytes <= LARGE)
+        moved = [slot for slot, buffer in slots if buffer.nbytes <= LARGE]
+        self._sources = tuple(slot.index for slot in moved)
+        self._gathered = [(position, slot) for position, slot in enumerate(moved) if not slot.like_its_source]
         self._large = [(slot, buffer) for slot, buffer in slots if buffer.nbytes > LARGE]
+        self._written = [(slot, buffer) for slot, buffer in slots if slot.written]
         self._device = order.device
         self._index = order.device.index
         self._layouts = [(tuple(o.shape), o.stride(), o.dtype, dim) for o, dim in zip(outputs, contract.output_dims, strict=True)]
@@ -87,8 +90,9 @@ class CudaRecording:
         if _raw_stream(self._index) != self._order.raw:
             self._order.enter()
         sources = [tensors[index] for index in self._sources]
-        if not all(map(_is_contiguous, sources)):
-            sources = [tensor.contiguous() for tensor in sources]  # the kernel copies dense memory
+        for position, slot in self._gathered:  # the kernel copies dense memory
+            if not sources[position].is_contiguous():
+                sources[position] = slot.of_source(sources[position]).contiguous()
         row = [rows, *map(_data_ptr, sources)]
         for slot, buffer in self._large:
             slot.fill(buffer, tensors[slot.index])
@@ -99,6 +103,8 @@ class CudaRecording:
         table.claim(row)
         self._replay()
         table.turn += 1
+        for slot, buffer in self._written:
+            slot.copy_back(buffer, tensors[slot.index])
         return outputs
 
     def _new_outputs(self, rows: int) -> list[Tensor]:
@@ -132,11 +138,7 @@ def _dense(tensor: Tensor, sliced: bool) -> Tensor:
     """``tensor``, or a contiguous copy where its memory has holes or overlaps (or has to be sliced by rows)."""
     if tensor.is_contiguous():
         return tensor
-    expected, dense = 1, True
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        dense = dense and (size == 1 or stride == expected)
-        expected *= size
-    return tensor if dense and not sliced else tensor.contiguous()
+    return tensor if is_dense(tensor.shape, tensor.stride()) and not sliced else tensor.contiguous()
 
 
 class CudaRecorder:
@@ -230,7 +232,9 @@ class CudaRecorder:
                 graph.register_generator_state(generator)
             with _paused_collector(), torch.no_grad(), self._capturing(graph):
                 inbound.launch()
-                produced = body(contract.arrange(buffers, tensors))
+                arranged = contract.arrange(buffers, tensors)
+                produced = body(arranged)
+                contract.settle(buffers, arranged)
                 outputs = [_dense(o, dim is not None) for o, dim in zip(produced, contract.output_dims, strict=True)]
                 outbound.bind(
                     [Move(o, dim, _KEEP) for o, dim in zip(outputs, contract.output_dims, strict=True)] if owned else []

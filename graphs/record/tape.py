@@ -167,6 +167,7 @@ class TapeRecording:
         self._program = program
         self._calls = [instruction.call for instruction in program]
         self._slots = list(zip(contract.slots, buffers, strict=True))
+        self._written = [(slot, buffer) for slot, buffer in self._slots if slot.written]
         self.pool_bytes = sum(
             storage.nbytes()
             for storage in {
@@ -197,6 +198,8 @@ class TapeRecording:
                     call()
             except Exception as error:
                 raise ReplayRaised(error) from error
+            for slot, buffer in self._written:
+                slot.copy_back(buffer, tensors[slot.index])
         outputs = [
             out if dim is None else out.narrow(dim, 0, rows)
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
@@ -219,7 +222,7 @@ class TapeRecorder:
         return fn()
 
     def refuses(self, operator: str) -> str | None:
-        """Why an operator cannot be recorded, or None; what else a tape cannot hold raises `UnsupportedOperator` while recording."""
+        """Why an operator cannot be recorded, or None; the rest raises `UnsupportedOperator` while it is recorded."""
         if operator.startswith("_c10d_functional."):
             return "its result is there once it was waited for, and a tape copies it before"
         return None
@@ -237,7 +240,9 @@ class TapeRecorder:
         buffers = contract.filled(tensors)
         mode = _TapeMode()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
-            outputs = body(contract.arrange(buffers, tensors))
+            arranged = contract.arrange(buffers, tensors)
+            outputs = body(arranged)
+            contract.settle(buffers, arranged)
         volatile = {storage_id(tensor) for tensor in (buffers if owned else [*buffers, *outputs])}
         recording = TapeRecording(mode.program(volatile), contract, buffers, [out.detach() for out in outputs], owned)
         recording.poison()

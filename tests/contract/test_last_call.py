@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 import graphs
 
@@ -47,3 +49,43 @@ def test_a_call_after_another_gets_its_own_result(first: str) -> None:
             assert torch.equal(CALLS[first](captured), CALLS[first](step)), first
         assert torch.equal(CALLS[second](captured), CALLS[second](step)), f"{second} after {first}"
         assert CALLS[second](captured).dtype == CALLS[second](step).dtype
+
+
+Pair = namedtuple("Pair", "left right")
+CONTAINERS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "a list of one": lambda: ((new(), [new()]), {}),
+    "a tuple of one": lambda: ((new(), (new(),)), {}),
+    "a dict of one": lambda: ((new(), {"x": new()}), {}),
+    "nothing but a dict of one": lambda: (({"x": new()},), {}),
+    "by name": lambda: ((new(),), {"y": [new()]}),
+    "beside None": lambda: ((new(), [new()], None), {}),
+    "nested": lambda: ((new(), [[(new(),)]]), {}),
+    "as many tensors as arguments, in one of them": lambda: (([], [new(), new()]), {}),
+    "a named tuple with None": lambda: ((new(), Pair(new(), None)), {}),
+    "an output of a model": lambda: ((new(), BaseModelOutput(last_hidden_state=new())), {}),
+    "an output of a model with None": lambda: ((new(), BaseModelOutput(last_hidden_state=new(), hidden_states=None)), {"z": 3}),
+    "a default dict": lambda: ((new(), defaultdict(list, x=new())), {}),
+}
+
+
+def new() -> Tensor:
+    return torch.randn(3)
+
+
+def total(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value * 2
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum((total(item) for item in items), torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_of_one_tensor_are_replayed(name: str) -> None:
+    def model(*args: Any, **kwargs: Any) -> Tensor:
+        return total(args) + 3 * total(kwargs)
+
+    captured = graphs.capture(model)
+    for _ in range(4):
+        args, kwargs = CONTAINERS[name]()
+        assert torch.equal(captured(*args, **kwargs), model(*args, **kwargs))
+    assert captured.report().replays == 4

@@ -1,0 +1,118 @@
+"""Keys of constants: two values have equal keys only if no code could tell them apart.
+
+Python's own equality is too coarse for that: 1, 1.0 and True are equal, 0.0 and -0.0 too, and a subclass may say of itself
+that it equals anything, or print the same as another. Values are taken from below what a subclass can override.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import sys
+from typing import Any
+
+import torch
+
+PLAIN = frozenset(
+    (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+)
+"""Types whose values are their own keys, once the type stands beside them."""
+NOT_CONSTANT = object()
+"""What `constant_key` gives for a value that is no constant."""
+_ATOMS = (int, float, complex, str, bytes)
+
+
+class _Same:
+    """One object, equal to nothing else."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def constant_key(value: Any) -> Any:
+    """The key of a number, text, enum member, range, slice of these, or scalar of NumPy; else `NOT_CONSTANT`."""
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
+    if isinstance(value, enum.Enum):
+        return _Same(value)  # members are made once
+    if kind is slice:
+        parts = [constant_key(part) for part in (value.start, value.stop, value.step)]
+        return (slice, *parts) if NOT_CONSTANT not in parts else NOT_CONSTANT
+    if kind is range:
+        return range, *(constant_key(part) for part in (value.start, value.stop, value.step))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return kind, str(value.dtype.descr), value.tobytes()
+    if isinstance(value, _ATOMS):
+        attributes = _attributes_key(value)
+        return (kind, _atom(value), attributes) if attributes is not NOT_CONSTANT else NOT_CONSTANT
+    return NOT_CONSTANT
+
+
+def _atom(value: Any) -> Any:
+    """What a number or text holds, whatever its class overrides."""
+    if isinstance(value, float):
+        return struct.pack("d", value)
+    if isinstance(value, complex):
+        return struct.pack("dd", complex.real.__get__(value), complex.imag.__get__(value))
+    if isinstance(value, int):
+        return int.__add__(value, 0)
+    return str.__str__(value) if isinstance(value, str) else bytes.__getitem__(value, slice(None))
+
+
+def _attributes_key(value: Any) -> Any:
+    """The key of what hangs on a value of a subclass; `NOT_CONSTANT` where that cannot be told."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return ()
+    if any(vars(base).get("__slots__") for base in kind.__mro__):
+        return NOT_CONSTANT
+    return nested_key(getattr(value, "__dict__", None) or {})
+
+
+def nested_key(value: Any) -> Any:
+    """The key of a constant, or of tuples, lists, sets and dicts of constants; else `NOT_CONSTANT`."""
+    kind = type(value)
+    if kind in (tuple, list):
+        items: Any = tuple(nested_key(item) for item in value)
+    elif kind is dict:
+        items = tuple((nested_key(key), nested_key(item)) for key, item in value.items())
+    elif kind in (set, frozenset):
+        items = frozenset(nested_key(item) for item in value)
+    else:
+        return constant_key(value)
+    flat = [part for pair in items for part in pair] if kind is dict else items
+    return (kind, items) if NOT_CONSTANT not in flat else NOT_CONSTANT
+
+
+def names_key(names: Any) -> tuple[Any, ...]:
+    """The key of the keys of a dict, in their order."""
+    return tuple([name if type(name) is str else context_key(name) for name in names])
+
+
+def context_key(context: Any) -> Any:
+    """The key of what a container of a registered kind holds beside its children.
+
+    Constants, and lists and the like of them, as `nested_key` takes them; objects by what they themselves call equal, or by
+    their text where they cannot be hashed.
+    """
+    kind = type(context)
+    if kind in (tuple, list):
+        return kind, tuple(context_key(item) for item in context)
+    key = nested_key(context)
+    if key is not NOT_CONSTANT:
+        return key
+    try:
+        hash(context)
+    except TypeError:
+        return kind, repr(context)
+    return kind, context
