@@ -68,10 +68,12 @@ class HighPrecision(TorchDispatchMode):
 
     Args:
         turned: ties in which eager is made to choose the other one.
+        seed: of random numbers by which each result is rounded, as if in its dtype, for another sample of eager's error.
     """
 
-    def __init__(self, turned: frozenset[Tie] = frozenset()) -> None:
+    def __init__(self, turned: frozenset[Tie] = frozenset(), seed: int | None = None) -> None:
         super().__init__()
+        self._seed, self._generators = seed, dict[torch.device, torch.Generator]()
         self.gaps: dict[str, str] = {}
         self._turned, self._choices, self._ties = turned, 0, list[Tie]()
         self._shadows: dict[int, _Shadow] = {}
@@ -120,7 +122,8 @@ class HighPrecision(TorchDispatchMode):
             precise = self._run(func, self._lift(args, ()), self._lift(kwargs, ()), result, given)
             for mine, theirs in zip(tensors_in(result), tensors_in(precise), strict=False):
                 if any(mine is tensor for tensor in made) and theirs is not None:
-                    self._keep(mine, theirs)
+                    moved = func.overloadpacket in MOVES
+                    self._keep(mine, theirs if self._seed is None or moved else self._noisy(theirs, mine.dtype))
         return result
 
     def _write(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
@@ -220,6 +223,15 @@ class HighPrecision(TorchDispatchMode):
     def _hold(self, tensor: Tensor, flat: Tensor) -> None:
         storage = StorageWeakRef(tensor.untyped_storage())
         self._shadows[storage_id(tensor)] = _Shadow(flat, tensor.dtype, storage)
+
+    def _noisy(self, precise: Tensor, dtype: torch.dtype) -> Tensor:
+        """As far from ``precise`` as rounding to ``dtype`` may be."""
+        generator = self._generators.get(precise.device)
+        if generator is None:
+            generator = self._generators[precise.device] = torch.Generator(precise.device).manual_seed(self._seed or 0)
+        real = torch.float64  # of a complex number both parts alike
+        draw = torch.rand(precise.shape, dtype=real, device=precise.device, generator=generator)
+        return precise * (1 + torch.finfo(dtype).eps * (draw - 0.5))
 
     def _refresh(self, tensors: Sequence[Tensor]) -> None:
         """Take over what eager wrote, in the places that it wrote."""

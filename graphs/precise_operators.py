@@ -35,7 +35,9 @@ DRAWS = _packets(
 )
 """Random numbers that do not depend on rounded ones, but for the decisions of ``bernoulli`` and ``multinomial``."""
 
-MOVES = _packets("index_select embedding gather index take clone cat stack repeat flip roll constant_pad_nd masked_select unfold_copy")
+MOVES = _packets(
+    "index_select embedding gather index take clone cat stack repeat flip roll constant_pad_nd masked_select unfold_copy"
+)
 """They compute nothing: where what they read was never rounded, neither is their result."""
 
 
