@@ -38,6 +38,8 @@ WHOLE, SPREAD = 2.0, 2.0
 """Accepted error of large groups in units of eager's, and how much more it may be in the worst of many small ones."""
 ULPS = 1.0
 """Accepted in any case, in steps of the dtype: eager may be exact where another order of operations rounds."""
+MEANINGLESS = 0.25
+"""Eager's own error, relative to a result, from which on it says nothing: a step that amplifies rounding without end."""
 _ROW = 16  # elements that tell the size of errors; shorter rows take in the dimension before
 _SAMPLES = 8  # runs with random rounding, where a tensor is smaller than that
 _RUNS = 12  # in float64, at most, to find out which of two nearly equal candidates a choice took
@@ -120,6 +122,8 @@ def candidate_difference(
     precise, why = _in_float64(rerun, frozenset())
     if precise is not None and not why and _refused(precise, [*expected, *state], names, ()) is not None:
         why = "eager does not repeat itself"
+    if precise is not None and not why and (share := max(map(_share, precise.results), default=0.0)) > MEANINGLESS:
+        why = f"rounding makes up {share:.0%} of what it computes"
     if precise is None or why:
         found = verify.run_difference(expected, produced, state, left, sentinels, slack)
         return (found[0], f"{found[1]}; by tolerance, since {why}") if found is not None else None
@@ -317,6 +321,17 @@ def _kinds(values: Tensor) -> Tensor:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()).double() if tensor.is_complex() else tensor.double()
+
+
+def _share(result: tuple[Tensor, Tensor]) -> float:
+    """Eager's error relative to what it computed of a tensor, of which the rest is as it was."""
+    eager, precise = result
+    if not (eager.is_floating_point() or eager.is_complex()) or eager.numel() < _ROW:
+        return 0.0
+    e, r = _real(eager), _real(precise)
+    told = torch.isfinite(e) & torch.isfinite(r) & (e != r)
+    size = float(torch.where(told, r, 0.0).square().sum())
+    return math.sqrt(float(torch.where(told, e - r, 0.0).square().sum()) / size) if size else 0.0
 
 
 def _relative_square(precise: Tensor, tensor: Tensor) -> float:

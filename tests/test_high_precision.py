@@ -28,7 +28,9 @@ def context(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManag
     return CONTEXTS[request.param]
 
 
-def run(context: Callable[[], AbstractContextManager[Any]], step: Callable[..., Any], *args: Any) -> tuple[Any, Any, HighPrecision]:
+def run(
+    context: Callable[[], AbstractContextManager[Any]], step: Callable[..., Any], *args: Any
+) -> tuple[Any, Any, HighPrecision]:
     """What the step gives under the mode, its float64 counterpart, and the mode."""
     mode = HighPrecision()
     with context(), mode:
@@ -79,7 +81,9 @@ def between_dtypes(x: Tensor, w: Tensor) -> Tensor:
 def attention(x: Tensor, w: Tensor) -> Tensor:
     y = (x @ w).view(1, 2, 2, 8)
     mask = torch.tensor([[True, False], [True, True]])
-    return F.scaled_dot_product_attention(y, y * 2, y.neg(), attn_mask=mask) + F.scaled_dot_product_attention(y, y, y, is_causal=True)
+    return F.scaled_dot_product_attention(y, y * 2, y.neg(), attn_mask=mask) + F.scaled_dot_product_attention(
+        y, y, y, is_causal=True
+    )
 
 
 def several(x: Tensor, w: Tensor) -> Tensor:
@@ -220,7 +224,7 @@ def test_grouped_products() -> None:
         return torch._grouped_mm(x.exp(), w, offs=torch.tensor([3, 3, 8], dtype=torch.int32))
 
     x, w = numbers(8, 16), numbers(3, 16, 8, seed=1)
-    eager, precise, mode = run(torch.no_grad, step, x, w)
+    _, precise, mode = run(torch.no_grad, step, x, w)
     y = x.double().exp()
     assert not mode.gaps
     torch.testing.assert_close(precise, torch.cat([y[:3] @ w[0].double(), y[3:] @ w[2].double()]))

@@ -51,7 +51,11 @@ class Layer(nn.Module):
             self.up = nn.Parameter(torch.randn(EXPERTS, 2 * width, width) / width**0.5)
             self.down = nn.Parameter(torch.randn(EXPERTS, width, 2 * width) / (2 * width) ** 0.5)
         else:
-            self.gate, self.up_, self.down_ = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+            self.gate, self.up_, self.down_ = (
+                nn.Linear(width, 3 * width),
+                nn.Linear(width, 3 * width),
+                nn.Linear(3 * width, width),
+            )
 
     def forward(self, x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self._feed(self._attend(x, position, keys, values))
