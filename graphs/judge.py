@@ -209,6 +209,7 @@ def _run(rerun: Rerun, mode: HighPrecision) -> tuple[HighPrecision, list[tuple[T
     return mode, [(tensor.clone(), mode.of(tensor)) for tensor in [*outputs, *rerun.written.tensors]]
 
 
+@torch.no_grad()
 def difference(eager: Tensor, candidate: Tensor, precise: Tensor, spread: Tensor | None = None) -> str:
     """How ``candidate`` deviates from ``precise`` beyond what ``eager`` suggests, or an empty string.
 
@@ -226,6 +227,7 @@ def difference(eager: Tensor, candidate: Tensor, precise: Tensor, spread: Tensor
     return str(excess) if not excess.ratio <= 1 else ""
 
 
+@torch.no_grad()
 def measure(eager: Tensor, candidate: Tensor, precise: Tensor, spread: Tensor | None = None) -> Excess:
     """The group of elements whose error is largest beside what is accepted."""
     smallest = torch.finfo(eager.dtype).smallest_normal * torch.finfo(eager.dtype).eps
@@ -323,6 +325,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()).double() if tensor.is_complex() else tensor.double()
 
 
+@torch.no_grad()
 def _share(result: tuple[Tensor, Tensor]) -> float:
     """Eager's error relative to what it computed of a tensor, of which the rest is as it was."""
     eager, precise = result
@@ -334,6 +337,7 @@ def _share(result: tuple[Tensor, Tensor]) -> float:
     return math.sqrt(float(torch.where(told, e - r, 0.0).square().sum()) / size) if size else 0.0
 
 
+@torch.no_grad()
 def _relative_square(precise: Tensor, tensor: Tensor) -> float:
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return float((precise != tensor.to(precise.device)).sum())
