@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.operators import RESIZING, storage_id, tensors_in, written_tensors
-from graphs.precise_operators import DECISIONS, DRAWS, MOVES, PRECISE, UNINITIALISED, CannotRaise
+from graphs.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, PRECISE, UNINITIALISED, CannotRaise
 from graphs.ties import Tie, find_ties, is_choice, turn
 
 Tensor = torch.Tensor
@@ -154,9 +154,9 @@ class HighPrecision(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any, result: Any, given: Sequence[Tensor]) -> Any:
         """The operator in float64; None where it cannot run so, which is a gap if what it reads was rounded."""
         try:
-            if func.namespace not in ("aten", "prims"):
+            precise = PRECISE.get(func.overloadpacket) or FOREIGN.get(func._schema.name)
+            if precise is None and func.namespace not in ("aten", "prims"):
                 raise CannotRaise("not an operator of ATen")
-            precise = PRECISE.get(func.overloadpacket)
             return precise(func, args, kwargs, result) if precise is not None else func(*args, **kwargs)
         except Exception as error:  # kernels for some dtypes only, no room: whatever it is, eager's numbers take over
             if self._rounded(given):

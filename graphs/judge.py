@@ -170,7 +170,7 @@ def _with_ties(
     nearest, turned, runs, waiting = _distance(precise, candidate), frozenset[Tie](), 0, list(precise.ties)
     while refused is not None and waiting and runs < _RUNS:
         tie, runs = waiting.pop(0), runs + 1
-        other, why = _in_float64(rerun, turned | {tie})
+        other, why = _in_float64(rerun, turned | {tie}, precise.spread)
         distance = _distance(other, candidate) if other is not None and not why else math.inf
         if other is not None and distance < nearest:
             nearest, turned = distance, turned | {tie}
@@ -185,21 +185,30 @@ def _distance(precise: _Precise, candidate: Sequence[Tensor]) -> float:
     return sum(_relative_square(exact, tensor) for (_, exact), tensor in zip(precise.results, candidate, strict=True))
 
 
-def _in_float64(rerun: Rerun, turned: frozenset[Tie]) -> tuple[_Precise | None, str]:
-    """Eager once more, with float64 beside it; and why that is not possible, or not enough."""
+def _in_float64(rerun: Rerun, turned: frozenset[Tie], spread: list[Tensor | None] | None = None) -> tuple[_Precise | None, str]:
+    """Eager once more, with float64 beside it; and why that is not possible, or not enough.
+
+    ``spread`` is that of another run, if there is one: a turned choice changes numbers, not the size of errors.
+    """
     try:
         mode, results = _run(rerun, HighPrecision(turned))
-        small = {i for i, (eager, _) in enumerate(results) if eager.is_floating_point() and 0 < eager.numel() < _ROW}
-        squares = {i: torch.zeros_like(results[i][1]) for i in small}
-        for seed in range(_SAMPLES if small else 0):
-            _, noisy = _run(rerun, HighPrecision(turned, seed))
-            for index in small:
-                squares[index] += (noisy[index][1] - results[index][1]).square() / _SAMPLES
+        spread = _spread(rerun, results) if spread is None else spread
     except Exception as error:  # an operator that no dispatch mode can see, no room, or one that is not eager's own
         return None, f"the step cannot be run in float64: {type(error).__name__}: {error}"
     operator, reason = next(iter(mode.gaps.items()), ("", ""))
     why = f"{operator} does not run in float64: {reason}" if operator else ""
-    return _Precise(results, mode.gaps, mode.ties, [squares.get(i) for i in range(len(results))]), why
+    return _Precise(results, mode.gaps, mode.ties, spread), why
+
+
+def _spread(rerun: Rerun, results: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """The mean square of errors in `_SAMPLES` runs with random rounding, of tensors too small to tell it themselves."""
+    small = [i for i, (eager, _) in enumerate(results) if eager.is_floating_point() and 0 < eager.numel() < _ROW]
+    squares = {index: torch.zeros_like(results[index][1]) for index in small}
+    for seed in range(_SAMPLES if small else 0):
+        _, noisy = _run(rerun, HighPrecision(seed=seed))
+        for index, square in squares.items():
+            square += (noisy[index][1] - results[index][1]).square() / _SAMPLES
+    return [squares.get(index) for index in range(len(results))]
 
 
 def _run(rerun: Rerun, mode: HighPrecision) -> tuple[HighPrecision, list[tuple[Tensor, Tensor]]]:

@@ -84,7 +84,9 @@ def _softmax(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
 def _grouped_product(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     """Products of groups of rows with one matrix each; groups end at ``offs``."""
     named = _named(func, args, kwargs)
-    rows, matrices, ends = named["self"], named["mat2"], named.get("offs")
+    rows: Tensor = named["self" if "self" in named else "input"]
+    matrices: Tensor = named["mat2" if "mat2" in named else "weight"]
+    ends = named.get("offs")
     if named.get("bias") is not None or (ends is not None and (rows.dim(), matrices.dim()) != (2, 3)):
         raise CannotRaise("only rows grouped by expert are known")
     if ends is None:
@@ -117,3 +119,6 @@ PRECISE: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
     **dict.fromkeys(_packets("_grouped_mm"), _grouped_product),
 }
 """How an operator runs in float64, where calling it with float64 tensors is not the way."""
+
+FOREIGN: dict[str, Callable[[Any, Any, Any, Any], Any]] = {"transformers::grouped_mm_fallback": _grouped_product}
+"""The same for operators outside ATen, by the name of their schema: here, what stands in where ``_grouped_mm`` cannot run."""

@@ -219,9 +219,14 @@ def test_memory_written_as_other_numbers_is_read_anew() -> None:
     assert float(eager[0]) == 2 and float(precise[0]) == 2
 
 
-def test_grouped_products() -> None:
+@pytest.mark.parametrize("foreign", [False, True])
+def test_grouped_products(foreign: bool) -> None:
+    if foreign:
+        pytest.importorskip("transformers.integrations.moe", reason="transformers is not installed")
+    product = torch.ops.transformers.grouped_mm_fallback if foreign else torch._grouped_mm
+
     def step(x: Tensor, w: Tensor) -> Tensor:
-        return torch._grouped_mm(x.exp(), w, offs=torch.tensor([3, 3, 8], dtype=torch.int32))
+        return product(x.exp(), w, offs=torch.tensor([3, 3, 8], dtype=torch.int32))
 
     x, w = numbers(8, 16), numbers(3, 16, 8, seed=1)
     _, precise, mode = run(torch.no_grad, step, x, w)
