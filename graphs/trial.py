@@ -45,6 +45,7 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.failures import RaisedWatched, StepRaised, internal_error
+from graphs.judge import Rerun, candidate_difference
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.record.step import Recorder, Recording
@@ -278,7 +279,6 @@ def _record(
         trace.written,
         ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
         device_free_delta=free - _free_memory(step.device),
-        slack=1.0 if plain is step else verify.OTHER_KERNELS,
         substitute=None if plain is step else step.model,
         checked=checked,
         uploads=_uploads(step),
@@ -431,8 +431,9 @@ def _compare_substitute(
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
     if fetched:
         raise HostSync(f"output {fetched[0]} is a tensor of the host that holds values of the device", operator="output")
-    found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
-    if check and found is not None:
+    rerun = Rerun(start.restore, lambda: template.tensors(plain.run(stand_ins)), trace.written)
+    found = candidate_difference(expected, produced, state, rerun) if check else None
+    if found is not None:
         raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])
     return template
 
@@ -508,17 +509,21 @@ def _verify_first_replay(
 def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_ins: list[Tensor]) -> None:
     """Two steps in a row, eagerly and replayed: what Python advances has to reach the second one."""
     assert entry.checked is not None
-    start.restore()
-    plain.produced(stand_ins, entry.externals)
     seen = entry.template.seen
-    expected = seen([out.clone() for out in plain.produced(stand_ins, entry.externals)])
+
+    def twice() -> list[Tensor]:
+        plain.produced(stand_ins, entry.externals)
+        return seen(plain.produced(stand_ins, entry.externals))
+
+    start.restore()
+    expected = [out.clone() for out in twice()]
     state = entry.written.copies()
     start.restore()
     entry.recording.replay(stand_ins, plain.real)
     entry.checked.store()
     produced = seen(entry.recording.replay(stand_ins, plain.real))
     if entry.checked.held():  # else the second step goes another way
-        found = verify.run_difference(expected, produced, state, entry.written.tensors, slack=entry.slack)
+        found = candidate_difference(expected, produced, state, Rerun(start.restore, twice, entry.written))
         if found is not None:
             raise VerifyMismatch(f"{found[1]} in the second of two steps", operator=found[0])
     start.restore()
@@ -536,12 +541,19 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         start.restore()
         if not held:
             return None
-    expected = [out.clone() for out in entry.template.tensors(step.run(step.call.tensors))]
+
+    def run() -> list[Tensor]:
+        return entry.template.tensors(step.run(step.call.tensors))
+
+    expected = [out.clone() for out in run()]
     state = trace.written.copies()
     start.restore()
     try:
         produced = entry.template.seen(entry.recording.replay(step.call.tensors, rows))
-        found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels, entry.slack)
+        found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
+        if found is not None and entry.rounds_otherwise:
+            rerun = Rerun(start.restore, run, trace.written)
+            found = candidate_difference(expected, produced, state, rerun, sentinels=entry.sentinels, slack=entry.slack)
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -147,6 +147,7 @@ def state_difference(
     A declared sentinel is a row that no sequence owns, so what differs may lie in that row of one dimension.
     """
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        b = b.to(a.device)  # copies go to host memory where the device has no room
         text = difference(a, b, slack)
         if text and not any(_only_in_row(a, b, row, slack) for row in sentinels):
             return index, text

@@ -43,7 +43,7 @@ def within(name: str, package: str) -> bool:
 
 
 MAIN_PATH = ["graphs.recordings", "graphs.capture"]
-TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify"]
+TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify", "graphs.judge"]
 AUDIT = ["graphs.audit", "graphs.findings"]
 ABOVE = [*MAIN_PATH, *AUDIT, "graphs.bench", "graphs.cli"]
 RULES = ["passes.addressing", "passes.arithmetic", "passes.bounded", "passes.branches"]
@@ -58,6 +58,10 @@ FORBIDDEN = {
     "graphs.ops": ["graphs.record", "graphs.contract", "passes", *TRIAL, *ABOVE],
     "graphs.watch": ["graphs.trial", "graphs.record", *ABOVE],
     "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
+    "graphs.judge": ["graphs.trial", "graphs.probe", "graphs.entry", "graphs.record", "passes", *ABOVE],
+    "graphs.high_precision": ["graphs.judge", "graphs.verify", "graphs.trial", "graphs.record", "passes", *ABOVE],
+    "graphs.precise_operators": ["graphs"],
+    "graphs.ties": ["graphs"],
     "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
     "graphs.recordings": ["graphs.capture", "graphs.bench", "graphs.cli", "graphs.record.cuda", "graphs.record.tape"],
     "graphs.audit": [*MAIN_PATH, "graphs.config", "graphs.bench", "graphs.cli"],

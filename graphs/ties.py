@@ -1,0 +1,97 @@
+"""Choices among rounded numbers that rounding may have decided: the expert that is just ahead of the next one.
+
+A choice is a row of ``topk``, ``argmax`` or ``max`` along a dimension. Between the last that it took and the first that it left
+there is a tie if they differ, in float64, by less than rounding moves the numbers of that row. Another order of summation may
+take the other one, which is as right; so a step can be run with the choice turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+_CHOICES = (aten.topk.default, aten.argmax.default, aten.max.dim)
+MARGIN = 4.0
+"""Distance of a tie at most, in root mean squares of what rounding did to the numbers of the row."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One choice that could have gone the other way.
+
+    Attributes:
+        choice: number of the operator among the choices of the run; row: row of its input, flat.
+        taken, left: positions in the row.
+        margin: distance between them in units of the row's rounding.
+    """
+
+    choice: int
+    row: int
+    taken: int
+    left: int
+    margin: float
+
+
+def is_choice(func: Any) -> bool:
+    """Whether an operator takes some of the elements of each row."""
+    return func in _CHOICES
+
+
+def find_ties(func: Any, args: Any, kwargs: Any, result: Any, precise: Tensor, choice: int) -> list[Tie]:
+    """The rows in which the last number taken and the first one left are told apart by rounding alone."""
+    found = _rows(func, args, kwargs, result)
+    if found is None:
+        return []
+    source, indices, largest, dim = found
+    exact = _flat(precise, dim, source.shape[-1]) * (1 if largest else -1)
+    rounded = source.double() * (1 if largest else -1)
+    noise = (rounded - exact).square().mean(-1).sqrt()
+    taken = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, indices, True)
+    if indices.shape[1] >= exact.shape[1]:
+        return []
+    low, last = torch.where(taken, exact, torch.inf).min(-1)
+    high, next_ = torch.where(taken, -torch.inf, exact).max(-1)
+    margin = ((low - high).abs() / noise).nan_to_num(torch.inf)
+    rows = (margin <= MARGIN).nonzero().flatten().tolist()
+    return [Tie(choice, row, int(last[row]), int(next_[row]), float(margin[row])) for row in rows]
+
+
+def turn(func: Any, args: Any, kwargs: Any, result: Any, ties: Sequence[Tie]) -> None:
+    """Let the result of a choice hold what was left in place of what was taken."""
+    found = _rows(func, args, kwargs, result) if ties else None
+    if found is None:
+        return
+    source, indices, _, dim = found
+    indices = indices.clone()
+    for tie in ties:
+        row = indices[tie.row]
+        row[row == tie.taken] = tie.left
+    values = source.gather(1, indices)
+    for target in [result] if isinstance(result, Tensor) else result:
+        chosen = values if target.is_floating_point() else indices
+        reduced = target.dim() < args[0].dim()
+        along = target.unsqueeze(dim) if reduced else target
+        along.copy_(chosen.view(along.movedim(dim, -1).shape).movedim(-1, dim))
+
+
+def _rows(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Tensor, Tensor, bool, int] | None:
+    """Input and chosen positions as rows ``[rows, elements]`` and ``[rows, chosen]``, whether the largest are, along what."""
+    names = [argument.name for argument in func._schema.arguments]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    source, dim = named["self"], named.get("dim", -1)
+    if source.dim() == 0 or dim is None or not source.is_floating_point():
+        return None
+    indices = result if isinstance(result, Tensor) else result[1]
+    if func is not aten.topk.default and not named.get("keepdim", False):
+        indices = indices.unsqueeze(dim)
+    size, chosen = source.shape[dim], indices.shape[dim]
+    return _flat(source, dim, size), _flat(indices, dim, chosen), bool(named.get("largest", True)), dim
+
+
+def _flat(tensor: Tensor, dim: int, size: int) -> Tensor:
+    return tensor.movedim(dim, -1).reshape(-1, size)
