@@ -36,7 +36,7 @@ class Step:
         real: rows of this call.
         compiler, compiler_options: what compiles the step before it is recorded; see `graphs.compiler`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
-        unmerged: branches that cannot become part of a recording, and why, by file and line; filled by trials.
+        unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
@@ -58,7 +58,7 @@ class Step:
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
-    unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
+    unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:

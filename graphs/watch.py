@@ -20,11 +20,21 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphs.contract.host_values import FILLS, FROM_LISTS, TO_HOST, HostRead, finding, leaves_the_device, values_read
+from graphs.contract.host_values import (
+    FILLS,
+    FROM_LISTS,
+    TO_HOST,
+    HostRead,
+    finding,
+    leaves_the_device,
+    may_read,
+    values_read,
+)
 from graphs.contract.operators import storage_id, tensors_in, written_tensors
 from graphs.contract.registered import check_once
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import ChangingValue, HostSync, OpaqueKernel, Refusal, Site, UndeclaredWrite
+from passes import Place, user_place
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -129,6 +139,7 @@ class _Watch(TorchDispatchMode):
         self.function: list[Any] = []
         self.converting = False
         self.origins: dict[int, tuple[str, int]] = {}
+        self.turns: Counter[tuple[str, Place]] = Counter()
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
@@ -149,14 +160,25 @@ class _Watch(TorchDispatchMode):
             self.inside = False
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
+            place, turn = self._turn(func)
             if not self.converting and not self._fills_with_host_data(func, args):
                 for value in values_read(func, args, kwargs, result):
-                    self.read(str(func), frame, value, len(self.trace.operations) - 1)
+                    self.read(str(func), frame, value, len(self.trace.operations) - 1, place, turn)
         return result
 
-    def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
+    def _turn(self, func: OpOverload) -> tuple[Place | None, int]:
+        """The place that calls an operator which may be read from, and how often it did so before."""
+        if self.converting or not may_read(func):
+            return None, 0
+        place = user_place()
+        self.turns[str(func), place] += 1
+        return place, self.turns[str(func), place] - 1
+
+    def read(
+        self, operator: str, frame: tuple[str, int], value: Any, index: int, place: Place | None = None, turn: int = 0
+    ) -> None:
         """Note a value that the host got."""
-        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
+        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index, place or user_place(), turn))
 
     @property
     def asked(self) -> str:
