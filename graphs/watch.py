@@ -163,7 +163,7 @@ class _Watch(TorchDispatchMode):
             place, turn = self._turn(func)
             if not self.converting and not self._fills_with_host_data(func, args):
                 for value in values_read(func, args, kwargs, result):
-                    self.read(str(func), frame, value, len(self.trace.operations) - 1, place, turn)
+                    self.read(str(func), frame, value, len(self.trace.operations) - 1, place, turn, self._source(func, args))
         return result
 
     def _turn(self, func: OpOverload) -> tuple[Place | None, int]:
@@ -174,11 +174,25 @@ class _Watch(TorchDispatchMode):
         self.turns[str(func), place] += 1
         return place, self.turns[str(func), place] - 1
 
+    def _source(self, func: OpOverload, args: Any) -> str:
+        """The operator that made the tensor whose one number is read; empty if none of the step's did."""
+        if func is not aten._local_scalar_dense.default:
+            return ""
+        kind, index = self._origin(args[0])
+        return str(self.trace.operations[index].func) if kind == "operation" else ""
+
     def read(
-        self, operator: str, frame: tuple[str, int], value: Any, index: int, place: Place | None = None, turn: int = 0
+        self,
+        operator: str,
+        frame: tuple[str, int],
+        value: Any,
+        index: int,
+        place: Place | None = None,
+        turn: int = 0,
+        source: str = "",
     ) -> None:
         """Note a value that the host got."""
-        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index, place or user_place(), turn))
+        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index, place or user_place(), turn, source))
 
     @property
     def asked(self) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, should_allow_numbers_as_tensors
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 
+from passes.aliases import parent_of
 from passes.errors import Unremovable
 from passes.facts import Facts
 from passes.forks import Forks
@@ -124,13 +125,18 @@ class Follow(TorchDispatchMode):
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
         elif not self.forks.naming and self.facts.happened():
-            self._follow(str(func), result, place, number=func is aten._local_scalar_dense.default)
+            source = _source(args[0]) if func is aten._local_scalar_dense.default else None
+            self._follow(str(func), result, place, source)
         return result
 
-    def _follow(self, operator: str, result: Any, place: Place, *, number: bool) -> None:
-        """Give the symbols that an operator has made what the eager run read there."""
-        if number or operator in self.reads.operators:
-            reads = self.reads.next(operator, place, number=number)
+    def _follow(self, operator: str, result: Any, place: Place, source: str | None) -> None:
+        """Give the symbols that an operator has made what the eager run read there.
+
+        Args:
+            source: what made the tensor, for an operator that gives its one number.
+        """
+        if source is not None or operator in self.reads.operators:
+            reads = self.reads.next(operator, place, number=source is not None, source=source or "")
             if reads:
                 self._name(result, reads, place.site)
 
@@ -232,6 +238,16 @@ def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
             if isinstance(part, SYMBOLS):
                 found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.definitions]
     return list(dict.fromkeys(found))
+
+
+def _source(tensor: Tensor) -> str:
+    """The operator that made a traced tensor; empty for one that the step was given or holds."""
+    tracing = get_proxy_mode()
+    slot = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
+    node = slot.proxy.node if slot is not None else None
+    while node is not None and (parent := parent_of(node)) is not None:
+        node = parent
+    return str(node.target) if node is not None and node.op == "call_function" else ""
 
 
 def _is_kind(value: Any, result: Any) -> bool:

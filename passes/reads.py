@@ -32,6 +32,7 @@ class Read:
         call: the same number for values that one call gave.
         place: where in the code; None where no more than the line is known.
         turn: how often the operator had run there before.
+        source: the operator that made the tensor it was read from, if the step did that.
     """
 
     operator: str
@@ -40,6 +41,7 @@ class Read:
     call: int = 0
     place: Place | None = None
     turn: int = 0
+    source: str = ""
 
 
 class Reads:
@@ -69,20 +71,34 @@ class Reads:
             else:
                 self._found.setdefault((read.operator, read.place, read.turn), []).append(read)
 
-    def next(self, operator: str, place: Place, *, number: bool) -> list[Read]:
+    def next(self, operator: str, place: Place, *, number: bool, source: str = "") -> list[Read]:
         """What the eager run read at the operator call that the trace has come to; empty where it read nothing.
 
         Args:
             number: whether the call gives one number, which may be one of a tensor that the eager run read as a whole.
+            source: the operator that made the tensor it is read from, if the step did that.
         """
-        turn = self._turns[operator, place]
-        self._turns[operator, place] += 1
-        found = self._found.get((operator, place, turn))
+        turn = self._turn(operator, place, source)
+        self._turns[operator, place] = max(turn, self._turns[operator, place]) + 1
+        found = self._found.get((operator, place, turn)) if turn >= 0 else []
         if found is None and self._by_line[operator, place.site]:
             found = self._by_line[operator, place.site].popleft()
         if found is None and number:
             found = self._element(place)
         return found or []
+
+    def _turn(self, operator: str, place: Place, source: str) -> int:
+        """Whose turn it is; below zero where that cannot be told.
+
+        An operator of torch's may read more than its traced decomposition does, all in one place.
+        """
+        turn = first = self._turns[operator, place]
+        while (found := self._found.get((operator, place, turn))) is not None:
+            if source in (found[0].source, "") or not found[0].source:
+                return turn
+            turn += 1
+        several = turn > first + 1 or (operator, place, first - 1) in self._found
+        return -1 if several else first
 
     def _element(self, place: Place) -> list[Read]:
         whole, given = self._whole[place], self._given[place]

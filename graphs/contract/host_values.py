@@ -43,6 +43,7 @@ class HostRead:
         index: number of operators that had run before: for a value read by an operator, its place in `Trace.operations`.
         place: what of the user's program asked, as in `passes.Place`.
         turn: how often the operator had run there before.
+        source: the operator that made the tensor, where the step did that and its one number was read.
     """
 
     operator: str
@@ -52,6 +53,7 @@ class HostRead:
     index: int
     place: Any = None
     turn: int = 0
+    source: str = ""
 
     @property
     def site(self) -> Site:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import passes
 from passes.reads import Read, Reads
 from passes.sites import Place, user_place
 from tests.passes.steps import Step, check, rewritten, traced
@@ -184,3 +185,19 @@ def test_places_of_one_line_differ() -> None:
     pair = [user_place(), user_place()]
     assert first.line + 1 == second.line and pair[0].line == pair[1].line
     assert pair[0] != pair[1] and pair[0].file == __file__
+
+
+def test_a_decomposition_that_reads_less_than_the_operator_is_not_followed_blindly() -> None:
+    def step(index: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(index).sum(0)[:2]  # the host reads the least and the largest class
+
+    with pytest.raises(passes.Unremovable, match="did not read"):
+        traced(step, torch.tensor([1, 2]))
+
+
+def test_reads_of_one_place_are_told_apart_by_what_was_read() -> None:
+    here = Place("file.py", 3, 4, 3, 9)
+    given = [("min", 1), ("max", 2), ("max", 3)]
+    read = [Read(ITEM, here.site, value, place=here, turn=turn, source=name) for turn, (name, value) in enumerate(given)]
+    assert [r.value for r in Reads(read).next(ITEM, here, number=True, source="max")] == [2]
+    assert Reads(read).next(ITEM, here, number=True, source="aminmax") == []
