@@ -52,12 +52,10 @@ class Operand:
 
 def operands(node: Node) -> list[Operand]:
     """The arguments of a node of which its operator refuses some values."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+    rule = _RULES.get(node.target) if node.op == "call_function" else None
+    if rule is None or not (dtype_of(node.args[0]) or node.target is aten.normal.float_Tensor):
         return []
-    if not isinstance(node.args[0].meta.get("val"), Tensor):
-        return []
-    rule = _RULES.get(node.target)
-    return [operand for operand in (rule(node) if rule is not None else []) if isinstance(operand.value, Node)]
+    return [operand for operand in rule(node) if isinstance(operand.value, Node)]
 
 
 def is_beyond_help(node: Node) -> bool:

@@ -50,6 +50,20 @@ def sized_or_not(x: Tensor, given: Tensor, counts: Tensor) -> Tensor:
     return x.repeat_interleave(given, output_size=8).sum() + x.repeat_interleave(counts)[: min(int(counts[0]), 2)].sum()
 
 
+def pooled(scores: Tensor, batch: Tensor, ratio: Tensor) -> Tensor:
+    """The best of each of three groups, some of them empty at times."""
+    count = torch.zeros(3).index_add_(0, batch, torch.ones(batch.numel()))
+    k = (count * ratio).ceil().long()
+    order = scores.argsort(descending=True)
+    order = order[batch[order].argsort(stable=True)]
+    batch = batch[order]
+    start = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]]).long()
+    place = torch.arange(scores.numel()) - start[batch]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[order[place < k[batch]]] = True
+    return torch.where(mask, scores, 0.0)
+
+
 def smaller(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x * int(min(a[0], b[0])) + int(max(a[1], b[1]))
 
@@ -65,6 +79,14 @@ READS: dict[str, tuple[Step, Any]] = {
         sized_or_not,
         lambda i: (torch.arange(4.0), torch.bincount(drawn(4, 8, seed=i), minlength=4), drawn(2, 4, seed=i)),
     ),
+    "the best of groups": (
+        pooled,
+        lambda i: (
+            torch.randn(9, generator=torch.Generator().manual_seed(i)),
+            drawn(3 if i % 3 == 1 else 2, 9, seed=i) + (i % 3 == 2),
+            torch.tensor([0.5, 0.3, 0.0, 0.01][i % 4]),
+        ),
+    ),
     "the smaller of two": (smaller, lambda i: (torch.arange(3.0), drawn(9, 2, seed=i), drawn(9, 2, seed=i + 50))),
 }
 
@@ -72,7 +94,7 @@ READS: dict[str, tuple[Step, Any]] = {
 @pytest.mark.parametrize("name", READS)
 def test_reads_of_one_line_are_told_apart(name: str) -> None:
     step, arguments = READS[name]
-    graph = rewritten(step, *arguments(0), merge=True, bounds={"test_reads.py:49": 8})
+    graph = rewritten(step, *arguments(0), merge=True, bounds={"test_reads.py:50": 8})
     assert [check(graph, step, *arguments(seed)) for seed in range(12)] == [True] * 12
 
 
@@ -201,3 +223,14 @@ def test_reads_of_one_place_are_told_apart_by_what_was_read() -> None:
     read = [Read(ITEM, here.site, value, place=here, turn=turn, source=name) for turn, (name, value) in enumerate(given)]
     assert [r.value for r in Reads(read).next(ITEM, here, number=True, source="max")] == [2]
     assert Reads(read).next(ITEM, here, number=True, source="aminmax") == []
+
+
+def test_a_length_that_no_hint_is_known_of_is_still_bounded() -> None:
+    def step(x: Tensor, mask: Tensor) -> Tensor:
+        return x[mask].sum()
+
+    module = traced(step, torch.ones(4), torch.tensor([True, False, True, True]))
+    module.meta["facts"].hints.clear()
+    assert passes.remove_host_values(module)
+    module.recompile()
+    assert module(torch.arange(4.0), torch.tensor([False, True, False, True]))[0] == 4
