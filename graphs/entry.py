@@ -39,7 +39,7 @@ class Ways:
     ways: list[Entry]
     broken: int = 0
     refusals: list[Refusal] = field(default_factory=list)
-    unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
+    unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
 
 @dataclass

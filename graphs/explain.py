@@ -154,7 +154,7 @@ def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...],
         return "", str(refusal_of(reason, trace)), (), {}
     graph = str(module.graph)
     effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing, *fusion_of(step))]
-    assumed = {f"{file}:{line}": reason for (file, line), reason in module.meta["facts"].unmerged.items()}
+    assumed = {f"{file}:{line}": reason for (file, line, _), reason in module.meta["facts"].unmerged.items()}
     return graph, "", tuple(effects), assumed
 
 

@@ -83,7 +83,7 @@ def traced(
         structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
         return found
 
-    reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
+    reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
     module = passes.trace_step(

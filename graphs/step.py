@@ -37,7 +37,7 @@ class Step:
         real: rows of this call.
         compiler, compiler_options: what compiles the step before it is recorded; see `graphs.compiler`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting`.
-        unmerged: branches that cannot become part of a recording, and why, by file and line; filled by trials.
+        unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
         held: whether an object hangs on the module or on an opaque argument; filled by the trial.
@@ -61,7 +61,7 @@ class Step:
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
-    unmerged: dict[tuple[str, int], str] = field(default_factory=dict)
+    unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
     moving: frozenset[int] = frozenset()
     held: Callable[[Any], bool] = lambda value: False

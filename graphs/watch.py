@@ -29,6 +29,7 @@ from graphs.contract.host_values import (
     HostRead,
     finding,
     leaves_the_device,
+    may_read,
     values_read,
 )
 from graphs.contract.operators import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
@@ -49,6 +50,7 @@ from graphs.errors import (
 )
 from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
+from passes import Place, user_place
 from passes.composites import Calls, called, run, taken_apart
 
 Tensor = torch.Tensor
@@ -161,6 +163,7 @@ class _Watch(TorchDispatchMode):
         self.function: list[Any] = []
         self.converting = False
         self.origins = trace.origins
+        self.turns: Counter[tuple[str, Place]] = Counter()
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
@@ -189,9 +192,10 @@ class _Watch(TorchDispatchMode):
             self.inside = False
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
+            place, turn = self._turn(func)
             if not self.converting and not self._fills_with_host_data(func, args):
                 for value in values_read(func, args, kwargs, result):
-                    self.read(str(func), frame, value, len(self.trace.operations) - 1)
+                    self.read(str(func), frame, value, len(self.trace.operations) - 1, place, turn, self._source(func, args))
         return result
 
     def _run_wrapped(
@@ -235,9 +239,33 @@ class _Watch(TorchDispatchMode):
         """Whether a tensor is an argument or a view of one."""
         return tensor.layout == torch.strided and self.origins.get(storage_id(tensor), ("", 0))[0] == "argument"
 
-    def read(self, operator: str, frame: tuple[str, int], value: Any, index: int) -> None:
+    def _turn(self, func: OpOverload) -> tuple[Place | None, int]:
+        """The place that calls an operator which may be read from, and how often it did so before."""
+        if self.converting or not may_read(func):
+            return None, 0
+        place = user_place()
+        self.turns[str(func), place] += 1
+        return place, self.turns[str(func), place] - 1
+
+    def _source(self, func: OpOverload, args: Any) -> str:
+        """The operator that made the tensor whose one number is read; empty if none of the step's did."""
+        if func is not aten._local_scalar_dense.default:
+            return ""
+        kind, index = self._origin(args[0])
+        return str(self.trace.operations[index].func) if kind == "operation" else ""
+
+    def read(
+        self,
+        operator: str,
+        frame: tuple[str, int],
+        value: Any,
+        index: int,
+        place: Place | None = None,
+        turn: int = 0,
+        source: str = "",
+    ) -> None:
         """Note a value that the host got."""
-        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index))
+        self.trace.reads.append(HostRead(operator, self.asked, frame, value, index, place or user_place(), turn, source))
 
     def made(self, tensor: Tensor) -> bool:
         """Whether a tensor is of the step's own making."""

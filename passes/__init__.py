@@ -6,14 +6,15 @@ from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
 from passes.example_tracer import trace_with_inputs
-from passes.facts import Read
 from passes.fusion import fuse_exact
 from passes.host_values import remove_host_values
 from passes.launches import fewer_launches
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
+from passes.reads import Read
 from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
+from passes.sites import Place, user_place
 from passes.skinny import skinny_products
 from passes.tracing import Number
 
@@ -22,6 +23,7 @@ __all__ = [
     "Change",
     "Number",
     "Pass",
+    "Place",
     "Read",
     "Routes",
     "Target",
@@ -43,4 +45,5 @@ __all__ = [
     "trace_step",
     "trace_with_inputs",
     "undo",
+    "user_place",
 ]

@@ -25,12 +25,13 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from passes.aliases import Aliases, written
 from passes.errors import Unremovable
+from passes.legal import dtype_of, is_beyond_help, operands
 from passes.ranges import Ranges
-from passes.rewriter import ALONG, BY_INDEX, DIVIDING, PICKING, Rewriter
+from passes.rewriter import BY_INDEX, Rewriter
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -56,11 +57,12 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
 
 
 def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
-    """Keep every index within its tensor and every divisor from zero, and raise the flag (result ``position``) if one is not.
+    """Keep every operand within what its operator takes, and raise the flag (result ``position``) if one is not.
 
-    On a way that the step does not take they may be anything, and a device that is asked for a row beyond the end ends the
-    process. Where the graph has no flag only sides of branches and trips of loops are ways that may not be taken; it gets a
-    flag if they need one.
+    On a way that the step does not take they may be anything: an index beyond the end, a divisor of zero, a probability of
+    infinity; a device that is asked for a row beyond the end ends the process. Where the graph has no flag only sides of
+    branches and trips of loops are ways that may not be taken; it gets a flag if they need one. Where it has one, an index
+    that is the caller's is kept too: a size it goes into may be another at the next call.
     """
     output = next(n for n in module.graph.nodes if n.op == "output")
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
@@ -69,13 +71,15 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     ranges = Ranges(module)
     for node in list(module.graph.nodes):
         runs = node.meta.get("runs")
-        for value, size, low in _partial(node) if everywhere or runs is not None else ():
-            if size and _is_within(ranges(value), size, low):
-                continue
-            if value.op == "placeholder" and not isinstance(runs, Node):  # the caller's, which eager trusts too
+        if everywhere and is_beyond_help(node):
+            detail = "it may refuse what it is given on a way that the step does not take"
+            raise Unremovable(detail, str(node.target), node.meta.get("site", ("", 0)))
+        for operand in operands(node) if everywhere or runs is not None else ():
+            value = operand.value
+            if operand.size and operand.limit is None and _is_within(ranges(value), operand.size, operand.least):
                 continue
             with module.graph.inserting_before(node):
-                safe, strays = _safe(module.graph, value, size, low)
+                safe, strays = operand.kept(module.graph, value)
                 stray = module.graph.call_function(aten.any.default, (strays,))
             safe.meta = dict(value.meta)
             node.args = torch.fx.node.map_aggregate(node.args, lambda a, v=value, s=safe: s if a is v else a)  # type: ignore[assignment, misc]
@@ -88,15 +92,6 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     return changes
 
 
-def _safe(graph: Graph, value: Node, size: int, low: int) -> tuple[Node, Node]:
-    """Indices kept within ``[low, size)``, or (``size`` zero) divisors of which none is zero; and where they were not so."""
-    if not size:
-        zeros = graph.call_function(aten.eq.Scalar, (value, 0))
-        return graph.call_function(aten.add.Tensor, (value, zeros)), zeros
-    safe = graph.call_function(aten.clamp.default, (value, low, size - 1))
-    return safe, graph.call_function(aten.ne.Tensor, (value, safe))
-
-
 def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
     """Whether values in a range are indices of ``size`` places."""
     return found is not None and low <= found[0] and found[1] < size
@@ -104,40 +99,8 @@ def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
 
 def conditions(module: GraphModule) -> set[Node]:
     """The nodes that `guard` may need, besides those that the results do."""
-    return {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
-
-
-def _partial(node: Node) -> list[tuple[Node, int, int]]:
-    """Arguments of which an operator refuses some values: indices, with the size that each goes into and the least that is
-    legal, and divisors of whole numbers, with zero for both.
-    """
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
-        return []
-    value = node.args[0].meta.get("val")
-    if not isinstance(value, Tensor):
-        return []
-    if node.target in DIVIDING:
-        divisor = node.args[1]
-        if isinstance(divisor, Node) and _is_not_zero(divisor):
-            return []
-        whole = isinstance(divisor, Node) and not (_dtype(divisor).is_floating_point or value.dtype.is_floating_point)
-        return [(divisor, 0, 0)] if whole else []  # type: ignore[list-item]
-    if node.target in ALONG:
-        return [(node.args[2], int(value.shape[node.args[1]]), 0)]  # type: ignore[list-item, index]
-    if node.target is aten.embedding.default:
-        return [(node.args[1], int(value.shape[0]), 0)]  # type: ignore[list-item]
-    if node.target in PICKING:
-        indices = [(dim, i) for dim, i in enumerate(node.args[1]) if isinstance(i, Node)]  # type: ignore[arg-type]
-        if any(_dtype(i) in (torch.bool, torch.uint8) for _, i in indices):
-            return []
-        return [(i, int(value.shape[dim]), -int(value.shape[dim])) for dim, i in indices]
-    return []
-
-
-def _is_not_zero(divisor: Node) -> bool:
-    """Whether the passes have put something in the place of zeros."""
-    mask = divisor.args[1] if divisor.target is aten.masked_fill.Scalar and divisor.args[2] == 1 else None
-    return isinstance(mask, Node) and mask.target is aten.eq.Scalar and mask.args == (divisor.args[0], 0)
+    needed = {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
+    return needed | {limit for node in module.graph.nodes for limit in node.meta.get("limits", {}).values()}
 
 
 @dataclass(frozen=True)
@@ -184,15 +147,10 @@ def _saved(module: GraphModule, node: Node, target: Node) -> tuple[list[Node], U
         given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
         indices = [i for i in given if i is not None]
         first = len(given) - len(indices)
-        if not any(given[:first]) and all(_dtype(i) not in (torch.bool, torch.uint8) for i in indices):
+        if not any(given[:first]) and all(dtype_of(i) not in (torch.bool, torch.uint8) for i in indices):
             old = graph.call_function(aten.index.Tensor, (target, given))
             return [target, *indices, old], Undo(2 + len(indices), first, indexed=True)
     return [target, graph.call_function(aten.clone.default, (target,))], Undo(2, None)
-
-
-def _dtype(node: Any) -> Any:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None
 
 
 def undo(plan: Sequence[Undo], tensors: Sequence[Tensor]) -> None:

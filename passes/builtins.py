@@ -70,8 +70,19 @@ def _alike(values: Iterable[Any]) -> bool:
     return len({isinstance(value, (builtins.float, torch.SymFloat)) for value in values}) == 1
 
 
+def _both_tensors(a: Any, b: Any) -> bool:
+    """Whether the smaller of two is one of two tensors alike, chosen by a comparison of which the host reads the outcome alone."""
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    )
+
+
 def _min(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
+        if _both_tensors(*args):
+            return torch.where(args[1] < args[0], args[1], args[0])
         a, b = map(_value, args)
         return torch.sym_min(a, b) if _alike((a, b)) else builtins.min(a, b)
     return builtins.min(*args, **kwargs)
@@ -79,6 +90,8 @@ def _min(*args: Any, **kwargs: Any) -> Any:
 
 def _max(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
+        if _both_tensors(*args):
+            return torch.where(args[1] > args[0], args[1], args[0])
         a, b = map(_value, args)
         return torch.sym_max(a, b) if _alike((a, b)) else builtins.max(a, b)
     return builtins.max(*args, **kwargs)

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
-from passes.fork_source import PLACEHOLDER, branch_at, with_forks
+from passes.fork_source import PLACEHOLDER, Start, branch_at, with_forks
+from passes.sites import Place
 
-Lines = frozenset[int]
-"""First lines of ``if`` statements and conditional expressions."""
+Starts = frozenset[Start]
+"""Where ``if`` statements and conditional expressions begin."""
 Written = tuple[str, CodeType]
 """A function as it is written: its file and its code. Codes of two files may be equal."""
-Plan = Mapping[Written, Lines]
+Plan = Mapping[Written, Starts]
 """Which branches of which functions have both sides run."""
 
 
@@ -53,10 +54,13 @@ class _Plain:
     def fork(self, test: Any, *_: Any) -> PlainFork:
         return PlainFork(bool(test))
 
-    def both(self, first: Any, second: Callable[[], Any], line: int) -> Any:
+    def truth(self, value: Any, *_: Any) -> bool:
+        return bool(value)
+
+    def both(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         return first and second()
 
-    def either(self, first: Any, second: Callable[[], Any], line: int) -> Any:
+    def either(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         return first or second()
 
     def opposite(self, value: Any) -> bool:
@@ -99,8 +103,8 @@ def forked(plan: Plan, forks: Any, functions: Mapping[Written, Sequence[Function
     """
     changed: list[tuple[FunctionType, CodeType]] = []
     try:
-        for place, lines in plan.items():
-            new = rewritten(place[1], lines)
+        for place, starts in plan.items():
+            new = rewritten(place[1], starts)
             for function in functions[place] if new is not None else ():
                 if written(function.__code__) == place and new is not None:
                     changed.append((function, function.__code__))
@@ -129,26 +133,27 @@ def functions_of(places: Sequence[Written]) -> dict[Written, list[FunctionType]]
     return found
 
 
-def rewritten(code: CodeType, lines: Lines) -> CodeType | None:
-    """The code of a function that has both sides of the branches in ``lines`` run; None where there are none such."""
-    return _rewritten(code.co_filename, code, lines)
+def rewritten(code: CodeType, starts: Starts) -> CodeType | None:
+    """The code of a function that has both sides of the branches run that begin at ``starts``; None where there are none such."""
+    return _rewritten(code.co_filename, code, starts)
 
 
 @functools.lru_cache(maxsize=256)
-def _rewritten(file: str, code: CodeType, lines: Lines) -> CodeType | None:
+def _rewritten(file: str, code: CodeType, starts: Starts) -> CodeType | None:
     text = _source_of(code)
-    made = with_forks(text, code, lines) if text is not None else None
+    made = with_forks(text, code, starts) if text is not None else None
     if made is None:
         return None
     new = _with_entry(made)
-    _ORIGINALS[file, new] = (file, code)
+    for made in (new, *(inner for inner in _inner(new) if inner.co_name == "<lambda>")):  # a condition may stand in one
+        _ORIGINALS[file, made] = (file, code)
     return new
 
 
-def branch_in(code: CodeType, line: int) -> int | None:
-    """The first line of the branch whose condition stands in ``line``, if both of its sides can be run."""
+def branch_in(code: CodeType, place: Place) -> Start | None:
+    """Where the branch begins whose condition is asked for at ``place``, if both of its sides can be run."""
     text = _source_of(code)
-    first = branch_at(text, code, line) if text is not None else None
+    first = branch_at(text, code, place) if text is not None else None
     return first if first is not None and rewritten(code, frozenset((first,))) is not None else None
 
 

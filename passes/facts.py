@@ -11,22 +11,8 @@ import sympy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.loops import Loops
-from passes.sites import Site
-
-
-@dataclass(frozen=True)
-class Read:
-    """A value that the host read in an eager run of the step.
-
-    Attributes:
-        operator, site: which operator gave it, at which line.
-        call: the same number for values that one call gave.
-    """
-
-    operator: str
-    site: Site
-    value: Any
-    call: int = 0
+from passes.reads import Read
+from passes.sites import Branch, Place, Site
 
 
 @dataclass(frozen=True)
@@ -52,11 +38,12 @@ class Facts:
         definitions: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
         sources: file and line that read each symbol.
+        reads: the reads of the eager run that gave each symbol its hint.
         names: what symbols are called that stand for numbers of Python.
         limits: largest values of counts.
-        loops, outcomes: the loops that are being traced, and which way branches inside of them went, by line.
-        branches: the functions whose lines ask for the truth of a symbol, by line.
-        unmerged: why branches have only one of their sides in the graph, by file and first line.
+        loops, outcomes: the loops that are being traced, and which way branches inside of them went, by place.
+        branches: the functions that ask for the truth of a symbol, by the place where they do.
+        unmerged: why branches have only one of their sides in the graph.
         offsets: symbols that stand for places of views in their storage, which no value depends on.
         mode: the fake mode of the values in ``node.meta["val"]``.
     """
@@ -70,9 +57,10 @@ class Facts:
     offsets: set[sympy.Symbol] = field(default_factory=set)
     limits: dict[sympy.Symbol, int] = field(default_factory=dict)
     loops: Loops | None = None
-    outcomes: dict[Site, bool] = field(default_factory=dict)
-    branches: dict[Site, CodeType] = field(default_factory=dict)
-    unmerged: dict[Site, str] = field(default_factory=dict)
+    reads: dict[sympy.Symbol, list[Read]] = field(default_factory=dict)
+    outcomes: dict[Place, bool] = field(default_factory=dict)
+    branches: dict[Place, CodeType] = field(default_factory=dict)
+    unmerged: dict[Branch, str] = field(default_factory=dict)
     shorter: dict[Any, sympy.Basic] = field(default_factory=dict)  # of `passes.bounds`, for which sympy takes long
     _resolved: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
@@ -112,13 +100,13 @@ class Facts:
                 value = self._hinted[resolved] = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols})
         return value if not value.free_symbols else None
 
-    def decide(self, predicate: sympy.Basic, outcome: bool, site: Site) -> None:
-        """Add an assumption, unless it is there."""
+    def decide(self, predicate: sympy.Basic, outcome: bool, site: Site, place: Place | None = None) -> None:
+        """Add an assumption, unless it is there. ``place`` is where Python asks for the truth of the predicate."""
         decision = Decision(self.resolve(predicate), outcome, site)
         if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
             skipped = [sympy.Not(trip.runs) for trip in self.loops.trips]
-            if self.happened():
-                self.outcomes[site] = bool(outcome)
+            if self.happened() and place is not None:
+                self.outcomes[place] = bool(outcome)
             decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
         if decision.holds not in self._known and decision.holds != sympy.true:
             self._known.add(decision.holds)

@@ -13,19 +13,21 @@ from typing import Any
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, should_allow_numbers_as_tensors
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 
+from passes.aliases import parent_of
 from passes.composites import run, taken_apart
 from passes.errors import Unremovable
-from passes.facts import Facts, Read
+from passes.facts import Facts
 from passes.forks import Forks
 from passes.loops import LIMIT, Loops
 from passes.python_entry import traced_tensor
-from passes.sites import Site, user_frame, user_site
+from passes.reads import Read, Reads
+from passes.sites import Place, Site, place_of, user_frame, user_place, user_site
 from passes.symbols import SYMBOLS, expression_of
 
 Tensor = torch.Tensor
@@ -68,7 +70,7 @@ class HintedShapes(ShapeEnv):
             return sympy.sympify(bound["fallback_value"])
         value = self.facts.hint(expression) if self.facts.happened() else None
         if value is None and _is_condition(expression):  # where the eager run did not come
-            value = self.facts.outcomes.get(user_site())
+            value = self.facts.outcomes.get(user_place())
         if value is None:
             value = self.facts.hint(expression)
         if value is None and not self.facts.happened() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
@@ -78,10 +80,11 @@ class HintedShapes(ShapeEnv):
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
         if isinstance(value, (sympy.logic.boolalg.BooleanAtom, bool)):
-            self.facts.decide(expression, bool(value), user_site())
             frame = user_frame()
+            place = place_of(frame) if frame is not None else Place("", 0)
+            self.facts.decide(expression, bool(value), user_site(), place)
             if frame is not None:
-                self.facts.branches[frame.f_code.co_filename, frame.f_lineno] = frame.f_code
+                self.facts.branches[place] = frame.f_code
         elif not value.is_Integer:
             raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
         else:
@@ -105,19 +108,18 @@ class Follow(TorchDispatchMode):
         super().__init__()
         self.forks = forks
         self.facts, self.loops = facts, loops
-        self.reads = list(reads)
-        self.given: list[Any] = []  # values of a list, for the items it is made of
+        self.reads = Reads(reads)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         whole = taken_apart(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole
-        site = user_site()
+        place = self.forks.asked or user_place()
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
         result = run(func, args, kwargs)
-        self._mark(site)
+        self._mark(place.site)
         self._forget_offsets(result, (args, kwargs))
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):
             facts = self.facts
@@ -126,13 +128,21 @@ class Follow(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif self.forks.naming or not self.facts.happened():
-            return result
-        elif func is aten._local_scalar_dense.default and (self.given or self._lists()):
-            self._name(result, [self.given.pop(0)], site)
-        elif (values := self._next(str(func), site)) is not None:
-            self._name(result, values, site)
+        elif not self.forks.naming and self.facts.happened():
+            source = _source(args[0]) if func is aten._local_scalar_dense.default else None
+            self._follow(str(func), result, place, source)
         return result
+
+    def _follow(self, operator: str, result: Any, place: Place, source: str | None) -> None:
+        """Give the symbols that an operator has made what the eager run read there.
+
+        Args:
+            source: what made the tensor, for an operator that gives its one number.
+        """
+        if source is not None or operator in self.reads.operators:
+            reads = self.reads.next(operator, place, number=source is not None, source=source or "")
+            if reads:
+                self._name(result, reads, place.site)
 
     def _mark(self, site: Site) -> None:
         """Note the line at the nodes that have just been made."""
@@ -152,39 +162,16 @@ class Follow(TorchDispatchMode):
         return self.loops.rows(x, symbol, limit, int(hint))
 
     def drop(self, operator: str) -> None:
-        """Forget a read that has no value: a conversion that the traced step does without."""
-        if self.reads and self.reads[0].operator == operator and self.facts.happened():
-            self.reads.pop(0)
+        """Forget a read of a whole tensor: the traced step knows its outcome."""
+        if self.facts.happened():
+            self.reads.drop(operator, user_place())
 
-    def _next(self, operator: str, site: Site) -> list[Any] | None:
-        """The values of the reads of one operator call; None where the eager run read none here.
-
-        Reads that the traced step does not make are passed over: some operators check their arguments on a CPU only.
-        """
-        index = next((i for i, r in enumerate(self.reads) if (r.operator, r.site) == (operator, site)), None)
-        if index is None:
-            return None
-        del self.reads[:index]
-        first = self.reads.pop(0)
-        values = [first.value]
-        while self.reads and (self.reads[0].operator, self.reads[0].call) == (operator, first.call):
-            values.append(self.reads.pop(0).value)
-        return values
-
-    def _lists(self) -> bool:
-        """Whether the host read a list here, of which the traced step reads one item after the other."""
-        if self.reads and self.reads[0].operator in _OTHER_READS:
-            self.given = _flat(self.reads.pop(0).value)
-        return bool(self.given)
-
-    def _name(self, result: Any, values: list[Any], site: Site) -> None:
-        facts = self.facts
-        for symbol in _fresh(result, facts):
-            value = values[0]
-            if value is None:
-                continue
+    def _name(self, result: Any, reads: list[Read], site: Site) -> None:
+        facts, value = self.facts, reads[0].value
+        for symbol in _fresh(result, facts) if _is_kind(value, result) else ():
             facts.hints[symbol] = float(value) if isinstance(value, float) else int(value)
             facts.sources[symbol] = site
+            facts.reads[symbol] = reads
 
     def _define_slice(self, result: Tensor, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> None:
         size = result.shape[dim]
@@ -230,12 +217,6 @@ def _symbols_of(value: Any) -> Iterator[sympy.Symbol]:
             yield from part.node.expr.free_symbols
 
 
-_OTHER_READS = (
-    *("Tensor.tolist", "Tensor.numpy", str(aten.equal.default), str(aten.allclose.default)),
-    *("torch.tensor", "torch.as_tensor", "torch.asarray", "Tensor.new_tensor"),
-)
-
-
 def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of an operator that fake tensors do not stand for yet, as views, for which they do.
 
@@ -263,8 +244,21 @@ def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
     return list(dict.fromkeys(found))
 
 
-def _flat(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
+def _source(tensor: Tensor) -> str:
+    """The operator that made a traced tensor; empty for one that the step was given or holds."""
+    tracing = get_proxy_mode()
+    slot = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
+    node = slot.proxy.node if slot is not None else None
+    while node is not None and (parent := parent_of(node)) is not None:
+        node = parent
+    return str(node.target) if node is not None and node.op == "call_function" else ""
+
+
+def _is_kind(value: Any, result: Any) -> bool:
+    """Whether a value that the eager run read may be what a traced operator gives: the truth of a number is not the number."""
+    if isinstance(value, bool) or isinstance(result, torch.SymBool):
+        return isinstance(value, bool) and not isinstance(result, (torch.SymInt, torch.SymFloat))
+    return value is not None
 
 
 def _index(value: Any, default: Any, whole: sympy.Basic, natural: bool = False) -> sympy.Basic:

@@ -7,7 +7,7 @@ Before::
 
 After::
 
-    fork = ENTRY.fork(n > 0, locals(), ("keys",), ("keys",), line)
+    fork = ENTRY.fork(ENTRY.truth(n > 0, asked), locals(), ("keys",), ("keys",), start)
     if fork.enter(True):
         keys = torch.cat([keys, more])
         fork.leave(locals())
@@ -17,7 +17,8 @@ After::
     if fork.joins("keys"): keys = fork.joined("keys")
 
 A body that ends in ``continue`` or ``return`` has what follows for its other side. ``a if c else b`` becomes
-``ENTRY.chosen(c, lambda: a, lambda: b, line)``. Lines stay where they are. Branches are left alone whose sides leave in other
+``ENTRY.chosen(c, lambda: a, lambda: b, start)``. Lines and columns stay where they are; ``asked`` is what Python's own
+question for the truth of a condition is compiled from, so that a read is recognised. Branches are left alone whose sides leave in other
 ways (``break``, ``raise``, ``yield``, ``del``), catch exceptions, or bind names that are not the function's own.
 """
 
@@ -26,9 +27,11 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
+
+from passes.sites import Place
 
 PLACEHOLDER = "the forks of the trace"
 """A constant of the code that is made here, for the object that answers."""
@@ -39,24 +42,65 @@ _SCOPES = (
     *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
 )
 _FUTURE = 0x1FF0000  # the flags of `from __future__ import`, of which `annotations` is one
+Start = tuple[int, int]
+"""Line and column at which a branch begins."""
 FORK = "__fork_"
 """What names begin with that the code that is made here has for itself."""
 _RESULT = "__result__"
 
 
-def branch_at(text: str, code: CodeType, line: int) -> int | None:
-    """The first line of the innermost branch of a function whose condition stands in ``line``."""
+def branch_at(text: str, code: CodeType, place: Place) -> Start | None:
+    """Where the innermost branch of a function begins whose condition is asked for at ``place``."""
     definition = definition_of(text, code)
-    found = [
-        node
-        for node in (_within_scope(definition) if definition is not None else ())
-        if isinstance(node, (ast.If, ast.IfExp)) and node.test.lineno <= line <= (node.test.end_lineno or 0)
-    ]
-    return found[-1].lineno if found else None
+    nodes = _within_scope(definition) if definition is not None else ()
+    branches = [node for node in nodes if isinstance(node, (ast.If, ast.IfExp))]
+    asked = [node for node in branches if _span(node) == place[1:]]  # until Python 3.11 the whole branch asks
+    found = asked or [node for node in branches if _is_within(place, node.test)]
+    return _start(found[-1]) if found else None
 
 
-def with_forks(text: str, code: CodeType, lines: frozenset[int]) -> CodeType | None:
-    """The code of a function that has both sides of the branches run that begin in ``lines``; None where it has none such.
+def _start(node: ast.AST) -> Start:
+    return node.lineno, node.col_offset  # type: ignore[attr-defined]
+
+
+def _span(node: ast.AST) -> tuple[int, int, int, int]:
+    """What a node is written as, as in `passes.sites.Place`."""
+    return (*_start(node), node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+
+
+def _is_within(place: Place, node: ast.expr) -> bool:
+    """Whether a place is part of an expression, as far as is known of it."""
+    line, column, last_line, last_column = _span(node)
+    if place.column < 0:
+        return line <= place.line <= last_line
+    return (line, column) <= (place.line, place.column) and (place.last_line, place.last_column) <= (last_line, last_column)
+
+
+def _questions(branch: ast.If | ast.IfExp) -> dict[int, tuple[int, int, int, int] | None]:
+    """What Python's questions for the truth of the parts of a condition are compiled from, as in `passes.sites.Place`.
+
+    From Python 3.12 on that is the part itself. In 3.11 it is the last comparison before it, or the branch.
+    """
+    found: dict[int, tuple[int, int, int, int] | None] = {}
+    last: ast.AST = branch
+
+    def walk(test: ast.expr) -> None:
+        nonlocal last
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            walk(test.operand)
+        elif isinstance(test, ast.BoolOp):
+            for part in test.values:
+                walk(part)
+        else:
+            last = test if isinstance(test, ast.Compare) or sys.version_info >= (3, 12) else last
+            found[id(test)] = _span(last) if sys.version_info >= (3, 11) else None
+
+    walk(branch.test)
+    return found
+
+
+def with_forks(text: str, code: CodeType, starts: frozenset[Start]) -> CodeType | None:
+    """The code of a function that has both sides of the branches run that begin at ``starts``; None where it has none such.
 
     Branches that have to be rewritten with them are, too: one whose condition the host knows goes its one way.
     """
@@ -66,12 +110,12 @@ def with_forks(text: str, code: CodeType, lines: frozenset[int]) -> CodeType | N
     if any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in _within_scope(found)):
         return None
     definition = _copied(found)
-    leaving = [n.lineno for n in _within_scope(definition) if isinstance(n, ast.If) and _leaves([n])]
-    if not lines.isdisjoint(leaving):  # a side that leaves has what follows for its other side, with the branches there
-        lines = lines.union(leaving)
-    rewriter = _Rewriter(lines, _Names(definition))
+    leaving = [_start(n) for n in _within_scope(definition) if isinstance(n, ast.If) and _leaves([n])]
+    if not starts.isdisjoint(leaving):  # a side that leaves has what follows for its other side, with the branches there
+        starts = starts.union(leaving)
+    rewriter = _Rewriter(starts, _Names(definition))
     definition.body = rewriter.body(definition.body, "function")
-    return _compiled(definition, code) if not lines.isdisjoint(rewriter.done) else None
+    return _compiled(definition, code) if not starts.isdisjoint(rewriter.done) else None
 
 
 def definition_of(text: str, code: CodeType) -> ast.FunctionDef | None:
@@ -209,13 +253,13 @@ def _is_plain(expression: ast.expr) -> bool:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites the branches of one function that begin in ``lines``; those that were are ``done``."""
+    """Rewrites the branches of one function that begin at ``starts``; those that were are ``done``."""
 
-    def __init__(self, lines: frozenset[int], names: _Names) -> None:
-        self._lines, self._names = lines, names
+    def __init__(self, starts: frozenset[Start], names: _Names) -> None:
+        self._starts, self._names = starts, names
         self._made: set[int] = set()
         self._count = 0
-        self.done: set[int] = set()
+        self.done: set[Start] = set()
 
     def body(self, statements: list[ast.stmt], kind: str, behind: Sequence[ast.stmt] = ()) -> list[ast.stmt]:
         """A block of statements: of a ``"function"``, of a ``"loop"``, or of something else.
@@ -256,13 +300,14 @@ class _Rewriter(ast.NodeTransformer):
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         """``body if test else orelse``."""
         made: Any = self.generic_visit(node)
-        if node.lineno not in self._lines or not (_is_plain(node.body) and _is_plain(node.orelse)):
+        if _start(node) not in self._starts or not (_is_plain(node.body) and _is_plain(node.orelse)):
             return made  # type: ignore[no-any-return]
-        self.done.add(node.lineno)
-        return _call(node, "chosen", self._condition(node.test), _delayed(node.body), _delayed(node.orelse), _line(node))
+        self.done.add(_start(node))
+        test = self._condition(node.test, _start(node), _questions(node))
+        return _call(node, "chosen", test, _delayed(node.body), _delayed(node.orelse), ast.Constant(_start(node)))
 
     def _is_wanted(self, statement: ast.stmt) -> bool:
-        return isinstance(statement, ast.If) and id(statement) not in self._made and statement.lineno in self._lines
+        return isinstance(statement, ast.If) and id(statement) not in self._made and _start(statement) in self._starts
 
     def _whole(self, branch: Any, rest: list[ast.stmt], kind: str) -> tuple[ast.If | None, list[ast.stmt]]:
         """The branch with all that belongs to its sides, and what is left to do behind it; None where a side leaves."""
@@ -298,9 +343,9 @@ class _Rewriter(ast.NodeTransformer):
         joined = sorted(set(assigned) & self._names.read_behind(branch))
         fork = f"{FORK}{self._count}__"
         self._count += 1
-        self.done.add(branch.lineno)
+        self.done.add(_start(branch))
         lines = [
-            f"{fork} = {PLACEHOLDER!r}.fork(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {branch.lineno})",
+            f"{fork} = {PLACEHOLDER!r}.fork(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {_start(branch)!r})",
             f"if {fork}.enter(True):\n    pass\n    {fork}.leave(locals())",
             *(f"if {fork}.restarts({name!r}): {name} = {fork}.start({name!r})" for name in assigned),
             f"if {fork}.enter(False):\n    pass\n    {fork}.leave(locals())",
@@ -310,7 +355,7 @@ class _Rewriter(ast.NodeTransformer):
         for statement in made:
             for node in ast.walk(statement):
                 ast.copy_location(node, branch.test)
-        made[0].value.args[0] = self._condition(branch.test)
+        made[0].value.args[0] = self._condition(branch.test, _start(branch), _questions(branch))
         made[1].body[:1] = self.body(branch.body, "block")
         other = branch.orelse if done else self.body(branch.orelse, "block")
         second = made[2 + len(assigned)]
@@ -318,26 +363,23 @@ class _Rewriter(ast.NodeTransformer):
         self._made |= {id(statement) for statement in made}
         return made
 
-    def _condition(self, test: ast.expr) -> ast.expr:
-        """A condition whose parts are not asked for their truth by Python."""
+    def _condition(self, test: ast.expr, start: Start, questions: Mapping[int, Any]) -> ast.expr:
+        """A condition of the branch at ``start`` whose parts are not asked for their truth by Python."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            return _call(test, "opposite", self._condition(test.operand))
+            return _call(test, "opposite", self._condition(test.operand, start, questions))
         if isinstance(test, ast.BoolOp) and all(map(_is_plain, test.values)):
             first, *others = test.values
-            made = self._condition(first)
+            made = self._condition(first, start, questions)
             for other in others:
                 name = "both" if isinstance(test.op, ast.And) else "either"
-                made = _call(test, name, made, _delayed(self._condition(other)), _line(test))
+                made = _call(test, name, made, _delayed(self._condition(other, start, questions)), ast.Constant(start))
             return made
-        return self.visit(test)  # type: ignore[no-any-return]
+        asked = ast.Constant(questions.get(id(test)))
+        return _call(test, "truth", self.visit(test), asked)
 
 
 def _assign(name: str, value: ast.expr | None) -> ast.Assign:
     return ast.Assign([ast.Name(name, ast.Store())], value or ast.Constant(None), lineno=0)
-
-
-def _line(node: ast.AST) -> ast.expr:
-    return ast.Constant(node.lineno)  # type: ignore[attr-defined]
 
 
 def _delayed(value: ast.expr) -> ast.expr:

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import sympy
 import torch
 
-from passes.fork_source import FORK
+from passes.fork_source import FORK, Start
 from passes.loops import Arm, Loops
-from passes.sites import Site, is_user
+from passes.sites import Branch, Place, is_user
 from passes.symbols import SYMBOLS, expression_of
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ class Unmergeable(Exception):
     """A branch whose sides cannot both be part of a graph.
 
     Attributes:
-        site: file and first line of the branch.
+        site: where the branch begins.
     """
 
-    def __init__(self, detail: str, site: Site) -> None:
+    def __init__(self, detail: str, site: Branch) -> None:
         super().__init__(detail)
         self.site = site
 
@@ -82,6 +82,7 @@ class Forks:
     Attributes:
         naming: whether the operators that run now give a long expression a name.
         joining: a side of the branch whose sides are joined by the operators that run now, if they do that.
+        asked: the place of the code as it is written that asks for the truth of a value now, where that is known.
         failed: the first branch that turned out not to be mergeable. The user's own lines may catch the exception.
     """
 
@@ -89,11 +90,12 @@ class Forks:
         self.facts, self.loops, self.static, self.snapshot = facts, loops, static, snapshot
         self.naming = False
         self.joining: Arm | None = None
+        self.asked: Place | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
         self._count = itertools.count()
 
-    def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], line: int) -> Fork:
+    def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
         """The branch ``if test`` in the frame that calls.
 
         Args:
@@ -101,11 +103,11 @@ class Forks:
             assigned: those that a side assigns.
             joined: those of them that a later line may read.
         """
-        return Fork(self, self.truth(test), before, assigned, joined, sys._getframe(1), line)
+        return Fork(self, self.truth(test), before, assigned, joined, sys._getframe(1), at)
 
-    def chosen(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], line: int) -> Any:
+    def chosen(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], at: Start) -> Any:
         """``first if test else second``."""
-        fork = Fork(self, self.truth(test), {}, (), (), sys._getframe(1), line)
+        fork = Fork(self, self.truth(test), {}, (), (), sys._getframe(1), at)
         if not fork.is_data:
             return first() if fork.enter(True) else second()
         values = []
@@ -115,10 +117,18 @@ class Forks:
             fork.leave({})
         return fork.join(*values)
 
-    def truth(self, value: Any) -> Any:
-        """A value as a condition: a plain one, or a symbol."""
+    def truth(self, value: Any, asked: tuple[int, int, int, int] | None = None) -> Any:
+        """A value as a condition: a plain one, or a symbol.
+
+        Args:
+            asked: what Python's own instruction was compiled from, as in `passes.sites.Place`.
+        """
         if isinstance(value, Tensor):
-            value = value.item()
+            self.asked = Place(sys._getframe(1).f_code.co_filename, *asked) if asked is not None else None
+            try:
+                value = value.item()
+            finally:
+                self.asked = None
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             value = value != 0
         if not isinstance(value, torch.SymBool):
@@ -143,33 +153,33 @@ class Forks:
             self.facts.hints[symbol] = int(bool(hint)) if flag else int(hint)  # type: ignore[call-overload]
         return made
 
-    def both(self, first: Any, second: Callable[[], Any], line: int) -> Any:
+    def both(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         """``first and second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
             return self.truth(second()) if first else False
-        return first & self._under(first, second, sys._getframe(1), line)
+        return first & self._under(first, second, sys._getframe(1), at)
 
-    def either(self, first: Any, second: Callable[[], Any], line: int) -> Any:
+    def either(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         """``first or second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
             return True if first else self.truth(second())
-        return first | self._under(torch.sym_not(first), second, sys._getframe(1), line)
+        return first | self._under(torch.sym_not(first), second, sys._getframe(1), at)
 
     def opposite(self, value: Any) -> Any:
         """``not value``, as a condition."""
         value = self.truth(value)
         return not value if isinstance(value, bool) else torch.sym_not(value)
 
-    def _under(self, condition: Any, body: Callable[[], Any], frame: FrameType, line: int) -> Any:
-        fork = Fork(self, condition, {}, (), (), frame, line)
+    def _under(self, condition: Any, body: Callable[[], Any], frame: FrameType, at: Start) -> Any:
+        fork = Fork(self, condition, {}, (), (), frame, at)
         fork.enter(True)
         value = self.truth(body())
         fork.leave({})
         return value
 
-    def unmergeable(self, detail: str, site: Site) -> Unmergeable:
+    def unmergeable(self, detail: str, site: Branch) -> Unmergeable:
         """The exception to raise, kept for those who do not get to see it."""
         reason = Unmergeable(detail, site)
         self.failed = self.failed or reason
@@ -191,11 +201,11 @@ class Fork:
         assigned: Sequence[str],
         joined: Sequence[str],
         frame: FrameType,
-        line: int,
+        at: Start,
     ) -> None:
         self._forks, self._condition, self._names = forks, condition, joined
         self.is_data = not isinstance(condition, bool)
-        self._site: Site = (frame.f_code.co_filename, line)
+        self._site: Branch = (frame.f_code.co_filename, *at)
         if self.is_data:
             self._number, self._assigned = forks.next(), assigned
             self._before = {name: before[name] for name in assigned if name in before}

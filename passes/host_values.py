@@ -40,7 +40,8 @@ def remove_host_values(
         Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
     """
     facts = module.meta.get("facts")
-    if facts is None or not (facts.hints or facts.decisions or any(map(_needs_host, module.graph.nodes))):
+    sized = any(_needs_host(node) or symbolic_sizes(node) for node in module.graph.nodes)  # a length may have no hint
+    if facts is None or not (facts.hints or facts.decisions or sized):
         return []
     rules: dict[Any, Rule] = {}
     for table in (TABLES[name] for name in TABLES if name in only):

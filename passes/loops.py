@@ -29,7 +29,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.aliases import written
-from passes.sites import Site
+from passes.sites import Branch
 
 Tensor = torch.Tensor
 LIMIT = 64
@@ -56,7 +56,7 @@ class Arm:
 
     fork: int
     runs: sympy.Basic
-    site: Site
+    site: Branch
 
 
 class Loops:

@@ -46,10 +46,12 @@ class SymbolicEntry(TorchFunctionMode):
         """Call the symbolic version of ``func`` if there is one for these arguments, else ``func``."""
         kwargs = kwargs or {}
         if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
-            self._drop(f"Tensor.{func.__name__}")
             return _to_host(args, kwargs)
         if func is Tensor.unbind and is_iteration() and (rows := self._rows(args[0])) is not NotImplemented:
             return rows
+        if func in _EQUAL and args[0].shape != args[1].shape:
+            self._drop(str(torch.ops.aten.equal.default))
+            return False
         entry = _ENTRIES.get(func)
         made = entry(func, args, kwargs) if entry is not None else NotImplemented
         if made is not NotImplemented:
@@ -142,7 +144,7 @@ def _needed_by_host(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 def _equal(func: Any, args: Arguments, kwargs: dict[str, Any]) -> bool:
     a, b = args
-    return bool(a.shape == b.shape and bool(torch.eq(a, b).all()))
+    return bool(torch.eq(a, b).all())
 
 
 def _allclose(func: Any, args: Arguments, kwargs: dict[str, Any]) -> bool:
@@ -219,13 +221,14 @@ def _select(x: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]
     return x, tuple(rest)
 
 
+_EQUAL = (torch.equal, Tensor.equal)
 _ENTRIES: dict[Any, Entry] = {
     **dict.fromkeys(_TO_HOST, _needed_by_host),
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor), _from_list),
     **dict.fromkeys((torch.arange, torch.full, torch.zeros, torch.ones, torch.empty), _counted),
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _indexed),
     **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
-    **dict.fromkeys((torch.equal, Tensor.equal), _equal),
+    **dict.fromkeys(_EQUAL, _equal),
     **dict.fromkeys((torch.allclose, Tensor.allclose), _allclose),
     Tensor.numpy: _numpy,
     Tensor.tolist: _tolist,

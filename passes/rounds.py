@@ -13,12 +13,12 @@ import torch
 from torch.fx import GraphModule
 
 from passes.errors import Unremovable
-from passes.exchange import Lines, Plan, Written, branch_in, functions_of, written
-from passes.facts import Read
+from passes.exchange import Plan, Starts, Written, branch_in, functions_of, written
 from passes.forks import Snapshot, Unmergeable
 from passes.loops import leaks, outside
+from passes.reads import Read
 from passes.sides import check
-from passes.sites import Site
+from passes.sites import Branch
 from passes.tracing import trace_once
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ def trace_step(
     *arguments: Any,
     snapshot: Snapshot | None = None,
     restore: Callable[[], None] = lambda: None,
-    unmerged: dict[Site, str] | None = None,
+    unmerged: dict[Branch, str] | None = None,
     **settings: Any,
 ) -> GraphModule:
     """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
@@ -53,11 +53,11 @@ class _Merger:
     """The traces of one step.
 
     Attributes:
-        unmerged: why branches cannot be merged, by file and first line.
+        unmerged: why branches cannot be merged.
     """
 
     def __init__(
-        self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None], unmerged: dict[Site, str]
+        self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None], unmerged: dict[Branch, str]
     ) -> None:
         self._arguments, self._settings, self._restore = arguments, settings, restore
         self._functions: dict[Written, list[FunctionType]] = {}
@@ -70,7 +70,7 @@ class _Merger:
 
     def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
         """The graph with all branches merged that can be."""
-        plan: dict[Written, Lines] = {}
+        plan: dict[Written, Starts] = {}
         tried = set(self.unmerged)
         while True:
             found = self._branches(module, tried)
@@ -79,27 +79,27 @@ class _Merger:
             tried |= set(found)
             plan, module = self._wider(plan, module, found, snapshot)
 
-    def _branches(self, module: GraphModule, tried: set[Site]) -> dict[Site, Written]:
+    def _branches(self, module: GraphModule, tried: set[Branch]) -> dict[Branch, Written]:
         """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
-        found: dict[Site, Written] = {}
-        for (file, line), code in module.meta["facts"].branches.items():
+        found: dict[Branch, Written] = {}
+        for asked, code in module.meta["facts"].branches.items():
             place = written(code)
-            first = branch_in(place[1], line)
-            if first is not None and (file, first) not in tried:
-                found[file, first] = place
+            start = branch_in(place[1], asked)
+            if start is not None and (asked.file, *start) not in tried:
+                found[(asked.file, *start)] = place
         self._functions |= functions_of([place for place in dict.fromkeys(found.values()) if place not in self._functions])
         anew = [site for site, place in found.items() if not self._functions[place]]
         self.unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")
         return {site: place for site, place in found.items() if site not in anew}
 
     def _wider(
-        self, plan: dict[Written, Lines], module: GraphModule, found: dict[Site, Written], snapshot: Snapshot
-    ) -> tuple[dict[Written, Lines], GraphModule]:
+        self, plan: dict[Written, Starts], module: GraphModule, found: dict[Branch, Written], snapshot: Snapshot
+    ) -> tuple[dict[Written, Starts], GraphModule]:
         """The graph with as many more branches merged as can be, and which are then."""
         while found:
             wider = dict(plan)
-            for (_, line), place in found.items():
-                wider[place] = wider.get(place, frozenset()) | {line}
+            for (_, *start), place in found.items():
+                wider[place] = wider.get(place, frozenset()) | {(start[0], start[1])}
             try:
                 made = self.trace(wider, snapshot)
                 check(made)
@@ -107,7 +107,7 @@ class _Merger:
             except Unmergeable as reason:
                 blamed, detail = reason.site, str(reason)
             except Unremovable as reason:
-                blamed, detail = ("", 0), f"with both sides, {reason}"
+                blamed, detail = ("", 0, 0), f"with both sides, {reason}"
             if blamed in found:
                 self.unmerged[blamed] = detail
                 del found[blamed]

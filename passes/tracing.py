@@ -28,12 +28,13 @@ from torch.utils._sympy.printers import PythonPrinter
 from passes.builtins import symbolic_builtins
 from passes.errors import Unremovable
 from passes.exchange import Plan, Written, forked
-from passes.facts import Decision, Facts, Read
+from passes.facts import Decision, Facts
 from passes.fakes import StepFakes
 from passes.following import Follow, HintedShapes
 from passes.forks import Forks, Snapshot, Unmergeable
 from passes.loops import Arm, Loops
 from passes.python_entry import SymbolicEntry
+from passes.reads import Read
 from passes.sites import user_site
 from passes.symbols import expression_of
 

@@ -48,6 +48,9 @@ class HostRead:
         value: the number or flag; the list of ``tolist``; the data-dependent size of ``nonzero`` and its like, one read for
             each mask that indexes; None for conversions of another kind (``numpy``, ``cpu``, printing).
         index: number of operators that had run before: for a value read by an operator, its place in `Trace.operations`.
+        place: what of the user's program asked, as in `passes.Place`.
+        turn: how often the operator had run there before.
+        source: the operator that made the tensor, where the step did that and its one number was read.
     """
 
     operator: str
@@ -55,6 +58,9 @@ class HostRead:
     frame: tuple[str, int]
     value: Any
     index: int
+    place: Any = None
+    turn: int = 0
+    source: str = ""
 
     @property
     def site(self) -> Site:
@@ -84,6 +90,12 @@ def _may_be_sized_by_data(func: OpOverload) -> bool:
 def _sized_by_data(func: OpOverload, kwargs: Any) -> bool:
     """Whether a result's size depends on data; a caller of ``repeat_interleave`` may have given it."""
     return _may_be_sized_by_data(func) and kwargs.get("output_size") is None
+
+
+@functools.cache
+def may_read(func: OpOverload) -> bool:
+    """Whether the host may learn something from calls of an operator; see `values_read`."""
+    return _reads_a_value(func) or func in (*FILLS, *_MASKED, *_COPIES) or _may_be_sized_by_data(func)
 
 
 def values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[Any]:

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from passes.bounded.scatters import into_padded
 from passes.bounded.sources import true_rows
 from passes.rewriter import Rewriter, Rule
 
@@ -186,7 +187,7 @@ def index_add(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     """``x.index_add_(dim, index, source)``: padding adds zero to row 0."""
     x, dim, rows, source = args[:4]
     if not rw.lengths(rows) and not rw.lengths(source):
-        return None
+        return into_padded(rw, node, args, kwargs)
     dim %= x.meta["val"].dim()
     count = min(rows.meta["val"].shape[0], source.meta["val"].shape[dim])
     rows, source = rw.front(rows, 0, count), rw.front(source, dim, count)
@@ -201,7 +202,7 @@ def scatter_add(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[st
     """``x.scatter_add_(dim, index, source)``: padding adds zero to row 0."""
     x, dim, rows, source = args[:4]
     if not rw.lengths(rows) and not rw.lengths(source):
-        return None
+        return into_padded(rw, node, args, kwargs)
     mask = rw.mask(rows) if rw.lengths(rows) else rw.mask(source)
     kept = rw.call(aten.masked_fill.Scalar, source, rw.call(aten.logical_not.default, mask), 0)
     return rw.padded(rw.call(node.target, x, dim, _safe(rw, rows), kept), rw.lengths(x))

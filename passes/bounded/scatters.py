@@ -91,4 +91,18 @@ def _written(rw: Rewriter, dim: int, index: Node) -> Node:
     return some if mask is None else rw.call(aten.logical_and.default, mask, some)
 
 
+def into_padded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+    """A write by index into a tensor of bounded length; the graph checks that no index lies beyond the true one."""
+    x, dim, index = args[:3]
+    alone = isinstance(x, Node) and set(rw.lengths(x)) == {dim % max(x.meta["val"].dim(), 1)}
+    if not alone or any(rw.lengths(a) for a in args[2:]) or any(map(is_symbol, args)):
+        return None
+    return rw.padded(rw.call(node.target, *args, **kwargs), rw.lengths(x))
+
+
+_INTO = (
+    *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_reduce.default, aten.index_reduce_.default),
+    *(aten.index_fill_.int_Scalar, aten.index_fill.int_Scalar),
+)
 RULES: dict[Any, Rule] = dict.fromkeys((aten.scatter_.src, aten.scatter_.value, aten.scatter.src, aten.scatter.value), scatter)
+RULES |= dict.fromkeys(_INTO, into_padded)

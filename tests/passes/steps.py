@@ -32,7 +32,7 @@ def traced(step: Step, *tensors: Tensor, merge: bool = False) -> GraphModule:
     arguments = [tensor.clone() for tensor in tensors]
     _, trace = watch_step(lambda: step(*arguments), arguments)
     trace.written.restore()
-    reads = [passes.Read(read.operator, read.frame, read.value, read.index) for read in trace.reads]
+    reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
     modules = {read.site[0] for read in reads}
     names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in modules]
     snapshot = functools.partial(PythonState, tensors=False) if merge else None

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 
 from passes.exchange import ENTRY, branch_in, forked, functions_of, rewritten, written
+from passes.sites import Place
 
 
-def branches_of(function: Callable[..., Any]) -> frozenset[int]:
-    """The lines of all ``if`` statements and conditional expressions of a function."""
+def branches_of(function: Callable[..., Any]) -> frozenset[tuple[int, int]]:
+    """Line and column of all ``if`` statements and conditional expressions of a function."""
     source, first = inspect.getsourcelines(function)
+    indent = len(source[0]) - len(source[0].lstrip())
     tree = ast.parse(textwrap.dedent("".join(source)))
-    return frozenset(node.lineno + first - 1 for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp)))
+    found = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp))]
+    return frozenset((node.lineno + first - 1, node.col_offset + indent) for node in found)
 
 
 def chain(a: int, b: int, *rest: int, scale: int = 2, **named: int) -> Any:
@@ -106,11 +109,14 @@ class Recorder:
     """Stands for the forks of a trace: has every branch go the first way."""
 
     def __init__(self) -> None:
-        self.lines: list[int] = []
+        self.starts: list[tuple[int, int]] = []
 
-    def fork(self, test: Any, before: Any, assigned: Any, joined: Any, line: int) -> Any:
-        self.lines.append(line)
+    def fork(self, test: Any, before: Any, assigned: Any, joined: Any, start: tuple[int, int]) -> Any:
+        self.starts.append(start)
         return Always()
+
+    def truth(self, test: Any, asked: Any) -> Any:
+        return test
 
 
 class Always:
@@ -132,7 +138,7 @@ def simple(a: int) -> str:
 
 
 PLACE = written(simple.__code__)
-PLAN = {PLACE: frozenset((simple.__code__.co_firstlineno + 1,))}
+PLAN = {PLACE: branches_of(simple)}
 
 
 def test_only_the_thread_that_traces_meets_its_forks() -> None:
@@ -142,7 +148,7 @@ def test_only_the_thread_that_traces_meets_its_forks() -> None:
         thread = threading.Thread(target=lambda: elsewhere.append(simple(0)))
         thread.start()
         thread.join()
-    assert elsewhere == ["not taken"] and recorder.lines == [simple.__code__.co_firstlineno + 1]
+    assert elsewhere == ["not taken"] and recorder.starts == [*branches_of(simple)]
     assert simple(0) == "not taken"
 
 
@@ -193,7 +199,7 @@ def test_every_function_with_the_code_is_found() -> None:
 def test_sides_that_leave_in_other_ways_are_left_alone(tmp_path: Path, text: str) -> None:
     step = defined(tmp_path / "steps.py", text)
     line = next(number for number, line in enumerate(text.splitlines(), 1) if "if a" in line)
-    assert branch_in(step.__code__, line) is None
+    assert branch_in(step.__code__, Place(step.__code__.co_filename, line)) is None
 
 
 def defined(path: Path, text: str) -> Any:
@@ -207,10 +213,11 @@ def defined(path: Path, text: str) -> Any:
 def test_a_file_that_changed_is_not_trusted(tmp_path: Path) -> None:
     text = "def step(a):\n    if a:\n        a = 1\n    return a\n"
     step = defined(tmp_path / "steps.py", text)
-    assert branch_in(step.__code__, 2) == 2
+    place = Place(step.__code__.co_filename, 2)
+    assert branch_in(step.__code__, place) == (2, 4)
     (tmp_path / "steps.py").write_text(text.replace("a = 1", "a = 12"))
     linecache.checkcache(str(tmp_path / "steps.py"))
-    assert branch_in(step.__code__, 2) is None
+    assert branch_in(step.__code__, place) is None
 
 
 def test_equal_code_in_two_files_is_told_apart(tmp_path: Path) -> None:
@@ -218,6 +225,6 @@ def test_equal_code_in_two_files_is_told_apart(tmp_path: Path) -> None:
     first, second = defined(tmp_path / "one.py", text), defined(tmp_path / "two.py", text)
     assert first.__code__ == second.__code__
     for step, file in ((first, "one.py"), (second, "two.py")):
-        new = rewritten(step.__code__, frozenset((2,)))
+        new = rewritten(step.__code__, frozenset(((2, 4),)))
         assert new is not None and new.co_filename.endswith(file) and written(new) == written(step.__code__)
     assert functions_of([written(first.__code__)]) == {written(first.__code__): [first]}
