@@ -55,7 +55,18 @@ class Outcome:
 
 
 def run(program: Program, device: str = "cpu") -> Outcome:
-    """Both twins, call by call, from the same seed."""
+    """Both twins, call by call, from the same seed. Random states and default settings are put back."""
+    states = torch.get_rng_state(), random.getstate()
+    try:
+        return _run(program, device)
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        for name in [name for name in sys.modules if name.startswith("fuzz_")]:
+            del sys.modules[name]
+
+
+def _run(program: Program, device: str) -> Outcome:
     source = program.source().replace('DEVICE = "cpu"', f"DEVICE = {device!r}")
     try:
         expected = list(_calls(source, "eager", captured=False))
