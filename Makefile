@@ -1,5 +1,5 @@
 # Each target makes the virtual environment it needs and stays in it.
-#   make demo | test | lint      PYTHON=python3.12 picks another interpreter
+#   make demo | test | lint | fuzz     PYTHON=python3.12 picks another interpreter
 PYTHON ?= python3
 RESULTS ?= results
 
@@ -10,13 +10,20 @@ HAS_GPU_TORCH := $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_availa
 TORCH := $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 VENV_OPTIONS := $(if $(HAS_GPU_TORCH),--system-site-packages)
 
-.PHONY: demo test lint clean
+PROGRAMS ?= 20000
+SEED ?= 0
+WORKERS ?= 2
+
+.PHONY: demo test lint fuzz clean
 
 demo: .demo-venv/.ready
 	.demo-venv/bin/python -m graphs bench --out $(RESULTS)
 
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist worksteal tests
+
+fuzz: .venv/.ready
+	.venv/bin/python -m tests.fuzz --programs $(PROGRAMS) --seed $(SEED) --workers $(WORKERS)
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

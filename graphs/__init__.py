@@ -9,6 +9,7 @@ from graphs.modes import eager
 from graphs.operator_check import capture_check
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
+from graphs.parity import ParityReport, parity
 from graphs.register import register_op
 from graphs.report import BackendReport, CaptureReport
 from graphs.route import route
@@ -23,12 +24,14 @@ __all__ = [
     "GraphsError",
     "GroupedProjection",
     "Padding",
+    "ParityReport",
     "Refusal",
     "audit",
     "backend_report",
     "capture",
     "capture_check",
     "eager",
+    "parity",
     "register_op",
     "route",
     "sentinel",

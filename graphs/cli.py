@@ -107,3 +107,25 @@ def explain(
 
     model, args, kwargs = load_factory(factory)
     typer.echo(str(explain_step(model, args, kwargs, fuse=fuse)))
+
+
+@app.command()
+def parity(
+    factory: Annotated[
+        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
+    ],
+    calls: Annotated[int, typer.Option(help="Calls with new data in each context, at least 8.")] = 64,
+    contexts: Annotated[str, typer.Option(help="Contexts, separated by commas; default: all that make sense.")] = "",
+    changes: Annotated[int, typer.Option(help="Most values of one kind that are changed between calls.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the factory and the data.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare a captured step with the step itself, call by call; exit status 1 where they differ."""
+    from graphs.factory import find_factory
+    from graphs.parity.lockstep import DEFAULT_CONTEXTS
+    from graphs.parity.lockstep import parity as compare
+
+    named = tuple(contexts.split(",")) if contexts else DEFAULT_CONTEXTS
+    found = compare(find_factory(factory), calls, named, changes=changes, seed=seed, name=factory)
+    typer.echo(found.to_json() if json else str(found))
+    raise typer.Exit(0 if found.ok else 1)

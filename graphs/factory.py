@@ -21,10 +21,27 @@ def load_factory(spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[s
         FactoryError: the spec is malformed, nothing of that name can be imported or called, or the result has another form.
             An exception that the module or the factory raises by itself passes through.
     """
+    return checked(find_factory(spec)(), spec)
+
+
+def find_factory(spec: str) -> Callable[[], Any]:
+    """Import ``package.module`` and return ``factory``, which may be called more than once.
+
+    Raises:
+        FactoryError: the spec is malformed, or nothing of that name can be imported or called.
+    """
     factory = _resolve(spec)
     if not callable(factory):
         raise FactoryError(spec, f"it is a {type(factory).__name__}, which cannot be called", "name a function without arguments")
-    made = factory()
+    return factory
+
+
+def checked(made: Any, spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What a factory returned as ``(model, args, kwargs)``.
+
+    Raises:
+        FactoryError: it has another form.
+    """
     remedy = "return (model, args) or (model, args, kwargs), with args a tuple or list and kwargs a dict"
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         size = f" of {len(made)}" if isinstance(made, tuple) else ""
