@@ -43,24 +43,26 @@ def capture(model: Any) -> Any:
     return graphs.capture(model)
 
 
-def compare(decoder: Decoder, experts: str | None, device: torch.device | str = "cpu") -> graphs.CaptureReport:
+def compare(
+    decoder: Decoder, experts: str | None, device: torch.device | str = "cpu", context: Any = torch.no_grad
+) -> graphs.CaptureReport:
     """Decode eagerly and captured, require the same, and return the report of the captured step."""
-    wanted = _reference(decoder, experts, device)
+    wanted = _reference(decoder, experts, device, context)
     model = decoder.build(experts, device)
     step = capture(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
-        got = decode(decoder, model, step)
+        got = decode(decoder, model, step, context)
     assert_same(wanted.logits, got.logits, "logits")
     assert torch.equal(wanted.tokens, got.tokens), "tokens"
     assert_same(tensors_of(wanted.cache), tensors_of(got.cache), "cache")
     return step.report()
 
 
-def _reference(decoder: Decoder, experts: str | None, device: torch.device | str) -> Decoded:
+def _reference(decoder: Decoder, experts: str | None, device: torch.device | str, context: Any) -> Decoded:
     model, routing = decoder.build(experts, device), _Routing()
     with routing:
-        decoded = decode(decoder, model, model)
+        decoded = decode(decoder, model, model, context)
     assert len(set(decoded.tokens[0].tolist())) > 8, "a decode that repeats one token shows little"
     assert not decoder.routed or len(set(routing.chosen)) > 4, "routing does not vary"
     return decoded
@@ -75,6 +77,11 @@ def expected(name: str, report: graphs.CaptureReport) -> None:
 @pytest.mark.parametrize(("name", "experts"), CASES, ids=[f"{name}-{experts or 'default'}" for name, experts in CASES])
 def test_a_decode_step_is_recorded_and_equals_eager(name: str, experts: str | None) -> None:
     expected(name, compare(DECODERS[name], experts))
+
+
+@pytest.mark.parametrize(("name", "experts"), [("llama", None), ("mixtral", "eager")])
+def test_a_decode_step_is_recorded_under_inference_mode_too(name: str, experts: str | None) -> None:
+    expected(name, compare(DECODERS[name], experts, context=torch.inference_mode))
 
 
 OWN_CACHES = {"deepseek_v4": lambda config: DynamicCache(config=config), "minimax": lambda config: MiniMaxCache()}

@@ -173,8 +173,13 @@ def run(
     return seen, step
 
 
-def check(make: Callable[[], nn.Module], calls: Sequence[tuple[str, int, int]], **options: Any) -> graphs.CapturedModule[Any]:
-    with torch.no_grad(), warnings.catch_warnings():
+CONTEXTS = st.sampled_from([torch.no_grad, torch.inference_mode])
+
+
+def check(
+    make: Callable[[], nn.Module], calls: Sequence[tuple[str, int, int]], context: Any, **options: Any
+) -> graphs.CapturedModule[Any]:
+    with context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
         expected, _ = run(make, calls, lambda model: model)
         actual, step = run(make, calls, lambda model: graphs.capture(model, **options))
@@ -185,26 +190,26 @@ def check(make: Callable[[], nn.Module], calls: Sequence[tuple[str, int, int]], 
 
 
 @CHECKED
-@given(programs(PURE, INTERACTING, DETERMINED), st.lists(st.sampled_from(KINDS), min_size=3, max_size=5))
-@example(Program((("add_", 2, 0), ("copy_", 0, 1), ("add", 1, 3)), (4, 1), "list"), ["own", "overlapping", "one object"])
-@example(Program((("view", 2, 0), ("write a part", 4, 0), ("add", 2, 0)), (5, 4), "dict"), ["own", "same", "transposed"])
-def test_a_random_program_gives_and_leaves_what_eager_does(program: Program, kinds: list[str]) -> None:
+@given(programs(PURE, INTERACTING, DETERMINED), st.lists(st.sampled_from(KINDS), min_size=3, max_size=5), CONTEXTS)
+@example(Program((("add_", 2, 0), ("copy_", 0, 1), ("add", 1, 3)), (4, 1), "list"), ["own", "overlapping", "one object"], torch.no_grad)
+@example(Program((("view", 2, 0), ("write a part", 4, 0), ("add", 2, 0)), (5, 4), "dict"), ["own", "same", "transposed"], torch.no_grad)
+def test_a_random_program_gives_and_leaves_what_eager_does(program: Program, kinds: list[str], context: Any) -> None:
     calls = [(kind, 3, index) for index, kind in enumerate(kinds)]
-    check(lambda: Interpreted(program, 3), [*calls, *calls[-1:]])
+    check(lambda: Interpreted(program, 3), [*calls, *calls[-1:]], context)
 
 
 @CHECKED
-@given(programs(PURE, INTERACTING, WRITES, RANDOM), st.integers(0, 1000))
-def test_a_program_that_draws_random_numbers_draws_those_of_eager(program: Program, seed: int) -> None:
+@given(programs(PURE, INTERACTING, WRITES, RANDOM), st.integers(0, 1000), CONTEXTS)
+def test_a_program_that_draws_random_numbers_draws_those_of_eager(program: Program, seed: int, context: Any) -> None:
     """Contiguous arguments: elements get their numbers in the order of memory, and a copied argument is contiguous."""
-    check(lambda: Interpreted(program, 3), [("fresh", 3, seed + index) for index in range(4)])
+    check(lambda: Interpreted(program, 3), [("fresh", 3, seed + index) for index in range(4)], context)
 
 
 @CHECKED
-@given(programs(ROW_WISE), st.lists(st.integers(1, 9), min_size=3, max_size=6))
-def test_a_row_wise_program_in_buckets_gives_what_eager_does(program: Program, sizes: list[int]) -> None:
+@given(programs(ROW_WISE), st.lists(st.integers(1, 9), min_size=3, max_size=6), CONTEXTS)
+def test_a_row_wise_program_in_buckets_gives_what_eager_does(program: Program, sizes: list[int], context: Any) -> None:
     calls = [("fresh", rows, index) for index, rows in enumerate(sizes)]
-    step = check(lambda: RowWise(program), calls, buckets=[2, 4, 8], batch_dims={"x": 0, "y": 0})
+    step = check(lambda: RowWise(program), calls, context, buckets=[2, 4, 8], batch_dims={"x": 0, "y": 0})
     report = step.report()
     assert report.replays + report.eager_calls == len(sizes)
     assert report.eager_calls == sum(rows > 8 for rows in sizes)
@@ -212,18 +217,20 @@ def test_a_row_wise_program_in_buckets_gives_what_eager_does(program: Program, s
 
 
 @CHECKED
-@given(programs(ROW_WISE, INTERACTING, DETERMINED), st.lists(st.integers(1, 9), min_size=3, max_size=6))
-@example(Program((("mean of rows", 0, 0), ("add", 3, 1)), (4,), "one"), [3, 1, 4, 6])
-@example(Program((("write a column", 2, 0), ("shifted rows", 2, 0)), (3, 2), "tuple"), [3, 2, 3, 8])
-def test_a_program_whose_rows_may_interact_gives_what_eager_does_in_buckets(program: Program, sizes: list[int]) -> None:
+@given(programs(ROW_WISE, INTERACTING, DETERMINED), st.lists(st.integers(1, 9), min_size=3, max_size=6), CONTEXTS)
+@example(Program((("mean of rows", 0, 0), ("add", 3, 1)), (4,), "one"), [3, 1, 4, 6], torch.no_grad)
+@example(Program((("write a column", 2, 0), ("shifted rows", 2, 0)), (3, 2), "tuple"), [3, 2, 3, 8], torch.no_grad)
+def test_a_program_whose_rows_may_interact_gives_what_eager_does_in_buckets(
+    program: Program, sizes: list[int], context: Any
+) -> None:
     calls = [("fresh", rows, index) for index, rows in enumerate(sizes)]
-    check(lambda: RowWise(program), calls, buckets=[2, 4, 8], batch_dims={"x": 0, "y": 0})
+    check(lambda: RowWise(program), calls, context, buckets=[2, 4, 8], batch_dims={"x": 0, "y": 0})
 
 
 @CHECKED
-@given(programs(PURE), st.lists(st.integers(1, 9), min_size=3, max_size=6))
-def test_an_inferred_batch_gives_what_eager_does(program: Program, sizes: list[int]) -> None:
-    check(lambda: RowWise(program), [("fresh", rows, index) for index, rows in enumerate(sizes)], buckets=[2, 4, 8])
+@given(programs(PURE), st.lists(st.integers(1, 9), min_size=3, max_size=6), CONTEXTS)
+def test_an_inferred_batch_gives_what_eager_does(program: Program, sizes: list[int], context: Any) -> None:
+    check(lambda: RowWise(program), [("fresh", rows, index) for index, rows in enumerate(sizes)], context, buckets=[2, 4, 8])
 
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=6).map(lambda sizes: tuple(sorted(set(sizes))))

@@ -158,17 +158,18 @@ class Decoded:
     cache: Any
 
 
-def decode(decoder: Decoder, model: Any, call: Any) -> Decoded:
+def decode(decoder: Decoder, model: Any, call: Any, context: Any = torch.no_grad) -> Decoded:
     """Read the prompt eagerly, then let ``call`` do `TOKENS` steps.
 
     Each token is the likeliest one moved on by its position: left to themselves, random weights repeat one token.
     """
     device = next(model.parameters()).device
     prompt, rows = PROMPT.to(device), PROMPT.shape[0]
-    cache = decoder.cache(model.config)
+    with context():
+        cache = decoder.cache(model.config)
     positions = torch.arange(prompt.shape[1], device=device).expand(rows, -1)
     tokens, logits = [], []
-    with torch.no_grad():
+    with context():
         last = model(prompt, use_cache=True, **decoder.arguments(positions, cache)).logits[:, -1]
         for position in range(prompt.shape[1], prompt.shape[1] + TOKENS):
             tokens.append((last.argmax(-1, keepdim=True) + position) % VOCABULARY)
