@@ -117,7 +117,8 @@ def candidate_difference(
     produced = [out.clone() for out in produced]
     left = [copy.to(like.device) for copy, like in zip(rerun.written.copies(), state, strict=True)]
     candidate, names = [*produced, *left], _names(len(produced), len(left))
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip([*expected, *state], candidate, strict=True)):
+    pairs = list(zip([*expected, *state], candidate, strict=True))
+    if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return found
     precise, why = _in_float64(rerun, frozenset())
     if precise is not None and not why and _refused(precise, [*expected, *state], names, ()) is not None:
@@ -213,8 +214,13 @@ def _spread(rerun: Rerun, results: list[tuple[Tensor, Tensor]]) -> list[Tensor |
 
 def _run(rerun: Rerun, mode: HighPrecision) -> tuple[HighPrecision, list[tuple[Tensor, Tensor]]]:
     rerun.restore()
-    with torch.compiler.set_stance("force_eager"), mode:
-        outputs = list(rerun.run())
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # weights that autocast rounded before would pass for exact
+    try:
+        with torch.compiler.set_stance("force_eager"), mode:
+            outputs = list(rerun.run())
+    finally:
+        torch.set_autocast_cache_enabled(cached)
     return mode, [(tensor.clone(), mode.of(tensor)) for tensor in [*outputs, *rerun.written.tensors]]
 
 
