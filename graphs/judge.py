@@ -16,7 +16,7 @@ summed in other orders, split with and without rounding between, attention unfus
 candidates reach 1.2 in groups of 200 elements and more, 2.6 in rows of 16 and 7.7 in single elements, which is up to five
 sixths of what is accepted. Of wrong ones, the closest (a mask that hides one key, in bfloat16) is 1.7 times what is accepted;
 wrong positions, rows of keys, values and of the last matrix, stale inputs and missed writes 4 to 130 times. A row of a query or
-feed-forward matrix moves the results of a step in bfloat16 by less than rounding does: of those, about half are refused.
+feed-forward matrix moves the results of a step in bfloat16 by less than rounding does: of those, about a third are refused.
 """
 
 from __future__ import annotations
