@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -256,7 +257,13 @@ class Deep(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@contextlib.contextmanager
+def autocast() -> Iterator[None]:
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+        yield
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, autocast])
 @pytest.mark.parametrize("fault", [False, True])
 def test_a_substitute_is_judged_by_eager_s_own_error(context: Any, fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Unrounded:
@@ -271,15 +278,17 @@ def test_a_substitute_is_judged_by_eager_s_own_error(context: Any, fault: bool, 
 
         def __call__(self, x: Tensor) -> Tensor:
             self.model.count.add_(1)
-            y = self.twin(x.float()).to(BF16)
+            with torch.autocast("cpu", enabled=False):
+                y = self.twin(x.float()).to(BF16)
             if fault:
                 y[:, 77] = y[:, 78]
             return y
 
     monkeypatch.setattr(compiler, "CompiledModel", Unrounded)
     torch.manual_seed(0)
-    model = Deep()
-    x = torch.randn(4, 64).to(BF16)
+    model, x = Deep(), torch.randn(4, 64).to(BF16)
+    if context is autocast:
+        model, x = model.float(), x.float()
     step = graphs.capture(model, compiler="inductor")
     with context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
