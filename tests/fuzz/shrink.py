@@ -50,7 +50,7 @@ def _without(items: tuple, index: int) -> tuple:
 
 def _bodies(body: Body) -> Iterator[Body]:
     """Bodies with a statement less, a compound statement replaced by what it holds, or a shorter expression."""
-    for index, statement in enumerate(body):
+    for index in range(len(body)):
         yield _without(body, index)
     for index, statement in enumerate(body):
         if isinstance(statement, Block):
