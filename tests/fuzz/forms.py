@@ -3,6 +3,7 @@
 ``{F}`` float [3, 4]; ``{V}`` float [4]; ``{S}`` 0-d tensor; ``{N}`` int of the host; ``{P}`` float of the host;
 ``{C}`` condition; ``{M}`` bool [3]; ``{I}`` int64 [4] below 3; ``{A}``, ``{B}`` variables that hold an ``{F}``. A form that
 stands twice is drawn more often.
+"""
 
 from __future__ import annotations
 
