@@ -45,7 +45,7 @@ def within(name: str, package: str) -> bool:
 MAIN_PATH = ["graphs.recordings", "graphs.capture"]
 TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify", "graphs.judge"]
 AUDIT = ["graphs.audit", "graphs.findings"]
-ABOVE = [*MAIN_PATH, *AUDIT, "graphs.bench", "graphs.cli"]
+ABOVE = [*MAIN_PATH, *AUDIT, "graphs.parity", "graphs.bench", "graphs.cli"]
 RULES = ["passes.addressing", "passes.arithmetic", "passes.bounded", "passes.branches"]
 REWRITING = ["passes.rewriter", "passes.aliases", "passes.scalars", "passes.bounds", "passes.host_values", *RULES]
 PASSES = [name for name in modules("passes") if name not in ("passes", "passes.composites")]  # which every dispatch mode shares
@@ -63,7 +63,16 @@ FORBIDDEN = {
     "graphs.precise_operators": ["graphs"],
     "graphs.ties": ["graphs"],
     "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.recordings": ["graphs.capture", "graphs.bench", "graphs.cli", "graphs.record.cuda", "graphs.record.tape"],
+    "graphs.parity": ["graphs.bench", "graphs.cli", "graphs.record", "graphs.trial"],
+    "graphs.parity.report": ["graphs.contract", "graphs.errors", "torch"],
+    "graphs.recordings": [
+        "graphs.capture",
+        "graphs.parity",
+        "graphs.bench",
+        "graphs.cli",
+        "graphs.record.cuda",
+        "graphs.record.tape",
+    ],
     "graphs.audit": [*MAIN_PATH, "graphs.config", "graphs.bench", "graphs.cli"],
     "graphs.findings": [*MAIN_PATH, "graphs.audit", "graphs.config", "graphs.bench", "graphs.cli"],
     "graphs.findings.report": ["graphs.watch", "graphs.contract", "torch"],

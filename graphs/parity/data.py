@@ -19,21 +19,21 @@ def new_values(example: Tensor, draws: torch.Generator) -> Tensor:
     Integers lie within those of the example, so that an index stays one; floats have its mean and spread; booleans are
     drawn anew.
     """
-    size, like = tuple(example.shape), {"generator": draws}
+    size = tuple(example.shape)
     with torch.no_grad():
         if not example.numel():
             made = torch.empty(size)
         elif example.dtype is torch.bool:
-            made = torch.rand(size, **like) > 0.5
+            made = torch.rand(size, generator=draws) > 0.5
         elif example.dtype.is_floating_point or example.dtype.is_complex:
             wide = torch.complex128 if example.dtype.is_complex else torch.float64
             values = example.detach().cpu().to(wide)
             finite = values[torch.isfinite(values)]
             spread = finite.abs().pow(2).mean().sqrt() if finite.numel() else torch.tensor(1.0)
-            made = torch.randn(size, dtype=wide, **like) * spread
+            made = torch.randn(size, dtype=wide, generator=draws) * spread
         else:
             low, high = int(example.min()), int(example.max())
-            made = torch.randint(low, high + 1, size, **like)
+            made = torch.randint(low, high + 1, size, generator=draws)
         return made.to(example.dtype).to(example.device)
 
 

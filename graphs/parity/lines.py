@@ -63,8 +63,8 @@ def output_line(model: Any, what: str, context: str, device: torch.device, given
     return _beginning(model)
 
 
-def value_line(toggled: str, found: Reached) -> Site:
-    """The first line of the user's functions that names the value which was changed."""
+def value_line(toggled: str, found: Reached, model: Any) -> Site:
+    """The first line of the user's functions that names the value which was changed; else where the step begins."""
     names = re.findall(r"\w+", re.split(r" = |\(", toggled.removeprefix("putting back "))[0])
     for name in reversed(names):
         if name.isdigit() or name in ("data", "append", "forward"):
@@ -73,7 +73,7 @@ def value_line(toggled: str, found: Reached) -> Site:
             for number, text in enumerate(_source(function)[0]):
                 if number and re.search(rf"\b{name}\b", text):
                     return Site.at((function.__code__.co_filename, _source(function)[1] + number))
-    return Site()
+    return _beginning(model)
 
 
 def _beginning(model: Any) -> Site:

@@ -46,9 +46,9 @@ class _Row:
         if found is not None:
             self.differences += 1
             if self.first is None:
-                site = value_line(toggled, self.eager.reached()) if toggled else self.line(found[0], alike)
-                where = (site.file, site.line, site.source)
-                self.first = ParityDifference(self.context, self.variation, self.calls, *found, toggled, *where)
+                site = value_line(toggled, self.eager.reached(), self.eager.model) if toggled else self.line(found[0], alike)
+                row = (self.context, self.variation, self.calls)
+                self.first = ParityDifference(*row, *found, toggled, site.file, site.line, site.source)
         self.calls += 1
 
     def done(self, tried: int = 0, found: int = 0) -> ParityRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils import _pytree
 from graphs.parity.walk import PLAIN, Place, Reached, installed
 
 Tensor = torch.Tensor
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 KINDS = (
     *("attributes", "entries of lists and dicts", "hooks", "methods", "parameters and buffers", "training flag"),
     *("defaults", "globals and closures"),
@@ -81,9 +82,9 @@ def _containers(found: Reached) -> Iterator[Toggle]:
             yield _replacement(place, place.value, other_value(place.value))
     for path, container in found.containers:
         if type(container) is list and container and all(map(_changeable, container)):
-            yield Toggle(f"{path}.append({container[-1]!r})", lambda held=container: _appended(held), id(container))
+            yield Toggle(f"{path}.append({container[-1]!r})", partial(_appended, container), id(container))
         elif type(container) is dict and "parity" not in container and all(type(key) is str for key in container):
-            yield Toggle(f"{path}['parity'] = 1", lambda held=container: _added(held), id(container))
+            yield Toggle(f"{path}['parity'] = 1", partial(_added, container), id(container))
 
 
 def _appended(held: list[Any]) -> Undo:
@@ -107,31 +108,39 @@ def _hooks(found: Reached) -> Iterator[Toggle]:
             continue
         yield Toggle(
             f"{path}.register_forward_hook(...)",
-            lambda held=module: held.register_forward_hook(lambda _, inputs, output: _scaled(output)).remove,
+            partial(_hooked, module),
             id(module),
         )
         yield Toggle(
             f"{path}.register_forward_pre_hook(...)",
-            lambda held=module: held.register_forward_pre_hook(lambda _, inputs: _scaled(inputs)).remove,
+            partial(_hooked_before, module),
             id(module),
         )
+
+
+def _hooked(module: nn.Module) -> Undo:
+    return module.register_forward_hook(lambda _, inputs, output: _scaled(output)).remove
+
+
+def _hooked_before(module: nn.Module) -> Undo:
+    return module.register_forward_pre_hook(lambda _, inputs: _scaled(inputs)).remove
 
 
 def _methods(found: Reached) -> Iterator[Toggle]:
     kinds: dict[type, None] = {}
     for path, module in found.modules:
         if "forward" not in vars(module) and isinstance(type(module).forward, types.FunctionType):
-            yield Toggle(f"{path}.forward = another", lambda held=module: _on_object(held), id(module))
+            yield Toggle(f"{path}.forward = another", partial(_on_object, module), id(module))
             kinds.setdefault(type(module))
     for kind in kinds:
         if "forward" in vars(kind):
-            yield Toggle(f"{kind.__name__}.forward = another", lambda held=kind: _on_class(held), id(kind))
+            yield Toggle(f"{kind.__name__}.forward = another", partial(_on_class, kind), id(kind))
 
 
 def _on_object(module: nn.Module) -> Undo:
     forward = type(module).forward
     vars(module)["forward"] = lambda *args, **kwargs: _scaled(forward(module, *args, **kwargs))
-    return lambda: vars(module).__delitem__("forward")
+    return lambda: vars(module).pop("forward", None)
 
 
 def _on_class(kind: type[nn.Module]) -> Undo:
@@ -149,15 +158,15 @@ def _tensors(found: Reached) -> Iterator[Toggle]:
         value = place.value
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             continue
-        yield Toggle(f"{place.path}.data = ...", lambda held=value: _data(held), id(value))
-        yield Toggle(f"{place.path}.mul_(1.5)", lambda held=value: _in_place(held), id(value))
+        yield Toggle(f"{place.path}.data = ...", partial(_data, value), id(value))
+        yield Toggle(f"{place.path}.mul_(1.5).add_(0.25)", partial(_in_place, value), id(value))
         if place.kind != "global":
-            yield Toggle(f"{place.path} = a new tensor", lambda at=place: _assigned(at), id(value))
+            yield Toggle(f"{place.path} = a new tensor", partial(_assigned, place), id(value))
 
 
 def _data(tensor: Tensor) -> Undo:
     before = tensor.data
-    tensor.data = before * 1.5
+    tensor.data = before * 1.5 + 0.25
 
     def undo() -> None:
         tensor.data = before
@@ -168,7 +177,7 @@ def _data(tensor: Tensor) -> Undo:
 def _in_place(tensor: Tensor) -> Undo:
     with torch.no_grad():
         before = tensor.detach().clone()
-        tensor.detach().mul_(1.5)
+        tensor.detach().mul_(1.5).add_(0.25)
 
     def undo() -> None:
         with torch.no_grad():
@@ -179,7 +188,7 @@ def _in_place(tensor: Tensor) -> Undo:
 
 def _assigned(place: Place) -> Undo:
     before = place.value
-    after = before.detach() * 1.5
+    after = before.detach() * 1.5 + 0.25
     place.set(nn.Parameter(after, before.requires_grad) if isinstance(before, nn.Parameter) else after)
     return lambda: place.set(before)
 
@@ -195,7 +204,7 @@ def _defaults(found: Reached) -> Iterator[Toggle]:
         for index, value in enumerate(function.__defaults__ or ()):
             if _changeable(value) and not installed(function.__code__.co_filename):
                 name = f"default {index} of {function.__name__} = {other_value(value)!r}"
-                yield Toggle(name, lambda held=function, at=index: _default(held, at), hash((id(function), index)))
+                yield Toggle(name, partial(_default, function, index), hash((id(function), index)))
         named = function.__kwdefaults__ or {}
         for key in named:
             if _changeable(named[key]):

@@ -53,7 +53,7 @@ class Twin:
         random.seed(seed)
         self.model, args, kwargs = checked(factory(), name)
         self.example: Arguments = (args, kwargs)
-        self.step = capture(self.model, **settings) if captured else self.model
+        self.step: Any = capture(self.model, **settings) if captured else self.model
         self._random = random_states()
 
     def reached(self) -> Reached:
@@ -103,7 +103,7 @@ def made_alike(factory: Factory, name: str, seed: int, settings: dict[str, Any])
 
 def _storages(twin: Twin) -> set[int]:
     """Addresses of what a call may write: the model's own tensors and the arguments, not what a global holds."""
-    model = {place.value for place in twin.reached().places if place.kind in ("tensor",) and isinstance(place.value, Tensor)}
+    model = {place.value for place in twin.reached().places if place.kind == "tensor" and isinstance(place.value, Tensor)}
     given = [leaf for leaf in _pytree.tree_leaves(twin.example) if isinstance(leaf, Tensor)]
     tensors = [one for one in (*model, *given) if one.layout == torch.strided and one.numel()]
     return {one.untyped_storage().data_ptr() for one in tensors}

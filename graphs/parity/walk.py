@@ -7,6 +7,7 @@ properties, ``__getattr__``, ``__getitem__`` and ``__eq__`` of other types are n
 from __future__ import annotations
 
 import functools
+import sys
 import sysconfig
 import types
 from collections.abc import Iterator
@@ -175,8 +176,6 @@ def _dictionary(value: Any) -> Any:
 
 
 def _file_of(kind: type) -> str:
-    import sys
-
     return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.ledger import NotReplayed
 from graphs.verify import tolerance
 from tests.fuzz.program import Program
 
@@ -108,17 +107,17 @@ def _calls(source: str, name: str, *, captured: bool) -> Iterator[dict[str, Any]
     model = space["Step"]().eval().to(space["DEVICE"])
     step = graphs.capture(model, **space["SETTINGS"]) if captured else model
     for call in range(space["CALLS"]):
-        space["change"](call, model, space)
-        arguments = space["arguments"](call)
-        output, raised = None, None
-        with space["context"](call), warnings.catch_warnings():
+        output, raised, arguments = None, None, None
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("ignore", NotReplayed)
             try:
-                output = step(*arguments)
+                space["change"](call, model, space)
+                arguments = space["arguments"](call)
+                with space["context"](call):
+                    output = step(*arguments)
             except Exception as error:
                 raised = error
-        yield {
+        called = {
             "raised": raised,
             "output": _frozen(output, {}),
             "arguments": _frozen(arguments, {}),
@@ -126,6 +125,8 @@ def _calls(source: str, name: str, *, captured: bool) -> Iterator[dict[str, Any]
             "random": _random(space["DEVICE"]),
             "step": step,
         }
+        del arguments, output  # so that containers of the next call may take the addresses of these
+        yield called
 
 
 def _seed(seed: int) -> None:
@@ -184,7 +185,11 @@ def _frames(error: BaseException) -> list[Any]:
     while trace is not None:
         frames.append(trace)
         trace = trace.tb_next
-    return [one for one in reversed(frames) if "/graphs/" in one.tb_frame.f_code.co_filename or "/passes/" in one.tb_frame.f_code.co_filename]
+    return [
+        one
+        for one in reversed(frames)
+        if "/graphs/" in one.tb_frame.f_code.co_filename or "/passes/" in one.tb_frame.f_code.co_filename
+    ]
 
 
 def difference(a: Any, b: Any, where: str) -> tuple[str, str]:

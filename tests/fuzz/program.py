@@ -50,7 +50,14 @@ GLOBALS = {
     "make": "def make(k):\n    def inner(v):\n        return v * k + 1\n    return inner",
     "inner": "inner = make(1.5)",
 }
-LOCALS = {"a": "a = x * 1.0", "b": f"b = torch.ones({ROWS}, {WIDTH}, device=x.device)", "v": "v = x.sum(0)", "w": "w = 1.0", "q": "q = 1", "turn": "turn = 0"}
+LOCALS = {
+    "a": "a = x * 1.0",
+    "b": f"b = torch.ones({ROWS}, {WIDTH}, device=x.device)",
+    "v": "v = x.sum(0)",
+    "w": "w = 1.0",
+    "q": "q = 1",
+    "turn": "turn = 0",
+}
 """Variables that statements read and assign, and what each is at first, so that any statement can be left out."""
 
 CONTEXTS = {
@@ -61,7 +68,7 @@ CONTEXTS = {
     "grad": "contextlib.nullcontext()",
 }
 
-_HEAD = '''\
+_HEAD = """\
 import contextlib
 import random
 
@@ -90,7 +97,7 @@ def both(first, second):
 class Box:
     pass
 
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,9 @@ class Program:
         parts += [*local, *body, f"        return {self.result}", "", ""]
         parts += ["def arguments(i):", *_arguments(arguments), "", ""]
         parts += ["def change(i, step, space):", *_changes(self.changes), "", ""]
-        return "\n".join([*parts, *_contexts(self.contexts), "", f"CALLS = {self.calls}", f"SETTINGS = dict({self.settings})", ""])
+        return "\n".join(
+            [*parts, *_contexts(self.contexts), "", f"CALLS = {self.calls}", f"SETTINGS = dict({self.settings})", ""]
+        )
 
     def script(self) -> str:
         """The program as a file that runs by itself and prints the first difference."""

@@ -50,23 +50,23 @@ def _without(items: tuple, index: int) -> tuple:
 
 def _bodies(body: Body) -> Iterator[Body]:
     """Bodies with a statement less, a compound statement replaced by what it holds, or a shorter expression."""
-    for index, statement in enumerate(body):
+    for index in range(len(body)):
         yield _without(body, index)
     for index, statement in enumerate(body):
         if isinstance(statement, Block):
             yield from (body[:index] + inner + body[index + 1 :] for _, inner in statement.parts)
             if len(statement.parts) > 1:
-                yield body[:index] + (Block(statement.parts[:-1]),) + body[index + 1 :]
-            yield from (body[:index] + (one,) + body[index + 1 :] for one in _blocks(statement))
+                yield (*body[:index], Block(statement.parts[:-1]), *body[index + 1 :])
+            yield from ((*body[:index], one, *body[index + 1 :]) for one in _blocks(statement))
         else:
-            yield from (body[:index] + (one,) + body[index + 1 :] for one in _parts(statement))
+            yield from ((*body[:index], one, *body[index + 1 :]) for one in _parts(statement))
 
 
 def _blocks(block: Block) -> Iterator[Block]:
     for index, (header, inner) in enumerate(block.parts):
         made = [(header, smaller) for smaller in _bodies(inner)]
         made += [(smaller, inner) for smaller in _parts(header) if smaller.split(" ")[0] == header.split(" ")[0]]
-        yield from (Block(block.parts[:index] + (part,) + block.parts[index + 1 :]) for part in made)
+        yield from (Block((*block.parts[:index], part, *block.parts[index + 1 :])) for part in made)
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -15,7 +15,9 @@ assert SECTIONS
 
 @pytest.mark.parametrize("context", ["grad", "no_grad", "inference_mode", "autocast+no_grad", "autocast+inference_mode"])
 @pytest.mark.parametrize("hazard", HAZARDS.values(), ids=lambda hazard: hazard.name)
-def test_a_hazard_equals_eager_at_every_call(hazard: Hazard, context: str, device: torch.device, request: pytest.FixtureRequest) -> None:
+def test_a_hazard_equals_eager_at_every_call(
+    hazard: Hazard, context: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     if context not in hazard.contexts:
         pytest.skip("not tried under this context")
     if hazard.name in FAILING:

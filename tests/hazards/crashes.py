@@ -49,16 +49,40 @@ _containers()
 
 
 @hazard("B", replays=3)
+def list_kept_by_the_caller(device: torch.device) -> Run:
+    held: list[Tensor] = []
+
+    def arguments(i: int) -> tuple[Any, ...]:
+        held[:] = [noise(i + 9, 3, 4, device=device)]
+        return noise(i, 3, 4, device=device), held
+
+    return Run(a_list_of_one, arguments)
+
+
+@hazard("B", replays=3)
+def dict_kept_by_the_caller(device: torch.device) -> Run:
+    held: dict[str, Tensor] = {}
+
+    def arguments(i: int) -> tuple[Any, ...]:
+        held["x"] = noise(i + 9, 3, 4, device=device)
+        return noise(i, 3, 4, device=device), held
+
+    return Run(entry_x, arguments)
+
+
+@hazard("B", replays=3)
 def output_object_as_argument(device: torch.device) -> Run:
     from transformers.modeling_outputs import BaseModelOutput
 
     def step(x: Tensor, encoded: Any) -> Tensor:
         return x + encoded.last_hidden_state
 
-    return Run(step, lambda i: (noise(i, 3, 4, device=device), BaseModelOutput(last_hidden_state=noise(i + 9, 3, 4, device=device))))
+    return Run(
+        step, lambda i: (noise(i, 3, 4, device=device), BaseModelOutput(last_hidden_state=noise(i + 9, 3, 4, device=device)))
+    )
 
 
-@hazard("B")
+@hazard("B", isolated=True, contexts=(NO_GRAD,))
 def activation_of_a_lazy_mapping(device: torch.device) -> Run:
     from transformers.activations import ACT2FN
 
@@ -268,7 +292,9 @@ steps("B", conditioned, scanned, flexible_attention, arguments=lambda i: (noise(
 def mkldnn_module(device: torch.device) -> Run:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return Run(lambda x: x * 2, lambda i: (noise(i, 3, 4, device=device),))
-    model = torch.utils.mkldnn.to_mkldnn(nn.Linear(4, 4).eval())
+    from torch.utils.mkldnn import to_mkldnn
+
+    model = to_mkldnn(nn.Linear(4, 4).eval())
     return Run(lambda x: model(x.to_mkldnn()).to_dense(), lambda i: (noise(i, 3, 4),))
 
 
@@ -311,7 +337,9 @@ def optimiser_step(device: torch.device) -> Run:
         optimiser.step()
         return loss.detach()
 
-    return Run(step, lambda i: (noise(i, 3, 4, device=device),), after=lambda: [round(v, 5) for v in model.weight.flatten().tolist()])
+    return Run(
+        step, lambda i: (noise(i, 3, 4, device=device),), after=lambda: [round(v, 5) for v in model.weight.flatten().tolist()]
+    )
 
 
 @hazard("B", contexts=(NO_GRAD,))

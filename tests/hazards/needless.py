@@ -15,7 +15,10 @@ Tensor = torch.Tensor
 ALL = (NO_GRAD, INFERENCE, AUTOCAST)
 
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "sliced_into_linear": (lambda x: nn.functional.linear(x, torch.ones(4, 4, device=x.device)), lambda x: torch.cat([x, x], 1)[:, -1:]),
+    "sliced_into_linear": (
+        lambda x: nn.functional.linear(x, torch.ones(4, 4, device=x.device)),
+        lambda x: torch.cat([x, x], 1)[:, -1:],
+    ),
     "transposed_reshaped": (lambda x: x.reshape(-1) * 2, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
     "last_row_viewed": (lambda x: x.reshape(2, 4).relu(), lambda x: x[:, -1:]),
     "every_other": (lambda x: (x @ x.mT).flatten(), lambda x: torch.cat([x, x], -1)[..., ::2]),

@@ -82,6 +82,7 @@ def _calls(hazard: Hazard, context: str, device: torch.device, run: Run, called:
         leaves = {place.path: copied(place.value) for place in reached({"step": run.step}).places}
         leaves["arguments"] = [copied(one) for one in arguments if isinstance(one, torch.Tensor)]
         leaves["random state"] = torch.get_rng_state()
+        arguments = ()  # so that the next call's containers may take the addresses of these
         yield Called(copied(_plain(output)), raised, leaves)
 
 

@@ -172,9 +172,7 @@ def grad_mode_changes(device: torch.device) -> Run:
 
         return call
 
-    return Run(
-        *(lambda x: x * 2 if torch.is_grad_enabled() else x * 3, lambda i: (noise(i, 3, 4, device=device), i)), wrap=wrap
-    )
+    return Run(*(lambda x: x * 2 if torch.is_grad_enabled() else x * 3, lambda i: (noise(i, 3, 4, device=device), i)), wrap=wrap)
 
 
 @hazard("C", calls=8)
@@ -184,13 +182,13 @@ def inference_mode_decides(device: torch.device) -> Run:
 
 @hazard("C")
 def output_of_another_thread(device: torch.device) -> Run:
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(1, "hazard")
     return Run(lambda x: pool.submit(torch.relu, x).result(), lambda i: (noise(i, 3, 4, device=device),))
 
 
 @hazard("C")
 def input_of_another_thread(device: torch.device) -> Run:
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(1, "hazard")
     return Run(lambda x: pool.submit(torch.relu, x * 2).result() + 1, lambda i: (noise(i, 3, 4, device=device),))
 
 
@@ -218,6 +216,7 @@ SETTINGS = types.ModuleType("hazard_settings")
 SETTINGS.__dict__.update(scale=2.0, nested=types.SimpleNamespace(on=True), table={"s": 1.0})
 VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("VARIABLE", default=2.0)
 BUFFER, WIDE = bytearray(8), array.array("f", [1.0, 2.0])
+VIEW = memoryview(BUFFER)
 ARRAY = numpy.array([1.0, 2.0], dtype=numpy.float32)
 
 
@@ -241,9 +240,7 @@ class Derived(Base, nn.Module):
         return self.fixed(self.scaled(x))
 
 
-def _setting(
-    name: str, step: Callable[..., Any], values: tuple[Any, Any], put: Callable[[Any], object], **settings: Any
-) -> None:
+def _setting(name: str, step: Callable[..., Any], values: tuple[Any, Any], put: Callable[[Any], object], **settings: Any) -> None:
     """A hazard about a setting that takes another value at call 5, and the first again at call 7."""
 
     def make(device: torch.device) -> Run:
@@ -268,10 +265,17 @@ def _static_method(value: Any) -> None:
 
 
 _setting("module_attribute", lambda x: x * SETTINGS.scale, (2.0, 3.0), lambda v: setattr(SETTINGS, "scale", v))
-_setting("object_of_a_module", lambda x: x * 2 if SETTINGS.nested.on else x, (True, False), lambda v: setattr(SETTINGS.nested, "on", v))
+_setting(
+    "object_of_a_module", lambda x: x * 2 if SETTINGS.nested.on else x, (True, False), lambda v: setattr(SETTINGS.nested, "on", v)
+)
 _setting("dict_of_a_module", lambda x: x * SETTINGS.table["s"], (1.0, 3.0), lambda v: SETTINGS.table.update(s=v))
 _setting("environment", lambda x: x * float(os.environ["HAZARD"]), ("2", "3"), lambda v: os.environ.update(HAZARD=v))
-_setting("environment_by_getenv", lambda x: x * 2 if os.getenv("HAZARD") == "2" else x, ("2", "3"), lambda v: os.environ.update(HAZARD=v))
+_setting(
+    "environment_by_getenv",
+    lambda x: x * 2 if os.getenv("HAZARD") == "2" else x,
+    ("2", "3"),
+    lambda v: os.environ.update(HAZARD=v),
+)
 _setting("default_of_a_function", lambda x: by_default(x), ((2.0,), (3.0,)), lambda v: setattr(by_default, "__defaults__", v))
 _setting("keyword_default", lambda x: by_default(x), (1.0, 3.0), lambda v: by_default.__kwdefaults__.update(plus=v))
 _setting("default_dtype", lambda x: x + torch.ones(4, device=x.device), (torch.float32, torch.float64), torch.set_default_dtype)
@@ -279,12 +283,17 @@ _setting("default_dtype_of_a_number", lambda x: x * torch.tensor(2.0), (torch.fl
 _setting("context_variable", lambda x: x * VARIABLE.get(), (2.0, 3.0), VARIABLE.set)
 _setting("array_of_numbers", lambda x: x * WIDE[0], (1.0, 3.0), lambda v: WIDE.__setitem__(0, v))
 _setting("bytes_of_a_buffer", lambda x: x * BUFFER[0], (1, 3), lambda v: BUFFER.__setitem__(0, v))
-_setting("view_of_a_buffer", lambda x, m=memoryview(BUFFER): x * m[1], (1, 3), lambda v: BUFFER.__setitem__(1, v))
+_setting("view_of_a_buffer", lambda x: x * VIEW[1], (1, 3), lambda v: BUFFER.__setitem__(1, v))
 _setting("numpy_array", lambda x: x * float(ARRAY[0]), (1.0, 3.0), lambda v: ARRAY.__setitem__(0, v))
 _setting("class_attribute", Derived(), (2.0, 3.0), lambda v: setattr(Base, "factor", v))
 _setting("method_of_a_class", Derived(), (Base.scaled, lambda self, x: x * 5), _class_method)
 _setting("static_method_of_a_class", Derived(), (Base.fixed, lambda x: x * 5), _static_method)
-_setting("function_of_a_module", lambda x: nn.functional.relu(x), (nn.functional.relu, torch.tanh), lambda v: setattr(nn.functional, "relu", v))
+_setting(
+    "function_of_a_module",
+    lambda x: nn.functional.relu(x),
+    (nn.functional.relu, torch.tanh),
+    lambda v: setattr(nn.functional, "relu", v),
+)
 _setting("partial", functools.partial(by_default, plus=2.0), ((2.0,), (3.0,)), lambda v: setattr(by_default, "__defaults__", v))
 _setting("thread_count", lambda x: x * torch.get_num_threads(), (1, 2), torch.set_num_threads)
 
@@ -307,7 +316,9 @@ def file_that_is_read(device: torch.device) -> Run:
     path = Path(tempfile.mkdtemp()) / "scale"
     path.write_text("2")
     return Run(
-        lambda x: x * float(path.read_text()), lambda i: (noise(i, 3, 4, device=device),), lambda i: path.write_text(str(2 + i // 3))
+        lambda x: x * float(path.read_text()),
+        lambda i: (noise(i, 3, 4, device=device),),
+        lambda i: path.write_text(str(2 + i // 3)),
     )
 
 
@@ -433,7 +444,17 @@ def python_draw(x: Tensor) -> Tensor:
     return x * random.random()
 
 
-steps("C", seeded, seeded_without_draw, state_set, forked, python_seeded, python_draw, arguments=lambda i: (noise(i, 3, 4),), calls=8)
+steps(
+    "C",
+    seeded,
+    seeded_without_draw,
+    state_set,
+    forked,
+    python_seeded,
+    python_draw,
+    arguments=lambda i: (noise(i, 3, 4),),
+    calls=8,
+)
 
 
 @hazard("C", contexts=(NO_GRAD,), calls=8)
