@@ -18,6 +18,7 @@ from graphs.contract.steering import Steering
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import Refusal
 from graphs.measure import CallTime
+from graphs.proof import Proof
 from graphs.record.step import Recording
 from graphs.rewriting import CheckedRecording
 
@@ -62,6 +63,7 @@ class Entry:
         candidates: microseconds of one replay by compiler, where more than one was measured.
         uploads: versions of host tensors that the recording holds a copy of, to be compared like ``steering``.
         checked: the recording, where it assumes something of host values; None where it holds for any.
+        proof: what removed host values were compared for besides the data of the call.
         group: the recordings of the key.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
@@ -92,6 +94,7 @@ class Entry:
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None
     uploads: list[tuple[str, Any, Any, Any]] = field(default_factory=list)
+    proof: Proof = field(default_factory=Proof)
     group: Ways = field(default_factory=lambda: Ways([]))
 
     def __post_init__(self) -> None:
