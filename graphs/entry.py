@@ -18,6 +18,7 @@ from graphs.contract.static import StaticTensors
 from graphs.contract.tensor_state import TensorState
 from graphs.errors import Refusal
 from graphs.measure import CallTime
+from graphs.proof import Proof
 from graphs.record.step import Recording
 from graphs.rewriting import CheckedRecording
 from graphs.verify import OTHER_KERNELS
@@ -61,6 +62,7 @@ class Entry:
         candidates: microseconds of one replay by compiler, where more than one was measured.
         uploads: host tensors that the recording holds copies of.
         checked: the recording, where it assumes something of host values; None where it holds for any.
+        proof: what removed host values were compared for besides the data of the call.
         group: the recordings of the key.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
@@ -89,6 +91,7 @@ class Entry:
     checked: CheckedRecording | None = None
     uploads: list[Tensor] = field(default_factory=list)
     guards: Guards = field(default_factory=lambda: Guards((), ()))
+    proof: Proof = field(default_factory=Proof)
     group: Ways = field(default_factory=lambda: Ways([]))
 
     def __post_init__(self) -> None:

@@ -89,6 +89,9 @@ def _key_report(entry: Entry) -> KeyReport:
         compiler=entry.compiler,
         compile_seconds=entry.compile_seconds,
         rewrites=dict(entry.rewrites),
+        proved=dict(+entry.proof.proved),
+        unproved=dict(+entry.proof.unproved),
+        capped=entry.proof.capped,
         compiler_us=dict(entry.candidates),
     )
 

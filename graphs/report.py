@@ -45,6 +45,10 @@ class KeyReport:
         compiler_us: with ``compiler="auto"``, microseconds of one replay with each, of which the faster was kept.
         rewrites: how often each pass changed the graph before Inductor saw it. Empty as well where a compile cache held what
             was compiled.
+        proved: outcomes of removed host values that were forced and compared with eager, by kind: ``branch``, ``length``,
+            ``number``.
+        unproved: values of which no other outcome could be compared, by kind.
+        capped: outcomes that were not tried, since a value had more than a few.
     """
 
     key: str
@@ -63,6 +67,9 @@ class KeyReport:
     compile_seconds: float = 0.0
     compiler_us: dict[str, float] = field(default_factory=dict)
     rewrites: dict[str, int] = field(default_factory=dict)
+    proved: dict[str, int] = field(default_factory=dict)
+    unproved: dict[str, int] = field(default_factory=dict)
+    capped: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,11 @@ def _key_lines(key: KeyReport) -> list[str]:
         if key.eager_device_us is not None and key.replay_device_us is not None:
             text += f"; device {key.eager_device_us:.0f} us eager, {key.replay_device_us:.0f} us replayed"
         lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
+    if key.proved or key.unproved:
+        texts = [", ".join(f"{count} {kind}" for kind, count in counts.items()) for counts in (key.proved, key.unproved)]
+        lines.append(
+            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; left out: {key.capped}"
+        )
     if key.compiler != "none" or key.compiler_us:
         compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""
         rewritten = "".join(f"; {name} {count}x" for name, count in key.rewrites.items())

@@ -50,7 +50,7 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
             module, structure = traced(step, trace, tensors, counters, merge=merge)
-            return RewrittenStep(module, structure, passes.run(module, pipeline_of(step)), counters)
+            return RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
         except passes.Unremovable as error:
             reason = error
     raise refusal_of(reason, trace) from reason
@@ -97,10 +97,10 @@ def traced(
     return module, module.meta["structure"]
 
 
-def pipeline_of(step: Step) -> list[passes.Pass]:
-    """The passes that a step is to go through, in order."""
+def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:
+    """The passes that a step is to go through, in order; ``forced`` as in `passes.remove_host_values`."""
     names = [name for name in step.passes if name not in ("constants", "fusion")]
-    remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names)
+    remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names, forced=forced)
     return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
 
 
@@ -158,6 +158,7 @@ class RewrittenStep:
         assumption: what the graph assumes of host values; None where it holds for any.
         written: positions of the arguments that the graph writes, be it under a condition.
         held, held_written: tensors of the step that it reads and writes in place.
+        forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class RewrittenStep:
         self.traced = module
         self.changes = changes
         self._structure = structure
+        self.forced: tuple[torch.fx.GraphModule, list[passes.Forcing]] | None = module.meta.pop("forced", None)
         self.written, written = passes.lasting_writes(module)
         read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
         held = {name: module.get_buffer(name) for name in read if name.startswith("state_")}  # not the passes' own
@@ -182,7 +184,17 @@ class RewrittenStep:
         results = made[: self._results]
         if self.assumption is not None:
             self.assumption.ran(made[self._results], made[self._results + 1 :])
+        return self._output(results)
+
+    def _output(self, results: Sequence[Any]) -> Any:
         return map_output(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
+
+    def forced_run(self, run: passes.Forced, step: Step, tensors: Sequence[Tensor]) -> tuple[Any, bool]:
+        """The output of a run of the graph `forced`, and whether what it assumes was broken."""
+        args, kwargs = replace_tensors((step.args, step.kwargs), iter(tensors))
+        with torch.no_grad():
+            made = run.run(*flatten_call(args, kwargs).tensors)
+        return self._output(made[: self._results]), len(made) > self._results and bool(made[self._results])
 
     def prepare(self) -> None:
         """Make the device hold Python's numbers, before the graph is run outside a recording."""

@@ -48,6 +48,7 @@ from graphs.failures import RaisedWatched, StepRaised, internal_error
 from graphs.judge import Rerun, candidate_difference
 from graphs.measure import time_call
 from graphs.probe import Probe
+from graphs.proof import Proof, prove, unmerged
 from graphs.record.step import Recorder, Recording
 from graphs.returned import adopt_returned, links_to, unobserved
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
@@ -253,8 +254,12 @@ def _record(
         if _covers(trace, step.model, tensors):
             return _record(plain, recorder, start, trace, output, owned=owned, check=check, counters=counters)
         externals = list(trace.externals.values())
+    proof = Proof()
     if plain is not step:
         template = _compare_substitute(step, start, trace, stand_ins, externals, check=check)
+        proof = prove(step, start, trace, stand_ins, template) if check else Proof()
+        if unmerged(step, proof):
+            return _record(plain, recorder, start, trace, output, owned=owned, check=check, counters=counters)
         step, plain = dataclasses.replace(step, form=template), dataclasses.replace(plain, form=template)
     probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
     _reset(step, start)
@@ -282,6 +287,7 @@ def _record(
         substitute=None if plain is step else step.model,
         checked=checked,
         uploads=_uploads(step),
+        proof=proof,
     )
     if check:
         start.restore()
@@ -350,6 +356,7 @@ def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: Tra
         contract.longest,
         contract.written,
         [index for index, _ in contract.same],
+        tensors,
     )
 
 

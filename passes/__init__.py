@@ -6,9 +6,11 @@ from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
 from passes.example_tracer import trace_with_inputs
+from passes.forcing import Forced, Forcing, with_tensor
 from passes.fusion import fuse_exact
 from passes.host_values import remove_host_values
 from passes.launches import fewer_launches
+from passes.legal import strays
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.reads import Read
@@ -21,6 +23,8 @@ from passes.tracing import Number
 __all__ = [
     "DEFAULT",
     "Change",
+    "Forced",
+    "Forcing",
     "Number",
     "Pass",
     "Place",
@@ -41,9 +45,11 @@ __all__ = [
     "run",
     "run_mlir",
     "skinny_products",
+    "strays",
     "to_mlir",
     "trace_step",
     "trace_with_inputs",
     "undo",
     "user_place",
+    "with_tensor",
 ]

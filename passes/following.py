@@ -143,6 +143,7 @@ class Follow(TorchDispatchMode):
             reads = self.reads.next(operator, place, number=source is not None, source=source or "")
             if reads:
                 self._name(result, reads, place.site)
+                _note(operator, reads)
 
     def _mark(self, site: Site) -> None:
         """Note the line at the nodes that have just been made."""
@@ -252,6 +253,15 @@ def _source(tensor: Tensor) -> str:
     while node is not None and (parent := parent_of(node)) is not None:
         node = parent
     return str(node.target) if node is not None and node.op == "call_function" else ""
+
+
+def _note(operator: str, reads: list[Read]) -> None:
+    """Write down at the node that has just been made what the eager run read there."""
+    tracing = get_proxy_mode()
+    for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
+        if str(node.target) == operator:
+            node.meta["reads"] = reads
+            break
 
 
 def _is_kind(value: Any, result: Any) -> bool:

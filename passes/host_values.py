@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -14,6 +15,7 @@ from passes import addressing, arithmetic, bounded, branches
 from passes.bounded.grouped_products import GROUPED, needs_offsets
 from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
+from passes.forcing import Forcing, Marks, chosen
 from passes.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
 _FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
@@ -25,7 +27,11 @@ TABLES: dict[str, Mapping[Any, Rule]] = {
 
 
 def remove_host_values(
-    module: GraphModule, bounds: Mapping[str, int] | None = None, only: Sequence[str] = (*TABLES, "branches")
+    module: GraphModule,
+    bounds: Mapping[str, int] | None = None,
+    only: Sequence[str] = (*TABLES, "branches"),
+    *,
+    forced: bool = False,
 ) -> list[tuple[str, str]]:
     """Rewrite ``module`` (from `passes.trace_step`) in place, so that it runs without the host reading a value.
 
@@ -35,6 +41,8 @@ def remove_host_values(
     Args:
         bounds: largest values of lengths that nothing else bounds; see `passes.bounds.Bounds`.
         only: the passes to apply, of ``addressing``, ``arithmetic``, ``bounded`` and ``branches``.
+        forced: whether to leave a graph in ``meta["forced"]`` in which outcomes of host values can be forced, with what those
+            are; see `passes.forcing`.
 
     Raises:
         Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
@@ -68,6 +76,9 @@ def remove_host_values(
             exact |= known
         facts.forget(*before)
     count = _results(module.graph)
+    again = functools.partial(Rewriter, module, rules, default, bounds, exact, finish, guarded, checked)
+    if forced:
+        module.meta["forced"] = _forced(module, again, before, count)
     module.graph = graph
     needed = branches.conditions(module)
     module.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
@@ -82,6 +93,30 @@ def remove_host_values(
     if left is not None:
         raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
     return changes
+
+
+def _forced(
+    module: GraphModule, again: Callable[..., Rewriter], before: tuple[int, dict[Any, Any]], count: int
+) -> tuple[GraphModule, list[Forcing]]:
+    """The same graph once more, with the tensors marked that host values are read from, and the outcomes to force."""
+    facts, buffers = module.meta["facts"], set(module._buffers)
+    decisions, definitions = list(facts.decisions), dict(facts.definitions)
+    facts.forget(*before)
+    marks = Marks(module)
+    rewriter = again(marks=marks)
+    graph = rewriter.run()
+    made = GraphModule(module, graph)
+    made.meta["facts"] = facts
+    needed = branches.conditions(made)
+    made.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
+    branches.guard(made, count)
+    made.graph.eliminate_dead_code()
+    forcings = chosen(marks, graph, rewriter.bounds.of)
+    facts.forget(len(facts.decisions), definitions)
+    facts.decisions[:] = decisions
+    for name in set(module._buffers) - buffers:
+        delattr(module, name)
+    return made, forcings
 
 
 def _plain(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

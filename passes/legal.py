@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from passes.rewriter import ALONG, DIVIDING, PICKING
 
@@ -56,6 +56,27 @@ def operands(node: Node) -> list[Operand]:
     if rule is None or not (dtype_of(node.args[0]) or node.target is aten.normal.float_Tensor):
         return []
     return [operand for operand in rule(node) if isinstance(operand.value, Node)]
+
+
+def strays(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator would refuse values of what it is given, which the host waits for."""
+    if func not in _RULES:
+        return False
+    graph, given = Graph(), list[Tensor]()
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            given.append(value)
+            node = graph.placeholder(f"given_{len(given)}")
+            node.meta["val"] = value
+            return node
+        return type(value)(map(placed, value)) if isinstance(value, (list, tuple)) else value
+
+    node = graph.call_function(func, tuple(map(placed, args)), kwargs)
+    bad = [operand.kept(graph, operand.value)[1] for operand in operands(node)]
+    graph.output([graph.call_function(aten.any.default, (part,)) for part in bad])
+    graph.erase_node(node)
+    return any(map(bool, Interpreter(GraphModule({}, graph)).run(*given)))
 
 
 def is_beyond_help(node: Node) -> bool:

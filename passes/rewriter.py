@@ -9,6 +9,7 @@ rule that mixes rows replaces it by the neutral element of what it computes.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
 from passes.facts import Decision, Facts
+from passes.forcing import Marks, read_here, with_tensor
 from passes.loops import Arm, Trip
 from passes.names import fresh_name
 from passes.scalars import Scalars
@@ -81,6 +83,7 @@ class Rewriter:
         guarded: whether indices are kept inside their tensors, with an assumption where they are not certain to be.
         trusted: whether an index was left for its operator to check; only where not ``guarded``.
         checks: 0-d flags that have to be true besides what the graph assumes of host values.
+        marks: where given, the tensors that host values are read from are marked; see `passes.forcing`.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Rewriter:
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
         guarded: bool = True,
         checked: bool = False,
+        marks: Marks | None = None,
     ) -> None:
         self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
         self.facts: Facts = module.meta["facts"]
@@ -103,6 +107,7 @@ class Rewriter:
         self.trips: tuple[Trip | Arm, ...] = ()
         self.guarded, self.trusted, self._checked = guarded, False, checked
         self.changes: list[tuple[str, str]] = []
+        self.marks = marks
         self.checks: list[Node] = []
         self._cache: dict[Any, Node] = {}
         self.aliases = Aliases(self)
@@ -121,6 +126,8 @@ class Rewriter:
 
     def _visit(self, node: Node) -> Any:
         args, kwargs = self._together(node, *self._loaded(node))
+        if self.marks is not None and (forcing := self.marks.of(node)) is not None:
+            args = with_tensor(args, forcing.positions[str(node.target)], functools.partial(self._marked, number=forcing.number))
         if node.op == "output":
             return self._output(node, args[0])
         if node.op == "call_function":
@@ -140,6 +147,11 @@ class Rewriter:
         if node.target is ITEM:
             self._read(node, args[0])
         return copied
+
+    def _marked(self, value: Any, number: int) -> Any:
+        made = self.graph.call_function(read_here, (value, number))
+        made.meta = {key: item for key, item in value.meta.items() if key not in ("runs", "limits")}
+        return made
 
     def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the rule of an operator makes of it, or the default where that has nothing to say."""

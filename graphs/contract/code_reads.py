@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import io
+import os
 import sys
 import time
 import types
@@ -37,13 +38,12 @@ _FILES = frozenset("open stat listdir scandir read readline readlines readinto r
 _WRITES = frozenset("print write writelines send sendall system fork_exec unlink remove rename mkdir".split())  # noqa: SIM905
 _SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
 _THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
+_SETTINGS = ("get_num_", "get_default_", "get_float32_", "_get_", "are_deterministic_", "is_deterministic_")
 _CONTEXT = frozenset(("get", "set"))
 _NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
-_ENVIRONMENT = frozenset(
-    getattr(type(__import__("os").environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__")
-)
+_ENVIRONMENT = frozenset(getattr(type(os.environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__"))
 _LONGEST = 80  # characters of a text that may name an attribute
 _COMPUTED = frozenset(("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr"))
 
@@ -57,6 +57,7 @@ class CodeReads:
             ``torch.nn``, torch's.
         refusals: calls that no replay can stand for.
         variables: context variables that were read or set, with what they held before.
+        settings: torch's functions that told the step a setting, by name.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
     """
@@ -64,6 +65,7 @@ class CodeReads:
     codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     variables: dict[ContextVar[Any], Any] = field(default_factory=dict)
+    settings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     environment: bool = False
     complete: bool = True
 
@@ -135,10 +137,14 @@ class _Observer:
             name = getattr(argument, "__name__", "")
             if name in _NAMES:
                 self._called(name, argument, frame)
+            elif name.startswith(_SETTINGS):
+                self._asked(name, argument, frame)
 
     def _started(self, code: types.CodeType, frame: types.FrameType) -> None:
         if code in _ENVIRONMENT:
             self.reads.environment = True
+        elif code in _ENVIRONMENT_WRITES and not _by_itself(frame):
+            self._refuse(SideEffect, "the step sets an environment variable", "os.environ", frame)
         origin = origin_of(code.co_filename)
         module = frame.f_globals.get("__name__", "")
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
@@ -154,8 +160,19 @@ class _Observer:
             self.reads.variables.setdefault(owner, owner.get(None))
             return
         refusal = _refused_call(name, owner, module)
-        if refusal is not None and not _by_itself(frame):
+        if refusal is not None and (name in _SEEDS or not _by_itself(frame)):
             self._refuse(*refusal, frame)
+
+    def _asked(self, name: str, function: Any, frame: types.FrameType) -> None:
+        """Note a setting of torch that the step asks for; what its own modules ask for belongs to the key of a call."""
+        of_torch = str(getattr(function, "__module__", "")).startswith("torch") or getattr(function, "__self__", None) is torch._C
+        asked = of_torch and origin_of(frame.f_code.co_filename) in ("user", "library")
+        if asked and name not in self.reads.settings:
+            try:
+                function()
+            except TypeError:  # it takes arguments: no setting
+                return
+            self.reads.settings[name] = function
 
     def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
         refusal = kind(detail, operator=operator, site=Site.at(_line(frame)))
@@ -191,6 +208,9 @@ def _is_outside(owner: Any) -> bool:
     if isinstance(owner, (io.StringIO, io.BytesIO)):
         return False
     return isinstance(owner, io.IOBase) or type(owner).__module__ in ("_io", "_socket", "socket")
+
+
+_ENVIRONMENT_WRITES = frozenset(getattr(type(os.environ), name).__code__ for name in ("__setitem__", "__delitem__"))
 
 
 def _by_itself(frame: types.FrameType | None) -> bool:

@@ -33,7 +33,7 @@ from graphs.contract.guards import (
     SequenceGuard,
     ValueGuard,
 )
-from graphs.contract.libraries import origin_of, origin_of_code, origin_of_type
+from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
 from graphs.contract.places import ABSENT, LEAVES
 from graphs.contract.python_state import Link
 from graphs.contract.raw_access import (
@@ -141,6 +141,8 @@ class GuardWalk:
         self._globals()
         if self._reads.environment:
             self._mapping("os.environ[{!r}]", os.environ._data)
+        for name, setting in self._reads.settings.items():
+            self._polled.append(ValueGuard(f"torch.{name}()", setting, by_value=True))
         for variable in self._reads.variables:
             self._polled.append(ValueGuard(f"ContextVar({variable.name!r})", functools.partial(variable.get, None)))
         root_ids = {id(root) for _, root in self._roots}
@@ -186,7 +188,7 @@ class GuardWalk:
     ) -> None:
         """Guard what functions look up in a module that they know by name, and in the modules in it."""
         content = vars(module)
-        origin = origin_of(str(content.get("__file__") or "<frozen>"))
+        origin = origin_of_module(module)
         if (id(module), space) in chained or origin in ("python", "own"):
             return
         chained.add((id(module), space))

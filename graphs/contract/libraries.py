@@ -69,6 +69,17 @@ def origin_of_code(code: types.CodeType, space: dict[str, Any]) -> str:
     return origin_of(file)
 
 
+def origin_of_module(module: types.ModuleType) -> str:
+    """The same for a module; one without a file was built by hand, if it is not one of Python's own."""
+    content = vars(module)
+    file = content.get("__file__")
+    if isinstance(file, str):
+        return origin_of(file)
+    spec = content.get("__spec__")
+    built_in = content.get("__name__") in sys.builtin_module_names or getattr(spec, "origin", None) in ("built-in", "frozen")
+    return "python" if built_in else "library" if spec is not None else "user"
+
+
 @functools.cache
 def origin_of_type(kind: Any) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
@@ -76,4 +87,4 @@ def origin_of_type(kind: Any) -> str:
     module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):
         return "user"
-    return origin_of(str(vars(module).get("__file__") or "<frozen>"))
+    return origin_of_module(module)

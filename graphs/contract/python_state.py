@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from graphs.contract.code_reads import global_names, names_in
-from graphs.contract.libraries import origin_of, origin_of_code, origin_of_type
+from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
 from graphs.contract.operators import has_storage
 from graphs.contract.places import (
     LEAVES,
@@ -311,7 +311,7 @@ class PythonState:
         spaces = [("{}", space, [name for name in named if _is_state(space[name])])]
         for name in named:
             module = space[name]
-            if type(module) is types.ModuleType and origin_of(str(vars(module).get("__file__") or "<frozen>")) == "user":
+            if type(module) is types.ModuleType and origin_of_module(module) == "user":
                 held = vars(module)
                 spaces.append((name + ".{}", held, [n for n in sorted(names_in(code)) if n in held and _is_state(held[n])]))
         for form, content, names in spaces:

@@ -38,6 +38,7 @@ class StaticTensors:
         longest: bytes that a copied argument extends over at most; None where that is not known.
         copied_back: positions of copied arguments that the step writes: no other tensor must share their memory.
         same: positions of arguments that are the very object at another position.
+        given: the arguments of the recorded call.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class StaticTensors:
         longest: int | None = None,
         copied_back: Sequence[int] = (),
         same: Sequence[int] = (),
+        given: Sequence[Tensor] = (),
     ) -> None:
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
@@ -67,12 +69,16 @@ class StaticTensors:
         self._indices = list(range(len(self._tensors)))
         self._layouts = [_layout(tensor) for tensor in self._tensors]
         self._guards = _tensor_guards(self._tensors)
+        self._own = frozenset(id(owner.value) for owner in owners)
+        self._own_arguments = self._own_among(given)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether everything is where it was. ``tensors`` are the tensor leaves of this call."""
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
+        if not self._own.isdisjoint(map(id, tensors)) and self._own_among(tensors) != self._own_arguments:
+            return False
         if self._written.starts and not self._lie_apart(tensors):
             return False
         if self._copied_back and self._shared_when_copied(tensors) is not None:
@@ -114,6 +120,10 @@ class StaticTensors:
                 return index
         return None
 
+    def _own_among(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Which arguments are tensors of the step's own, which it may compare them with (``x is self.buffer``)."""
+        return [id(tensor) for tensor in tensors if id(tensor) in self._own]
+
     def moved_arguments(self, tensors: Sequence[Tensor]) -> list[tuple[int, str]]:
         """Position and name of static arguments that are not where they were."""
         return [(index, name) for index, name, pointer in self._arguments if tensors[index].data_ptr() != pointer]
@@ -121,7 +131,12 @@ class StaticTensors:
     def arguments_fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing is wrong with the arguments of a call: what moved is the step's own, and stays where it is now."""
         moved = self.moved_arguments(tensors)
-        return not moved and self._overlapping(tensors) is None and self._shared_when_copied(tensors) is None
+        return (
+            not moved
+            and self._own_among(tensors) == self._own_arguments
+            and self._overlapping(tensors) is None
+            and self._shared_when_copied(tensors) is None
+        )
 
     def moved(self, tensors: Sequence[Tensor]) -> MovedStaticTensor:
         """The refusal for a call whose static tensors changed: names the first."""
@@ -131,6 +146,8 @@ class StaticTensors:
                 return MovedStaticTensor(text, operator=name)
         shared = self._overlapping(tensors)
         shared = self._shared_when_copied(tensors) if shared is None else shared
+        if self._own_among(tensors) != self._own_arguments:
+            return MovedStaticTensor("an argument is a tensor of the step's own, or no longer is", operator="arguments")
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
         for tensor, recorded, layout in zip(self._tensors, self._pointers, self._layouts, strict=True):

@@ -1,0 +1,155 @@
+"""Proofs of removed host values: a step and its rewritten graph compared for outcomes that the present data does not show.
+
+The step runs eagerly with one host read given another tensor to read (the other truth value, a length of none, one or all,
+a number at the limit of a branch), and the graph runs with the same tensor at the same place, from the same state. Results and
+everything written must agree; all of it is undone. An outcome that eager itself refuses, since other data do not go with it,
+and one that the graph's own flag refuses, prove nothing: there the flag, or eager, decides when it occurs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from graphs import verify
+from graphs.contract.host_values import may_read
+from graphs.contract.outputs import OutputTemplate
+from graphs.errors import Site, VerifyMismatch
+from graphs.rewriting import RewrittenStep
+from graphs.step import Checkpoint, Step
+from graphs.watch import Trace, watch_again
+from passes import Forced, Forcing, Place, strays, user_place, with_tensor
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Proof:
+    """What was compared, counted by kind: ``branch``, ``length`` and ``number``.
+
+    Attributes:
+        proved: forced outcomes in which step and graph agreed.
+        unproved: tensors that host values are read from of which no outcome could be compared.
+        capped: outcomes that were left out, since a value had too many.
+        missing: branches whose other side was never compared, by where they begin.
+    """
+
+    proved: Counter[str] = field(default_factory=Counter)
+    unproved: Counter[str] = field(default_factory=Counter)
+    capped: int = 0
+    missing: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+class _Override(TorchDispatchMode):
+    """Gives the reads of one tensor another one to read."""
+
+    def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._reads = {(read.operator, read.place, read.turn) for read in forcing.reads}
+        self._operators = {read.operator for read in forcing.reads}
+        self._positions, self._outcome = forcing.positions, outcome
+        self._turns: Counter[tuple[str, Place]] = Counter()
+        self.met: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name in self._operators and may_read(func):
+            place = user_place()
+            key = (name, place, self._turns[name, place])
+            self._turns[name, place] += 1
+            if key in self._reads:
+                self.met.add(key)
+                args = with_tensor(args, self._positions[name], self._outcome)
+        if _may_end_the_process(args) and strays(func, args, kwargs or {}):
+            raise IndexError(f"{name} refuses what it is given")
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def done(self) -> bool:
+        """Whether every read was met."""
+        return self.met == self._reads
+
+
+def _may_end_the_process(args: Any) -> bool:
+    """Whether an operator that refuses a value does so on a device, where no exception comes of it."""
+    return any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in tree_leaves(args))
+
+
+def prove(step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
+    """Compare a rewritten step with the model for outcomes that are forced, each from the state of ``start``.
+
+    Raises:
+        VerifyMismatch: they differ; it names the line of the host read.
+    """
+    proof = Proof()
+    model = step.model
+    if not isinstance(model, RewrittenStep) or model.forced is None or model.counters is not None:
+        return proof
+    module, forcings = model.forced
+    try:
+        for forcing in forcings:
+            compared = [_agree(step, start, trace, stand_ins, template, module, forcing, outcome) for outcome in forcing.outcomes]
+            proof.capped += forcing.capped
+            proof.proved[forcing.kind] += sum(compared)
+            proof.unproved[forcing.kind] += not any(compared)
+            flipped = {
+                b: True for name, ok in zip(forcing.outcomes, compared, strict=True) if ok for b in forcing.branches.get(name, ())
+            }
+            tried = {branch for branches in forcing.branches.values() for branch in branches}
+            proof.missing += [branch for branch in tried if branch not in flipped]
+    finally:
+        start.restore()
+    return proof
+
+
+def unmerged(step: Step, proof: Proof) -> bool:
+    """Have branches stay assumptions whose other side could not be compared; whether there are such that were merged."""
+    new = [branch for branch in proof.missing if branch not in step.unmerged]
+    step.unmerged.update(dict.fromkeys(new, "its other side could not be compared with the step's own run of it"))
+    return bool(new)
+
+
+def _agree(
+    step: Step,
+    start: Checkpoint,
+    trace: Trace,
+    stand_ins: Sequence[Tensor],
+    template: OutputTemplate,
+    module: Any,
+    forcing: Forcing,
+    name: str,
+) -> bool:
+    """Whether eager and the graph could be compared for one outcome, and agreed."""
+    outcome, plain = forcing.outcomes[name], step.without_substitute()
+    start.restore()
+    override = _Override(forcing, outcome)
+
+    def forced() -> Any:
+        with override:
+            return plain.run(stand_ins)
+
+    more = Trace()
+    try:
+        output, more = watch_again(forced, list(stand_ins), trace)
+        expected = [leaf.clone() for leaf in template.select(output)]
+    except Exception:  # the step refuses an outcome that other data do not go with: nothing to compare
+        return False
+    state = trace.written.copies()
+    start.restore()
+    results, broken = step.model.forced_run(Forced(module, forcing.number, outcome), step, stand_ins)  # type: ignore[attr-defined]
+    if broken or not override.done:
+        return False
+    produced = template.select(results)
+    found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
+    if found is None and more.written.tensors:
+        found = ("state", "a tensor is written by the step alone")
+    if found is not None:
+        detail = f"{found[1]} when the value read at this line is forced to another outcome ({name})"
+        raise VerifyMismatch(detail, operator=forcing.reads[0].operator, site=Site.at(forcing.site))
+    return True

@@ -1,0 +1,238 @@
+"""Outcomes that the present data does not show: which there are to force, and a graph in which they can be.
+
+A rewritten graph is compared with eager on the data of one call. To see more of it, one host read is given another tensor to
+read, in the eager run and in the graph alike. `read_here` marks the tensors that host values come from, in a second graph that
+the same rules build and that is never recorded.
+
+Before::
+
+    %u : _local_scalar_dense(%n)
+
+After, with ``u`` defined as::
+
+    %read_here : read_here(%n, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from passes.aliases import is_pure
+from passes.facts import Facts
+from passes.loops import Arm
+from passes.reads import Read
+from passes.sites import Branch, Site
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+ITEM = aten._local_scalar_dense.default
+PICKING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+LIMIT = 4
+"""Outcomes that are forced of one value at most."""
+_MASKS = (torch.bool, torch.uint8)
+
+
+def read_here(tensor: Tensor, number: int) -> Tensor:
+    """The tensor that a host value is read from: what it is given, unless a proof puts another in its place."""
+    return tensor
+
+
+@dataclass
+class Forcing:
+    """One tensor that host values are read from.
+
+    Attributes:
+        number: as in the graph's `read_here`.
+        reads: what the eager run read of it.
+        positions: which argument of the reading operators it is.
+        kind: ``"branch"``, ``"length"`` or ``"number"``, by what its values are for.
+        outcomes: what to put in its place, by a text that tells what that is.
+        branches: by outcome, the branches that go the other way then.
+        capped: outcomes that are left out.
+    """
+
+    number: int
+    reads: list[Read]
+    positions: dict[str, int]
+    site: Site
+    kind: str = "number"
+    outcomes: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    branches: dict[str, list[Branch]] = field(default_factory=dict)
+    capped: int = 0
+
+
+def position_of(node: Node) -> int | None:
+    """Which argument of a traced operator its host value is read from; None where that is no single one."""
+    if node.target in PICKING:
+        masks = [i for i in node.args[1] if isinstance(i, Node) and i.meta["val"].dtype in _MASKS]  # type: ignore[union-attr]
+        return 1 if len(masks) == 1 else None
+    return _POSITIONS.get(node.target)
+
+
+def with_tensor(args: tuple[Any, ...], position: int, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Arguments with ``change`` applied to the tensor, or to the only mask of a list, at a position."""
+
+    def masked(item: Any) -> Any:
+        value = item.meta.get("val") if isinstance(item, Node) else item
+        return change(item) if isinstance(value, Tensor) and value.dtype in _MASKS else item
+
+    given = args[position]
+    made = type(given)(map(masked, given)) if isinstance(given, (list, tuple)) else change(given)
+    return (*args[:position], made, *args[position + 1 :])
+
+
+def symbols_of(node: Node, facts: Facts) -> list[sympy.Symbol]:
+    """The symbols that a traced operator read in the eager run too."""
+    found: dict[sympy.Symbol, None] = {}
+    for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+        for part in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                found |= dict.fromkeys(s for s in part.node.expr.free_symbols if s in facts.reads)
+    return list(found)
+
+
+class Marks:
+    """The tensors of a traced graph that host values are read from, each with a number: reads of one tensor share one."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.facts: Facts = module.meta["facts"]
+        self.found: dict[Any, Forcing] = {}
+        self._keys: dict[Node, Any] = {}
+        self._numbers: dict[Any, int] = {}
+        self.symbols: dict[int, list[sympy.Symbol]] = {}
+
+    def of(self, node: Node) -> Forcing | None:
+        """The forcing of an old node that reads, or None."""
+        symbols, reads = symbols_of(node, self.facts), node.meta.get("reads", [])
+        position = position_of(node) if len(reads) == 1 and len(symbols) <= 1 else None
+        if position is None or reads[0].place is None or reads[0].operator != str(node.target):
+            return None
+        source: list[Node] = []
+        with_tensor(node.args, position, lambda value: source.append(value) or value)
+        if not source or not isinstance(source[0], Node):
+            return None
+        key = self._computed(source[0])
+        forcing = self.found.setdefault(key, Forcing(len(self.found), [], {}, reads[0].site))
+        forcing.positions[reads[0].operator] = position
+        forcing.reads += [read for read in reads if read not in forcing.reads]
+        self.symbols.setdefault(forcing.number, []).extend(symbols)
+        return forcing
+
+    def _computed(self, node: Node) -> Any:
+        """The same for nodes that compute the same of the same: a mask that is written out twice is one mask."""
+        if node not in self._keys:
+            plain = node.op == "call_function" and not any(isinstance(value, dict) for value in node.kwargs.values())
+            if node.target is aten.alias.default:
+                self._keys[node] = self._computed(node.args[0])  # type: ignore[arg-type]
+            elif plain and is_pure(node):
+                given = torch.fx.node.map_aggregate(
+                    (node.args, node.kwargs), lambda a: self._computed(a) if isinstance(a, Node) else a
+                )
+                self._keys[node] = self._numbers.setdefault((str(node.target), repr(given)), len(self._numbers))
+            else:
+                self._keys[node] = node.name
+        return self._keys[node]
+
+
+def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None]) -> list[Forcing]:
+    """The forcings of a graph with the outcomes that are worth to be forced."""
+    facts = marks.facts
+    arms = {arm.fork: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, Arm)}
+    for forcing in marks.found.values():
+        symbols = marks.symbols.get(forcing.number, [])
+        own = [arm for arm in arms.values() if arm.runs.free_symbols & set(symbols)]
+        if symbols and forcing.reads[0].operator == str(ITEM):
+            _scalar_outcomes(forcing, symbols, own, facts, bound)
+        else:
+            sized = next((_SIZED[read.operator] for read in forcing.reads if read.operator in _SIZED), _MASKED)
+            forcing.kind, forcing.outcomes = "length", dict(sized)
+    return list(marks.found.values())
+
+
+def _scalar_outcomes(
+    forcing: Forcing, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm], facts: Facts, bound: Callable[[sympy.Basic], Any]
+) -> None:
+    present = facts.hints[symbols[0]]
+    if isinstance(forcing.reads[0].value, bool):
+        candidates: list[float] = [1 - present]
+    else:
+        asked = [*(arm.runs for arm in arms), *(d.holds for d in facts.decisions if d.holds.free_symbols & set(symbols))]
+        limits = {float(n) if isinstance(present, float) else int(n) for c in asked for n in c.atoms(sympy.Number) if n.is_finite}
+        candidates = [value for limit in sorted(limits) for value in (limit, limit + 1, limit - 1)] + [0, 1]
+        largest = bound(symbols[0]) if isinstance(present, int) else None
+        candidates += [largest] if largest is not None else []
+    candidates = [value for value in dict.fromkeys(candidates) if value != present]
+    flips = {value: _flipped(value, symbols, arms, facts) for value in candidates}
+    forcing.kind = "branch" if any(flips.values()) else "length" if _is_size(symbols, facts) else "number"
+    kept, seen = [], set[Branch]()
+    for value in candidates:  # first those that take a branch the other way
+        if set(flips[value]) - seen:
+            kept.append(value)
+            seen |= set(flips[value])
+    kept = list(dict.fromkeys([*kept, *[v for v in (0, 1, *candidates[-1:]) if v in candidates]]))
+    forcing.capped = max(len(kept) - LIMIT, 0)
+    for value in kept[:LIMIT]:
+        forcing.outcomes[str(value)] = lambda tensor, value=value: torch.full_like(tensor, value)  # type: ignore[misc]
+        forcing.branches[str(value)] = flips[value]
+
+
+def _flipped(value: float, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm], facts: Facts) -> list[Branch]:
+    """The branches that go the other way if the symbols are ``value``, others being as in the eager run."""
+    found = []
+    for arm in arms:
+        other = facts.resolve(arm.runs).xreplace(dict.fromkeys(symbols, sympy.sympify(value)))
+        now, then = facts.hint(arm.runs), facts.hint(other)
+        if now is not None and then is not None and now != then:
+            found.append(arm.site)
+    return found
+
+
+def _is_size(symbols: Sequence[sympy.Symbol], facts: Facts) -> bool:
+    return any(set(symbols) & definition.free_symbols for definition in facts.definitions.values())
+
+
+class Forced(Interpreter):
+    """Runs a marked graph with another tensor in the place of one that host values are read from."""
+
+    def __init__(self, module: GraphModule, number: int, outcome: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(module)
+        self._number, self._outcome = number, outcome
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a node."""
+        if target is read_here and args[1] == self._number:
+            return self._outcome(args[0])
+        return super().call_function(target, args, kwargs)
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """Zeros but for the first element."""
+    made = torch.zeros_like(tensor)
+    made.view(-1)[:1] = 1
+    return made
+
+
+def _ramp(tensor: Tensor) -> Tensor:
+    return torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).to(tensor.dtype)
+
+
+_MASKED = {"none": torch.zeros_like, "the first": _first, "all": torch.ones_like}
+_SIZED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    str(aten._unique2.default): {"all the same": torch.zeros_like, "all different": _ramp},
+    str(aten.unique_consecutive.default): {"all the same": torch.zeros_like, "all different": _ramp},
+}
+_POSITIONS: dict[Any, int] = {
+    ITEM: 0,
+    aten.nonzero.default: 0,
+    aten.masked_select.default: 1,
+    aten.repeat_interleave.Tensor: 0,
+    aten.bincount.default: 0,
+    aten._unique2.default: 0,
+    aten.unique_consecutive.default: 0,
+}
