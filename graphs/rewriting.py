@@ -105,9 +105,19 @@ def pipeline_of(step: Step) -> list[passes.Pass]:
     return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
 
 
-@dataclass(frozen=True)
 class _Hole:
-    index: int
+    """A result of the graph, by position; no dataclass, whose instances are outputs with parts."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hole) and other.index == self.index
+
+    def __hash__(self) -> int:
+        return hash((_Hole, self.index))
 
 
 def _hole(leaf: Any, found: list[Any]) -> Any:

@@ -114,7 +114,6 @@ def test_a_cache_that_stays_is_written_in_place_and_recorded_anew_when_it_moves(
     assert step.report().replays == 20 and not step._graphs_recordings.moving
 
 
-
 def test_a_written_argument_that_shares_memory_with_another_is_read_after_the_write() -> None:
     def model(x: Tensor, y: Tensor) -> Tensor:
         x.add_(1)
