@@ -31,6 +31,7 @@ from graphs.errors import (
     OpaqueKernel,
     Refusal,
     UndeclaredWrite,
+    UnsupportedArgument,
     UnsupportedOperator,
     VerifyMismatch,
 )
@@ -38,6 +39,7 @@ from graphs.record.step import recorder_for
 from graphs.watch import Operation, TensorUse, Trace, compare_traces, watch_step
 
 Tensor = torch.Tensor
+_ITS_OWN_AFFAIR = (OpaqueKernel, UnsupportedArgument)  # an operator launches kernels, and asks where its arguments lie
 _ALLOCATES = ("empty", "zeros", "ones", "full", "resize")
 _MISMATCH = "look for work that leaves PyTorch: another stream, memory reached through its address, a value read by the host"
 
@@ -164,7 +166,8 @@ def _check_inside(subject: _Subject) -> Trace:
     _, trace = watch_step(lambda: subject.run_inside(tensors), tensors)
     kept = _externals_written(subject)
     try:
-        found = next((finding for finding in trace.findings if not isinstance(finding, OpaqueKernel)), None)
+        findings = [found for found in trace.findings if not isinstance(found, _ITS_OWN_AFFAIR)]
+        found = findings[0] if findings else None
         if found is not None:
             detail = f"inside it, {found.operator}: {found.detail}"
             raise subject.error(type(found), detail, site=found.site, remedy=found.remedy)

@@ -24,6 +24,7 @@ from graphs.errors import (
     HostConstant,
     MixedDevices,
     Refusal,
+    UnsupportedArgument,
     UnsupportedOperator,
     UnsupportedOutput,
     VerifyMismatch,
@@ -151,6 +152,8 @@ class _Trial:
         refusal = inadmissible(Call(tensors, [], ()))
         if refusal is not None:
             raise refusal
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            raise UnsupportedArgument("an input is to be read conjugated or negated", operator=graph.name)
         if any(tensor.device != graph.device for tensor in tensors):
             raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
         self.graph, self.inputs = graph, inputs
@@ -225,6 +228,8 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
         if value.device != graph.device or type(value) is not Tensor:
             kind = f"a {type(value).__name__} on {value.device}"
             raise UnsupportedOutput(f"output {position} of the graph is {kind}", operator=graph.name)
+        if value.is_conj() or value.is_neg():
+            raise UnsupportedOutput(f"output {position} of the graph is to be read conjugated or negated", operator=graph.name)
         view = _view_of(value, inputs, graph.owned)
         if view is None:
             view = _Made(len(positions))

@@ -289,7 +289,10 @@ def _handed_through(value: Tensor, known: Known) -> Any:
         if same_memory(value, tensor):
             return _Held(tensor)
     if known.views:
-        sources = [*enumerate(known.tensors), *((tensor, tensor) for tensor in known.externals)]
+        sources: list[tuple[int | Tensor, Tensor]] = [
+            *enumerate(known.tensors),
+            *((tensor, tensor) for tensor in known.externals),
+        ]
         for source, tensor in sources:
             if storage_id(tensor) == storage_id(value):
                 return _View(source, Layout.of(value, tensor.data_ptr()))

@@ -264,10 +264,10 @@ def make_contract(
                 written=index in written,
             )
         )
-    longest = max(map(extent, tensors), default=0)
+    longest: int | None = max(map(extent, tensors), default=0)
     if rows is not None:
         sizes = [slot.dtype.itemsize * prod(slot.shape) for slot in slots]
-        longest = max([longest, *sizes]) if all(tensor.is_contiguous() for tensor in tensors) else None
+        longest = max([longest or 0, *sizes]) if all(tensor.is_contiguous() for tensor in tensors) else None
     return Contract(tuple(slots), tuple(static), rows, same=tuple(same), longest=longest)
 
 

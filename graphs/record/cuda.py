@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
 _current_device = torch._C._cuda_getDevice
 _fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
-_data_ptr = Tensor.data_ptr
+_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _KEEP = Padding("keep")
 LARGE = 1 << 26
 """Bytes above which an input is copied by a launch of its own, ahead of the graph: next to such a copy a launch is nothing,
@@ -90,8 +90,8 @@ class CudaRecording:
         if _raw_stream(self._index) != self._order.raw:
             self._order.enter()
         sources = [tensors[index] for index in self._sources]
-        for position, slot in self._gathered:  # the kernel copies dense memory
-            if not sources[position].is_contiguous():
+        if self._gathered and not all(map(_is_contiguous, sources)):
+            for position, slot in self._gathered:  # the kernel copies dense memory
                 sources[position] = slot.of_source(sources[position]).contiguous()
         row = [rows, *map(_data_ptr, sources)]
         for slot, buffer in self._large:

@@ -241,3 +241,16 @@ def test_a_subclass_among_the_outputs_is_refused() -> None:
     with torch.no_grad():
         assert all(type(step(torch.ones(3))) is Mine for _ in range(3))
     assert step.report().refusals[0].reason == "unsupported-output"
+
+
+def test_a_dataclass_of_a_step_that_reads_host_values_is_made_of_this_calls_tensors() -> None:
+    def model(x: Tensor) -> Plain:
+        return Plain(x * 2, [x + x.sum().item()])
+
+    step = graphs.capture(model)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3)
+            got, wanted = step(x), model(x)
+            torch.testing.assert_close([got.hidden, got.parts], [wanted.hidden, wanted.parts])
+    assert step.report().replays == 4, str(step.report())

@@ -303,7 +303,7 @@ def test_replaced_weights_and_moved_arguments_are_noticed(block, device):
             step.invalidate()
             torch.testing.assert_close(step(x), model(x))
             assert step.report().recordings == 1
-    strict = graphs.capture(lambda kv, x: kv.add_(x), strict=True)
+    strict = graphs.capture(lambda kv, x: kv.add_(x), strict=True, static=["kv"])
     kv = torch.zeros(4, device=device)
     strict(kv, torch.ones(4, device=device))
     with pytest.raises(MovedStaticTensor):
