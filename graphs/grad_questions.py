@@ -1,7 +1,8 @@
 """Finding a step that asks whether gradients are recorded, where they are.
 
-A step is recorded without autograd. Called in grad mode, one that asks (``torch.is_grad_enabled()``, ``y.requires_grad``) would be
-told something else than in eager. Modules of torch that choose their way by it ask too; context managers that keep the mode do not count.
+A step is recorded without autograd. Called in grad mode, one that asks (``torch.is_grad_enabled()``, ``y.requires_grad``)
+would be told something else than in eager. Modules of torch that choose their way by it ask too; context managers that keep
+the mode do not count.
 """
 
 from __future__ import annotations

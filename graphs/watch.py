@@ -193,9 +193,7 @@ class _Watch(TorchDispatchMode):
         with self:
             return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
 
-    def _run_below(
-        self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]
-    ) -> Any:
+    def _run_below(self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
         """Run an operator on a wrapper that torch's own code takes apart, unwatched."""
         detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
         self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)

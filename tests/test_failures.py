@@ -254,7 +254,9 @@ def test_an_interrupt_in_the_first_call_leaves_what_was_before(run: int, kind: t
     assert step.report().replays >= 3, str(step.report())
 
 
-@pytest.mark.parametrize("place", ["graphs.trial.make_contract", "graphs.trial.compare_traces", "graphs.trial.verify.run_difference"])
+@pytest.mark.parametrize(
+    "place", ["graphs.trial.make_contract", "graphs.trial.compare_traces", "graphs.trial.verify.run_difference"]
+)
 def test_an_interrupt_between_the_runs_leaves_what_was_before(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = Stateful(), Stateful()
     step, before = graphs.capture(model), state(model)

@@ -191,8 +191,12 @@ def check(
 
 @CHECKED
 @given(programs(PURE, INTERACTING, DETERMINED), st.lists(st.sampled_from(KINDS), min_size=3, max_size=5), CONTEXTS)
-@example(Program((("add_", 2, 0), ("copy_", 0, 1), ("add", 1, 3)), (4, 1), "list"), ["own", "overlapping", "one object"], torch.no_grad)
-@example(Program((("view", 2, 0), ("write a part", 4, 0), ("add", 2, 0)), (5, 4), "dict"), ["own", "same", "transposed"], torch.no_grad)
+@example(
+    Program((("add_", 2, 0), ("copy_", 0, 1), ("add", 1, 3)), (4, 1), "list"), ["own", "overlapping", "one object"], torch.no_grad
+)
+@example(
+    Program((("view", 2, 0), ("write a part", 4, 0), ("add", 2, 0)), (5, 4), "dict"), ["own", "same", "transposed"], torch.no_grad
+)
 def test_a_random_program_gives_and_leaves_what_eager_does(program: Program, kinds: list[str], context: Any) -> None:
     calls = [(kind, 3, index) for index, kind in enumerate(kinds)]
     check(lambda: Interpreted(program, 3), [*calls, *calls[-1:]], context)
