@@ -59,20 +59,24 @@ def _global_state() -> tuple[Any, ...]:
     return state
 
 
-def _modes_entered() -> tuple[Any, ...]:
-    """Default devices by name; other modes by their type."""
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    return tuple(str(mode.device) if isinstance(mode, DeviceContext) else type(mode) for mode in modes)
+def _modes_entered() -> tuple[Any, ...] | None:
+    """Default devices by name, other modes by their type; None where all only look on."""
+    entered = [mode for mode in _modes() if not getattr(type(mode), "graphs_observer", False)]
+    return tuple(str(mode.device) if isinstance(mode, DeviceContext) else type(mode) for mode in entered) or None
+
+
+def _modes() -> tuple[Any, ...]:
+    return (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
 
 
 def active_mode() -> ActiveMode | None:
-    """Why a call inside a mode of the caller's cannot be served by a recording: a replay calls no operator that a mode could see.
+    """Why a call inside a mode of the caller's cannot be served by a recording: a replay calls no operator that it could see.
 
     Default devices are no obstacle, nor are modes that say that they only look on (``graphs_observer = True``).
     """
     if not _function_modes() and not _dispatch_modes():
         return None
-    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+    for mode in _modes():
         if not isinstance(mode, DeviceContext) and not getattr(type(mode), "graphs_observer", False):
             return ActiveMode("the call is made inside a mode that sees or changes operators", operator=type(mode).__name__)
     return None

@@ -25,6 +25,7 @@ from graphs.measure import CallTime
 from graphs.rewriting import RewrittenStep
 from graphs.step import Step
 from graphs.watch import Trace
+from passes.composites import suspended_calls
 
 
 def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -> Entry:
@@ -140,7 +141,8 @@ class CompiledModel:
         Raises:
             CompileFailed: Dynamo or Inductor raised, or Dynamo found nothing to compile.
         """
-        with torch.compiler.set_stance("default"), _no_recompile_limit(), _disable_current_modes() as modes:
+        default = torch.compiler.set_stance("default")
+        with default, _no_recompile_limit(), suspended_calls(), _disable_current_modes() as modes:
             for graph in self._graphs:
                 graph.modes = modes
             try:

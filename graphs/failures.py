@@ -24,7 +24,7 @@ class StepRaised(Exception):
 
 
 class RaisedWatched(Exception):
-    """The step raised ``error`` while it was watched, all of it undone: whether it raises in eager too is not known yet."""
+    """The step raised ``error`` while it was watched. All of it was undone; whether it raises in eager too is not known yet."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)

@@ -22,12 +22,12 @@ _users = 0
 _original: Any = torch.overrides.has_torch_function
 
 
-def _has_torch_function(relevant_args: Iterable[Any]) -> bool:
+def _has_torch_function(args: Iterable[Any]) -> bool:
     """What torch's own function says where no `Calls` is entered last; other threads get just that."""
     if isinstance(_get_current_function_mode(), Calls):
         with _pop_mode_temporarily():
-            return bool(_original(relevant_args))
-    return bool(_original(relevant_args))
+            return bool(_original(args))
+    return bool(_original(args))
 
 
 @contextlib.contextmanager

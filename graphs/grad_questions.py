@@ -33,6 +33,7 @@ def grad_questions(asked: Callable[[FrameType], None], counts: Callable[[FrameTy
         if event == "c_call" and function in _QUESTIONS and (counts(frame) or _is_of_a_module(frame)):
             asked(frame)
 
+    called.graphs_hook = True  # type: ignore[attr-defined]  # others of this project may be chained to it
     before = sys.getprofile()
     sys.setprofile(called)
     try:

@@ -37,9 +37,8 @@ class Ledger:
         known = self._refusals.get(refusal.signature)
         if known is None:
             site = refusal.site
-            known = RefusalCount(
-                refusal.reason, refusal.operator, site.file, site.line, refusal.detail, refusal.remedy, 0, _traceback(refusal)
-            )
+            where, what = (site.file, site.line), (refusal.detail, refusal.remedy)
+            known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + 1)
 

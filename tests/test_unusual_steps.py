@@ -1,4 +1,4 @@
-"""Tensors without memory of their own, operators that take functions, TorchScript, collectives: replayed or refused by name."""
+"""Sparse and wrapped tensors, operators that take functions, TorchScript, collectives: replayed right or refused by name."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ _SUBMITTING = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(Launch(Cooperative)?Kern
 class _OperatorCount(TorchDispatchMode):
     """Counts the operators dispatched while it is active."""
 
+    graphs_observer = True
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0

@@ -234,6 +234,16 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
     return "", 0
 
 
+def _both(first: Any, second: Any) -> Callable[..., None]:
+    """A profiling hook that calls two."""
+
+    def hook(frame: types.FrameType, event: str, argument: Any) -> None:
+        first(frame, event, argument)
+        second(frame, event, argument)
+
+    return hook
+
+
 def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
     """``run`` with the hook installed: what it asks for is put into ``reads``.
 
@@ -241,16 +251,18 @@ def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
     """
 
     def observe() -> Any:
-        if sys.getprofile() is not None:
+        before = sys.getprofile()
+        if before is not None and not hasattr(before, "graphs_hook"):
             reads.complete = False
             return run()
         collecting = gc.isenabled()
         gc.disable()  # what it calls is no part of the step
-        sys.setprofile(_Observer(reads))
+        observer = _Observer(reads)
+        sys.setprofile(observer if before is None else _both(before, observer))
         try:
             return run()
         finally:
-            sys.setprofile(None)
+            sys.setprofile(before)
             if collecting:
                 gc.enable()
             reads.refusals += reads.left_set()

@@ -299,7 +299,8 @@ class GuardWalk:
         package = module_name(kind)
         if not users and not module and package.partition(".")[0] in _FOREIGN and not package.startswith("torch.nn"):
             return
-        form, relevant = path + ".{}", None if users and self._everything else self._relevant
+        whole = self._everything and (users or not self._reads.complete)
+        form, relevant = path + ".{}", None if whole else self._relevant
         attributes = attributes_of(value)
         if attributes is not None:
             self._mapping(form, attributes, relevant)

@@ -222,7 +222,7 @@ class TapeRecorder:
         return fn()
 
     def refuses(self, operator: str) -> str | None:
-        """Why an operator cannot be recorded, or None; the rest raises `UnsupportedOperator` while it is recorded."""
+        """Why an operator cannot be recorded; what else a tape cannot hold raises `UnsupportedOperator` while recording."""
         if operator.startswith("_c10d_functional."):
             return "its result is there once it was waited for, and a tape copies it before"
         return None

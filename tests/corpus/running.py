@@ -44,6 +44,8 @@ def capture(case: Case, step: Callable[..., Any]) -> Any:
 class _Operators(TorchDispatchMode):
     """Lists operators with the shapes of their results and the values that leave the device."""
 
+    graphs_observer = True
+
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
@@ -76,6 +78,8 @@ def _unsized(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 class _Conversions(TorchFunctionMode):
     """Lists conversions that never reach the dispatcher on CPU tensors, with the values they gave."""
+
+    graphs_observer = True
 
     def __init__(self, operators: _Operators) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ def test_a_case_equals_eager_and_is_recorded_or_refused_by_name(case: Case) -> N
     check(case, "cpu")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)  # every kind is there; all of them take as long again
 def test_a_case_equals_eager_under_inference_mode(case: Case) -> None:
     check(case, "cpu", torch.inference_mode, again=False)
 
