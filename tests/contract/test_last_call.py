@@ -85,7 +85,8 @@ def test_containers_of_one_tensor_are_replayed(name: str) -> None:
         return total(args) + 3 * total(kwargs)
 
     captured = graphs.capture(model)
-    for _ in range(4):
+    for _ in range(2):
         args, kwargs = CONTAINERS[name]()
-        assert torch.equal(captured(*args, **kwargs), model(*args, **kwargs))
-    assert captured.report().replays == 4
+        for _ in range(3):  # the very same containers, and then others
+            assert torch.equal(captured(*args, **kwargs), model(*args, **kwargs))
+    assert captured.report().replays == 6
