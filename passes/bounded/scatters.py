@@ -97,7 +97,12 @@ def into_padded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[st
     alone = isinstance(x, Node) and set(rw.lengths(x)) == {dim % max(x.meta["val"].dim(), 1)}
     if not alone or any(rw.lengths(a) for a in args[2:]) or any(map(is_symbol, args)):
         return None
-    return rw.padded(rw.call(node.target, *args, **kwargs), rw.lengths(x))
+    dim %= x.meta["val"].dim()
+    limit = rw.number(rw.lengths(x)[dim])
+    made = rw.call(node.target, *args, **kwargs)
+    if isinstance(limit, Node):
+        made.meta["limits"] = {dim: limit}
+    return rw.padded(made, rw.lengths(x))
 
 
 _INTO = (
