@@ -91,9 +91,7 @@ def _may_end_the_process(args: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in tree_leaves(args))
 
 
-def prove(
-    step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tensor], template: OutputTemplate
-) -> Proof:
+def prove(step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
     """Compare a rewritten step with the model for outcomes that are forced, each from the state of ``start``.
 
     Raises:
@@ -106,9 +104,7 @@ def prove(
     module, forcings = model.forced
     try:
         for forcing in forcings:
-            found = {
-                name: _compared(step, start, trace, stand_ins, template, module, forcing, name) for name in forcing.outcomes
-            }
+            found = {name: _compared(step, start, trace, stand_ins, template, module, forcing, name) for name in forcing.outcomes}
             proof.add(forcing, found)
     finally:
         start.restore()

@@ -123,7 +123,9 @@ def _key_lines(key: KeyReport) -> list[str]:
         lines.append(f"{text}; pool {key.pool_bytes / 2**20:.1f} MiB, device memory {key.device_free_delta / 2**20:.1f} MiB")
     if key.proved or key.unproved:
         texts = [", ".join(f"{count} {kind}" for kind, count in counts.items()) for counts in (key.proved, key.unproved)]
-        lines.append(f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; left out: {key.capped}")
+        lines.append(
+            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; left out: {key.capped}"
+        )
     if key.compiler != "none" or key.compiler_us:
         compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""
         rewritten = "".join(f"; {name} {count}x" for name, count in key.rewrites.items())

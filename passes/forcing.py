@@ -87,6 +87,18 @@ def with_tensor(args: tuple[Any, ...], position: int, change: Callable[[Any], An
     return (*args[:position], made, *args[position + 1 :])
 
 
+def _tensor_at(args: tuple[Any, ...], position: int) -> Any:
+    """What `with_tensor` would change."""
+    found: list[Any] = []
+
+    def note(value: Any) -> Any:
+        found.append(value)
+        return value
+
+    with_tensor(args, position, note)
+    return found[0] if found else None
+
+
 def symbols_of(node: Node, facts: Facts) -> list[sympy.Symbol]:
     """The symbols that a traced operator read in the eager run too."""
     found: dict[sympy.Symbol, None] = {}
@@ -113,17 +125,15 @@ class Marks:
         position = position_of(node) if len(reads) == 1 and len(symbols) <= 1 else None
         if position is None or reads[0].place is None or reads[0].operator != str(node.target):
             return None
-        source: list[Node] = []
-        with_tensor(node.args, position, lambda value: source.append(value) or value)
-        if not source or not isinstance(source[0], Node):
+        source = _tensor_at(node.args, position)
+        if not isinstance(source, Node):
             return None
-        key = self._computed(source[0])
+        key = self._computed(source)
         forcing = self.found.setdefault(key, Forcing(len(self.found), [], {}, reads[0].site))
         forcing.positions[reads[0].operator] = position
         forcing.reads += [read for read in reads if read not in forcing.reads]
         self.symbols.setdefault(forcing.number, []).extend(symbols)
         return forcing
-
 
     def _computed(self, node: Node) -> Any:
         """The same for nodes that compute the same of the same: a mask that is written out twice is one mask."""
@@ -132,7 +142,9 @@ class Marks:
             if node.target is aten.alias.default:
                 self._keys[node] = self._computed(node.args[0])  # type: ignore[arg-type]
             elif plain and is_pure(node):
-                given = torch.fx.node.map_aggregate((node.args, node.kwargs), lambda a: self._computed(a) if isinstance(a, Node) else a)
+                given = torch.fx.node.map_aggregate(
+                    (node.args, node.kwargs), lambda a: self._computed(a) if isinstance(a, Node) else a
+                )
                 self._keys[node] = self._numbers.setdefault((str(node.target), repr(given)), len(self._numbers))
             else:
                 self._keys[node] = node.name
@@ -221,7 +233,7 @@ def _ramp(tensor: Tensor) -> Tensor:
     return torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).to(tensor.dtype)
 
 
-_MASKED = {"none": torch.zeros_like, "the first": _first, "all": torch.ones_like}
+_MASKED: dict[str, Callable[[Tensor], Tensor]] = {"none": torch.zeros_like, "the first": _first, "all": torch.ones_like}
 _SIZED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     str(aten._unique2.default): {"all the same": torch.zeros_like, "all different": _ramp},
     str(aten.unique_consecutive.default): {"all the same": torch.zeros_like, "all different": _ramp},

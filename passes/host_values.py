@@ -27,7 +27,11 @@ TABLES: dict[str, Mapping[Any, Rule]] = {
 
 
 def remove_host_values(
-    module: GraphModule, bounds: Mapping[str, int] | None = None, only: Sequence[str] = (*TABLES, "branches"), *, forced: bool = False
+    module: GraphModule,
+    bounds: Mapping[str, int] | None = None,
+    only: Sequence[str] = (*TABLES, "branches"),
+    *,
+    forced: bool = False,
 ) -> list[tuple[str, str]]:
     """Rewrite ``module`` (from `passes.trace_step`) in place, so that it runs without the host reading a value.
 

@@ -223,9 +223,7 @@ def _repeated(node: Node) -> list[Operand]:
         value = repeats.meta["val"]
         total = graph.call_function(aten.sum.default, (repeats,))
         legal = graph.call_function(aten.ge.Scalar, (graph.call_function(aten.amin.default, (repeats,)), 0))
-        legal = graph.call_function(
-            aten.logical_and.default, (legal, graph.call_function(aten.eq.Scalar, (total, size)))
-        )
+        legal = graph.call_function(aten.logical_and.default, (legal, graph.call_function(aten.eq.Scalar, (total, size))))
         bad = _not(graph, legal)
         places = graph.call_function(aten.arange.default, (value.shape[0],), {"device": value.device})
         first = graph.call_function(aten.mul.Scalar, (_zero(graph, places), size))

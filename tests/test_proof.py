@@ -44,6 +44,8 @@ def raising(x: Tensor, t: Tensor, picked: Tensor) -> Tensor:
 
 
 class Cache(torch.nn.Module):
+    rows: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("rows", torch.ones(4, 3))

@@ -8,8 +8,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from passes.bounded.sources import true_rows
 from passes.bounded.scatters import into_padded
+from passes.bounded.sources import true_rows
 from passes.rewriter import Rewriter, Rule
 
 aten = torch.ops.aten

@@ -151,9 +151,7 @@ def test_branches_of_one_line_are_told_apart(name: str, first: tuple[int, int, i
 
 def test_a_chain_of_comparisons_asks_at_a_place_of_its_own() -> None:
     graph = rewritten(chain, torch.arange(3.0), torch.tensor(0), torch.tensor(1), torch.tensor(2), merge=True)
-    held = [
-        check(graph, chain, torch.arange(3.0), a, b, c, may_break=True) for a in OUTCOMES for b in OUTCOMES for c in OUTCOMES
-    ]
+    held = [check(graph, chain, torch.arange(3.0), a, b, c, may_break=True) for a in OUTCOMES for b in OUTCOMES for c in OUTCOMES]
     assert sum(held) >= 24
 
 
@@ -188,14 +186,16 @@ def test_a_read_has_its_turn_at_its_place() -> None:
 
 def test_elements_of_a_list_are_read_one_after_the_other() -> None:
     here = Place("file.py", 3, 4, 3, 9)
-    reads = Reads([Read("Tensor.tolist", here.site, [[1, 2], [3]], place=here), Read("Tensor.tolist", here.site, [4], place=here)])
+    reads = Reads(
+        [Read("Tensor.tolist", here.site, [[1, 2], [3]], place=here), Read("Tensor.tolist", here.site, [4], place=here)]
+    )
     assert [reads.next(ITEM, here, number=True)[0].value for _ in range(4)] == [1, 2, 3, 4]
     assert reads.next(ITEM, here, number=True) == []
 
 
 def test_the_truth_of_a_number_is_not_taken_for_the_number() -> None:
     def step(x: Tensor, t: Tensor) -> Tensor:
-        return x * min(t, 3)  # Python asks whether 3 is below, the trace for the number
+        return x * min(t, 3)  # type: ignore[operator, type-var]  # Python asks whether 3 is below, the trace for the number
 
     module = traced(step, torch.ones(2), torch.tensor(2))
     assert not module.meta["facts"].hints
