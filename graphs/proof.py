@@ -27,6 +27,8 @@ from graphs.watch import Trace, watch_again
 from passes import Forced, Forcing, Place, strays, user_place, with_tensor
 
 Tensor = torch.Tensor
+_MOST = 24
+"""Outcomes of a graph that are forced, unless more values ask for one each."""
 _PROVED, _ASSUMED, _REFUSED = "proved", "assumed", "refused"
 
 
@@ -103,12 +105,24 @@ def prove(step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tenso
         return proof
     module, forcings = model.forced
     try:
-        for forcing in forcings:
+        for forcing in _within(_MOST, forcings, proof):
             found = {name: _compared(step, start, trace, stand_ins, template, module, forcing, name) for name in forcing.outcomes}
             proof.add(forcing, found)
     finally:
         start.restore()
     return proof
+
+
+def _within(most: int, forcings: Sequence[Forcing], proof: Proof) -> list[Forcing]:
+    """Forcings with no more than ``most`` outcomes: all that take a branch the other way, then one or two of each value."""
+    left = most - sum(len(forcing.outcomes) for forcing in forcings if forcing.kind == "branch")
+    others = [forcing for forcing in forcings if forcing.kind != "branch"]
+    each = max(1, left // max(len(others), 1))
+    for forcing in others:
+        for name in [*forcing.outcomes][each:]:
+            del forcing.outcomes[name]
+            proof.capped += 1
+    return list(forcings)
 
 
 def unmerged(step: Step, proof: Proof) -> bool:

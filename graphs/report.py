@@ -124,7 +124,8 @@ def _key_lines(key: KeyReport) -> list[str]:
     if key.proved or key.unproved:
         texts = [", ".join(f"{count} {kind}" for kind, count in counts.items()) for counts in (key.proved, key.unproved)]
         lines.append(
-            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; left out: {key.capped}"
+            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; "
+            f"left out: {key.capped}"
         )
     if key.compiler != "none" or key.compiler_us:
         compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""

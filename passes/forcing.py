@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
 PICKING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
-LIMIT = 4
+LIMIT = 3
 """Outcomes that are forced of one value at most."""
 _MASKS = (torch.bool, torch.uint8)
 
@@ -206,6 +206,41 @@ def _flipped(value: float, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm],
 
 def _is_size(symbols: Sequence[sympy.Symbol], facts: Facts) -> bool:
     return any(set(symbols) & definition.free_symbols for definition in facts.definitions.values())
+
+
+def copied(graph: Graph) -> Graph:
+    """A copy of a graph whose nodes know their conditions by nodes of the copy."""
+    made, places = Graph(), dict[Node, Node]()
+    made.output(made.graph_copy(graph, places))
+    for node in places.values():
+        node.meta = _told(node.meta, lambda value: places.get(value, value))
+    return made
+
+
+def unmark(graph: Graph) -> None:
+    """Take the marks out of a graph."""
+
+    def behind(value: Node) -> Node:
+        while value.target is read_here:
+            value = value.args[0]  # type: ignore[assignment]
+        return value
+
+    marked = [node for node in graph.nodes if node.target is read_here]
+    for node in graph.nodes if marked else ():
+        node.meta = _told(node.meta, behind)
+    for node in marked:
+        node.replace_all_uses_with(behind(node))
+        graph.erase_node(node)
+
+
+def _told(meta: dict[str, Any], change: Callable[[Node], Node]) -> dict[str, Any]:
+    """What is known of a node, with the nodes changed that it names."""
+    made = dict(meta)
+    if isinstance(meta.get("runs"), Node):
+        made["runs"] = change(meta["runs"])
+    if meta.get("limits"):
+        made["limits"] = {dim: change(limit) for dim, limit in meta["limits"].items()}
+    return made
 
 
 class Forced(Interpreter):
