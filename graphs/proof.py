@@ -27,6 +27,9 @@ from graphs.watch import Trace, watch_again
 from passes import Forced, Forcing, Place, strays, user_place, with_tensor
 
 Tensor = torch.Tensor
+_MOST = 24
+"""Outcomes of a graph that are forced, unless more values ask for one each."""
+_PROVED, _ASSUMED, _REFUSED = "proved", "assumed", "refused"
 
 
 @dataclass
@@ -44,6 +47,15 @@ class Proof:
     unproved: Counter[str] = field(default_factory=Counter)
     capped: int = 0
     missing: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def add(self, forcing: Forcing, found: dict[str, str]) -> None:
+        """Count what became of the outcomes of one forcing."""
+        self.capped += forcing.capped
+        self.proved[forcing.kind] += sum(what == _PROVED for what in found.values())
+        self.unproved[forcing.kind] += bool(found) and all(what == _REFUSED for what in found.values())
+        seen = {branch for name in found if found[name] != _REFUSED for branch in forcing.branches.get(name, ())}
+        tried = dict.fromkeys(branch for branches in forcing.branches.values() for branch in branches)
+        self.missing += [branch for branch in tried if branch not in seen]
 
 
 class _Override(TorchDispatchMode):
@@ -93,19 +105,24 @@ def prove(step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tenso
         return proof
     module, forcings = model.forced
     try:
-        for forcing in forcings:
-            compared = [_agree(step, start, trace, stand_ins, template, module, forcing, outcome) for outcome in forcing.outcomes]
-            proof.capped += forcing.capped
-            proof.proved[forcing.kind] += sum(compared)
-            proof.unproved[forcing.kind] += not any(compared)
-            flipped = {
-                b: True for name, ok in zip(forcing.outcomes, compared, strict=True) if ok for b in forcing.branches.get(name, ())
-            }
-            tried = {branch for branches in forcing.branches.values() for branch in branches}
-            proof.missing += [branch for branch in tried if branch not in flipped]
+        for forcing in _within(_MOST, forcings, proof):
+            found = {name: _compared(step, start, trace, stand_ins, template, module, forcing, name) for name in forcing.outcomes}
+            proof.add(forcing, found)
     finally:
         start.restore()
     return proof
+
+
+def _within(most: int, forcings: Sequence[Forcing], proof: Proof) -> list[Forcing]:
+    """Forcings with no more than ``most`` outcomes: all that take a branch the other way, then one or two of each value."""
+    left = most - sum(len(forcing.outcomes) for forcing in forcings if forcing.kind == "branch")
+    others = [forcing for forcing in forcings if forcing.kind != "branch"]
+    each = max(1, left // max(len(others), 1))
+    for forcing in others:
+        for name in [*forcing.outcomes][each:]:
+            del forcing.outcomes[name]
+            proof.capped += 1
+    return list(forcings)
 
 
 def unmerged(step: Step, proof: Proof) -> bool:
@@ -115,7 +132,7 @@ def unmerged(step: Step, proof: Proof) -> bool:
     return bool(new)
 
 
-def _agree(
+def _compared(
     step: Step,
     start: Checkpoint,
     trace: Trace,
@@ -124,8 +141,8 @@ def _agree(
     module: Any,
     forcing: Forcing,
     name: str,
-) -> bool:
-    """Whether eager and the graph could be compared for one outcome, and agreed."""
+) -> str:
+    """What becomes of one outcome: eager and the graph agree, the graph assumes that it does not occur, or eager refuses it."""
     outcome, plain = forcing.outcomes[name], step.without_substitute()
     start.restore()
     override = _Override(forcing, outcome)
@@ -139,12 +156,14 @@ def _agree(
         output, more = watch_again(forced, list(stand_ins), trace)
         expected = [leaf.clone() for leaf in template.select(output)]
     except Exception:  # the step refuses an outcome that other data do not go with: nothing to compare
-        return False
+        return _REFUSED
     state = trace.written.copies()
     start.restore()
     results, broken = step.model.forced_run(Forced(module, forcing.number, outcome), step, stand_ins)  # type: ignore[attr-defined]
-    if broken or not override.done:
-        return False
+    if broken:
+        return _ASSUMED
+    if not override.done:  # the step goes another way before it comes to a read
+        return _REFUSED
     produced = template.select(results)
     found = verify.run_difference(expected, produced, state, trace.written.tensors, slack=verify.OTHER_KERNELS)
     if found is None and more.written.tensors:
@@ -152,4 +171,4 @@ def _agree(
     if found is not None:
         detail = f"{found[1]} when the value read at this line is forced to another outcome ({name})"
         raise VerifyMismatch(detail, operator=forcing.reads[0].operator, site=Site.at(forcing.site))
-    return True
+    return _PROVED

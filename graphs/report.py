@@ -12,7 +12,7 @@ _SHOWN = 4  # rewrites of a graph that are printed one by one
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """One reason why calls ran eagerly, and how many did. ``traceback`` is empty but for ``internal-error``."""
+    """One reason why calls ran eagerly, and how many did."""
 
     reason: str
     operator: str
@@ -21,7 +21,6 @@ class RefusalCount:
     detail: str
     remedy: str
     count: int
-    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,8 @@ def _key_lines(key: KeyReport) -> list[str]:
     if key.proved or key.unproved:
         texts = [", ".join(f"{count} {kind}" for kind, count in counts.items()) for counts in (key.proved, key.unproved)]
         lines.append(
-            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; left out: {key.capped}"
+            f"      outcomes forced and compared: {texts[0] or 'none'}; not comparable: {texts[1] or 'none'}; "
+            f"left out: {key.capped}"
         )
     if key.compiler != "none" or key.compiler_us:
         compiled = f", compiled in {key.compile_seconds:.1f} s" if key.compiler != "none" else ""
@@ -141,7 +141,6 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
         where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
         lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
         lines.append(f"      remedy: {refusal.remedy}")
-        lines += [f"      {line}" for line in refusal.traceback.splitlines()]
     return lines
 
 

@@ -71,7 +71,7 @@ def _alike(values: Iterable[Any]) -> bool:
 
 
 def _both_tensors(a: Any, b: Any) -> bool:
-    """Whether the smaller of two is one of two tensors alike, chosen by a comparison of which the host reads the outcome alone."""
+    """Whether two are tensors alike: Python reads the outcome of a comparison of them, and gives one of them."""
     return (
         isinstance(a, torch.Tensor)
         and isinstance(b, torch.Tensor)

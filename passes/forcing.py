@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
 PICKING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
-LIMIT = 4
+LIMIT = 3
 """Outcomes that are forced of one value at most."""
 _MASKS = (torch.bool, torch.uint8)
 
@@ -87,6 +87,18 @@ def with_tensor(args: tuple[Any, ...], position: int, change: Callable[[Any], An
     return (*args[:position], made, *args[position + 1 :])
 
 
+def _tensor_at(args: tuple[Any, ...], position: int) -> Any:
+    """What `with_tensor` would change."""
+    found: list[Any] = []
+
+    def note(value: Any) -> Any:
+        found.append(value)
+        return value
+
+    with_tensor(args, position, note)
+    return found[0] if found else None
+
+
 def symbols_of(node: Node, facts: Facts) -> list[sympy.Symbol]:
     """The symbols that a traced operator read in the eager run too."""
     found: dict[sympy.Symbol, None] = {}
@@ -113,11 +125,10 @@ class Marks:
         position = position_of(node) if len(reads) == 1 and len(symbols) <= 1 else None
         if position is None or reads[0].place is None or reads[0].operator != str(node.target):
             return None
-        source: list[Node] = []
-        with_tensor(node.args, position, lambda value: source.append(value) or value)
-        if not source or not isinstance(source[0], Node):
+        source = _tensor_at(node.args, position)
+        if not isinstance(source, Node):
             return None
-        key = self._computed(source[0])
+        key = self._computed(source)
         forcing = self.found.setdefault(key, Forcing(len(self.found), [], {}, reads[0].site))
         forcing.positions[reads[0].operator] = position
         forcing.reads += [read for read in reads if read not in forcing.reads]
@@ -197,6 +208,41 @@ def _is_size(symbols: Sequence[sympy.Symbol], facts: Facts) -> bool:
     return any(set(symbols) & definition.free_symbols for definition in facts.definitions.values())
 
 
+def copied(graph: Graph) -> Graph:
+    """A copy of a graph whose nodes know their conditions by nodes of the copy."""
+    made, places = Graph(), dict[Node, Node]()
+    made.output(made.graph_copy(graph, places))
+    for node in places.values():
+        node.meta = _told(node.meta, lambda value: places.get(value, value))
+    return made
+
+
+def unmark(graph: Graph) -> None:
+    """Take the marks out of a graph."""
+
+    def behind(value: Node) -> Node:
+        while value.target is read_here:
+            value = value.args[0]  # type: ignore[assignment]
+        return value
+
+    marked = [node for node in graph.nodes if node.target is read_here]
+    for node in graph.nodes if marked else ():
+        node.meta = _told(node.meta, behind)
+    for node in marked:
+        node.replace_all_uses_with(behind(node))
+        graph.erase_node(node)
+
+
+def _told(meta: dict[str, Any], change: Callable[[Node], Node]) -> dict[str, Any]:
+    """What is known of a node, with the nodes changed that it names."""
+    made = dict(meta)
+    if isinstance(meta.get("runs"), Node):
+        made["runs"] = change(meta["runs"])
+    if meta.get("limits"):
+        made["limits"] = {dim: change(limit) for dim, limit in meta["limits"].items()}
+    return made
+
+
 class Forced(Interpreter):
     """Runs a marked graph with another tensor in the place of one that host values are read from."""
 
@@ -222,7 +268,7 @@ def _ramp(tensor: Tensor) -> Tensor:
     return torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape).to(tensor.dtype)
 
 
-_MASKED = {"none": torch.zeros_like, "the first": _first, "all": torch.ones_like}
+_MASKED: dict[str, Callable[[Tensor], Tensor]] = {"none": torch.zeros_like, "the first": _first, "all": torch.ones_like}
 _SIZED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     str(aten._unique2.default): {"all the same": torch.zeros_like, "all different": _ramp},
     str(aten.unique_consecutive.default): {"all the same": torch.zeros_like, "all different": _ramp},

@@ -17,8 +17,8 @@ After::
     if fork.joins("keys"): keys = fork.joined("keys")
 
 A body that ends in ``continue`` or ``return`` has what follows for its other side. ``a if c else b`` becomes
-``ENTRY.chosen(c, lambda: a, lambda: b, start)``. Lines and columns stay where they are; ``asked`` is what Python's own
-question for the truth of a condition is compiled from, so that a read is recognised. Branches are left alone whose sides leave in other
+``ENTRY.chosen(c, lambda: a, lambda: b, start)``. Lines and columns stay where they
+are; ``asked`` is what Python's own question for a truth is compiled from. Branches are left alone whose sides leave in other
 ways (``break``, ``raise``, ``yield``, ``del``), catch exceptions, or bind names that are not the function's own.
 """
 
@@ -304,7 +304,7 @@ class _Rewriter(ast.NodeTransformer):
             return made  # type: ignore[no-any-return]
         self.done.add(_start(node))
         test = self._condition(node.test, _start(node), _questions(node))
-        return _call(node, "chosen", test, _delayed(node.body), _delayed(node.orelse), ast.Constant(_start(node)))
+        return _call(node, "chosen", test, _delayed(node.body), _delayed(node.orelse), _constant(_start(node)))
 
     def _is_wanted(self, statement: ast.stmt) -> bool:
         return isinstance(statement, ast.If) and id(statement) not in self._made and _start(statement) in self._starts
@@ -372,14 +372,18 @@ class _Rewriter(ast.NodeTransformer):
             made = self._condition(first, start, questions)
             for other in others:
                 name = "both" if isinstance(test.op, ast.And) else "either"
-                made = _call(test, name, made, _delayed(self._condition(other, start, questions)), ast.Constant(start))
+                made = _call(test, name, made, _delayed(self._condition(other, start, questions)), _constant(start))
             return made
-        asked = ast.Constant(questions.get(id(test)))
+        asked = _constant(questions.get(id(test)))
         return _call(test, "truth", self.visit(test), asked)
 
 
 def _assign(name: str, value: ast.expr | None) -> ast.Assign:
     return ast.Assign([ast.Name(name, ast.Store())], value or ast.Constant(None), lineno=0)
+
+
+def _constant(value: Any) -> ast.expr:
+    return ast.Constant(value)
 
 
 def _delayed(value: ast.expr) -> ast.expr:

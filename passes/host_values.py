@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -15,7 +14,7 @@ from passes import addressing, arithmetic, bounded, branches
 from passes.bounded.grouped_products import GROUPED, needs_offsets
 from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
-from passes.forcing import Forcing, Marks, chosen
+from passes.forcing import Forcing, Marks, chosen, copied, unmark
 from passes.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
 
 _FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
@@ -62,7 +61,7 @@ def remove_host_values(
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
         checked = "branches" in only
         finish = branches.flag if checked else _certain
-        rewriter = Rewriter(module, rules, default, bounds, exact, finish, guarded, checked)
+        rewriter = Rewriter(module, rules, default, bounds, exact, finish, guarded, checked, Marks(module) if forced else None)
         guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
         try:
             graph = rewriter.run()
@@ -76,9 +75,9 @@ def remove_host_values(
             exact |= known
         facts.forget(*before)
     count = _results(module.graph)
-    again = functools.partial(Rewriter, module, rules, default, bounds, exact, finish, guarded, checked)
-    if forced:
-        module.meta["forced"] = _forced(module, again, before, count)
+    if rewriter.marks is not None:
+        module.meta["forced"] = _forced(module, rewriter, rewriter.marks, count)
+        unmark(graph)
     module.graph = graph
     needed = branches.conditions(module)
     module.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
@@ -95,28 +94,15 @@ def remove_host_values(
     return changes
 
 
-def _forced(
-    module: GraphModule, again: Callable[..., Rewriter], before: tuple[int, dict[Any, Any]], count: int
-) -> tuple[GraphModule, list[Forcing]]:
-    """The same graph once more, with the tensors marked that host values are read from, and the outcomes to force."""
-    facts, buffers = module.meta["facts"], set(module._buffers)
-    decisions, definitions = list(facts.decisions), dict(facts.definitions)
-    facts.forget(*before)
-    marks = Marks(module)
-    rewriter = again(marks=marks)
-    graph = rewriter.run()
-    made = GraphModule(module, graph)
-    made.meta["facts"] = facts
+def _forced(module: GraphModule, rewriter: Rewriter, marks: Marks, count: int) -> tuple[GraphModule, list[Forcing]]:
+    """A copy of the graph with the tensors marked that host values are read from, and the outcomes to force."""
+    made = GraphModule(module, copied(rewriter.graph))
     needed = branches.conditions(made)
     made.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
     branches.guard(made, count)
     made.graph.eliminate_dead_code()
-    forcings = chosen(marks, graph, rewriter.bounds.of)
-    facts.forget(len(facts.decisions), definitions)
-    facts.decisions[:] = decisions
-    for name in set(module._buffers) - buffers:
-        delattr(module, name)
-    return made, forcings
+    made.recompile()
+    return made, chosen(marks, rewriter.graph, rewriter.bounds.of)
 
 
 def _plain(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

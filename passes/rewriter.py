@@ -235,9 +235,8 @@ class Rewriter:
     def plain(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value. One that refuses some values says when that matters."""
         runs = self.running() if self.trips and target in PARTIAL else None
-        limits = self._limits(args) if target in ALONG else {}
         node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(site=self.site, trips=self.trips, runs=runs, limits=limits)
+        node.meta.update(site=self.site, trips=self.trips, runs=runs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         try:
             with self.facts.mode, torch.no_grad():
@@ -246,16 +245,6 @@ class Rewriter:
             raise Unremovable(reason.detail, str(target), self.site) from reason
         self.aliases.made(node)
         return node
-
-    def _limits(self, args: tuple[Any, ...]) -> dict[int, Node]:
-        """How many places mean something along the dimension that an index goes into, by dimension, where that is data."""
-        x, dim, index = args[:3]
-        lengths = self.lengths(x)
-        dim %= max(x.meta["val"].dim(), 1)
-        if dim not in lengths or self.lengths(index):  # an index with padding points at row 0 there, be there none
-            return {}
-        limit = self.number(lengths[dim])
-        return {dim: limit} if isinstance(limit, Node) else {}
 
     def constant(self, value: Tensor) -> Node:
         """A tensor that every run of the graph reads."""

@@ -85,8 +85,9 @@ class _Merger:
         for asked, code in module.meta["facts"].branches.items():
             place = written(code)
             start = branch_in(place[1], asked)
-            if start is not None and (asked.file, *start) not in tried:
-                found[(asked.file, *start)] = place
+            branch = (asked.file, start[0], start[1]) if start is not None else None
+            if branch is not None and branch not in tried:
+                found[branch] = place
         self._functions |= functions_of([place for place in dict.fromkeys(found.values()) if place not in self._functions])
         anew = [site for site, place in found.items() if not self._functions[place]]
         self.unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")

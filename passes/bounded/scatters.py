@@ -93,11 +93,16 @@ def _written(rw: Rewriter, dim: int, index: Node) -> Node:
 
 def into_padded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
     """A write by index into a tensor of bounded length; the graph checks that no index lies beyond the true one."""
-    x, dim, index = args[:3]
+    x, dim = args[:2]
     alone = isinstance(x, Node) and set(rw.lengths(x)) == {dim % max(x.meta["val"].dim(), 1)}
     if not alone or any(rw.lengths(a) for a in args[2:]) or any(map(is_symbol, args)):
         return None
-    return rw.padded(rw.call(node.target, *args, **kwargs), rw.lengths(x))
+    dim %= x.meta["val"].dim()
+    limit = rw.number(rw.lengths(x)[dim])
+    made = rw.call(node.target, *args, **kwargs)
+    if isinstance(limit, Node):
+        made.meta["limits"] = {dim: limit}
+    return rw.padded(made, rw.lengths(x))
 
 
 _INTO = (

@@ -42,6 +42,12 @@ SIMPLE = [
     "x = [-0.0, x][0] * y",
     "x = x if t[2] > 0 else y",
     "k = n if n > 1 else -k",
+    "y = (x if t[0] > 0 else y) + (y if t[1] > 1 else x)",
+    "k = k + t[t > 0].numel() * t[t > 1].numel()",
+    "cache.index_add_(0, rows[t[:2] > 0], torch.stack([x, y])[t[:2] > 0])",
+    "y = cache[rows[t[:2].clamp(0, 1)]][int(t[0]) % 2]",
+    "y = cache[n + 1] if n < 3 else y",
+    "x = x.index_select(0, t) if t.min() >= 0 and t.max() < 3 else x",
 ]
 CONDITIONS = [
     *("t[0] > 0", "t[1] == 2", "n > 1", "not t[2] > 0", "k > 2 and t[0] > 1", "n == 0 or t[2] < 0", "x.sum() > 0"),

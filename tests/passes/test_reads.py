@@ -195,7 +195,7 @@ def test_elements_of_a_list_are_read_one_after_the_other() -> None:
 
 def test_the_truth_of_a_number_is_not_taken_for_the_number() -> None:
     def step(x: Tensor, t: Tensor) -> Tensor:
-        return x * min(t, 3)  # Python asks whether 3 is below, the trace for the number
+        return x * min(t, 3)  # type: ignore[operator, type-var]  # Python asks whether 3 is below, the trace for the number
 
     module = traced(step, torch.ones(2), torch.tensor(2))
     assert not module.meta["facts"].hints
