@@ -12,7 +12,7 @@ _SHOWN = 4  # rewrites of a graph that are printed one by one
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """One reason why calls ran eagerly, and how many did."""
+    """One reason why calls ran eagerly, and how many did. ``traceback`` is empty but for ``internal-error``."""
 
     reason: str
     operator: str
@@ -21,6 +21,7 @@ class RefusalCount:
     detail: str
     remedy: str
     count: int
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
         where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
         lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
         lines.append(f"      remedy: {refusal.remedy}")
+        lines += [f"      {line}" for line in refusal.traceback.splitlines()]
     return lines
 
 
