@@ -64,7 +64,8 @@ class _Override(TorchDispatchMode):
     def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._reads = {(read.operator, read.place, read.turn) for read in forcing.reads}
-        self._operators = {read.operator for read in forcing.reads}
+        self._unread = forcing.unread
+        self._operators = set(forcing.positions)
         self._positions, self._outcome = forcing.positions, outcome
         self._turns: Counter[tuple[str, Place]] = Counter()
         self.met: set[Any] = set()
@@ -75,8 +76,8 @@ class _Override(TorchDispatchMode):
             place = user_place()
             key = (name, place, self._turns[name, place])
             self._turns[name, place] += 1
-            if key in self._reads:
-                self.met.add(key)
+            self.met |= {key} & self._reads
+            if key in self._reads or (name, place) in self._unread:
                 args = with_tensor(args, self._positions[name], self._outcome)
         if _may_end_the_process(args) and strays(func, args, kwargs or {}):
             raise IndexError(f"{name} refuses what it is given")
