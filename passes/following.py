@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import FloorDiv
 
-from passes.aliases import parent_of
 from passes.composites import run, taken_apart
 from passes.errors import Unremovable
 from passes.facts import Facts
@@ -131,6 +130,8 @@ class Follow(TorchDispatchMode):
         elif not self.forks.naming and self.facts.happened():
             source = _source(args[0]) if func is aten._local_scalar_dense.default else None
             self._follow(str(func), result, place, source)
+        elif not self.forks.naming and func is aten._local_scalar_dense.default:
+            _note(str(func), unread=place)
         return result
 
     def _follow(self, operator: str, result: Any, place: Place, source: str | None) -> None:
@@ -143,7 +144,7 @@ class Follow(TorchDispatchMode):
             reads = self.reads.next(operator, place, number=source is not None, source=source or "")
             if reads:
                 self._name(result, reads, place.site)
-                _note(operator, reads)
+                _note(operator, reads=reads)
 
     def _mark(self, site: Site) -> None:
         """Note the line at the nodes that have just been made."""
@@ -250,17 +251,24 @@ def _source(tensor: Tensor) -> str:
     tracing = get_proxy_mode()
     slot = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
     node = slot.proxy.node if slot is not None else None
-    while node is not None and (parent := parent_of(node)) is not None:
-        node = parent
+    while node is not None and _shares_memory(node):
+        node = node.args[0]
     return str(node.target) if node is not None and node.op == "call_function" else ""
 
 
-def _note(operator: str, reads: list[Read]) -> None:
-    """Write down at the node that has just been made what the eager run read there."""
+def _shares_memory(node: torch.fx.Node) -> bool:
+    """Whether the result of a node lies where its first argument does."""
+    schema = getattr(node.target, "_schema", None)
+    given = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
+    return bool(given) and isinstance(node.args[0], torch.fx.Node)
+
+
+def _note(operator: str, **what: Any) -> None:
+    """Write down at the node that has just been made what the eager run read there, or where it read nothing."""
     tracing = get_proxy_mode()
     for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
         if str(node.target) == operator:
-            node.meta["reads"] = reads
+            node.meta.update(what)
             break
 
 

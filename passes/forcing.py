@@ -27,7 +27,7 @@ from passes.aliases import is_pure
 from passes.facts import Facts
 from passes.loops import Arm
 from passes.reads import Read
-from passes.sites import Branch, Site
+from passes.sites import Branch, Place, Site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -50,6 +50,7 @@ class Forcing:
     Attributes:
         number: as in the graph's `read_here`.
         reads: what the eager run read of it.
+        unread: operators and places that read it where the eager run did not come.
         positions: which argument of the reading operators it is.
         kind: ``"branch"``, ``"length"`` or ``"number"``, by what its values are for.
         outcomes: what to put in its place, by a text that tells what that is.
@@ -63,6 +64,7 @@ class Forcing:
     site: Site
     kind: str = "number"
     outcomes: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    unread: set[tuple[str, Place]] = field(default_factory=set)
     branches: dict[str, list[Branch]] = field(default_factory=dict)
     capped: int = 0
 
@@ -122,15 +124,17 @@ class Marks:
     def of(self, node: Node) -> Forcing | None:
         """The forcing of an old node that reads, or None."""
         symbols, reads = symbols_of(node, self.facts), node.meta.get("reads", [])
-        position = position_of(node) if len(reads) == 1 and len(symbols) <= 1 else None
-        if position is None or reads[0].place is None or reads[0].operator != str(node.target):
+        unread: Place | None = node.meta.get("unread")
+        position = position_of(node) if len(symbols) <= 1 and (len(reads) == 1 or unread is not None) else None
+        if position is None or any(read.place is None or read.operator != str(node.target) for read in reads):
             return None
         source = _tensor_at(node.args, position)
         if not isinstance(source, Node):
             return None
         key = self._computed(source)
-        forcing = self.found.setdefault(key, Forcing(len(self.found), [], {}, reads[0].site))
-        forcing.positions[reads[0].operator] = position
+        forcing = self.found.setdefault(key, Forcing(len(self.found), [], {}, node.meta.get("site", ("", 0))))
+        forcing.positions[str(node.target)] = position
+        forcing.unread |= {(str(node.target), unread)} if unread is not None else set()
         forcing.reads += [read for read in reads if read not in forcing.reads]
         self.symbols.setdefault(forcing.number, []).extend(symbols)
         return forcing
@@ -155,7 +159,10 @@ def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None
     """The forcings of a graph with the outcomes that are worth to be forced."""
     facts = marks.facts
     arms = {arm.fork: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, Arm)}
-    for forcing in marks.found.values():
+    found = [forcing for forcing in marks.found.values() if forcing.reads]
+    known = {(read.operator, read.place) for forcing in found for read in forcing.reads}
+    for forcing in found:
+        forcing.unread -= known  # type: ignore[operator]
         symbols = marks.symbols.get(forcing.number, [])
         own = [arm for arm in arms.values() if arm.runs.free_symbols & set(symbols)]
         if symbols and forcing.reads[0].operator == str(ITEM):
@@ -163,7 +170,7 @@ def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None
         else:
             sized = next((_SIZED[read.operator] for read in forcing.reads if read.operator in _SIZED), _MASKED)
             forcing.kind, forcing.outcomes = "length", dict(sized)
-    return list(marks.found.values())
+    return found
 
 
 def _scalar_outcomes(

@@ -158,3 +158,15 @@ def test_what_eager_refuses_proves_nothing_and_is_not_merged() -> None:
     for value in (1.0, -1.0, 1.0, -1.0):
         arguments = X, MASK, torch.full((2,), value)
         assert torch.equal(captured(*[tensor.clone() for tensor in arguments]), step(*arguments))
+
+
+def test_a_read_that_the_call_did_not_come_to_is_forced_with_the_others() -> None:
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        if t.item() == 0:
+            return x
+        return (x / t.item()).round()
+
+    captured = graphs.capture(step)
+    for value in (0.0, 2.0, -3.0, 0.0):
+        assert torch.equal(captured(X.clone(), torch.tensor(value)), step(X, torch.tensor(value)))
+    assert captured.report().recordings == 1 and captured.report().keys[0].proved["branch"] >= 1

@@ -14,6 +14,7 @@ import torch
 import graphs
 from graphs.ledger import Ledger, NotReplayed
 from graphs.measure import CallTime
+from graphs.proof import Proof
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 from tests.parity import batches
 
@@ -133,7 +134,7 @@ def timed(eager: CallTime, replay: CallTime) -> Any:
     """As much of a recording as the ledger looks at."""
     contract, recording = SimpleNamespace(rows=None), SimpleNamespace(pool_bytes=0)
     times = {"eager": eager, "replay": replay, "capture_seconds": 0.5}
-    compiled = {"compiler": "none", "compile_seconds": 0.0, "candidates": {}, "rewrites": {}}
+    compiled = {"compiler": "none", "compile_seconds": 0.0, "candidates": {}, "rewrites": {}, "proof": Proof()}
     return SimpleNamespace(
         key="x[4]", contract=contract, recording=recording, replays=3, real_rows=3, device_free_delta=0, **times, **compiled
     )

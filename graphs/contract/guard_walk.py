@@ -31,6 +31,7 @@ from graphs.contract.guards import (
     MappingGuard,
     NamesGuard,
     SequenceGuard,
+    SetGuard,
     ValueGuard,
 )
 from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
@@ -240,7 +241,7 @@ class GuardWalk:
             if kind in (list, deque):
                 self._polled.append(SequenceGuard(form, value, items, self._advanced.get(id(value), ())))
             elif kind is set:
-                self._polled.append(ValueGuard(path + "{}", functools.partial(_identities, value), by_value=True))
+                self._polled.append(SetGuard(path + "{}", value))
             self._pending += [(form.format(index), item) for index, item in enumerate(items)]
         if type(value) not in (dict, list, tuple, set, frozenset, deque, OrderedDict):
             self._object(path, value)
@@ -341,10 +342,6 @@ def _held(container: Any, key: Any) -> Any:
         return container[key]
     except (KeyError, IndexError):
         return ABSENT
-
-
-def _identities(items: set[Any]) -> frozenset[int]:
-    return frozenset(map(id, set.__iter__(items)))
 
 
 def _version(tensor: Tensor) -> int:

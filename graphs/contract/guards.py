@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
-from graphs.contract.places import ABSENT, Difference, same, text_of
+from graphs.contract.places import ABSENT, LEAVES, Difference, same, text_of
 from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -153,6 +153,36 @@ class SequenceGuard:
             yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self._items) if i not in self._ignored)
         else:
             yield f"{bind(_all_identical)}({name}, {bind(self._items)})"
+
+
+class SetGuard:
+    """The items of a set. They are compared by hash and identity; a large set (a registry) by its size between the occasions
+    on which something else is compared as well.
+    """
+
+    def __init__(self, path: str, items: set[Any]) -> None:
+        self._path, self._items, self._recorded = path, items, set(set.__iter__(items))
+
+    def difference(self) -> Difference | None:
+        """That the items changed."""
+        if {*map(id, set.__iter__(self._items))} == {*map(id, self._recorded)} or self._equal_constants():
+            return None
+        return Difference(self._path, f"{len(self._recorded)} items", f"{set.__len__(self._items)} others")
+
+    def _equal_constants(self) -> bool:
+        """Whether both hold equal numbers and texts, which may be other objects."""
+        both = [*set.__iter__(self._items), *self._recorded]
+        return all(issubclass(type(item), LEAVES) for item in both) and set.__eq__(self._items, self._recorded) is True
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """The size, and the items of a small set."""
+        name, recorded = bind(self._items), bind(self._recorded)
+        if type(self._items) is not set:
+            yield f"{bind(self.difference)}() is None"
+        elif len(self._recorded) > _UNROLLED:
+            yield f"len({name}) == {len(self._recorded)}"
+        else:
+            yield f"{name} == {recorded}" if self._recorded else f"not {name}"
 
 
 class ValueGuard:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ Tensor = torch.Tensor
 _REMEMBERED = 1024  # addresses of arguments known to lie apart from what the step writes
 _equal_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA and HIP
 _data_ptr = Tensor.data_ptr
+WINDOW = 64  # tensors whose layout is looked at by one call; a tensor transposed in place is seen within as many windows
 
 
 class StaticTensors:
@@ -68,7 +70,8 @@ class StaticTensors:
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
         self._indices = list(range(len(self._tensors)))
         self._layouts = [_layout(tensor) for tensor in self._tensors]
-        self._guards = _tensor_guards(self._tensors)
+        windows = [self._tensors[start : start + WINDOW] for start in range(0, len(self._tensors), WINDOW)]
+        self._guards = cycle([(_tensor_guards(window), window) for window in windows] or [(None, [])])
         self._own = frozenset(id(owner.value) for owner in owners)
         self._own_arguments = self._own_among(given)
 
@@ -83,7 +86,8 @@ class StaticTensors:
             return False
         if self._copied_back and self._shared_when_copied(tensors) is not None:
             return False
-        return self._stayed() and (self._guards is None or self._guards.check(*self._tensors))
+        guards, looked_at = next(self._guards)
+        return self._stayed() and (guards is None or guards.check(*looked_at))
 
     def _stayed(self) -> bool:
         if _equal_addresses is not None:
