@@ -131,6 +131,13 @@ class UnguardedRead(Refusal):
     remedy = "read it outside the step and pass it as an argument; seed generators before the step"
 
 
+class HiddenRead(Refusal):
+    """An operator reads a tensor on the host inside its own code, where no dispatcher sees it."""
+
+    reason = "hidden-read"
+    remedy = "pass these sizes or lengths as Python numbers: they become part of the key"
+
+
 class SideEffect(Refusal):
     """The step does something outside of its tensors and objects, which a replay would leave out."""
 

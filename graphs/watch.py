@@ -25,6 +25,7 @@ from graphs.contract.host_values import (
     FILLS,
     FROM_LISTS,
     OF_THE_OBJECT,
+    SPLITS,
     TO_HOST,
     HostRead,
     finding,
@@ -39,6 +40,7 @@ from graphs.errors import (
     AutogradInput,
     ChangingValue,
     Collective,
+    HiddenRead,
     HigherOrder,
     HostSync,
     OpaqueKernel,
@@ -366,6 +368,9 @@ class _Conversions(Calls):
             self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
+        elif func in SPLITS and any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+            detail, site = "the boundaries are read on the host", Site.at(user_frame(sys._getframe(1)))
+            self.watch.trace.found(HiddenRead(detail, operator="torch.tensor_split", site=site), "tensor_split")
         elif func in OF_THE_OBJECT and not self.watch.inside:
             self._read_property(func, args, sys._getframe(1))
         self.watch.function.append(func)

@@ -41,6 +41,7 @@ def count(x: Tensor) -> Tensor:
 
 
 board = torch.zeros(3)
+cuts = torch.tensor([1, 2])
 
 
 def item(x: Tensor) -> Tensor:
@@ -147,6 +148,10 @@ def printed(x: Tensor) -> Tensor:
     return x * 2
 
 
+def split_by_a_tensor(x: Tensor) -> Tensor:
+    return torch.tensor_split(x, cuts)[0]  # here
+
+
 def differently_called(x: Tensor) -> Tensor:
     hidden.value += 1
     return x * 2 if hidden.value % 2 else x + x  # here
@@ -190,6 +195,7 @@ CASES = [
     Case(launched, "opaque-kernel", "my_kernel"),
     Case(timed, "unguarded-read", "time.monotonic"),
     Case(printed, "side-effect", "print"),
+    Case(split_by_a_tensor, "hidden-read", "torch.tensor_split"),
 ]
 REMOVED = [case.body for case in CASES if case.reason in ("host-sync", "data-dependent-shape", "host-constant")]
 REMOVED.remove(to_numpy)  # NumPy needs the numbers themselves

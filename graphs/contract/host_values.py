@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from graphs.contract.operators import tensors_in
 from graphs.contract.registered import refusal_of
-from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
+from graphs.errors import DataDependentShape, HiddenRead, HostConstant, HostSync, MixedDevices, Refusal, Site
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -32,6 +32,17 @@ _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, a
 _ALONG = (aten.unique_dim.default,)
 _READS = (aten._local_scalar_dense.default, aten.equal.default, aten._linalg_check_errors.default)
 GROUPED = aten._grouped_mm.default
+SPLITS = frozenset((torch.tensor_split, Tensor.tensor_split))
+"""Functions that read the tensor of boundaries they are given, above any operator."""
+_READ_INSIDE = frozenset(
+    (
+        *(aten._pack_padded_sequence.default, aten._pad_packed_sequence.default),
+        *(aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data),
+        *(aten.ctc_loss.Tensor, aten._ctc_loss.Tensor, aten.tensor_split.tensor_indices_or_sections),
+        *(aten.quantize_per_tensor.tensor_qparams, aten.quantize_per_tensor.tensors),
+    )
+)
+"""Operators whose kernels read lengths, sizes or scales on the host."""
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 FILLS = (aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 """On a GPU the host reads the 0-d tensor."""
@@ -124,6 +135,8 @@ def host_finding(
     func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
 ) -> Callable[..., Refusal] | None:
     """The same, whatever the operator is registered as."""
+    if func in _READ_INSIDE:
+        return _with(HiddenRead, "the operator reads lengths or sizes from a tensor, on the host")
     if _reads_a_value(func):
         return _with(HostSync, "the host waits for a value of a tensor")
     if func in FILLS and args[2].device == args[0].device:

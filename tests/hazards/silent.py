@@ -518,9 +518,13 @@ def interrupted(device: torch.device) -> Run:
     def wrap(called: Any) -> Any:
         def call(x: Tensor, i: int) -> Any:
             counts["interrupts"] = max(counts["interrupts"], int(i == 1))
+            before = counts["calls"], total.clone()
             try:
                 return called(x)
             except KeyboardInterrupt:
+                if called is step:  # eager keeps half of the call; a captured step takes it back
+                    counts["calls"] = before[0]
+                    total.copy_(before[1])
                 return "interrupted"
 
         return call
