@@ -252,7 +252,7 @@ def _source(tensor: Tensor) -> str:
     slot = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
     node = slot.proxy.node if slot is not None else None
     while node is not None and _shares_memory(node):
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
     return str(node.target) if node is not None and node.op == "call_function" else ""
 
 

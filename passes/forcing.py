@@ -34,7 +34,7 @@ aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
 PICKING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 LIMIT = 3
-"""Outcomes that are forced of one value at most."""
+"""Outcomes that are forced of one value at most, unless more are needed to take each branch the other way."""
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -193,9 +193,10 @@ def _scalar_outcomes(
         if set(flips[value]) - seen:
             kept.append(value)
             seen |= set(flips[value])
+    most = max(LIMIT, len(kept))
     kept = list(dict.fromkeys([*kept, *[v for v in (0, 1, *candidates[-1:]) if v in candidates]]))
-    forcing.capped = max(len(kept) - LIMIT, 0)
-    for value in kept[:LIMIT]:
+    forcing.capped = max(len(kept) - most, 0)
+    for value in kept[:most]:
         forcing.outcomes[str(value)] = lambda tensor, value=value: torch.full_like(tensor, value)  # type: ignore[misc]
         forcing.branches[str(value)] = flips[value]
 
