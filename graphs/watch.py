@@ -308,7 +308,8 @@ class _Watch(TorchDispatchMode):
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
-                self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
+                if has_storage(tensor):
+                    self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor):

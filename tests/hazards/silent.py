@@ -511,7 +511,6 @@ def interrupted(device: torch.device) -> Run:
         counts["calls"] += 1
         total.add_(1)
         if counts["interrupts"] == 1 and counts["calls"] > 1:
-            counts["interrupts"] = 2
             raise KeyboardInterrupt
         return x * 2 + total
 
@@ -522,6 +521,7 @@ def interrupted(device: torch.device) -> Run:
             try:
                 return called(x)
             except KeyboardInterrupt:
+                counts["interrupts"] = 2
                 if called is step:  # eager keeps half of the call; a captured step takes it back
                     counts["calls"] = before[0]
                     total.copy_(before[1])
