@@ -141,7 +141,7 @@ class GuardWalk:
         self._pending: list[tuple[str, Any]] = [*self._roots]
         self._globals()
         if self._reads.environment:
-            self._mapping("os.environ[{!r}]", os.environ._data)
+            self._mapping("os.environ[{!r}]", os.environ._data)  # type: ignore[attr-defined]
         for name, setting in self._reads.settings.items():
             self._polled.append(ValueGuard(f"torch.{name}()", setting, by_value=True))
         for variable in self._reads.variables:

@@ -80,9 +80,13 @@ def origin_of_module(module: types.ModuleType) -> str:
     return "python" if built_in else "library" if spec is not None else "user"
 
 
-@functools.cache
-def origin_of_type(kind: Any) -> str:
+def origin_of_type(kind: type[Any]) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
+    return _origin_of_type(kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _origin_of_type(kind: Any) -> str:
     name = module_name(kind)
     module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):
