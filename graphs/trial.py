@@ -25,7 +25,7 @@ from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
-from graphs.contract.guard_walk import guards_of
+from graphs.contract.guard_walk import GuardWalk, guards_of
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference
@@ -102,6 +102,9 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise Refused(output, trace.findings, origin.restore)
     if reads.refusals:
         raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
+    incomparable = GuardWalk(reads, step.roots()).incomparable
+    if incomparable:
+        raise Refused(output, incomparable, None)
     if not origin.python.complete:
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
@@ -145,7 +148,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
     links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
-    entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads)
+    entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
     entry.capture_seconds = time.perf_counter() - started
     return entry
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import operator
 import types
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
-from graphs.contract.places import ABSENT, LEAVES, Difference, same, text_of
+from graphs.contract.places import ABSENT, Difference, same, text_of
 from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -25,7 +26,7 @@ _SOURCE = """
 def all_hold():
     try:
         return {conditions}
-    except (KeyError, IndexError, ValueError, AttributeError):
+    except Exception:
         return False
 """
 Bind = Callable[[Any], str]
@@ -79,8 +80,8 @@ class MappingGuard:
         added = next((key for key in now if key not in self.expected), ABSENT)
         if added is not ABSENT:
             return Difference(self._form.format(added), text_of(ABSENT), text_of(now[added]))
-        if list(now) != list(self.expected) and self._relevant is None:
-            return Difference(self._form.format("..."), "in one order", "in another order")
+        if self._relevant is None and not all(map(same, now, self.expected)):
+            return Difference(self._form.format("..."), "in one order", "in another order, or under other keys")
         self.expected, self._length = now, _length(self.mapping)
         return None
 
@@ -94,6 +95,8 @@ class MappingGuard:
             return
         name = bind(self.mapping)
         yield f"len({name}) == {self._length}" if self._length else f"not {name}"
+        if self._relevant is None and self.expected:
+            yield f"{bind(_all_identical)}({name}, {bind(list(self.expected))})"
         for key, value in self.expected.items():
             yield f"{name}[{_key_text(key, bind)}] is {bind(value)}"
 
@@ -156,33 +159,50 @@ class SequenceGuard:
 
 
 class SetGuard:
-    """The items of a set. They are compared by hash and identity; a large set (a registry) by its size between the occasions
-    on which something else is compared as well.
+    """The items of a set, in the order in which they are gone through.
+
+    A registry, which holds classes and nothing else, is compared by its size until something else is compared as well.
     """
 
     def __init__(self, path: str, items: set[Any]) -> None:
-        self._path, self._items, self._recorded = path, items, set(set.__iter__(items))
+        self._path, self._items, self._recorded = path, items, list(set.__iter__(items))
 
     def difference(self) -> Difference | None:
         """That the items changed."""
-        if {*map(id, set.__iter__(self._items))} == {*map(id, self._recorded)} or self._equal_constants():
+        now = list(set.__iter__(self._items))
+        if len(now) == len(self._recorded) and all(map(same, now, self._recorded)):
+            self._recorded = now
             return None
-        return Difference(self._path, f"{len(self._recorded)} items", f"{set.__len__(self._items)} others")
-
-    def _equal_constants(self) -> bool:
-        """Whether both hold equal numbers and texts, which may be other objects."""
-        both = [*set.__iter__(self._items), *self._recorded]
-        return all(issubclass(type(item), LEAVES) for item in both) and set.__eq__(self._items, self._recorded) is True
+        return Difference(self._path, f"{len(self._recorded)} items", f"{len(now)} others, or in another order")
 
     def conditions(self, bind: Bind) -> Iterator[str]:
-        """The size, and the items of a small set."""
-        name, recorded = bind(self._items), bind(self._recorded)
+        """The size, and the identity of each item."""
+        name = bind(self._items)
         if type(self._items) is not set:
             yield f"{bind(self.difference)}() is None"
-        elif len(self._recorded) > _UNROLLED:
-            yield f"len({name}) == {len(self._recorded)}"
+        elif not self._recorded:
+            yield f"not {name}"
         else:
-            yield f"{name} == {recorded}" if self._recorded else f"not {name}"
+            yield f"len({name}) == {len(self._recorded)}"
+            if not all(isinstance(item, type) for item in self._recorded):
+                yield f"{bind(_all_identical)}({name}, {bind(self._recorded)})"
+
+
+class TypeGuard:
+    """The class of an object, which can be exchanged under it (``model.layer.__class__ = Other``)."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        self._path, self._kind = path, type(value)
+        self._value = _reference(value)
+
+    def difference(self) -> Difference | None:
+        """The class, if it is another one."""
+        kind = type(self._value())
+        return None if kind in (self._kind, type(None)) else Difference(f"{self._path}.__class__", repr(self._kind), repr(kind))
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """One comparison."""
+        yield f"type({bind(self._value)}()) is {bind(self._kind)}"
 
 
 class ValueGuard:
@@ -193,7 +213,10 @@ class ValueGuard:
 
     def difference(self) -> Difference | None:
         """The value, if it is another one."""
-        now = self._read()
+        try:
+            now = self._read()
+        except Exception as error:  # memory that was given back, say: eager says what is wrong with it
+            return Difference(self._path, "readable", f"{type(error).__name__}: {error}")
         if now is self.value or (self._by_value and now == self.value) or same(now, self.value):
             self.value = now
             return None
@@ -252,18 +275,19 @@ class Guards:
     """The guards of one recording.
 
     Args:
-        watched: of dictionaries that are rarely written, if ever.
+        watched: of dictionaries that are rarely written, if ever, and what is compared when one of them was.
         polled: all others.
     """
 
-    def __init__(self, watched: Sequence[MappingGuard], polled: Sequence[Guard]) -> None:
+    def __init__(self, watched: Sequence[Guard], polled: Sequence[Guard]) -> None:
         self._watch = shared_watch()
         self._watched, self._polled = list(watched), list(polled)
         if self._watch is None:
-            self._watched, self._polled = [], [*self._watched, *self._polled]
+            once = [guard for guard in self._watched if not isinstance(guard, TypeGuard)]  # of libraries: too many to ask
+            self._watched, self._polled = [], [*once, *self._polled]
         for guard in self._watched:
-            assert self._watch is not None and isinstance(guard.mapping, dict)
-            self._watch.watch(guard.mapping)
+            if isinstance(guard, MappingGuard) and isinstance(guard.mapping, dict) and self._watch is not None:
+                self._watch.watch(guard.mapping)
         self._seen = self._watch.changes() if self._watch is not None else 0
         self._all_hold = _expression(self._polled)
         self._rebuilds = 0
@@ -336,5 +360,13 @@ def _content(cell: types.CellType) -> Any:
         return ABSENT
 
 
-def _all_identical(now: Sequence[Any], then: Sequence[Any]) -> bool:
+def _all_identical(now: Iterable[Any], then: Iterable[Any]) -> bool:
     return all(map(operator.is_, now, then))
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """A weak reference where the object allows one: a recording does not keep a cache alive."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value

@@ -164,6 +164,8 @@ def same(a: Any, b: Any) -> bool:
         return True
     if type(a) is type(b) is float:
         return (a == b and math.copysign(1.0, a) == math.copysign(1.0, b)) or (a != a and b != b)
+    if type(a) is type(b) is complex:
+        return same(a.real, b.real) and same(a.imag, b.imag)
     if type(a) is type(b) and issubclass(type(a), LEAVES):
         return bool(a == b or (a != a and b != b)) if _is_plain(type(a)) else False  # type: ignore[arg-type]
     if type(a) is tuple and type(b) is tuple:
