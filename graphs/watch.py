@@ -58,6 +58,7 @@ from passes.composites import Calls, called, run, taken_apart
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
+_VERSION = Tensor._version.__get__
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
@@ -396,7 +397,10 @@ class _Conversions(Calls):
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
         """Report what the user's own code asks of an argument and no copy of it can answer."""
-        if is_users(frame) and isinstance(args[0], Tensor) and self.watch.is_argument(args[0]):
+        if not is_users(frame) or not isinstance(args[0], Tensor):
+            return
+        of_state = func is _VERSION and not self.watch.made(args[0])  # where a tensor of the step's own lies is checked
+        if of_state or self.watch.is_argument(args[0]):
             operator = f"Tensor.{OF_THE_OBJECT[func]}"
             detail = "it is asked of an argument, has another answer at each call, and a replay would know only the recorded one"
             self.watch.trace.found(UnsupportedArgument(detail, operator=operator, site=Site.at(user_frame(frame)), remedy=_ASKED))
