@@ -33,6 +33,7 @@ from graphs.errors import (
     UnsupportedArgument,
 )
 from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
+from graphs.host_arguments import host_arguments, run_trial_on_device
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
@@ -224,7 +225,7 @@ class Recordings:
         if not entry.statics.unchanged(tensors):
             moved = entry.statics.moved(tensors)
             return _Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
-        if tensors and tensors[0].is_cuda and is_capturing():
+        if entry.on_device and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         return None
 
@@ -384,7 +385,8 @@ class Recordings:
         torch.set_autocast_cache_enabled(False)
         try:
             with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                entry = run_trial(step, self._recorder(step.device), owned=owned, check=check)
+                trial = run_trial_on_device if step.host else run_trial
+                entry = trial(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
@@ -409,6 +411,7 @@ class Recordings:
             padding=dict(config.padding),
             device=device_of(call, self.model),
             moving=self.moving.get(call.signature, frozenset()),
+            host=self._host(call),
             compiler=config.compiler,
             compiler_options=config.compiler_options,
             passes=config.passes,
@@ -426,7 +429,11 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call, self.model) or carries_objects(call)
+        return inadmissible(call, self.model, self._host(call)) or carries_objects(call)
+
+    def _host(self, call: Call) -> tuple[int, ...]:
+        """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
+        return host_arguments(call) if self.config.buckets is None else ()
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
