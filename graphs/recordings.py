@@ -33,6 +33,8 @@ from graphs.errors import (
     UnsupportedArgument,
 )
 from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
+from graphs.habits import Habits
+from graphs.host_arguments import host_arguments, run_trial_on_device
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
@@ -103,6 +105,7 @@ class Recordings:
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}  # positions of arguments that are elsewhere at each call
         self.parameters = parameter_names(model)
+        self.habits = Habits(self.parameters, self.config.max_recordings)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
@@ -224,7 +227,7 @@ class Recordings:
         if not entry.statics.unchanged(tensors):
             moved = entry.statics.moved(tensors)
             return _Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
-        if tensors and tensors[0].is_cuda and is_capturing():
+        if entry.on_device and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         return None
 
@@ -290,6 +293,9 @@ class Recordings:
             route = self.routes.get(call.signature)
             if route is not None and not isinstance(route, _Refused) and beside is None:  # another thread was faster
                 return self._replay(route[0], route[1], call, args, kwargs)
+            refusals = self._habitual(call, args, kwargs) if beside is None else []
+            if refusals:
+                return self._refuse(refusals, args, kwargs)
             self._forget_the_dead()
             refusal = self._inadmissible(call)
             if refusal is not None:
@@ -297,6 +303,7 @@ class Recordings:
             try:
                 found = self._record(call, args, kwargs) if beside is None else self._record_way(beside, call, args, kwargs)
             except Deferred as deferred:
+                self.habits.tried(call, args, kwargs, None)
                 self.attempts[call.signature] += 1
                 if self.attempts[call.signature] > _MAX_DEFERRALS:
                     changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
@@ -310,6 +317,7 @@ class Recordings:
                 return deferred.output
             except Refused as refused:
                 if beside is None:
+                    self.habits.tried(call, args, kwargs, None, refused.refusals)
                     self._remember(call, refused.refusals)
                 else:
                     beside.group.refusals = refused.refusals
@@ -317,7 +325,24 @@ class Recordings:
             except AboveLargestBucket as too_large:
                 self._remember(call, [too_large])
                 return self._refuse([too_large], args, kwargs)
+            if not found[0].replays:
+                self.habits.tried(call, args, kwargs, found[0])
         return self._replay(found[0], found[1], call, args, kwargs)
+
+    def _habitual(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Refusal]:
+        """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
+
+        The recordings of those are dropped.
+        """
+        refusals, given_up = self.habits.against(call, args, kwargs)
+        for attempt in given_up:
+            entry, route = attempt.entry(), self.routes.get(attempt.signature)
+            if entry is not None:
+                for way in list(entry.group.ways):
+                    self._drop(way)
+            elif isinstance(route, _Refused):
+                del self.routes[attempt.signature]
+        return refusals
 
     def _refused(self, refused: Refused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a trial that ended in a refusal; computed once more where autograd is to record it."""
@@ -384,7 +409,8 @@ class Recordings:
         torch.set_autocast_cache_enabled(False)
         try:
             with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                entry = run_trial(step, self._recorder(step.device), owned=owned, check=check)
+                trial = run_trial_on_device if step.host else run_trial
+                entry = trial(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
@@ -409,6 +435,7 @@ class Recordings:
             padding=dict(config.padding),
             device=device_of(call, self.model),
             moving=self.moving.get(call.signature, frozenset()),
+            host=self._host(call),
             compiler=config.compiler,
             compiler_options=config.compiler_options,
             passes=config.passes,
@@ -426,7 +453,11 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call, self.model) or carries_objects(call)
+        return inadmissible(call, self.model, self._host(call)) or carries_objects(call)
+
+    def _host(self, call: Call) -> tuple[int, ...]:
+        """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
+        return host_arguments(call) if self.config.buckets is None else ()
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
@@ -442,6 +473,7 @@ class Recordings:
 
     def _drop(self, entry: Entry) -> None:
         self.last = None
+        self.habits.dropped(entry)
         entry.group.ways.remove(entry)
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
@@ -520,4 +552,4 @@ class Recordings:
             for entry in list(self.entries.values()):
                 self.ledger.dropped(entry)
             self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
-            self.batch, self.moving = BatchRule(), {}
+            self.batch, self.moving, self.habits = BatchRule(), {}, Habits(self.parameters, self.config.max_recordings)

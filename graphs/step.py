@@ -40,6 +40,7 @@ class Step:
         unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
+        host: positions of host tensors among arguments on a device; see `graphs.host_arguments`.
         held: whether an object hangs on the module or on an opaque argument; filled by the trial.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
@@ -64,6 +65,7 @@ class Step:
     unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
     moving: frozenset[int] = frozenset()
+    host: tuple[int, ...] = ()
     held: Callable[[Any], bool] = lambda value: False
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:

@@ -93,7 +93,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     started = time.perf_counter()
     origin = Checkpoint(step)
     reads = CodeReads()
-    output, trace = _first_run(step, origin, reads)
+    output, trace = first_run(step, origin, reads)
     changed, counters = origin.differences(), origin.counters()
     lasting = next((change for change in changed if change.lasting), None)
     if lasting is not None:
@@ -153,7 +153,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     return entry
 
 
-def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
+def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
     """Run A, from ``origin``, which covers it then, with what its Python asks for. What it raises leaves no trace.
 
     Raises:
@@ -173,6 +173,12 @@ def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, T
         raise
     origin.covers(trace)
     return output, trace
+
+
+def lasting_change(origin: Checkpoint) -> ChangingValue | None:
+    """What changed since ``origin`` and cannot be undone, an iterator that moved on; or None."""
+    lasting = next((change for change in origin.differences() if change.lasting), None)
+    return _changing(lasting) if lasting is not None else None
 
 
 def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingValue:
@@ -247,7 +253,7 @@ def _record(
         else []
     )
     static = sorted(in_place - {*moving})
-    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving)
+    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving, step.host)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
     if moving and (watched.findings or counters or plain is not step):
@@ -291,6 +297,7 @@ def _record(
         checked=checked,
         uploads=_uploads(step),
         proof=proof,
+        on_device=step.device.type == "cuda",
     )
     if check:
         start.restore()
