@@ -128,9 +128,14 @@ class Checkpoint:
         self.python = PythonState(step.roots())
         self._arguments = PythonState.of_containers(step.containers())
         self._hung = [(name, tensor.__dict__, dict(tensor.__dict__)) for name, tensor in step.tensors()]
-        self._random = RandomState(step.device, {g: g.get_state() for g in trace.generators} if trace else None)
+        self._random = RandomState(step.device, {g: g.get_state() for g in self._generators(step, trace)})
         self._written = trace.written if trace else None
         self._copies = trace.written.copies() if trace else None
+
+    def _generators(self, step: Step, trace: Trace | None) -> set[torch.Generator]:
+        """The generators that the step drew from, and those that it can reach: another way through it may draw from them."""
+        given = [opaque for opaque in step.call.opaques if type(opaque) is torch.Generator]
+        return {*given, *self.python.generators, *(trace.generators if trace is not None else ())}
 
     def covers(self, trace: Trace) -> None:
         """Take tensors and generators from ``trace``, which saved them before their first use."""
