@@ -155,6 +155,12 @@ class Checkpoint:
             if now.get(key) is not before.get(key)
         ]
 
+    def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
+        """As `PythonState.changed_entries`, for all that hangs on the model and on arguments."""
+        yield from self._arguments.changed_entries()
+        yield from ((change.path, None, None, change.before, change.after) for change in self._hanging())
+        yield from self.python.changed_entries()
+
     def counters(self) -> list[Counter] | None:
         """The whole numbers of Python that changed since; None where something else did."""
         return find_counters(self.python) if not self._arguments.differences() and not self._hanging() else None
