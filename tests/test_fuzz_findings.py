@@ -110,3 +110,73 @@ class DrawsEverySecondTime(Drawing):
 
 def test_a_trial_of_the_next_step_draws_nothing_from_a_generator_of_the_step() -> None:
     assert_like_eager(DrawsEverySecondTime, [(noise(i, 3),) for i in range(6)], position)
+
+
+class Kept(nn.Module):
+    """Leaves a number of the device in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = 0
+        self.seen: list[int] = [0]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.position = int(t) % 3
+        self.seen[0] = self.position
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_a_host_value_that_is_left_in_python_is_there_after_each_call(mode: Callable[[], Any]) -> None:
+    calls = [(noise(i, 3), torch.tensor(n)) for i, n in enumerate((2, 0, 0, 0, 1, 1, 0, 2))]
+    assert_like_eager(Kept, calls, lambda model: (model.position, model.seen), mode)
+
+
+class KeptOfAnArgument(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, told: dict[str, int]) -> Tensor:
+        told["n"] = t.item()
+        return x * 2
+
+
+def test_a_host_value_that_is_left_in_an_argument_is_there_after_each_call() -> None:
+    told = {"n": 2}
+    step, model = graphs.capture(KeptOfAnArgument()), KeptOfAnArgument()
+    with torch.no_grad():
+        for n in (2, 2, 2, 3, 1):
+            x, expected = torch.ones(3), {"n": 0}
+            assert torch.equal(step(x, torch.tensor(n), told), model(x, torch.tensor(n), expected)) and told == expected
+
+
+class Assigns(nn.Module):
+    """Writes rows under one mask that another mask picked, or as many as there are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("kept", torch.zeros(4, 2))
+
+    def forward(self, x: Tensor, m: Tensor, k: Tensor) -> Tensor:
+        if self.how == "masks":
+            self.kept[m] = x[k]
+        elif self.how == "rows":
+            self.kept[m] = x[:2]
+        elif self.how == "lists":
+            self.kept[m.nonzero()[:, 0]] = x[k.nonzero()[:, 0]]
+        elif self.how == "two":
+            self.kept[m, k.nonzero()[:, 0] % 2] = 1.0
+        elif self.how == "added":
+            self.kept.index_put_((m,), x[k], accumulate=True)
+        else:
+            x = x.masked_fill(k[:, None], 0.0)
+            x[m] = x[m] * 2
+        return self.kept + x
+
+
+PAIRS = (((1, 1, 0, 0), (0, 1, 1, 0)), ((0, 1, 0, 1), (1, 0, 1, 0)), ((1, 1, 1, 0), (0, 1, 1, 0)), ((1, 0, 0, 0), (0, 1, 1, 1)))
+PAIRS += (((0, 1, 1, 0), (0, 1, 0, 0)), ((0, 0, 0, 0), (0, 1, 0, 0)), ((1, 1, 0, 0), (0, 0, 0, 0)), ((1, 1, 1, 1), (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("how", ["masks", "rows", "lists", "two", "added", "same"])
+def test_rows_that_do_not_fit_are_refused_as_in_eager(how: str) -> None:
+    calls = [(noise(i, 4, 2), flags(*m), flags(*k)) for i, (m, k) in enumerate((*PAIRS, *PAIRS))]
+    assert_like_eager(lambda: Assigns(how), calls, lambda model: model.kept, replays=2)
