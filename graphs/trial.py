@@ -386,7 +386,7 @@ def _uploads(step: Step) -> list[Tensor]:
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:
     """What saves the random generators before a replay that may have to be undone; None where the step draws nothing."""
     seeded = any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
-    return functools.partial(RandomState, device) if seeded else None
+    return (lambda: RandomState(device, {g: g.get_state() for g in trace.generators})) if seeded else None
 
 
 def _without_host_values(
