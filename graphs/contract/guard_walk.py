@@ -189,11 +189,23 @@ class GuardWalk:
             self._visit(path, value)
 
     def _mapping(
-        self, form: str, mapping: Mapping[Any, Any], relevant: Callable[[Any], bool] | None = None, enter: bool = True
+        self,
+        form: str,
+        mapping: Mapping[Any, Any],
+        relevant: Callable[[Any], bool] | None = None,
+        enter: bool = True,
+        members: bool = False,
     ) -> None:
-        """Guard a dictionary; watched where it is one."""
+        """Guard a dictionary; watched where every write to it can be seen.
+
+        That is not so where an empty one is filled by copying another into it whole, which is nobody's way with the ``members``
+        of a module, nor where the order of an ordered one changes.
+        """
         guard = MappingGuard(form, mapping, relevant, self._advanced.get(id(mapping), ()))
-        (self._watched if isinstance(mapping, dict) else self._polled).append(guard)  # type: ignore[attr-defined]
+        unseen = (type(mapping) is dict and not mapping and not members) or (
+            isinstance(mapping, OrderedDict) and OrderedDict.__len__(mapping) > 1
+        )
+        (self._watched if isinstance(mapping, dict) and not unseen else self._polled).append(guard)
         if enter:
             self._pending += [(form.format(key), value) for key, value in guard.expected.items()]
 
@@ -395,7 +407,7 @@ class GuardWalk:
                 held = attributes.get(members)
                 if isinstance(held, dict):
                     self._seen.add(id(held))
-                    self._mapping(form, held)
+                    self._mapping(form, held, members=True)
         for name, slot in slots_of(kind).items():
             if relevant is None or relevant(name):
                 self._slot(f"{path}.{name}", value, slot)

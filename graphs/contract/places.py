@@ -145,12 +145,9 @@ def write_mapping(container: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 
 def write_set(container: Any, content: Any) -> None:
-    """Make a set or bytearray hold ``content``."""
-    if isinstance(container, bytearray):
-        container[:] = content
-    else:
-        set.clear(container)
-        set.update(container, content)
+    """Make a set hold ``content``."""
+    set.clear(container)
+    set.update(container, content)
 
 
 def read_set(container: set[Any]) -> tuple[Any, ...]:
