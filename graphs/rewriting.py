@@ -113,7 +113,9 @@ def _unchanged(before: Sequence[Checkpoint | PythonState], advanced: Sequence[Co
         entries = [entry for state in before for entry in state.changed_entries()]
         changed = [path for path, container, key, *_ in entries if (id(container), key) not in counted]
     if changed:
-        raise passes.Unremovable("Python is left with a value that only the device knows", changed[0], remedy="Keep it in a tensor")
+        raise passes.Unremovable(
+            "Python is left with a value that only the device knows", changed[0], remedy="Keep it in a tensor"
+        )
 
 
 def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:

@@ -92,7 +92,9 @@ def _array_content(value: Any) -> tuple[Any, ...]:
 
 def numpy_bytes(value: Any) -> bytes:
     """The elements of an array, whatever a subclass makes of ``tobytes``."""
-    kind = next((base for base in type(value).__mro__ if base.__flags__ & IMMUTABLE_TYPE and "tobytes" in vars(base)), type(value))
+    kind = next(
+        (base for base in type(value).__mro__ if base.__flags__ & IMMUTABLE_TYPE and "tobytes" in vars(base)), type(value)
+    )
     return bytes(vars(kind)["tobytes"](value)) if "tobytes" in vars(kind) else bytes(value.tobytes())
 
 

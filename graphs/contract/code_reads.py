@@ -51,6 +51,7 @@ _WRITES = frozenset(
 )
 _SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
 _THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
+_OF_THE_KEY = ("grad", "inference", "autocast", "stack")  # modes, which belong to the key of a call
 _SETTINGS = ("get", "_get_", "are_deterministic_", "is_deterministic_", "isenabled")
 _CONTEXT = frozenset(("get", "set"))
 _NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
@@ -144,6 +145,7 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
         for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
             if isinstance(text, str) and len(text) < _LONGEST:
                 attributes.update(words_in(text))
+                names.update((text,) if "globals" in code.co_names and text.isidentifier() else ())
                 modules.update((text,) if "modules" in code.co_names or "import_module" in code.co_names else ())
     return frozenset(attributes), frozenset(names), frozenset(modules)
 
@@ -172,7 +174,7 @@ class _Observer:
             name = getattr(argument, "__name__", "")
             if name in _NAMES:
                 self._called(name, argument, frame)
-            elif name.startswith(_SETTINGS):
+            elif name.startswith(_SETTINGS) or (name.startswith("is_") and name.endswith("_enabled")):
                 self._asked(name, argument, frame)
             elif name == "initial_seed" and isinstance(argument.__self__, torch.Generator) and not _is_our_own(frame):
                 self.reads.settings[name] = argument
@@ -205,6 +207,8 @@ class _Observer:
 
     def _asked(self, name: str, function: Any, frame: types.FrameType) -> None:
         """Note a setting that the step asks for; what torch's own modules ask of torch belongs to the key of a call."""
+        if any(word in name for word in _OF_THE_KEY):
+            return
         module = str(getattr(function, "__module__", ""))
         of_process = module in ("sys", "gc") or module.startswith("torch") or getattr(function, "__self__", None) is torch._C
         asked = of_process and origin_of(frame.f_code.co_filename) in ("user", "library")

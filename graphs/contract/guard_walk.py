@@ -8,6 +8,7 @@ lie in, entries of dictionaries by the methods of ``dict``.
 
 from __future__ import annotations
 
+import abc
 import builtins
 import enum
 import functools
@@ -75,6 +76,10 @@ _LEAVES = frozenset(
     (*(kind for kind in LEAVES if kind is not enum.Enum), types.NotImplementedType, types.EllipsisType, range, slice)
 )
 _LOGGED = frozenset(("level", "disabled", "parent", "propagate", "manager"))
+_OF_FUNCTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__annotations__", "__module__"))
+_TABLES_OF_PYTHON = (type(os.environ),)
+_NOT_SETTINGS = frozenset(("modules", "path_importer_cache", "meta_path", "path_hooks", "stdout", "stderr", "stdin"))
+"""What the interpreter itself fills, and what is looked at by itself."""
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
 """Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
 _NOT_METHODS = frozenset(
@@ -147,7 +152,7 @@ class GuardWalk:
 
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for ways to tensors that the walk did not find: behind objects that no observed function names."""
-        guarded = {id(guard.mapping) for guard in (*self._watched, *self._polled) if isinstance(guard, MappingGuard)}
+        guarded = {id(g.mapping) for g in (*self._watched, *self._polled) if isinstance(g, (MappingGuard, NamesGuard))}
         ways = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in ways if isinstance(link.container, dict)}
         for identity, container in dicts.items():
@@ -207,7 +212,7 @@ class GuardWalk:
         )
         (self._watched if isinstance(mapping, dict) and not unseen else self._polled).append(guard)
         if enter:
-            self._pending += [(form.format(key), value) for key, value in guard.expected.items()]
+            self._pending += [(form.format(key), value) for key, value in guard.entries]
 
     def _globals(self) -> None:
         spaces: dict[int, tuple[dict[str, Any], set[str], set[str], bool]] = {}
@@ -221,7 +226,7 @@ class GuardWalk:
             missing.update(name for name in names if name not in space)
             guard = NamesGuard("{}", space, frozenset(names), self._advanced.get(id(space), ()))
             (self._polled if users else self._watched).append(guard)  # type: ignore[arg-type]
-            for name, value in guard.expected.items():
+            for name, value in guard.entries:
                 if isinstance(value, types.ModuleType):
                     self._module(name, value, frozenset(attributes), id(space), chained)
                 else:
@@ -240,16 +245,19 @@ class GuardWalk:
         """Guard what functions look up in a module that they know by name, and in the modules in it."""
         content = vars(module)
         origin = origin_of_module(module)
-        if (id(module), space) in chained or origin in ("python", "own"):
+        if (id(module), space) in chained or origin == "own":
             return
         chained.add((id(module), space))
         looked_up = frozenset(name for name in names if name in content and not name.startswith("__"))
+        if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
+            kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
+            looked_up = frozenset(kept - _NOT_SETTINGS)
         guard = NamesGuard(path + ".{}", content, looked_up)
         (self._polled if origin == "user" else self._watched).append(guard)  # type: ignore[arg-type]
-        for name, value in guard.expected.items():
+        for name, value in guard.entries:
             if isinstance(value, types.ModuleType):
                 self._module(f"{path}.{name}", value, names, space, chained)
-            elif origin != "torch":
+            elif origin != "torch" and (origin != "python" or isinstance(value, (list, dict, set))):
                 self._pending.append((f"{path}.{name}", value))
 
     def _visit(self, path: str, value: Any) -> None:
@@ -352,13 +360,13 @@ class GuardWalk:
         users = origin_of_code(code, function.__globals__) == "user"
         if users:
             self._codes.setdefault(id(code), (code, function.__globals__))
-            self._polled.append(FunctionGuard(path, function))
+            self._polled.append(FunctionGuard(path, function, sorted(_OF_FUNCTIONS & self._names)))
         if users or id(code) in self._codes:
             self._pending += [(f"{path}'s default", default) for default in function.__defaults__ or ()]
             if function.__kwdefaults__:
                 self._mapping(path + "'s default {}", function.__kwdefaults__)
-        if function.__dict__:
-            self._mapping(function.__name__ + ".{}", function.__dict__)
+        if users or function.__dict__:
+            self._mapping(function.__name__ + ".{}", function.__dict__, self._relevant if users else None)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             guard = CellGuard(name, cell)
             if users:
@@ -367,6 +375,10 @@ class GuardWalk:
 
     def _class(self, kind: type[Any]) -> None:
         self._pending.append((f"type({kind.__name__})", type(kind)))
+        if origin_of_type(kind) == "user":
+            self._polled.append(ValueGuard(f"{kind.__name__}.__mro__", functools.partial(type.__getattribute__, kind, "__mro__")))
+            if issubclass(type(kind), abc.ABCMeta):
+                self._polled.append(ValueGuard("abc.get_cache_token()", abc.get_cache_token, by_value=True))
         if issubclass(kind, enum.Enum):
             self._pending += [(f"{kind.__name__}.{member}", kind._member_map_[member]) for member in kind._member_map_]
         for base in type.__getattribute__(kind, "__mro__"):
@@ -383,7 +395,7 @@ class GuardWalk:
             )
             self._watched.append(guard)
             if origin_of_type(base) != "torch":
-                named = [(key, item) for key, item in guard.expected.items() if _is_code(item) or not key.startswith("__")]
+                named = [(key, item) for key, item in guard.entries if _is_code(item) or not key.startswith("__")]
                 self._pending += [(f"{base.__name__}.{key}", item) for key, item in named]
 
     def _object(self, path: str, value: Any) -> None:

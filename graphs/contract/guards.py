@@ -48,10 +48,13 @@ class Guard(Protocol):
 class MappingGuard:
     """Entries of a dictionary, or of the attributes of an object or class.
 
+    Keys and values are compared by identity, in order where all entries count: a key of the user's is never asked whether it
+    equals another.
+
     Args:
         form: the path of an entry, with ``{}`` for its key.
         mapping: the dictionary itself, so that looking at it runs nobody's code.
-        relevant: tells which keys the step can look up; entries under other keys may come and go.
+        relevant: tells which keys, texts then, the step can look up; entries under other keys may come and go.
         ignored: keys of values that the recording advances itself.
     """
 
@@ -64,25 +67,36 @@ class MappingGuard:
     ) -> None:
         self._form, self.mapping, self._relevant = form, mapping, relevant
         self._ignored = ignored
-        self.expected = {key: value for key, value in _items(mapping) if self._counts(key)}
+        self.entries = self._present()
         self._length = _length(mapping)
 
+    def _present(self) -> list[tuple[Any, Any]]:
+        return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
+
     def _counts(self, key: Any) -> bool:
-        return (self._relevant is None or self._relevant(key)) and key not in self._ignored
+        if self._relevant is not None and not self._relevant(key):
+            return False
+        return not self._ignored or not any(same(key, other) for other in self._ignored)
 
     def difference(self) -> Difference | None:
-        """The first entry that was exchanged, removed or added."""
-        now = {key: value for key, value in _items(self.mapping) if self._counts(key)}
-        for key, value in self.expected.items():
-            current = now.get(key, ABSENT)
+        """The first entry that was exchanged, removed or added, or stands in another place."""
+        now = self._present()
+        if self._relevant is not None:  # attributes: their order means nothing
+            now.sort(key=_first_of)
+            self.entries.sort(key=_first_of)
+        for (key, value), (other, current) in zip(self.entries, now, strict=False):
+            if not same(key, other):
+                kept = any(same(key, one) for one, _ in now)
+                path = self._form.format(_text_of_key(other if kept else key))
+                return Difference(path, *(("absent", text_of(current)) if kept else (text_of(value), "absent")))
             if current is not value and not same(current, value):
-                return Difference(self._form.format(key), text_of(value), text_of(current))
-        added = next((key for key in now if key not in self.expected), ABSENT)
-        if added is not ABSENT:
-            return Difference(self._form.format(added), text_of(ABSENT), text_of(now[added]))
-        if self._relevant is None and not all(map(same, now, self.expected)):
-            return Difference(self._form.format("..."), "in one order", "in another order, or under other keys")
-        self.expected, self._length = now, _length(self.mapping)
+                return Difference(self._form.format(_text_of_key(key)), text_of(value), text_of(current))
+        if len(now) != len(self.entries):
+            longer, absent = (now, True) if len(now) > len(self.entries) else (self.entries, False)
+            key, value = longer[min(len(now), len(self.entries))]
+            texts = ("absent", text_of(value)) if absent else (text_of(value), "absent")
+            return Difference(self._form.format(_text_of_key(key)), *texts)
+        self.entries, self._length = now, _length(self.mapping)
         return None
 
     def _unchanged(self) -> bool:
@@ -90,38 +104,45 @@ class MappingGuard:
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every entry by identity, and the length, which tells of new ones."""
-        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType):
+        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType) or (self._ignored and self._relevant is None):
             yield f"{bind(self._unchanged)}()"
             return
         name = bind(self.mapping)
         yield f"len({name}) == {self._length}" if self._length else f"not {name}"
-        if self._relevant is None and self.expected:
-            yield f"{bind(_all_identical)}({name}, {bind(list(self.expected))})"
-        for key, value in self.expected.items():
-            yield f"{name}[{_key_text(key, bind)}] is {bind(value)}"
+        if self._relevant is not None:
+            yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.entries)
+        elif self.entries:
+            yield f"{bind(_all_identical)}({name}, {bind([key for key, _ in self.entries])})"
+            yield f"{bind(_all_identical)}({name}.values(), {bind([value for _, value in self.entries])})"
 
 
-class NamesGuard(MappingGuard):
+class NamesGuard:
     """Names of a Python module that functions look up; a name that is missing there is one of the builtins."""
 
     def __init__(self, form: str, mapping: dict[str, Any], names: frozenset[str], ignored: Collection[Any] = ()) -> None:
-        super().__init__(form, mapping, names.__contains__, ignored)
+        self._form, self.mapping = form, mapping
+        self._expected = {name: mapping[name] for name in sorted(names) if name in mapping and name not in ignored}
         self._missing = sorted(name for name in names if name not in mapping and name not in ignored)
+
+    @property
+    def entries(self) -> list[tuple[str, Any]]:
+        """Names and what they meant."""
+        return list(self._expected.items())
 
     def difference(self) -> Difference | None:
         """The first name that means something else."""
-        for key, value in self.expected.items():
+        for key, value in self._expected.items():
             current = self.mapping.get(key, ABSENT)
             if current is not value and not same(current, value):
                 return Difference(self._form.format(key), text_of(value), text_of(current))
-            self.expected[key] = current
+            self._expected[key] = current
         added = next((name for name in self._missing if name in self.mapping), None)
         return Difference(self._form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every name by identity; other names of the module do not matter."""
         name = bind(self.mapping)
-        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.expected.items())
+        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self._expected.items())
         yield from (f"{key!r} not in {name}" for key in self._missing)
 
 
@@ -249,17 +270,20 @@ class CellGuard:
 
 
 class FunctionGuard:
-    """The code and the defaults of a function, which may be exchanged while the function stays what it is."""
+    """The code and the defaults of a function, which may be exchanged while the function stays what it is.
 
-    _PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+    Args:
+        also: further attributes that Python keeps of it (``__doc__``, ``__name__``) and that the step looks up.
+    """
 
-    def __init__(self, path: str, function: types.FunctionType) -> None:
+    def __init__(self, path: str, function: types.FunctionType, also: Iterable[str] = ()) -> None:
         self._path, self._function = path, function
-        self._values = [getattr(function, part) for part in self._PARTS]
+        self._parts = ["__code__", "__defaults__", "__kwdefaults__", *also]
+        self._values = [getattr(function, part) for part in self._parts]
 
     def difference(self) -> Difference | None:
         """The part that was exchanged."""
-        for part, value in zip(self._PARTS, self._values, strict=True):
+        for part, value in zip(self._parts, self._values, strict=True):
             now = getattr(self._function, part)
             if now is not value:
                 return Difference(f"{self._path}.{part}", text_of(value), text_of(now))
@@ -268,7 +292,7 @@ class FunctionGuard:
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Each part by identity."""
         name = bind(self._function)
-        yield from (f"{name}.{part} is {bind(value)}" for part, value in zip(self._PARTS, self._values, strict=True))
+        yield from (f"{name}.{part} is {bind(value)}" for part, value in zip(self._parts, self._values, strict=True))
 
 
 class Guards:
@@ -286,7 +310,7 @@ class Guards:
             once = [guard for guard in self._watched if not isinstance(guard, TypeGuard)]  # of libraries: too many to ask
             self._watched, self._polled = [], [*once, *self._polled]
         for guard in self._watched:
-            if isinstance(guard, MappingGuard) and isinstance(guard.mapping, dict) and self._watch is not None:
+            if isinstance(guard, (MappingGuard, NamesGuard)) and isinstance(guard.mapping, dict) and self._watch is not None:
                 self._watch.watch(guard.mapping)
         self._seen = self._watch.changes() if self._watch is not None else 0
         self._all_hold = _expression(self._polled)
@@ -349,8 +373,13 @@ def _length(mapping: Mapping[Any, Any]) -> int:
     return dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
 
 
-def _key_text(key: Any, bind: Bind) -> str:
-    return repr(key) if type(key) in (str, int) else bind(key)
+def _first_of(entry: tuple[Any, Any]) -> Any:
+    return entry[0]
+
+
+def _text_of_key(key: Any) -> Any:
+    """A key as a path shows it; one of the user's is not asked for its text."""
+    return key if type(key) in (str, int, bool, float) else f"a {type(key).__name__}"
 
 
 def _content(cell: types.CellType) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import math
 import types
 from collections.abc import Callable, Iterable
@@ -170,10 +169,9 @@ def same(a: Any, b: Any) -> bool:
     return False
 
 
-@functools.cache
 def _is_plain(kind: type[Any]) -> bool:
     """Whether values of a class are compared by Python's or torch's own code."""
-    compares = next(base for base in kind.__mro__ if "__eq__" in vars(base))
+    compares = next(base for base in type.__getattribute__(kind, "__mro__") if "__eq__" in vars(base))
     return bool(compares.__flags__ & IMMUTABLE_TYPE)
 
 
