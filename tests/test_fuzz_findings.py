@@ -180,3 +180,22 @@ PAIRS += (((0, 1, 1, 0), (0, 1, 0, 0)), ((0, 0, 0, 0), (0, 1, 0, 0)), ((1, 1, 0,
 def test_rows_that_do_not_fit_are_refused_as_in_eager(how: str) -> None:
     calls = [(noise(i, 4, 2), flags(*m), flags(*k)) for i, (m, k) in enumerate((*PAIRS, *PAIRS))]
     assert_like_eager(lambda: Assigns(how), calls, lambda model: model.kept, replays=2)
+
+
+class Exchanges(nn.Module):
+    """Gives a parameter other memory in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("kept", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.add_(x)
+        self.weight.data = self.kept.flip(0)
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_a_parameter_that_gets_other_memory_in_each_step_has_it(mode: Callable[[], Any]) -> None:
+    assert_like_eager(Exchanges, [(noise(i, 3),) for i in range(6)], lambda model: model.weight.tolist(), mode)
