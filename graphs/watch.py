@@ -51,7 +51,7 @@ from graphs.errors import (
     UnsupportedTensor,
 )
 from graphs.fast_paths import unnoticed
-from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
+from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
 from passes import Place, user_place
 from passes.composites import Calls, called, run, taken_apart
 
@@ -162,6 +162,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.before = before
+        self.grad = GradWrites(torch.is_grad_enabled())  # the caller's mode; a step runs without
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
@@ -292,7 +293,11 @@ class _Watch(TorchDispatchMode):
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
-        for tensor in written_tensors(func, args, kwargs):
+        written = written_tensors(func, args, kwargs)
+        if self.grad.refused(func, tensors, written):
+            detail = "in grad mode autograd refuses to write this tensor, or to write to it from one that requires a gradient"
+            trace.found(AutogradInput(detail, operator=str(func), site=operation.site), self.asked)
+        for tensor in written:
             saved = self.before is not None and storage_id(tensor) in self.before.written
             if self._origin(tensor)[0] != "operation" and not saved:
                 trace.written.save(tensor)
@@ -306,6 +311,7 @@ class _Watch(TorchDispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
+        self.grad.made(self.trace.operations[index].func, tensors, tensors_in(result))
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
@@ -368,6 +374,8 @@ class _Conversions(Calls):
         kwargs = kwargs or {}
         if self.grad_mode and func in GRAD_PROPERTIES:
             self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
+        if func is torch._C._set_grad_enabled:
+            self.watch.grad.switched(args[0], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         elif func in SPLITS and any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):

@@ -180,3 +180,60 @@ PAIRS += (((0, 1, 1, 0), (0, 1, 0, 0)), ((0, 0, 0, 0), (0, 1, 0, 0)), ((1, 1, 0,
 def test_rows_that_do_not_fit_are_refused_as_in_eager(how: str) -> None:
     calls = [(noise(i, 4, 2), flags(*m), flags(*k)) for i, (m, k) in enumerate((*PAIRS, *PAIRS))]
     assert_like_eager(lambda: Assigns(how), calls, lambda model: model.kept, replays=2)
+
+
+class Exchanges(nn.Module):
+    """Gives a parameter other memory in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("kept", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.add_(x)
+        self.weight.data = self.kept.flip(0)
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_a_parameter_that_gets_other_memory_in_each_step_has_it(mode: Callable[[], Any]) -> None:
+    assert_like_eager(Exchanges, [(noise(i, 3),) for i in range(6)], lambda model: model.weight.tolist(), mode)
+
+
+class WritesInGradMode(nn.Module):
+    """Writes what autograd refuses to have written, or what it allows."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("kept", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "out":
+            torch.add(x, self.weight * 2, out=self.kept)
+        elif self.how == "leaf":
+            self.weight.mul_(2)
+        elif self.how == "view":
+            self.weight[:2].mul_(2)
+        elif self.how == "behind":
+            with torch.no_grad():
+                self.kept.add_(1)
+            with torch.set_grad_enabled(False):
+                self.kept.add_(1)
+            self.weight.mul_(2)
+        else:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+                torch.add(x, self.weight, out=self.kept)
+        return x * 2
+
+
+@pytest.mark.parametrize("how", ["out", "leaf", "view", "behind", "inside"])
+def test_a_write_that_autograd_refuses_is_refused_in_grad_mode(how: str) -> None:
+    calls = [(noise(i, 3),) for i in range(5)]
+    state = lambda model: (model.weight.tolist(), model.kept.tolist())  # noqa: E731
+    for mode in (torch.enable_grad, torch.no_grad):
+        replays = 4 if how == "inside" or mode is torch.no_grad else 0
+        assert_like_eager(lambda: WritesInGradMode(how), calls, state, mode, replays)

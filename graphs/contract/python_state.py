@@ -215,7 +215,7 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and has_storage(item) and not item.is_inference():
+            if self._tensors and has_storage(item):
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 
