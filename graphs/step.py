@@ -108,7 +108,13 @@ class Step:
 
     def containers(self) -> list[tuple[str, Any]]:
         """Lists and dicts among the arguments, which a step may fill."""
-        return [*_containers("argument", self.args), *_containers("argument", tuple(self.kwargs.values()))]
+        return [*containers(self.args, self.kwargs)]
+
+
+def containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Lists and dicts among the arguments of a call, with the names to call them by."""
+    yield from _containers("argument", args)
+    yield from _containers("argument", tuple(kwargs.values()))
 
 
 def _containers(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -94,26 +94,15 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     origin = Checkpoint(step)
     reads = CodeReads()
     output, trace = first_run(step, origin, reads)
-    changed, counters = origin.differences(), origin.counters()
-    lasting = next((change for change in changed if change.lasting), None)
-    if lasting is not None:
-        raise Refused(output, [*trace.findings, _changing(lasting)], None)
-    if trace.findings and not (step.passes and is_removable(trace.findings)):
-        raise Refused(output, trace.findings, origin.restore)
-    if reads.refusals:
-        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
-    incomparable = GuardWalk(reads, step.roots()).incomparable
-    if incomparable:
-        raise Refused(output, incomparable, None)
-    if not origin.python.complete:
-        refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
-        raise Refused(output, [refusal], origin.restore)
-    after = Checkpoint(step, trace)
-    adopt_returned(trace, output, after.python)
-    unseen = unobserved(trace, output)
-    if unseen is not None:
-        raise Refused(output, [unseen], origin.restore)
-    step.held = after.python.holds
+    try:
+        after, changed, counters = _examined(step, origin, reads, output, trace)
+    except (Deferred, Refused):
+        raise
+    except Exception as error:
+        raise Refused(output, [internal_error(error)], origin.restore) from error
+    except BaseException:  # an interrupt: the call has not taken place
+        origin.restore()
+        raise
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
         initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
@@ -151,6 +140,37 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
     entry.capture_seconds = time.perf_counter() - started
     return entry
+
+
+def _examined(
+    step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: Trace
+) -> tuple[Checkpoint, list[Difference], list[Counter] | None]:
+    """What run A left: the state after it, what it changed of Python, and which of that are advancing numbers.
+
+    Raises:
+        Deferred, Refused: what was seen of the run alone stands in the way of a recording.
+    """
+    changed, counters = origin.differences(), origin.counters()
+    lasting = next((change for change in changed if change.lasting), None)
+    if lasting is not None:
+        raise Refused(output, [*trace.findings, _changing(lasting)], None)
+    if trace.findings and not (step.passes and is_removable(trace.findings)):
+        raise Refused(output, trace.findings, origin.restore)
+    if reads.refusals:
+        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
+    incomparable = GuardWalk(reads, step.roots()).incomparable
+    if incomparable:
+        raise Refused(output, incomparable, None)
+    if not origin.python.complete:
+        refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
+        raise Refused(output, [refusal], origin.restore)
+    after = Checkpoint(step, trace)
+    adopt_returned(trace, output, after.python)
+    unseen = unobserved(trace, output)
+    if unseen is not None:
+        raise Refused(output, [unseen], origin.restore)
+    step.held = after.python.holds
+    return after, changed, counters
 
 
 def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
