@@ -29,6 +29,7 @@ from graphs.errors import (
     NestedCapture,
     Refusal,
     RowsInteract,
+    Site,
     TooManyKeys,
     UnsupportedArgument,
 )
@@ -46,6 +47,7 @@ _recording = trial_lock
 _MAX_DEFERRALS = 3
 _MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
 _PATIENCE = 4 * _MAX_WAYS  # calls that none of them could serve, before a step that mostly goes other ways is given up
+_SHOWN = 4  # lines that a refusal for too many ways names
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -83,6 +85,15 @@ class _Outdated(NamedTuple):
         path, before, after = self.change.path, self.change.before, self.change.after
         kind = MovedStaticTensor if after.startswith("tensor(") else ChangingValue
         return kind(f"{path} was {before} when recorded and is {after} now", operator=path)
+
+
+def _many_ways(ways: list[Entry]) -> ManyWays:
+    """The refusal for a call that takes none of the recorded ways; it names the lines that decide."""
+    lines = list(dict.fromkeys(line for way in ways for line in getattr(way.substitute, "decided_at", ())))
+    also = ", ".join(f"{file.rpartition('/')[2]}:{line}" for file, line in lines[1:_SHOWN])
+    detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
+    detail += f"; {also} and others decide too" if len(lines) > _SHOWN else f"; {also} decides too" if also else ""
+    return ManyWays(detail, operator="branch", site=Site.at(lines[0]) if lines else None)
 
 
 class Recordings:
@@ -269,8 +280,7 @@ class Recordings:
                     return entry.template.fill(produced, call.tensors, call.opaques)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
-            detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
-            refusal = ManyWays(detail, operator="branch")
+            refusal = _many_ways(ways)
             if len(ways) < _MAX_WAYS:
                 return self._unknown(call, args, kwargs, beside=broken)
             broken.group.broken += 1
@@ -465,10 +475,11 @@ class Recordings:
             self._drop(entry)
             refusal = why.refusal
             if refusal is not None:
-                self.ledger.refused(refusal, outcome="the step is recorded anew")
                 self.attempts[call.signature] += entry.replays < _OFTEN
                 if self.attempts[call.signature] > 1:
-                    self._remember(call, [refusal])
+                    self._remember(call, [refusal])  # which this call is counted under
+                else:
+                    self.ledger.refused(refusal, outcome="the step is recorded anew")
         return self._serve(args, kwargs)
 
     def _drop(self, entry: Entry) -> None:
@@ -488,14 +499,14 @@ class Recordings:
             raise mismatch
 
     def _count(self, refusals: list[Refusal]) -> None:
-        """Count the reasons of one eager call, or raise the first in strict mode."""
+        """Count one eager call under its first reason, or raise that in strict mode; the others are reported beside it."""
         internal = next((refusal for refusal in refusals if isinstance(refusal, InternalError)), None)
         if internal is not None and internal.error is not None and self.config.raise_internal:
             raise StepRaised(internal.error)
         if self.config.strict:
             raise refusals[0]
-        for refusal in refusals:
-            self.ledger.refused(refusal)
+        for index, refusal in enumerate(refusals):
+            self.ledger.refused(refusal, calls=int(index == 0))
         self.ledger.eager_calls += 1
 
     def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:

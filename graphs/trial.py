@@ -44,8 +44,9 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
-from graphs.failures import RaisedWatched, StepRaised, internal_error
+from graphs.failures import RaisedWatched, StepRaised, internal_error, raised_at
 from graphs.judge import Rerun, candidate_difference
+from graphs.lines import lines_of_results, with_line
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.proof import Proof, prove, unmerged
@@ -57,6 +58,7 @@ from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
+_RUNS_AGAIN = "a step is run a few times from one state before it is recorded: change what this line does in a later run"
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
@@ -123,6 +125,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     except Refusal as refusal:
         after.restore()
+        refusal = with_line(refusal, trace)
         passed = step.passes and is_removable([refusal])  # of all that passes are for, this is what they could not remove
         others = [f for f in trace.findings if f.signature != refusal.signature and not (passed and is_removable([f]))]
         raise Refused(output, [refusal, *others], origin.restore) from refusal
@@ -220,7 +223,7 @@ def _compare_consecutive(
     if changes:
         return "", counters or []
     if error is not None:
-        raise CaptureFailed(f"a second run of the step raised {type(error).__name__}: {error}") from error
+        raise _raised("a second run of the step", error) from error
     if changed:
         return changed[0].path, []
     if refusal is not None:
@@ -362,6 +365,7 @@ def _stand_in_run(
         raise refusal
     externals = list(trace.externals.values())
     template = step.template(result, stand_ins, externals)[0]
+    first.made_at = lines_of_results(trace, template.tensors(result), first)
     exact = step.template(output, step.call.tensors, list(first.externals.values()))[0]
     refusal = compare_templates(exact.structure, template.structure, arguments=False)
     if refusal is not None:
@@ -486,8 +490,14 @@ def _guarded(step: Step, run: Callable[[], Any]) -> Any:
     except Exception as error:
         text = f"raised {type(error).__name__}: {error}"
         if step.rows is None:
-            raise CaptureFailed(f"a warm-up run of the step {text}") from error
+            raise _raised("a warm-up run of the step", error) from error
         raise RowsInteract(f"a run with {step.rows} rows {text}") from error
+
+
+def _raised(run: str, error: Exception) -> CaptureFailed:
+    """The refusal for a step that raises when it runs once more, with the line that does."""
+    detail = f"{run} raised {type(error).__name__}: {error}".splitlines()[0]
+    return CaptureFailed(detail, operator=type(error).__name__, site=raised_at(error), remedy=_RUNS_AGAIN)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -540,7 +550,7 @@ def _verify_first_replay(
     produced = seen(entry.recording.replay(tensors, rows))
     found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
-        raise VerifyMismatch(found[1], operator=found[0])
+        raise VerifyMismatch(f"{found[1]} in the first replay of the recording", operator=found[0])
 
 
 def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_ins: list[Tensor]) -> None:

@@ -130,6 +130,7 @@ class Trace:
         generators: generators named explicitly by an operator, with the states they had.
         checksums: of each external when it was first seen.
         origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
+        made_at: the lines that made each output and wrote each tensor, by what a mismatch calls them; filled by the trial.
         storages: what keeps identities of storages that are gone from being those of new ones.
     """
 
@@ -144,6 +145,7 @@ class Trace:
     checksums: dict[int, Tensor] = field(default_factory=dict)
     origins: dict[int, tuple[str, int]] = field(default_factory=dict)
     storages: list[StorageWeakRef] = field(default_factory=list)
+    made_at: dict[str, Site] = field(default_factory=dict)
 
     def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""
