@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 
 import torch
@@ -48,7 +49,18 @@ def raised_at(error: BaseException) -> Site:
     return Site.at(frames[-1]) if frames else Site()
 
 
-def internal_error(error: Exception) -> InternalError:
+def is_interrupt(error: BaseException) -> bool:
+    """Whether what was raised came from outside of the step: a `KeyboardInterrupt`, or raised by a signal's handler."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    if isinstance(error, Exception):
+        return False
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def internal_error(error: BaseException) -> InternalError:
     """The refusal for ``error``, which nothing here expected."""
     return InternalError(_text(error), error=error, operator=_place(error))
 

@@ -7,7 +7,6 @@ warm-up and the recording run the graph.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 
 import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
-from graphs.contract.counters import Counter, Counters
+from graphs.contract.counters import Counters
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
@@ -102,24 +101,6 @@ def traced(
     if counters is not None:
         counters.advance = module.meta["advance"]
     return module, module.meta["structure"]
-
-
-def _unchanged(before: Sequence[Checkpoint | PythonState], advanced: Sequence[Counter]) -> None:
-    """That the traced step left Python as it was, but for numbers that the graph advances.
-
-    The eager run did. What differs, then, is a host value that happened to be there already, and is another at the next call.
-
-    Raises:
-        passes.Unremovable: it names the attribute.
-    """
-    counted = {(id(counter.container), counter.key) for counter in advanced}
-    with torch._C.DisableTorchFunction():
-        entries = [entry for state in before for entry in state.changed_entries()]
-        changed = [path for path, container, key, *_ in entries if (id(container), key) not in counted]
-    if changed:
-        raise passes.Unremovable(
-            "Python is left with a value that only the device knows", changed[0], remedy="Keep it in a tensor"
-        )
 
 
 def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:

@@ -44,7 +44,7 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
-from graphs.failures import RaisedWatched, StepRaised, internal_error, raised_at
+from graphs.failures import RaisedWatched, StepRaised, internal_error, is_interrupt, raised_at
 from graphs.judge import Rerun, candidate_difference
 from graphs.lines import lines_of_results, with_line
 from graphs.measure import time_call
@@ -129,12 +129,12 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         passed = step.passes and is_removable([refusal])  # of all that passes are for, this is what they could not remove
         others = [f for f in trace.findings if f.signature != refusal.signature and not (passed and is_removable([f]))]
         raise Refused(output, [refusal, *others], origin.restore) from refusal
-    except Exception as error:  # whatever else a recording meets, the user gets the eager result and the reason
+    except BaseException as error:  # whatever else a recording meets, the user gets the eager result and the reason
+        if is_interrupt(error):  # then the call has not taken place
+            origin.restore()
+            raise
         after.restore()
         raise Refused(output, [internal_error(error)], origin.restore) from error
-    except BaseException:  # an interrupt: the call has not taken place
-        origin.restore()
-        raise
     start.restore()
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
@@ -177,23 +177,26 @@ def _examined(
 
 
 def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
-    """Run A, from ``origin``, which covers it then, with what its Python asks for. What it raises leaves no trace.
+    """Run A, from ``origin``, which covers it then, with what its Python asks for. An exception it raises leaves no trace.
 
     Raises:
-        RaisedWatched: the step raised.
-        StepRaised: and what it did cannot be undone: that was the call.
+        RaisedWatched: the step raised an exception.
+        StepRaised: and what it did cannot be undone, or it raised what no `except Exception` takes for a failure (`SystemExit`):
+            that was the call.
+        KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     trace = Trace()
     try:
         output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
         origin.covers(trace)
-        if isinstance(error, Exception) and any(change.lasting for change in origin.differences()):
+        if is_interrupt(error):
+            origin.restore()
+            raise
+        if not isinstance(error, Exception) or any(change.lasting for change in origin.differences()):
             raise StepRaised(error) from None
         origin.restore()
-        if isinstance(error, Exception):
-            raise RaisedWatched(error) from error
-        raise
+        raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
 
@@ -241,12 +244,14 @@ def _compare_consecutive(
 
 def _again(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace
-) -> tuple[Trace, list[Difference], Exception | None, Any, list[Counter] | None]:
+) -> tuple[Trace, list[Difference], BaseException | None, Any, list[Counter] | None]:
     start.restore()
     trace, result, error = Trace(), None, None
     try:
         result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
-    except Exception as raised:  # the user's step may fail in its second run; the caller looks for the reason
+    except BaseException as raised:  # the user's step may fail in its second run; the caller looks for the reason
+        if is_interrupt(raised):
+            raise
         error = raised
     changes, counters = start.differences(), start.counters()
     start.restore()
@@ -487,7 +492,9 @@ def _guarded(step: Step, run: Callable[[], Any]) -> Any:
     """``run()``; a step may well refuse a padded batch, and then it is recorded at its exact sizes."""
     try:
         return run()
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         text = f"raised {type(error).__name__}: {error}"
         if step.rows is None:
             raise _raised("a warm-up run of the step", error) from error

@@ -30,14 +30,20 @@ def scribble(x: Tensor, board: Tensor) -> Tensor:
     return x + 1
 
 
-hidden = ctypes.c_int(0)  # memory that no walk over Python objects sees
+MEMORY = ctypes.c_int(0)
+ADDRESS = ctypes.addressof(MEMORY)
+
+
+def hidden() -> ctypes.c_int:
+    """A number in memory that no walk over Python objects sees: at an address that only this function knows."""
+    return ctypes.c_int.from_address(ADDRESS)
 
 
 @torch.library.custom_op("refusal_tests::count", mutates_args=())
 def count(x: Tensor) -> Tensor:
     """Depends on a number that nobody can see."""
-    hidden.value += 1
-    return x + hidden.value
+    hidden().value += 1
+    return x + hidden().value
 
 
 board = torch.zeros(3)
@@ -119,8 +125,8 @@ def unrepeatable(x: Tensor) -> Tensor:
 
 
 def failing_when_repeated(x: Tensor) -> Tensor:
-    hidden.value += 1
-    if hidden.value == 2:
+    hidden().value += 1
+    if hidden().value == 2:
         raise ValueError("not again")  # here
     return x * 2
 
@@ -153,8 +159,8 @@ def split_by_a_tensor(x: Tensor) -> Tensor:
 
 
 def differently_called(x: Tensor) -> Tensor:
-    hidden.value += 1
-    return x * 2 if hidden.value % 2 else x + x  # here
+    hidden().value += 1
+    return x * 2 if hidden().value % 2 else x + x  # here
 
 
 @dataclass
@@ -211,7 +217,7 @@ def over(cases: list[tuple[Case, str]]) -> Any:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    hidden.value = 0
+    hidden().value = 0
     board.zero_()
 
 
@@ -361,7 +367,7 @@ def test_every_faulty_line_of_a_step_is_reported() -> None:
 
 
 def fault_in_a_library(x: Tensor) -> Tensor:
-    return x * torch.functional.norm(x).item() if hidden.value else nn.functional.dropout(x, float(x.sum() > 9))  # here
+    return x * torch.functional.norm(x).item() if hidden().value else nn.functional.dropout(x, float(x.sum() > 9))  # here
 
 
 def test_a_fault_is_placed_at_the_users_line_above_a_library() -> None:
