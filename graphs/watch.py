@@ -58,7 +58,7 @@ from passes.composites import Calls, called, run, taken_apart
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
-_VERSION = Tensor._version.__get__
+_VERSION = getattr(Tensor, "_version").__get__  # noqa: B009  # its stub is a number
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 

@@ -21,7 +21,7 @@ from graphs.contract.raw_access import IMMUTABLE_TYPE, attributes_of, class_attr
 SMALL = 1 << 24
 """Bytes of a buffer that are compared at each call."""
 GETTERS = (operator.attrgetter, operator.methodcaller, operator.itemgetter)
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 
 

@@ -65,6 +65,7 @@ from graphs.contract.raw_access import (
 from graphs.errors import Refusal, UnguardedRead
 
 Tensor = torch.Tensor
+_GRADIENT: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
 _LIMIT = 200_000  # objects
 _NOT_ENTERED = (
     *(types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType),
@@ -294,7 +295,7 @@ class GuardWalk:
         if id(tensor) not in self._placed:
             self._polled.append(ValueGuard(path, functools.partial(_form_of, tensor), by_value=True))
         if "grad" in self._names:
-            self._polled.append(ValueGuard(f"{path}.grad", functools.partial(Tensor.grad.__get__, tensor)))
+            self._polled.append(ValueGuard(f"{path}.grad", functools.partial(_GRADIENT, tensor)))
 
     def _container(self, path: str, value: Any) -> None:
         """Lists, dictionaries and the like, which may have attributes too; and all other objects."""

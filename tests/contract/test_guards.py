@@ -169,7 +169,7 @@ def attribute_by_partial() -> Value:
 
 def attribute_in_a_format() -> Value:
     held = Holder()
-    return Value(lambda x: x * float("{0.scale}".format(held)), lambda: setattr(held, "scale", 2.0))  # noqa: UP032
+    return Value(lambda x: x * float("{0.scale}".format(held)), lambda: setattr(held, "scale", 2.0))  # noqa: UP030, UP032
 
 
 def attribute_by_getattr_of_the_class() -> Value:
