@@ -501,7 +501,7 @@ def _guarded(step: Step, run: Callable[[], Any]) -> Any:
         raise RowsInteract(f"a run with {step.rows} rows {text}") from error
 
 
-def _raised(run: str, error: Exception) -> CaptureFailed:
+def _raised(run: str, error: BaseException) -> CaptureFailed:
     """The refusal for a step that raises when it runs once more, with the line that does."""
     detail = f"{run} raised {type(error).__name__}: {error}".splitlines()[0]
     return CaptureFailed(detail, operator=type(error).__name__, site=raised_at(error), remedy=_RUNS_AGAIN)

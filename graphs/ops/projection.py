@@ -120,7 +120,7 @@ class GroupedProjection(nn.Module):
     def _whole_weight(self) -> Tensor:
         """The weight in bfloat16, ``[G, N, K]``: held, or made of FP8 blocks."""
         held = getattr(self, BUFFERS["einsum"][0], None)
-        return held if held is not None else weights.widened(self.weight_blocks, self.scale_blocks)
+        return held if held is not None else weights.widened(self.weight_blocks, self.scale_blocks)  # type: ignore[arg-type]
 
     @property
     def memory(self) -> dict[str, int]:
