@@ -160,10 +160,10 @@ class MovedStaticTensor(Refusal):
 
 
 class MixedDevices(Refusal):
-    """Tensor arguments live on more than one device."""
+    """Tensor arguments live on more than one device, and are no small host tensors that a recording takes in."""
 
     reason = "mixed-devices"
-    remedy = "move every tensor argument to the device of the model before the call"
+    remedy = "move every tensor argument to the device of the model before the call, but for small host tensors"
 
 
 class AutogradInput(Refusal):

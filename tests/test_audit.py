@@ -405,3 +405,25 @@ def test_the_command_prints_a_table(in_a_module: Callable[..., str]) -> None:
 def test_the_command_prints_json(in_a_module: Callable[..., str], tmp_path: Path) -> None:
     (one,) = Audit.from_json(in_a_module("--json")).findings
     assert (one.kind, one.file, one.line) == ("data-dependent-branch", str(tmp_path / "steps_to_audit.py"), 6)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * x.sum().item()  # times
+
+
+def reshaped(x: Tensor) -> Tensor:
+    return torch.ones(12).view(int(x[0].abs()) + 1, -1)  # reshaped
+
+
+@pytest.mark.parametrize(("model", "marker"), [(scaled, "times"), (reshaped, "reshaped")])
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_an_audit_promises_what_a_capture_keeps(model: Callable[..., Any], marker: str) -> None:
+    x = torch.tensor([1.0, 5.0, 2.0])
+    found = audit(model, x)
+    step = graphs.capture(model)
+    step(x)
+    refused = {(refusal.file, refusal.line) for refusal in step.report().refusals}
+    for one in at(found, marker):
+        assert bool(one.passes) == ((one.file, one.line) not in refused)
+        assert one.passes or "no pass takes it here" in one.cure
+    assert at(found, marker) and bool(refused) == (model is reshaped)

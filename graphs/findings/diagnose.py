@@ -20,6 +20,7 @@ from graphs.errors import (
     UnsupportedOperator,
     UnsupportedOutput,
 )
+from graphs.findings.asked import kept_promises
 from graphs.findings.changes import change_findings, changed_reads
 from graphs.findings.cures import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE, UNKNOWN, UNSUPPORTED
 from graphs.findings.observe import Observation, Run
@@ -41,6 +42,7 @@ def diagnose(seen: Observation) -> Audit:
     found = [*_read_findings(seen), *refusals, *changes, *_outcome_findings(seen)]
     places = _places(seen)
     found.sort(key=lambda one: _place(one, places))
+    found = kept_promises(seen, found)
     device = seen.step.device
     cost = "host waits" if device.type == "cuda" else "time of calls"
     return Audit(str(device), len(seen.runs[-1].trace.operations), len(seen.runs), cost, tuple(found))
