@@ -51,9 +51,15 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
             module, structure = traced(step, trace, tensors, counters, merge=merge)
+        except passes.Unremovable as error:  # of the step as it goes, which another attempt would trace again
+            reason = error
+            break
+        try:
             return RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
         except passes.Unremovable as error:
             reason = error
+        if not module.meta["merged"]:
+            break
     raise refusal_of(reason, trace) from reason
 
 
@@ -113,7 +119,9 @@ def _unchanged(before: Sequence[Checkpoint | PythonState], advanced: Sequence[Co
         entries = [entry for state in before for entry in state.changed_entries()]
         changed = [path for path, container, key, *_ in entries if (id(container), key) not in counted]
     if changed:
-        raise passes.Unremovable("Python is left with a value that only the device knows", changed[0], remedy="Keep it in a tensor")
+        raise passes.Unremovable(
+            "Python is left with a value that only the device knows", changed[0], remedy="Keep it in a tensor"
+        )
 
 
 def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:

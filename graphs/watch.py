@@ -479,7 +479,8 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
 def watch_again(fn: Callable[[], Any], arguments: list[Tensor], before: Trace) -> tuple[Any, Trace]:
     """Watch another run of a step; what it writes beyond what ``before`` saved is put back, also when it raises.
 
-    So are generators that it draws from and ``before`` did not. `Trace.written` tells what was written. What ``before`` saved is the caller's to restore.
+    So are generators that it draws from and ``before`` did not. `Trace.written` tells what was written. What ``before`` saved
+    is the caller's to restore.
     """
     trace = Trace()
     try:
