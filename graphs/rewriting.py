@@ -51,9 +51,15 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
             module, structure = traced(step, trace, tensors, counters, merge=merge)
+        except passes.Unremovable as error:  # of the step as it goes, which another attempt would trace again
+            reason = error
+            break
+        try:
             return RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
         except passes.Unremovable as error:
             reason = error
+        if not module.meta["merged"]:
+            break
     raise refusal_of(reason, trace) from reason
 
 

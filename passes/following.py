@@ -108,6 +108,7 @@ class Follow(TorchDispatchMode):
         self.forks = forks
         self.facts, self.loops = facts, loops
         self.reads = Reads(reads)
+        self.raised: Unremovable | None = None  # for the step's own lines may catch what tracing raises
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         whole = taken_apart(self, func, args, kwargs or {})
@@ -117,7 +118,12 @@ class Follow(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
-        result = run(func, args, kwargs)
+        try:
+            result = run(func, args, kwargs)
+        except Exception as error:
+            detail = f"it raises {type(error).__name__} while the step is traced, which the step catches"
+            self.raised = self.raised or Unremovable(detail, str(func), user_site())
+            raise
         self._mark(place.site)
         self._forget_offsets(result, (args, kwargs))
         if func is aten.nonzero.default and isinstance(args[0].numel(), int):

@@ -40,12 +40,18 @@ def trace_step(
         restore: puts Python back to what it was before the step ran.
         unmerged: branches that are not tried, and why: those that could not be merged for another way through the step.
             What turns out not to be mergeable is added.
+
+    Returns:
+        The graph, with ``meta["merged"]`` telling whether both sides of any branch are in it.
+
+    Raises:
+        Unremovable: as `trace_once`, of the step as it goes: what only merged branches do leaves them unmerged.
     """
     merger = _Merger(arguments, settings, restore, {} if unmerged is None else unmerged)
-    module = merger.trace({}, None)
-    if snapshot is not None:
-        module = merger.merge(module, snapshot)
+    plain = merger.trace({}, None)
+    module = merger.merge(plain, snapshot) if snapshot is not None else plain
     module.meta["facts"].unmerged = merger.unmerged
+    module.meta["merged"] = module is not plain
     return module
 
 

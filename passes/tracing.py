@@ -190,6 +190,8 @@ def trace_once(
     named = symbolic_builtins(modules)
     with named, forked(plan, forks, functions), torch.no_grad(), as_written, enable_python_dispatcher():
         module = _made(followed, fakes, forks)
+    if follow.raised is not None:
+        raise follow.raised
     resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
     facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]

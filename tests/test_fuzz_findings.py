@@ -237,3 +237,26 @@ def test_a_write_that_autograd_refuses_is_refused_in_grad_mode(how: str) -> None
     for mode in (torch.enable_grad, torch.no_grad):
         replays = 4 if how == "inside" or mode is torch.no_grad else 0
         assert_like_eager(lambda: WritesInGradMode(how), calls, state, mode, replays)
+
+
+@torch.library.custom_op("fuzz_findings::tripled", mutates_args=())
+def tripled(x: Tensor) -> Tensor:
+    return x * 3
+
+
+class Catches(nn.Module):
+    """Catches what its operators raise: this one has no fake kernel, so that tracing it does."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        try:
+            x = tripled(x)
+            if x.sum() > t:
+                raise ValueError("too large")
+        except (RuntimeError, ValueError):
+            x = x * 0
+        return x
+
+
+def test_a_step_that_catches_what_tracing_raises_goes_the_way_of_eager() -> None:
+    calls = [(torch.full((3,), 1.0), torch.tensor(t)) for t in (0.0, 0.0, 20.0, 0.0, 20.0)]
+    assert_like_eager(Catches, calls)

@@ -135,7 +135,7 @@ def _seed(seed: int) -> None:
 
 
 def _random(device: str) -> Any:
-    states = [torch.get_rng_state(), random.getstate()]
+    states: list[Any] = [torch.get_rng_state(), hash(random.getstate())]
     return [*states, torch.cuda.get_rng_state()] if device == "cuda" else states
 
 
