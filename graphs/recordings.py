@@ -194,7 +194,7 @@ class Recordings:
                 if entry.checked is None or entry.checked.settled():
                     entry.replays += 1
                     entry.real_rows += rows
-                    return entry.template.fill(produced, call.tensors, call.opaques)
+                    return self._filled(entry, produced, call)
         if stale is None:
             return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
@@ -210,6 +210,16 @@ class Recordings:
         except ReplayRaised as raised:  # an operator of the step; where nothing was written, eager says it better
             if entry.written.tensors:
                 raise StepRaised(raised.error) from None
+            raise
+
+    @staticmethod
+    def _filled(entry: Entry, produced: list[torch.Tensor], call: Call) -> Any:
+        """The output of a replay. It was put together once at capture, so what raises is a class of the user's that now does."""
+        try:
+            return entry.template.fill(produced, call.tensors, call.opaques)
+        except Exception as error:
+            if entry.written.tensors:  # the step has taken place: the model must not run as well
+                raise StepRaised(error) from None
             raise
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
@@ -263,7 +273,7 @@ class Recordings:
                     self._lead(call, entry, rows)
                     entry.replays += 1
                     entry.real_rows += rows
-                    return entry.template.fill(produced, call.tensors, call.opaques)
+                    return self._filled(entry, produced, call)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
             detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
