@@ -144,6 +144,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
+    entry.catches = step.device.type == "cpu" and _catches(reads)  # on a device no operator raises
     links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads)
     entry.capture_seconds = time.perf_counter() - started
@@ -173,6 +174,12 @@ def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, T
         raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
+
+
+def _catches(reads: CodeReads) -> bool:
+    """Whether a function of the step has a handler of exceptions; a `with` counts as one, and before Python 3.11 any function."""
+    codes = [code for code, _ in reads.codes.values()]
+    return not reads.complete or any(getattr(code, "co_exceptiontable", True) for code in codes)
 
 
 def _unreturnable(step: Step, trace: Trace, output: Any, after: Checkpoint) -> Refusal | None:

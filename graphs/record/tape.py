@@ -193,11 +193,12 @@ class TapeRecording:
         with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
+            done = 0
             try:
-                for call in self._calls:
+                for done, call in enumerate(self._calls):  # noqa: B007
                     call()
             except Exception as error:
-                raise ReplayRaised(error) from error
+                raise ReplayRaised(error, str(self._program[done].func)) from error
             for slot, buffer in self._written:
                 slot.copy_back(buffer, tensors[slot.index])
         outputs = [
