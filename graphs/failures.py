@@ -7,7 +7,8 @@ import traceback
 
 import torch
 
-from graphs.errors import AutogradInput, InternalError, Refusal, Unwatchable
+from graphs.errors import AutogradInput, InternalError, Refusal, Site, Unwatchable
+from graphs.watch import is_users
 
 _OWN = ("graphs", "passes")
 
@@ -40,6 +41,12 @@ def refusal_of(failure: Exception) -> Refusal:
     if torch.is_grad_enabled() and "grad" in _text(error):
         return AutogradInput(f"run without autograd, the step raises {_text(error)}", operator="grad mode")
     return Unwatchable(f"only while its operators are watched, the step raises {_text(error)}", operator=type(error).__name__)
+
+
+def raised_at(error: BaseException) -> Site:
+    """The user's line that ``error`` was raised in or below."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_users(frame)]
+    return Site.at(frames[-1]) if frames else Site()
 
 
 def is_interrupt(error: BaseException) -> bool:

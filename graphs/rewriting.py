@@ -21,9 +21,10 @@ from graphs.contract.counters import Counters
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
-from graphs.errors import DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
+from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.record.step import Recording
 from graphs.step import Checkpoint, Step
+from graphs.stored import Stored, Stores
 from graphs.watch import MODELS, Trace
 
 Tensor = torch.Tensor
@@ -76,7 +77,9 @@ def traced(
         for place, symbol in zip(places, symbols, strict=True):
             place.container[place.key] = symbol
         args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
+        stores = Stores(before, (args, kwargs), leaves, places)
         output = step.model(*args, **kwargs)
+        stores.check()
         advanced[:] = [place.container[place.key] for place in places]
         found: list[Any] = []
         structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
@@ -85,13 +88,16 @@ def traced(
     reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
-    module = passes.trace_step(
-        *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
-        structure=lambda: structure[0],
-        snapshot=functools.partial(PythonState, tensors=False) if merge else None,
-        restore=before.restore_python,
-        unmerged=step.unmerged,
-    )
+    try:
+        module = passes.trace_step(
+            *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
+            structure=lambda: structure[0],
+            snapshot=functools.partial(PythonState, tensors=False) if merge else None,
+            restore=before.restore_python,
+            unmerged=step.unmerged,
+        )
+    finally:  # another attempt starts from here
+        before.restore_python()
     if counters is not None:
         counters.advance = module.meta["advance"]
     return module, module.meta["structure"]
@@ -144,6 +150,9 @@ def _is_a_models(name: str) -> bool:
 
 def refusal_of(reason: passes.Unremovable, trace: Trace) -> Refusal:
     """The refusal for what a pass could not do: of the kind that was found at that line."""
+    if isinstance(reason, Stored):
+        site = trace.findings[0].site if trace.findings else None
+        return ChangingValue(reason.detail, operator=reason.operator, site=site)
     at = [finding for finding in trace.findings if (finding.site.file, finding.site.line) == reason.site]
     kind = type((at or trace.findings)[0]) if trace.findings else HostSync
     site = Site.at(reason.site) if reason.site[0] else (at or trace.findings)[0].site
@@ -158,6 +167,7 @@ class RewrittenStep:
         assumption: what the graph assumes of host values; None where it holds for any.
         written: positions of the arguments that the graph writes, be it under a condition.
         held, held_written: tensors of the step that it reads and writes in place.
+        decided_at: file and line of what it assumes.
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
     """
 
@@ -176,6 +186,8 @@ class RewrittenStep:
         self.held: list[Tensor] = list(held.values())
         self.held_written: list[Tensor] = [held[name] for name in written if name in held]
         self._results: int = module.meta.get("results", sys.maxsize)
+        facts = module.meta.get("facts")
+        self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

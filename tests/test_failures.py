@@ -174,9 +174,9 @@ PLACES = [
     ("graphs.trial.compare_traces", trial),
     ("graphs.trial.make_contract", trial),
     ("graphs.trial.StaticTensors", trial),
-    ("graphs.trial.Steering", trial),
+    ("graphs.trial.guards_of", trial),
     ("graphs.trial.time_call", trial),
-    ("graphs.trial.output_template", outputs),
+    ("graphs.step.output_template", outputs),
     ("graphs.trial.verify.run_difference", trial),
     ("graphs.watch.finding", trial),
     ("graphs.watch.values_read", trial),
@@ -373,3 +373,28 @@ def test_the_state_of_a_sparse_tensor_is_put_back() -> None:
     matrix.mul_(3)
     saved.restore()
     assert torch.equal(matrix.to_dense(), torch.eye(3))
+
+
+def test_an_interrupt_right_after_the_first_run_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run itself is over, and what it did is being looked at."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps.add_(1)
+            return x + self.steps
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = Counting()
+    step = graphs.capture(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("graphs.trial.adopt_returned", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(torch.ones(1))
+    assert model.steps.item() == 0
+    assert [step(torch.ones(1)).item() for _ in range(3)] == [2, 3, 4]

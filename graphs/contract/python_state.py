@@ -109,6 +109,7 @@ class PythonState:
 
     Attributes:
         owners: links to tensors.
+        generators: generators of random numbers of torch's that hang on the roots; their states are the caller's to keep.
         complete: False when the walk gave up at half a million objects.
     """
 
@@ -126,6 +127,7 @@ class PythonState:
         self._seen: set[int] = set(known._seen) if known is not None else set()
         self._tensors = tensors
         self.owners: list[Link] = []
+        self.generators: list[torch.Generator] = []
         self.complete = True
         named = list(roots)
         self._roots = {id(root) for _, root in named}
@@ -134,6 +136,8 @@ class PythonState:
         pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
         while pending:
             path, value, link = pending.pop()
+            if type(value) is torch.Generator and id(value) not in self._roots:
+                self.generators.append(value)
             if type(value) in _WITHOUT_STATE or of_type(value, _SKIPPED) or id(value) in self._seen:
                 continue
             if len(self._seen) >= _WALK_LIMIT:
@@ -211,7 +215,7 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and has_storage(item) and not item.is_inference():
+            if self._tensors and has_storage(item):
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 
