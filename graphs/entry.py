@@ -64,6 +64,7 @@ class Entry:
         checked: the recording, where it assumes something of host values; None where it holds for any.
         proof: what removed host values were compared for besides the data of the call.
         group: the recordings of the key.
+        catches: whether the step may catch what one of its operators raises in a replay: then the replay is undone.
         on_device: whether replays are launched on a GPU.
         from_host: whether some arguments are host tensors, of which the recording has copies.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
@@ -89,6 +90,7 @@ class Entry:
     compile_seconds: float = 0.0
     rewrites: dict[str, int] = field(default_factory=dict)
     candidates: dict[str, float] = field(default_factory=dict)
+    catches: bool = False
     not_compiled: Refusal | None = None
     checked: CheckedRecording | None = None
     uploads: list[Tensor] = field(default_factory=list)

@@ -311,6 +311,13 @@ class Unwatchable(Refusal):
     remedy = "leave what raises out of the step: it does something that PyTorch does not support under a TorchDispatchMode"
 
 
+class OperatorRaised(Refusal):
+    """An operator of a recorded step refuses the data of one call, and the step goes another way then: it catches the error."""
+
+    reason = "raised"
+    remedy = "nothing has to change; to have such calls replayed too, decide on the device (linalg.cholesky_ex and its info)"
+
+
 class HigherOrder(Refusal):
     """An operator that takes functions (``torch.cond``, ``scan``, ``flex_attention``), which no schema describes."""
 

@@ -16,6 +16,7 @@ from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_te
 from graphs.contract.batch import BatchRule
 from graphs.contract.last_call import LastCall
 from graphs.contract.places import Difference
+from graphs.contract.tensor_state import RandomState
 from graphs.entry import Entry, reference_to
 from graphs.errors import (
     AboveLargestBucket,
@@ -27,6 +28,7 @@ from graphs.errors import (
     ManyWays,
     MovedStaticTensor,
     NestedCapture,
+    OperatorRaised,
     Refusal,
     RowsInteract,
     Site,
@@ -142,9 +144,13 @@ class Recordings:
     def _despite(self, failure: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model where something raised on the way to a recording: the model too, or only this project."""
         error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
-        if self.config.strict and is_of_our_own(error) and not self.config.raise_internal:
+        raised = isinstance(failure, ReplayRaised)
+        if self.config.strict and not raised and is_of_our_own(error) and not self.config.raise_internal:
             raise refusal_of(failure)
         output = self.model(*args, **kwargs)
+        if isinstance(failure, ReplayRaised):  # the step catches it, or does not get there with this data
+            self._count([OperatorRaised(f"{type(error).__name__}: {error}".splitlines()[0], operator=failure.operator)])
+            return output
         refusal = refusal_of(failure)
         if self.config.raise_internal and isinstance(refusal, InternalError):
             raise error
@@ -208,7 +214,7 @@ class Recordings:
                 if entry.checked is None or entry.checked.settled():
                     entry.replays += 1
                     entry.real_rows += rows
-                    return entry.template.fill(produced, call.tensors, call.opaques)
+                    return self._filled(entry, produced, call)
         if stale is None:
             return self._another_way(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
@@ -219,11 +225,33 @@ class Recordings:
 
     @staticmethod
     def _replayed(entry: Entry, rows: int, call: Call) -> list[torch.Tensor]:
+        """What a replay produces.
+
+        Raises:
+            ReplayRaised: an operator refused its data, and nothing is left of the replay: the model is to be run.
+            StepRaised: an operator refused its data, which the step does not catch, and others had written.
+        """
+        undone = entry.catches and entry.checked is None
+        copies = entry.written.copies() if undone else None
+        random = RandomState(torch.device("cpu")) if undone else None
         try:
             return entry.recording.replay(call.tensors, rows)
-        except ReplayRaised as raised:  # an operator of the step; where nothing was written, eager says it better
-            if entry.written.tensors:
+        except ReplayRaised as raised:
+            if random is not None:
+                random.restore()
+                entry.written.restore(copies)
+            elif entry.written.tensors:
                 raise StepRaised(raised.error) from None
+            raise
+
+    @staticmethod
+    def _filled(entry: Entry, produced: list[torch.Tensor], call: Call) -> Any:
+        """The output of a replay. It was put together once at capture, so what raises is a class of the user's that now does."""
+        try:
+            return entry.template.fill(produced, call.tensors, call.opaques)
+        except Exception as error:
+            if entry.written.tensors:  # the step has taken place: the model must not run as well
+                raise StepRaised(error) from None
             raise
 
     def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
@@ -277,7 +305,7 @@ class Recordings:
                     self._lead(call, entry, rows)
                     entry.replays += 1
                     entry.real_rows += rows
-                    return entry.template.fill(produced, call.tensors, call.opaques)
+                    return self._filled(entry, produced, call)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
             refusal = _many_ways(ways)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from graphs.contract.arguments import objects_on
 from graphs.contract.operators import storage_id
-from graphs.contract.outputs import map_output
+from graphs.contract.outputs import map_output, tensor_refusal
 from graphs.contract.python_state import Link, PythonState
-from graphs.errors import UnsupportedOutput
+from graphs.errors import AutogradInput, Refusal, UnsupportedOutput
 from graphs.watch import Trace
 
 Tensor = torch.Tensor
@@ -26,6 +28,40 @@ def tensors_of(output: Any) -> list[Tensor]:
 
     map_output(output, leaf)
     return found
+
+
+def unreturnable(output: Any, given: Callable[[Any], bool]) -> Refusal | None:
+    """The refusal for an output that no replay can make; None where there is nothing of the kind.
+
+    Args:
+        given: whether a part was not made by the step: an argument, or an object that hangs on the model.
+    """
+    found: list[Refusal] = []
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and not given(value):
+            refusal = tensor_refusal(value) or _hanging(value)
+            found.extend([refusal] if refusal is not None else [])
+        return value
+
+    try:
+        map_output(output, leaf, given=given)
+    except UnsupportedOutput as refusal:
+        return refusal
+    except Exception as error:  # of a class of the user's
+        detail = f"the output cannot be put together from its parts: {type(error).__name__}: {error}"
+        return UnsupportedOutput(detail, operator="output")
+    return found[0] if found else None
+
+
+def _hanging(tensor: Tensor) -> Refusal | None:
+    if tensor.grad_fn is not None:
+        return AutogradInput("an output requires a gradient: the step turned gradients on", operator="output")
+    objects = objects_on(tensor)
+    if objects:
+        detail = f"{objects[0]} is set on an output tensor, a {type(tensor.__dict__[objects[0]]).__name__}"
+        return UnsupportedOutput(detail, operator=f"output.{objects[0]}", remedy="return it beside the tensor")
+    return None
 
 
 def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:

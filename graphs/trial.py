@@ -42,6 +42,7 @@ from graphs.errors import (
     RowsInteract,
     UnsupportedArgument,
     UnsupportedOperator,
+    UnsupportedOutput,
     VerifyMismatch,
 )
 from graphs.failures import RaisedWatched, StepRaised, internal_error, is_interrupt, raised_at
@@ -51,7 +52,7 @@ from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.proof import Proof, prove, unmerged
 from graphs.record.step import Recorder, Recording
-from graphs.returned import adopt_returned, links_to, unobserved
+from graphs.returned import adopt_returned, links_to, unobserved, unreturnable
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
 from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.step import Checkpoint, Step
@@ -139,6 +140,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
+    entry.catches = step.device.type == "cpu" and _catches(reads)  # on a device no operator raises
     links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
     entry.capture_seconds = time.perf_counter() - started
@@ -168,8 +170,7 @@ def _examined(
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
-    adopt_returned(trace, output, after.python)
-    unseen = unobserved(trace, output)
+    unseen = _unreturnable(step, trace, output, after)
     if unseen is not None:
         raise Refused(output, [unseen], origin.restore)
     step.held = after.python.holds
@@ -199,6 +200,26 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
         raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
+
+
+def _catches(reads: CodeReads) -> bool:
+    """Whether a function of the step has a handler of exceptions; a `with` counts as one, and before Python 3.11 any function."""
+    codes = [code for code, _ in reads.codes.values()]
+    return not reads.complete or any(getattr(code, "co_exceptiontable", True) for code in codes)
+
+
+def _unreturnable(step: Step, trace: Trace, output: Any, after: Checkpoint) -> Refusal | None:
+    """Why no replay can hand out what run A returned; None where one can."""
+    arguments = {id(value) for value in (*step.call.tensors, *step.call.opaques)}
+
+    def given(value: Any) -> bool:
+        return id(value) in arguments or (not isinstance(value, tuple) and after.python.holds(value))
+
+    refusal = unreturnable(output, given)
+    if refusal is None:
+        adopt_returned(trace, output, after.python)
+        refusal = unobserved(trace, output)
+    return refusal
 
 
 def lasting_change(origin: Checkpoint) -> ChangingValue | None:
@@ -467,12 +488,19 @@ def _compare_substitute(
     """
     plain = step.without_substitute()
     start.restore()
-    output = map_output(
-        _guarded(plain, lambda: plain.run(stand_ins)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
-    )
+    returned = _guarded(plain, lambda: plain.run(stand_ins))
+    exact = plain.template(returned, stand_ins, externals)[0]
+    if exact.hung:
+        raise UnsupportedOutput("attributes are set on an output tensor, which only the step itself does", operator="output")
+    identities = exact.identities
+    output = map_output(returned, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
     state = trace.written.copies()
     _reset(step, start)
     template, produced = step.template(step.run(stand_ins), stand_ins, externals)
+    if template.identities != identities:
+        raise VerifyMismatch(
+            "other parts of it are one object when a substitute runs in the place of the model", operator="output"
+        )
     expected, produced = template.tensors(output), template.seen(produced)
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
     if fetched:

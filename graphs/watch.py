@@ -53,7 +53,7 @@ from graphs.errors import (
 from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
 from passes import Place, user_place
-from passes.composites import Calls, called, run, taken_apart
+from passes.composites import Calls, as_eager, called, run, taken_apart
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -184,6 +184,7 @@ class _Watch(TorchDispatchMode):
         whole = taken_apart(self, func, args, kwargs)
         if whole is not NotImplemented:
             return whole
+        args = as_eager(func, args, kwargs)
         self.inside = True
         try:
             check_once(func, args, kwargs)

@@ -30,6 +30,11 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _KINDS = ("", "Sparse", "SparseCsr", "NestedTensor", "Quantized")
+_VECTORS = {torch.ops.aten._linalg_svd.default: 2, torch.ops.aten._linalg_eigh.default: 2}
+"""Operators that may leave vectors out, with the position of the argument that says so."""
+_VALUES = ("svdvals", "eigvalsh", "cond", "matrix_norm", "norm", "matrix_rank")
+_VALUES_ONLY = frozenset((*_VALUES, *("linalg_" + name for name in _VALUES), "nuclear_norm"))
+"""Functions that use no vectors of the operators above."""
 _BACKENDS = (DispatchKey.Meta, *(getattr(DispatchKey, kind + device) for kind in _KINDS for device in ("CPU", "CUDA")))
 
 
@@ -37,6 +42,8 @@ class _Callers(threading.local):
     """Kinds of devices that the function of torch that runs now was called with autocast for, and does not cast for itself."""
 
     kinds: tuple[str, ...] = ()
+    name: str = ""
+    """Of that function."""
 
 
 _callers = _Callers()
@@ -47,13 +54,14 @@ _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 @contextlib.contextmanager
 def called(func: Any) -> Iterator[None]:
     """To be entered by a function mode around each function: remembers what autocast there was."""
-    before = _callers.kinds
+    before, name = _callers.kinds, _callers.name
+    _callers.name = getattr(func, "__name__", "")
     on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
     _callers.kinds = tuple(kind for kind in on if kind not in _cast_by_itself(getattr(func, "__name__", "")))
     try:
         yield
     finally:
-        _callers.kinds = before
+        _callers.kinds, _callers.name = before, name
 
 
 class Calls(TorchFunctionMode):
@@ -91,6 +99,19 @@ def taken_apart(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwarg
         if _COMPOSITE in func.py_kernels and (_python_dispatcher_is_on() or not _has_kernel(func.name(), _COMPOSITE.name)):
             return func.py_kernels[_COMPOSITE](*args, **kwargs)
         return func._op_dk(_COMPOSITE, *args, **kwargs)
+
+
+def as_eager(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments that eager gives an operator, where its composite asks whether a mode is active and gives others then.
+
+    ``svdvals`` and what is made of it have the vectors computed too under a mode, by another kernel, whose values differ in the
+    last bit. They are not used, so leave them out.
+    """
+    position = _VECTORS.get(func)
+    if position is None or _callers.name not in _VALUES_ONLY or kwargs:
+        return args
+    given = [*args, *(argument.default_value for argument in func._schema.arguments[len(args) : position])]
+    return (*given[:position], False, *args[position + 1 :])
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

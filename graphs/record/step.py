@@ -21,9 +21,9 @@ trial_lock = threading.RLock()
 class ReplayRaised(Exception):
     """An operator of the step raised ``error`` in a replay, as it does in eager; those before it have run."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, operator: str = "") -> None:
         super().__init__(error)
-        self.error = error
+        self.error, self.operator = error, operator
 
 
 class Recording(Protocol):

@@ -22,7 +22,7 @@ from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.fast_paths import unnoticed
 from graphs.record.step import Body, ReplayRaised
-from passes.composites import Calls, casts_inside, run, taken_apart
+from passes.composites import Calls, as_eager, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -76,6 +76,7 @@ class _TapeMode(TorchDispatchMode):
         whole = taken_apart(self, func, args, kwargs)
         if whole is not NotImplemented:
             return whole
+        args = as_eager(func, args, kwargs)
         result = run(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             self._append(func, args, kwargs, result)
@@ -193,11 +194,12 @@ class TapeRecording:
         with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
+            done = 0
             try:
-                for call in self._calls:
+                for done, call in enumerate(self._calls):  # noqa: B007
                     call()
             except Exception as error:
-                raise ReplayRaised(error) from error
+                raise ReplayRaised(error, str(self._program[done].func)) from error
             for slot, buffer in self._written:
                 slot.copy_back(buffer, tensors[slot.index])
         outputs = [

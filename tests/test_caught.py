@@ -1,0 +1,82 @@
+"""Steps that catch what their operators raise: such a call runs eagerly, once, under a reason of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphs
+
+Tensor = torch.Tensor
+contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+TABLE = torch.arange(8.0)
+
+
+def factor(x: Tensor) -> Tensor:
+    try:
+        return torch.linalg.cholesky(x)
+    except torch.linalg.LinAlgError:
+        return torch.linalg.cholesky(x + 10 * torch.eye(2))
+
+
+def inverse(x: Tensor) -> Tensor:
+    try:
+        return torch.linalg.inv(x)
+    except torch.linalg.LinAlgError:
+        return torch.zeros(2, 2)
+
+
+def row(x: Tensor) -> Tensor:
+    try:
+        return TABLE[(x.diagonal() * 2).long() + 3] * 2
+    except IndexError:
+        return TABLE[:2] * -1
+
+
+class Counting(nn.Module):
+    """Writes and draws before the operator that may raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        noise = torch.rand(2)
+        return row(x) + noise + self.calls
+
+
+def results(step: Callable[[Tensor], Tensor], context: Any, values: list[float]) -> list[Any]:
+    torch.manual_seed(0)
+    with context():
+        return [step(torch.eye(2) * value).tolist() for value in values]
+
+
+VALUES = {factor: [1.0, 2.0, -1.0, 3.0, -2.0, 4.0], inverse: [1.0, 2.0, 0.0, 4.0, 0.0, 1.0], row: [1.0, 2.0, 4.0, 0.0, 9.0, 1.0]}
+
+
+@contexts
+@pytest.mark.parametrize("step", [factor, inverse, row])
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_the_step_catches_is_served_eagerly(step: Callable[[Tensor], Tensor], context: Any) -> None:
+    captured = graphs.capture(step)
+    values = VALUES[step]
+    assert results(captured, context, values) == results(step, context, values)
+    report = captured.report()
+    assert "internal-error" not in {refusal.reason for refusal in report.refusals}, str(report)
+    assert report.replays >= 3, str(report)
+    assert report.replays + report.eager_calls == len(values), str(report)
+
+
+@contexts
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_a_replay_did_before_it_raised_is_undone(context: Any) -> None:
+    model, reference = Counting(), Counting()
+    captured = graphs.capture(model)
+    assert results(captured, context, VALUES[row]) == results(reference, context, VALUES[row])
+    assert torch.equal(model.calls, reference.calls)
+    assert [(refusal.reason, refusal.count) for refusal in captured.report().refusals] == [("raised", 2)]
