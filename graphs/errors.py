@@ -311,6 +311,15 @@ class Unwatchable(Refusal):
     remedy = "leave what raises out of the step: it does something that PyTorch does not support under a TorchDispatchMode"
 
 
+class StepRaises(Refusal):
+    """An operator refuses what this call gives it: eager raises, or the step catches what is raised."""
+
+    reason = "step-raises"
+    remedy = (
+        "nothing has to change if the step is meant to raise here; what it catches is better told beforehand, with torch.where"
+    )
+
+
 class HigherOrder(Refusal):
     """An operator that takes functions (``torch.cond``, ``scan``, ``flex_attention``), which no schema describes."""
 

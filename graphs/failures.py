@@ -6,7 +6,8 @@ import traceback
 
 import torch
 
-from graphs.errors import AutogradInput, InternalError, Refusal, Unwatchable
+from graphs.errors import AutogradInput, InternalError, Refusal, StepRaises, Unwatchable
+from graphs.record.step import ReplayRaised
 
 _OWN = ("graphs", "passes")
 
@@ -41,8 +42,15 @@ def refusal_of(failure: Exception) -> Refusal:
     return Unwatchable(f"only while its operators are watched, the step raises {_text(error)}", operator=type(error).__name__)
 
 
-def internal_error(error: Exception) -> InternalError:
-    """The refusal for ``error``, which nothing here expected."""
+def raised_refusal(error: BaseException) -> StepRaises:
+    """The refusal for a call in which the step raised ``error``."""
+    return StepRaises(f"the step raises {_text(error)}", operator=type(error).__name__)
+
+
+def internal_error(error: Exception) -> Refusal:
+    """The refusal for ``error``, which nothing here expected; an operator of the step may raise in a replay."""
+    if isinstance(error, ReplayRaised):
+        return raised_refusal(error.error)
     return InternalError(_text(error), error=error, operator=_place(error))
 
 

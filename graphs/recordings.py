@@ -32,7 +32,7 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
+from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
@@ -122,6 +122,7 @@ class Recordings:
         except Exception as error:
             failure = error
         if own is not None:
+            self._raised(own)
             raise own
         return self.model(*args, **kwargs) if failure is None else self._despite(failure, args, kwargs)
 
@@ -130,7 +131,14 @@ class Recordings:
         error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
         if self.config.strict and is_of_our_own(error) and not self.config.raise_internal:
             raise refusal_of(failure)
-        output = self.model(*args, **kwargs)
+        try:
+            output = self.model(*args, **kwargs)
+        except Exception as raised:
+            self._raised(raised)
+            raise
+        if isinstance(failure, ReplayRaised):  # the step catches it: for this call, which says nothing of the next
+            self._count([raised_refusal(error)])
+            return output
         refusal = refusal_of(failure)
         if self.config.raise_internal and isinstance(refusal, InternalError):
             raise error
@@ -138,6 +146,11 @@ class Recordings:
             self._remember_if_possible(refusal, args, kwargs)
         self._count([refusal])
         return output
+
+    def _raised(self, error: BaseException) -> None:
+        """Count a call that ended in what the step itself raises; no warning tells more than that does."""
+        self.ledger.refused(raised_refusal(error), warn=False)
+        self.ledger.eager_calls += 1
 
     def _remember_if_possible(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run calls like this one eagerly from now on; a call that cannot be flattened has no key to remember it by."""
