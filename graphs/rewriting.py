@@ -29,6 +29,7 @@ from graphs.stored import Stored, Stores
 from graphs.watch import MODELS, Trace
 
 Tensor = torch.Tensor
+_SINGULAR: type[Exception] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  # named by no stub
 REMOVABLE = (HostSync, DataDependentShape, HostConstant, MixedDevices)
 """What the passes can take out of a step."""
 
@@ -196,7 +197,7 @@ class RewrittenStep:
         """
         try:
             made = self.module(*flatten_call(args, kwargs).tensors)
-        except (IndexError, ValueError, torch.linalg.LinAlgError) as error:
+        except (IndexError, ValueError, _SINGULAR) as error:
             raise raised_refusal(error) from error
         results = made[: self._results]
         if self.assumption is not None:
