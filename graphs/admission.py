@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ Tensor = torch.Tensor
 is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
-def inadmissible(call: Call, model: Any = None) -> Refusal | None:
-    """Reasons that need no run to be seen."""
+def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Refusal | None:
+    """Reasons that need no run to be seen.
+
+    Args:
+        host: positions of host tensors that the recording will hold copies of; see `graphs.host_arguments`.
+    """
     if isinstance(model, torch.nn.Module):
         scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
         if scripted is not None:
             return Scripted("what it keeps cannot be compared between steps", operator=scripted or "self")
-    devices = {tensor.device for tensor in call.tensors}
+    devices = {tensor.device for index, tensor in enumerate(call.tensors) if index not in host}
     if len(devices) > 1:
         return MixedDevices(f"tensor arguments are on {sorted(map(str, devices))}", operator="arguments")
     for tensor in call.tensors:
@@ -45,13 +50,13 @@ def carries_objects(call: Call) -> Refusal | None:
 
 
 def _stream_is_capturing(call: Call) -> bool:
-    return bool(call.tensors) and call.tensors[0].is_cuda and is_capturing()
+    return any(tensor.is_cuda for tensor in call.tensors) and is_capturing()
 
 
 def device_of(call: Call, model: Any) -> torch.device:
-    """The device of a call: of its arguments, else of the model."""
+    """The device of a call: of its arguments, a GPU if any is there; else of the model."""
     if call.tensors:
-        return call.tensors[0].device
+        return next((tensor.device for tensor in call.tensors if tensor.is_cuda), call.tensors[0].device)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 

@@ -14,6 +14,7 @@ from graphs.errors import MixedDevices, UnsupportedArgument
 from graphs.findings.diagnose import diagnose
 from graphs.findings.observe import observe
 from graphs.findings.report import Audit, Finding
+from graphs.host_arguments import host_arguments, on_device
 from graphs.modes import forced_eager
 from graphs.step import Step
 
@@ -62,11 +63,12 @@ def step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         call = flatten_call(args, kwargs, ambient_of(model))
     except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
         raise UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments") from error
-    refusal = inadmissible(call, model)
+    host = host_arguments(call)
+    refusal = inadmissible(call, model, host)
     if refusal is not None and not isinstance(refusal, MixedDevices):
         raise refusal
     names, opaque_names = leaf_names(args, kwargs, parameter_names(model))
-    return Step(
+    step = Step(
         model=model,
         call=call,
         args=args,
@@ -76,4 +78,6 @@ def step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         static=(),
         padding={},
         device=device_of(call, model),
+        host=host,
     )
+    return on_device(step) if host else step

@@ -64,6 +64,8 @@ class Entry:
         checked: the recording, where it assumes something of host values; None where it holds for any.
         proof: what removed host values were compared for besides the data of the call.
         group: the recordings of the key.
+        on_device: whether replays are launched on a GPU.
+        from_host: whether some arguments are host tensors, of which the recording has copies.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
@@ -93,6 +95,8 @@ class Entry:
     guards: Guards = field(default_factory=lambda: Guards((), ()))
     proof: Proof = field(default_factory=Proof)
     group: Ways = field(default_factory=lambda: Ways([]))
+    on_device: bool = False
+    from_host: bool = False
 
     def __post_init__(self) -> None:
         self.group = Ways([self])
@@ -104,8 +108,11 @@ class Entry:
 
     @property
     def rounds_otherwise(self) -> bool:
-        """Whether other kernels run than in eager, or the same at another size, which sum in another order."""
-        return self.substitute is not None or self.contract.rows is not None
+        """Whether other kernels run than in eager, or the same at another size, which sum in another order.
+
+        A kernel takes the number in a 0-d host tensor as it is, and casts one on the device to the dtype that it computes in.
+        """
+        return self.substitute is not None or self.contract.rows is not None or self.from_host
 
     @property
     def slack(self) -> float:

@@ -340,7 +340,7 @@ class InternalError(Refusal):
     reason = "internal-error"
     remedy = "nothing in the step has to change; please report this, with the traceback that the report shows"
 
-    def __init__(self, detail: str, *, error: Exception | None = None, **where: Any) -> None:
+    def __init__(self, detail: str, *, error: BaseException | None = None, **where: Any) -> None:
         super().__init__(detail, **where)
         self.error = error
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 
 import torch
 
-from graphs.errors import AutogradInput, InternalError, Refusal, StepRaises, Unwatchable
+from graphs.errors import AutogradInput, InternalError, Refusal, Site, StepRaises, Unwatchable
 from graphs.record.step import ReplayRaised
+from graphs.watch import is_users
 
 _OWN = ("graphs", "passes")
 
@@ -42,12 +44,29 @@ def refusal_of(failure: Exception) -> Refusal:
     return Unwatchable(f"only while its operators are watched, the step raises {_text(error)}", operator=type(error).__name__)
 
 
+def raised_at(error: BaseException) -> Site:
+    """The user's line that ``error`` was raised in or below."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_users(frame)]
+    return Site.at(frames[-1]) if frames else Site()
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether what was raised came from outside of the step: a `KeyboardInterrupt`, or raised by a signal's handler."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    if isinstance(error, Exception):
+        return False
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def raised_refusal(error: BaseException) -> StepRaises:
     """The refusal for a call in which the step raised ``error``."""
-    return StepRaises(f"the step raises {_text(error)}", operator=type(error).__name__)
+    return StepRaises(f"the step raises {_text(error)}", operator=type(error).__name__, site=raised_at(error))
 
 
-def internal_error(error: Exception) -> Refusal:
+def internal_error(error: BaseException) -> Refusal:
     """The refusal for ``error``, which nothing here expected; an operator of the step may raise in a replay."""
     if isinstance(error, ReplayRaised):
         return raised_refusal(error.error)

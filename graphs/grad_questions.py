@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+
+from graphs.contract.operators import storage_id
 
 Tensor = torch.Tensor
 _QUESTIONS = (torch.is_grad_enabled,)
@@ -40,6 +43,64 @@ def grad_questions(asked: Callable[[FrameType], None], counts: Callable[[FrameTy
         yield
     finally:
         sys.setprofile(before)
+
+
+class GradWrites:
+    """Writes that autograd refuses, in a step that is run without it: to leaves that require a gradient, by ``out=`` from any.
+
+    Args:
+        on: whether the caller's grad mode is on.
+    """
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+        self._before: list[bool] = []
+        self._leaves: set[int] = set()
+        self._recorded: set[int] = set()
+
+    def switched(self, on: bool, frame: FrameType) -> None:
+        """Note that ``frame`` sets the grad mode: a context manager of torch's that is entered or left, or the step itself."""
+        by, owner = frame.f_code.co_name, frame.f_locals.get("self")
+        if _caller(frame).startswith("graphs."):
+            return  # what runs the step without
+        if by == "__enter__" and type(owner) is torch.set_grad_enabled:
+            return  # it was set when that was made
+        if by == "__init__" and frame.f_back is not None:  # `no_grad` makes one of those
+            by = frame.f_back.f_code.co_name
+        if by == "__exit__":
+            self._on = self._before.pop() if self._before else self._on
+        else:
+            self._before.append(self._on)
+            self._on = on
+
+    def refused(self, func: OpOverload, tensors: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+        """Whether autograd refuses a call of an operator on ``tensors``, of which it writes some."""
+        if not self._on:
+            return False
+        leaves = {storage_id(tensor) for tensor in tensors if tensor.requires_grad}
+        self._leaves |= leaves
+        if any(storage_id(tensor) in self._leaves for tensor in written):
+            return True
+        return any(argument.is_out for argument in func._schema.arguments) and self._follows(tensors)
+
+    def made(self, func: OpOverload, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Note what autograd would have recorded the making of."""
+        if self._on and self._follows(tensors) and func is not torch.ops.aten.detach.default:
+            self._recorded |= {storage_id(tensor) for tensor in results if tensor.is_floating_point() or tensor.is_complex()}
+
+    def _follows(self, tensors: Sequence[Tensor]) -> bool:
+        known = self._recorded | self._leaves
+        return any(tensor.requires_grad or storage_id(tensor) in known for tensor in tensors)
+
+
+def _caller(frame: FrameType | None) -> str:
+    """The module that uses a context manager of torch's, of which ``frame`` is a method."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith("torch."):
+            return name
+        frame = frame.f_back
+    return ""
 
 
 def _is_of_a_module(frame: FrameType) -> bool:

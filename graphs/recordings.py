@@ -29,10 +29,13 @@ from graphs.errors import (
     NestedCapture,
     Refusal,
     RowsInteract,
+    Site,
     TooManyKeys,
     UnsupportedArgument,
 )
 from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
+from graphs.habits import Habits
+from graphs.host_arguments import host_arguments, run_trial_on_device
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
@@ -44,6 +47,7 @@ _recording = trial_lock
 _MAX_DEFERRALS = 3
 _MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
 _PATIENCE = 4 * _MAX_WAYS  # calls that none of them could serve, before a step that mostly goes other ways is given up
+_SHOWN = 4  # lines that a refusal for too many ways names
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -83,6 +87,15 @@ class _Outdated(NamedTuple):
         return kind(f"{path} was {before} when recorded and is {after} now", operator=path)
 
 
+def _many_ways(ways: list[Entry]) -> ManyWays:
+    """The refusal for a call that takes none of the recorded ways; it names the lines that decide."""
+    lines = list(dict.fromkeys(line for way in ways for line in getattr(way.substitute, "decided_at", ())))
+    also = ", ".join(f"{file.rpartition('/')[2]}:{line}" for file, line in lines[1:_SHOWN])
+    detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
+    detail += f"; {also} and others decide too" if len(lines) > _SHOWN else f"; {also} decides too" if also else ""
+    return ManyWays(detail, operator="branch", site=Site.at(lines[0]) if lines else None)
+
+
 class Recordings:
     """What was recorded and refused for one module, and the decision what a call gets.
 
@@ -103,6 +116,7 @@ class Recordings:
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}  # positions of arguments that are elsewhere at each call
         self.parameters = parameter_names(model)
+        self.habits = Habits(self.parameters, self.config.max_recordings)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
@@ -237,7 +251,7 @@ class Recordings:
         if not entry.statics.unchanged(tensors):
             moved = entry.statics.moved(tensors)
             return _Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
-        if tensors and tensors[0].is_cuda and is_capturing():
+        if entry.on_device and is_capturing():
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         return None
 
@@ -279,8 +293,7 @@ class Recordings:
                     return entry.template.fill(produced, call.tensors, call.opaques)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
-            detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
-            refusal = ManyWays(detail, operator="branch")
+            refusal = _many_ways(ways)
             if len(ways) < _MAX_WAYS:
                 return self._unknown(call, args, kwargs, beside=broken)
             broken.group.broken += 1
@@ -303,6 +316,9 @@ class Recordings:
             route = self.routes.get(call.signature)
             if route is not None and not isinstance(route, _Refused) and beside is None:  # another thread was faster
                 return self._replay(route[0], route[1], call, args, kwargs)
+            refusals = self._habitual(call, args, kwargs) if beside is None else []
+            if refusals:
+                return self._refuse(refusals, args, kwargs)
             self._forget_the_dead()
             refusal = self._inadmissible(call)
             if refusal is not None:
@@ -310,6 +326,7 @@ class Recordings:
             try:
                 found = self._record(call, args, kwargs) if beside is None else self._record_way(beside, call, args, kwargs)
             except Deferred as deferred:
+                self.habits.tried(call, args, kwargs, None)
                 self.attempts[call.signature] += 1
                 if self.attempts[call.signature] > _MAX_DEFERRALS:
                     changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
@@ -323,6 +340,7 @@ class Recordings:
                 return deferred.output
             except Refused as refused:
                 if beside is None:
+                    self.habits.tried(call, args, kwargs, None, refused.refusals)
                     self._remember(call, refused.refusals)
                 else:
                     beside.group.refusals = refused.refusals
@@ -330,7 +348,24 @@ class Recordings:
             except AboveLargestBucket as too_large:
                 self._remember(call, [too_large])
                 return self._refuse([too_large], args, kwargs)
+            if not found[0].replays:
+                self.habits.tried(call, args, kwargs, found[0])
         return self._replay(found[0], found[1], call, args, kwargs)
+
+    def _habitual(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Refusal]:
+        """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
+
+        The recordings of those are dropped.
+        """
+        refusals, given_up = self.habits.against(call, args, kwargs)
+        for attempt in given_up:
+            entry, route = attempt.entry(), self.routes.get(attempt.signature)
+            if entry is not None:
+                for way in list(entry.group.ways):
+                    self._drop(way)
+            elif isinstance(route, _Refused):
+                del self.routes[attempt.signature]
+        return refusals
 
     def _refused(self, refused: Refused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a trial that ended in a refusal; computed once more where autograd is to record it."""
@@ -397,7 +432,8 @@ class Recordings:
         torch.set_autocast_cache_enabled(False)
         try:
             with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                entry = run_trial(step, self._recorder(step.device), owned=owned, check=check)
+                trial = run_trial_on_device if step.host else run_trial
+                entry = trial(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
@@ -422,6 +458,7 @@ class Recordings:
             padding=dict(config.padding),
             device=device_of(call, self.model),
             moving=self.moving.get(call.signature, frozenset()),
+            host=self._host(call),
             compiler=config.compiler,
             compiler_options=config.compiler_options,
             passes=config.passes,
@@ -439,7 +476,11 @@ class Recordings:
         if len(self.entries) >= limit or len(self.routes) >= 16 * limit:
             detail = f"{len(self.entries)} recordings for {len(self.routes)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
-        return inadmissible(call, self.model) or carries_objects(call)
+        return inadmissible(call, self.model, self._host(call)) or carries_objects(call)
+
+    def _host(self, call: Call) -> tuple[int, ...]:
+        """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
+        return host_arguments(call) if self.config.buckets is None else ()
 
     def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
@@ -447,14 +488,16 @@ class Recordings:
             self._drop(entry)
             refusal = why.refusal
             if refusal is not None:
-                self.ledger.refused(refusal, outcome="the step is recorded anew")
                 self.attempts[call.signature] += entry.replays < _OFTEN
                 if self.attempts[call.signature] > 1:
-                    self._remember(call, [refusal])
+                    self._remember(call, [refusal])  # which this call is counted under
+                else:
+                    self.ledger.refused(refusal, outcome="the step is recorded anew")
         return self._serve(args, kwargs)
 
     def _drop(self, entry: Entry) -> None:
         self.last = None
+        self.habits.dropped(entry)
         entry.group.ways.remove(entry)
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
@@ -469,14 +512,14 @@ class Recordings:
             raise mismatch
 
     def _count(self, refusals: list[Refusal]) -> None:
-        """Count the reasons of one eager call, or raise the first in strict mode."""
+        """Count one eager call under its first reason, or raise that in strict mode; the others are reported beside it."""
         internal = next((refusal for refusal in refusals if isinstance(refusal, InternalError)), None)
         if internal is not None and internal.error is not None and self.config.raise_internal:
             raise StepRaised(internal.error)
         if self.config.strict:
             raise refusals[0]
-        for refusal in refusals:
-            self.ledger.refused(refusal)
+        for index, refusal in enumerate(refusals):
+            self.ledger.refused(refusal, calls=int(index == 0))
         self.ledger.eager_calls += 1
 
     def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -533,4 +576,4 @@ class Recordings:
             for entry in list(self.entries.values()):
                 self.ledger.dropped(entry)
             self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
-            self.batch, self.moving = BatchRule(), {}
+            self.batch, self.moving, self.habits = BatchRule(), {}, Habits(self.parameters, self.config.max_recordings)

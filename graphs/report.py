@@ -12,7 +12,10 @@ _SHOWN = 4  # rewrites of a graph that are printed one by one
 
 @dataclass(frozen=True)
 class RefusalCount:
-    """One reason why calls ran eagerly, and how many did. ``traceback`` is empty but for ``internal-error``."""
+    """One reason why calls ran eagerly, and how many did: 0 for what was found beside another reason of the same calls.
+
+    A call is counted under one reason. ``traceback`` is empty but for ``internal-error``.
+    """
 
     reason: str
     operator: str
@@ -140,7 +143,8 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
     lines = []
     for refusal in refusals:
         where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
-        lines.append(f"  not replayed {refusal.count}x: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
+        times = f"not replayed {refusal.count}x" if refusal.count else "found as well"
+        lines.append(f"  {times}: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
         lines.append(f"      remedy: {refusal.remedy}")
         lines += [f"      {line}" for line in refusal.traceback.splitlines()]
     return lines

@@ -169,6 +169,7 @@ class RewrittenStep:
         assumption: what the graph assumes of host values; None where it holds for any.
         written: positions of the arguments that the graph writes, be it under a condition.
         held, held_written: tensors of the step that it reads and writes in place.
+        decided_at: file and line of what it assumes.
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
     """
 
@@ -187,6 +188,8 @@ class RewrittenStep:
         self.held: list[Tensor] = list(held.values())
         self.held_written: list[Tensor] = [held[name] for name in written if name in held]
         self._results: int = module.meta.get("results", sys.maxsize)
+        facts = module.meta.get("facts")
+        self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

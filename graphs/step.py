@@ -40,6 +40,7 @@ class Step:
         unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
         form: the template of the output, where it is that of a substitute for the module.
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
+        host: positions of host tensors among arguments on a device; see `graphs.host_arguments`.
         held: whether an object hangs on the module or on an opaque argument; filled by the trial.
         plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
     """
@@ -64,6 +65,7 @@ class Step:
     unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
     form: OutputTemplate | None = None
     moving: frozenset[int] = frozenset()
+    host: tuple[int, ...] = ()
     held: Callable[[Any], bool] = lambda value: False
 
     def with_substitute(self, model: Callable[..., Any]) -> Step:
@@ -134,9 +136,14 @@ class Checkpoint:
         self.python = PythonState(step.roots())
         self._arguments = PythonState.of_containers(step.containers())
         self._hung = [(name, tensor.__dict__, dict(tensor.__dict__)) for name, tensor in step.tensors()]
-        self._random = RandomState(step.device, {g: g.get_state() for g in trace.generators} if trace else None)
+        self._random = RandomState(step.device, {g: g.get_state() for g in self._generators(step, trace)})
         self._written = trace.written if trace else None
         self._copies = trace.written.copies() if trace else None
+
+    def _generators(self, step: Step, trace: Trace | None) -> set[torch.Generator]:
+        """The generators that the step drew from, and those that it can reach: another way through it may draw from them."""
+        given = [opaque for opaque in step.call.opaques if type(opaque) is torch.Generator]
+        return {*given, *self.python.generators, *(trace.generators if trace is not None else ())}
 
     def covers(self, trace: Trace) -> None:
         """Take tensors and generators from ``trace``, which saved them before their first use."""
@@ -155,6 +162,12 @@ class Checkpoint:
             for key in {**before, **now}
             if now.get(key) is not before.get(key)
         ]
+
+    def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
+        """As `PythonState.changed_entries`, for all that hangs on the model and on arguments."""
+        yield from self._arguments.changed_entries()
+        yield from ((change.path, None, None, change.before, change.after) for change in self._hanging())
+        yield from self.python.changed_entries()
 
     def counters(self) -> list[Counter] | None:
         """The whole numbers of Python that changed since; None where something else did."""

@@ -25,7 +25,7 @@ from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
-from graphs.contract.guard_walk import guards_of
+from graphs.contract.guard_walk import GuardWalk, guards_of
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference
@@ -44,8 +44,9 @@ from graphs.errors import (
     UnsupportedOperator,
     VerifyMismatch,
 )
-from graphs.failures import RaisedWatched, StepRaised, internal_error
+from graphs.failures import RaisedWatched, StepRaised, internal_error, is_interrupt, raised_at
 from graphs.judge import Rerun, candidate_difference
+from graphs.lines import lines_of_results, with_line
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.proof import Proof, prove, unmerged
@@ -57,6 +58,7 @@ from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
+_RUNS_AGAIN = "a step is run a few times from one state before it is recorded: change what this line does in a later run"
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
@@ -93,24 +95,16 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     started = time.perf_counter()
     origin = Checkpoint(step)
     reads = CodeReads()
-    output, trace = _first_run(step, origin, reads)
-    changed, counters = origin.differences(), origin.counters()
-    lasting = next((change for change in changed if change.lasting), None)
-    if lasting is not None:
-        raise Refused(output, [*trace.findings, _changing(lasting)], None)
-    if trace.findings and not (step.passes and is_removable(trace.findings)):
-        raise Refused(output, trace.findings, origin.restore)
-    if reads.refusals:
-        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
-    if not origin.python.complete:
-        refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
-        raise Refused(output, [refusal], origin.restore)
-    after = Checkpoint(step, trace)
-    adopt_returned(trace, output, after.python)
-    unseen = unobserved(trace, output)
-    if unseen is not None:
-        raise Refused(output, [unseen], origin.restore)
-    step.held = after.python.holds
+    output, trace = first_run(step, origin, reads)
+    try:
+        after, changed, counters = _examined(step, origin, reads, output, trace)
+    except (Deferred, Refused):
+        raise
+    except Exception as error:
+        raise Refused(output, [internal_error(error)], origin.restore) from error
+    except BaseException:  # an interrupt: the call has not taken place
+        origin.restore()
+        raise
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
         initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
@@ -131,45 +125,86 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     except Refusal as refusal:
         after.restore()
+        refusal = with_line(refusal, trace)
         passed = step.passes and is_removable([refusal])  # of all that passes are for, this is what they could not remove
         others = [f for f in trace.findings if f.signature != refusal.signature and not (passed and is_removable([f]))]
         raise Refused(output, [refusal, *others], origin.restore) from refusal
-    except Exception as error:  # whatever else a recording meets, the user gets the eager result and the reason
+    except BaseException as error:  # whatever else a recording meets, the user gets the eager result and the reason
+        if is_interrupt(error):  # then the call has not taken place
+            origin.restore()
+            raise
         after.restore()
         raise Refused(output, [internal_error(error)], origin.restore) from error
-    except BaseException:  # an interrupt: the call has not taken place
-        origin.restore()
-        raise
     start.restore()
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     entry.advances(advanced)
     links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
-    entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads)
+    entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
     entry.capture_seconds = time.perf_counter() - started
     return entry
 
 
-def _first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
-    """Run A, from ``origin``, which covers it then, with what its Python asks for. What it raises leaves no trace.
+def _examined(
+    step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: Trace
+) -> tuple[Checkpoint, list[Difference], list[Counter] | None]:
+    """What run A left: the state after it, what it changed of Python, and which of that are advancing numbers.
 
     Raises:
-        RaisedWatched: the step raised.
-        StepRaised: and what it did cannot be undone: that was the call.
+        Deferred, Refused: what was seen of the run alone stands in the way of a recording.
+    """
+    changed, counters = origin.differences(), origin.counters()
+    lasting = next((change for change in changed if change.lasting), None)
+    if lasting is not None:
+        raise Refused(output, [*trace.findings, _changing(lasting)], None)
+    if trace.findings and not (step.passes and is_removable(trace.findings)):
+        raise Refused(output, trace.findings, origin.restore)
+    if reads.refusals:
+        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
+    incomparable = GuardWalk(reads, step.roots()).incomparable
+    if incomparable:
+        raise Refused(output, incomparable, None)
+    if not origin.python.complete:
+        refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
+        raise Refused(output, [refusal], origin.restore)
+    after = Checkpoint(step, trace)
+    adopt_returned(trace, output, after.python)
+    unseen = unobserved(trace, output)
+    if unseen is not None:
+        raise Refused(output, [unseen], origin.restore)
+    step.held = after.python.holds
+    return after, changed, counters
+
+
+def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
+    """Run A, from ``origin``, which covers it then, with what its Python asks for. An exception it raises leaves no trace.
+
+    Raises:
+        RaisedWatched: the step raised an exception.
+        StepRaised: and what it did cannot be undone, or it raised what no `except Exception` takes for a failure (`SystemExit`):
+            that was the call.
+        KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     trace = Trace()
     try:
         output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
         origin.covers(trace)
-        if isinstance(error, Exception) and any(change.lasting for change in origin.differences()):
+        if is_interrupt(error):
+            origin.restore()
+            raise
+        if not isinstance(error, Exception) or any(change.lasting for change in origin.differences()):
             raise StepRaised(error) from None
         origin.restore()
-        if isinstance(error, Exception):
-            raise RaisedWatched(error) from error
-        raise
+        raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
+
+
+def lasting_change(origin: Checkpoint) -> ChangingValue | None:
+    """What changed since ``origin`` and cannot be undone, an iterator that moved on; or None."""
+    lasting = next((change for change in origin.differences() if change.lasting), None)
+    return _changing(lasting) if lasting is not None else None
 
 
 def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingValue:
@@ -191,7 +226,7 @@ def _compare_consecutive(
     if changes:
         return "", counters or []
     if error is not None:
-        raise CaptureFailed(f"a second run of the step raised {type(error).__name__}: {error}") from error
+        raise _raised("a second run of the step", error) from error
     if changed:
         return changed[0].path, []
     if refusal is not None:
@@ -209,12 +244,14 @@ def _compare_consecutive(
 
 def _again(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace
-) -> tuple[Trace, list[Difference], Exception | None, Any, list[Counter] | None]:
+) -> tuple[Trace, list[Difference], BaseException | None, Any, list[Counter] | None]:
     start.restore()
     trace, result, error = Trace(), None, None
     try:
         result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
-    except Exception as raised:  # the user's step may fail in its second run; the caller looks for the reason
+    except BaseException as raised:  # the user's step may fail in its second run; the caller looks for the reason
+        if is_interrupt(raised):
+            raise
         error = raised
     changes, counters = start.differences(), start.counters()
     start.restore()
@@ -244,7 +281,7 @@ def _record(
         else []
     )
     static = sorted(in_place - {*moving})
-    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving)
+    contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving, step.host)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
     if moving and (watched.findings or counters or plain is not step):
@@ -288,6 +325,7 @@ def _record(
         checked=checked,
         uploads=_uploads(step),
         proof=proof,
+        on_device=step.device.type == "cuda",
     )
     if check:
         start.restore()
@@ -332,6 +370,7 @@ def _stand_in_run(
         raise refusal
     externals = list(trace.externals.values())
     template = step.template(result, stand_ins, externals)[0]
+    first.made_at = lines_of_results(trace, template.tensors(result), first)
     exact = step.template(output, step.call.tensors, list(first.externals.values()))[0]
     refusal = compare_templates(exact.structure, template.structure, arguments=False)
     if refusal is not None:
@@ -376,7 +415,7 @@ def _uploads(step: Step) -> list[Tensor]:
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:
     """What saves the random generators before a replay that may have to be undone; None where the step draws nothing."""
     seeded = any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
-    return functools.partial(RandomState, device) if seeded else None
+    return (lambda: RandomState(device, {g: g.get_state() for g in trace.generators})) if seeded else None
 
 
 def _without_host_values(
@@ -453,11 +492,19 @@ def _guarded(step: Step, run: Callable[[], Any]) -> Any:
     """``run()``; a step may well refuse a padded batch, and then it is recorded at its exact sizes."""
     try:
         return run()
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         text = f"raised {type(error).__name__}: {error}"
         if step.rows is None:
-            raise CaptureFailed(f"a warm-up run of the step {text}") from error
+            raise _raised("a warm-up run of the step", error) from error
         raise RowsInteract(f"a run with {step.rows} rows {text}") from error
+
+
+def _raised(run: str, error: Exception) -> CaptureFailed:
+    """The refusal for a step that raises when it runs once more, with the line that does."""
+    detail = f"{run} raised {type(error).__name__}: {error}".splitlines()[0]
+    return CaptureFailed(detail, operator=type(error).__name__, site=raised_at(error), remedy=_RUNS_AGAIN)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -510,7 +557,7 @@ def _verify_first_replay(
     produced = seen(entry.recording.replay(tensors, rows))
     found = verify.run_difference(expected, produced, state, entry.written.tensors)
     if found is not None:
-        raise VerifyMismatch(found[1], operator=found[0])
+        raise VerifyMismatch(f"{found[1]} in the first replay of the recording", operator=found[0])
 
 
 def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_ins: list[Tensor]) -> None:

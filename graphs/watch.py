@@ -51,13 +51,14 @@ from graphs.errors import (
     UnsupportedTensor,
 )
 from graphs.fast_paths import unnoticed
-from graphs.grad_questions import GRAD_PROPERTIES, grad_questions
+from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
 from passes import Place, user_place
 from passes.composites import Calls, called, run, taken_apart
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
+_VERSION = getattr(Tensor, "_version").__get__  # noqa: B009  # its stub is a number
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 
@@ -129,6 +130,7 @@ class Trace:
         generators: generators named explicitly by an operator, with the states they had.
         checksums: of each external when it was first seen.
         origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
+        made_at: the lines that made each output and wrote each tensor, by what a mismatch calls them; filled by the trial.
         storages: what keeps identities of storages that are gone from being those of new ones.
     """
 
@@ -143,6 +145,7 @@ class Trace:
     checksums: dict[int, Tensor] = field(default_factory=dict)
     origins: dict[int, tuple[str, int]] = field(default_factory=dict)
     storages: list[StorageWeakRef] = field(default_factory=list)
+    made_at: dict[str, Site] = field(default_factory=dict)
 
     def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""
@@ -161,6 +164,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.before = before
+        self.grad = GradWrites(torch.is_grad_enabled())  # the caller's mode; a step runs without
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
@@ -291,7 +295,11 @@ class _Watch(TorchDispatchMode):
         if refusal is not None and not self.converting:  # a conversion was reported as a whole
             trace.found(refusal(operator=str(func), site=operation.site), self.asked)
         trace.operations.append(operation)
-        for tensor in written_tensors(func, args, kwargs):
+        written = written_tensors(func, args, kwargs)
+        if self.grad.refused(func, tensors, written):
+            detail = "in grad mode autograd refuses to write this tensor, or to write to it from one that requires a gradient"
+            trace.found(AutogradInput(detail, operator=str(func), site=operation.site), self.asked)
+        for tensor in written:
             saved = self.before is not None and storage_id(tensor) in self.before.written
             if self._origin(tensor)[0] != "operation" and not saved:
                 trace.written.save(tensor)
@@ -305,6 +313,7 @@ class _Watch(TorchDispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
+        self.grad.made(self.trace.operations[index].func, tensors, tensors_in(result))
         for tensor in tensors_in(result):
             if not _aliases(tensor, tensors):
                 self.origins[storage_id(tensor)] = ("operation", index)
@@ -367,6 +376,8 @@ class _Conversions(Calls):
         kwargs = kwargs or {}
         if self.grad_mode and func in GRAD_PROPERTIES:
             self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
+        if func is torch._C._set_grad_enabled:
+            self.watch.grad.switched(args[0], sys._getframe(1))
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         elif func in SPLITS and any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
@@ -396,7 +407,10 @@ class _Conversions(Calls):
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
         """Report what the user's own code asks of an argument and no copy of it can answer."""
-        if is_users(frame) and isinstance(args[0], Tensor) and self.watch.is_argument(args[0]):
+        if not is_users(frame) or not isinstance(args[0], Tensor):
+            return
+        of_state = func is _VERSION and not self.watch.made(args[0])  # where a tensor of the step's own lies is checked
+        if of_state or self.watch.is_argument(args[0]):
             operator = f"Tensor.{OF_THE_OBJECT[func]}"
             detail = "it is asked of an argument, has another answer at each call, and a replay would know only the recorded one"
             self.watch.trace.found(UnsupportedArgument(detail, operator=operator, site=Site.at(user_frame(frame)), remedy=_ASKED))
@@ -472,13 +486,17 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
 def watch_again(fn: Callable[[], Any], arguments: list[Tensor], before: Trace) -> tuple[Any, Trace]:
     """Watch another run of a step; what it writes beyond what ``before`` saved is put back, also when it raises.
 
-    `Trace.written` tells what that was. What ``before`` saved is the caller's to restore.
+    So are generators that it draws from and ``before`` did not. `Trace.written` tells what was written. What ``before`` saved
+    is the caller's to restore.
     """
     trace = Trace()
     try:
         return watch_step(fn, arguments, before, trace)
     finally:
         trace.written.restore()
+        for generator, state in trace.generators.items():
+            if generator not in before.generators:
+                generator.set_state(state)
 
 
 def watch_step(

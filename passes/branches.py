@@ -41,6 +41,7 @@ _BY_ROWS = (aten.index_copy_.default, aten.index_add_.default)
 def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     """Results with the flag behind them, if the graph assumes anything."""
     broken: Any = None
+    rw.facts.checked.clear()
     for check in rw.checks:
         broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     for decision in rw.facts.decisions:
@@ -52,6 +53,7 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
         holds = rw.number(condition)
         if isinstance(holds, bool) and holds:
             continue
+        rw.facts.checked.append(decision.site)
         broken = holds if broken is None else rw.call(aten.logical_and.default, broken, holds)
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
 

@@ -37,6 +37,7 @@ class Facts:
         hints: the value of each symbol in the eager run.
         definitions: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
+        checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
         reads: the reads of the eager run that gave each symbol its hint.
         names: what symbols are called that stand for numbers of Python.
@@ -52,6 +53,7 @@ class Facts:
     hints: dict[sympy.Symbol, int | float] = field(default_factory=dict)
     definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
+    checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)
     offsets: set[sympy.Symbol] = field(default_factory=set)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import ctypes
+import signal
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,7 +45,13 @@ class Stateful(nn.Module):
         return x * 2 + self.total + torch.rand(())
 
 
-runs_left = ctypes.c_int(0)  # where no walk over Python objects sees it
+MEMORY = ctypes.c_int(0)
+ADDRESS = ctypes.addressof(MEMORY)
+
+
+def runs_left() -> ctypes.c_int:
+    """A number in memory that no walk over Python objects sees: at an address that only this function knows."""
+    return ctypes.c_int.from_address(ADDRESS)
 
 
 class Interrupted(Stateful):
@@ -58,9 +65,10 @@ class Interrupted(Stateful):
         self.calls += 1
         self.total.add_(x.sum())
         noise = torch.rand(())
-        runs_left.value -= 1
-        if runs_left.value == 0:
-            raise self.stop[0]
+        if runs_left().value:
+            runs_left().value -= 1
+            if not runs_left().value:
+                raise self.stop[0]
         return x * 2 + self.total + noise
 
 
@@ -166,9 +174,9 @@ PLACES = [
     ("graphs.trial.compare_traces", trial),
     ("graphs.trial.make_contract", trial),
     ("graphs.trial.StaticTensors", trial),
-    ("graphs.trial.Steering", trial),
+    ("graphs.trial.guards_of", trial),
     ("graphs.trial.time_call", trial),
-    ("graphs.trial.output_template", outputs),
+    ("graphs.step.output_template", outputs),
     ("graphs.trial.verify.run_difference", trial),
     ("graphs.watch.finding", trial),
     ("graphs.watch.values_read", trial),
@@ -235,23 +243,101 @@ def test_what_the_step_raises_is_raised_once_with_the_state_of_eager(context: An
 
 
 class Stop(BaseException):
-    """Like an interrupt: no `Exception`."""
+    """No `Exception`, and no interrupt."""
+
+
+def _send_signal() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stop
 
 
 @contexts
 @pytest.mark.parametrize("run", range(1, 10))
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, Stop])
-def test_an_interrupt_in_the_first_call_leaves_what_was_before(run: int, kind: type[BaseException], context: Any) -> None:
-    model, reference = Interrupted(kind()), Interrupted(kind())
-    step, runs_left.value = graphs.capture(model), run
+def test_an_interrupt_in_the_first_call_leaves_what_was_before(run: int, context: Any) -> None:
+    model, reference = Interrupted(KeyboardInterrupt()), Interrupted(KeyboardInterrupt())
+    step, runs_left().value = graphs.capture(model), run
     before = state(model)
     with context():
-        with pytest.raises(kind):
+        with pytest.raises(KeyboardInterrupt):
             step(torch.ones(2))
         assert state(model) == before
-        runs_left.value = 0
+        runs_left().value = 0
         same(model, reference, step)
     assert step.report().replays >= 3, str(step.report())
+
+
+class Signalled(Interrupted):
+    """Gets a signal in one of its runs."""
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        try:
+            return super().forward(x, given)
+        except LookupError:
+            _send_signal()
+
+
+@pytest.mark.parametrize("run", [1, 2, 3, 4])
+def test_what_a_signal_raises_in_the_first_call_leaves_what_was_before(run: int) -> None:
+    model, before = Signalled(LookupError()), signal.signal(signal.SIGTERM, _stop)
+    step, runs_left().value = graphs.capture(model), run
+    found = state(model)
+    try:
+        with torch.no_grad(), pytest.raises(Stop):
+            step(torch.ones(2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert state(model) == found
+
+
+class Exiting(Stateful):
+    """Ends the program, after it has written."""
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        self.calls += 1
+        self.total.add_(x.sum())
+        self.seen.append(self.calls)
+        if self.calls in self.held:
+            raise Stop if self.calls % 2 else SystemExit(3)
+        return x * 2 + self.total
+
+
+@contexts
+@pytest.mark.parametrize("at", [(1,), (2,), (3,), (4, 5), (1, 2, 3)], ids=str)
+def test_what_is_no_exception_leaves_what_eager_leaves(at: tuple[int, ...], context: Any) -> None:
+    model, reference = Exiting(at), Exiting(at)
+    step = graphs.capture(model)
+    with context():
+        for _ in range(7):
+            ends = [_end(called) for called in (reference, step)]
+            assert ends[0] == ends[1]
+            assert state(model) == state(reference)
+
+
+def _end(called: Callable[[Tensor], Any]) -> str:
+    try:
+        return str(called(torch.ones(2)).tolist())
+    except BaseException as error:
+        assert error.__context__ is None and error.__cause__ is None
+        return type(error).__name__
+
+
+@contexts
+@pytest.mark.parametrize("run", range(2, 8))
+@pytest.mark.usefixtures("_survived")
+def test_what_only_a_later_run_of_the_first_call_raises_does_not_reach_the_caller(run: int, context: Any) -> None:
+    model, reference = Interrupted(Stop()), Interrupted(Stop())
+    step = graphs.capture(model)
+    with context():
+        torch.manual_seed(0)
+        wanted = reference(torch.ones(2))
+        torch.manual_seed(0)
+        runs_left().value = run
+        assert torch.equal(step(torch.ones(2)), wanted)
+        runs_left().value = 0
+        assert state(model) == state(reference)
 
 
 @pytest.mark.parametrize(
@@ -287,3 +373,28 @@ def test_the_state_of_a_sparse_tensor_is_put_back() -> None:
     matrix.mul_(3)
     saved.restore()
     assert torch.equal(matrix.to_dense(), torch.eye(3))
+
+
+def test_an_interrupt_right_after_the_first_run_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run itself is over, and what it did is being looked at."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps.add_(1)
+            return x + self.steps
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = Counting()
+    step = graphs.capture(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("graphs.trial.adopt_returned", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(torch.ones(1))
+    assert model.steps.item() == 0
+    assert [step(torch.ones(1)).item() for _ in range(3)] == [2, 3, 4]

@@ -17,7 +17,15 @@ import graphs
 from graphs import errors
 from graphs.record.tape import TapeRecorder
 
-hidden = ctypes.c_int(0)  # memory that no walk over Python objects sees
+MEMORY = ctypes.c_int(0)
+ADDRESS = ctypes.addressof(MEMORY)
+
+
+def hidden() -> ctypes.c_int:
+    """A number in memory that no walk over Python objects sees: at an address that only this function knows."""
+    return ctypes.c_int.from_address(ADDRESS)
+
+
 hits = [0]
 calls_so_far = torch.zeros(())
 kept: list[Tensor] = []
@@ -78,8 +86,8 @@ def counting_in_silence(x: Tensor) -> Tensor:
 
 
 def counting_out_of_sight(x: Tensor) -> Tensor:
-    hidden.value += 1
-    return x + hidden.value
+    hidden().value += 1
+    return x + hidden().value
 
 
 def counting_on_the_device(x: Tensor) -> Tensor:

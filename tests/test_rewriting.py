@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +161,7 @@ def test_ways_are_limited_and_the_rest_runs_eagerly_by_name() -> None:
     (refusal,) = report.refusals
     assert (refusal.reason, refusal.operator, refusal.count) == ("many-ways", "branch", 3)
     assert f"{_MAX_WAYS} ways" in refusal.detail
+    assert refusal.file == __file__ and "return x * {0: 1.0}" in Path(__file__).read_text().splitlines()[refusal.line - 1]
 
 
 def test_too_many_ways_are_raised_in_strict_mode() -> None:

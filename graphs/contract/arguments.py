@@ -178,17 +178,64 @@ def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None
     if isinstance(value, Tensor):
         tensors.append(path)
         return
-    if type(value) is dict:
-        items = [(str(key), item) for key, item in value.items()]
-    elif type(value) in (tuple, list):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        children, context = pytree_children(value)
-        if children is None:
-            if not is_constant(value):
-                opaques.append(path)
-            return
-        names = context if isinstance(context, (list, tuple)) and len(context) == len(children) else range(len(children))
-        items = [(str(name), item) for name, item in zip(names, children, strict=True)]
+    items = _items(value)
+    if items is None:
+        if not is_constant(value):
+            opaques.append(path)
+        return
     for key, item in items:
         _name(item, f"{path}.{key}", tensors, opaques)
+
+
+def _items(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, with names; None for a leaf."""
+    if type(value) is dict:
+        return [(str(key), item) for key, item in value.items()]
+    if type(value) in (tuple, list):
+        return [(str(index), item) for index, item in enumerate(value)]
+    children, context = pytree_children(value)
+    if children is None:
+        return None
+    names = context if isinstance(context, (list, tuple)) and len(context) == len(children) else range(len(children))
+    return [(str(name), item) for name, item in zip(names, children, strict=True)]
+
+
+class Argument(NamedTuple):
+    """A leaf that is part of the signature by its value or identity, and where: ``signature[place]``."""
+
+    place: int
+    name: str
+    value: Any
+    is_object: bool
+
+
+def changeable(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> list[Argument]:
+    """The leaves of a call that may have any number of values: numbers, text and objects, not flags."""
+    found: list[Argument] = []
+    end = 0
+    for index, value in enumerate(args):
+        end = _find(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
+    for name, value in kwargs.items():
+        end = _find(value, name, end + 1, found)
+    start = len(call.signature) - end - (repeats(call.tensors) is not None)
+    return [argument._replace(place=argument.place + start) for argument in found]
+
+
+def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
+    """Walk as `_flatten` does; returns the index behind what that adds to the signature."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return index + 6
+    if kind in PLAIN:
+        if kind in (int, str, bytes):
+            found.append(Argument(index + 1, path, value, False))
+        return index + 2
+    items = _items(value)
+    if items is None:
+        constant = constant_key(value) is not NOT_CONSTANT
+        found.append(Argument(index if constant else index + 1, path, value, not constant))
+        return index + (1 if constant else 2)
+    index += 2 if kind in (tuple, list, dict) else 3
+    for key, item in items:
+        index = _find(item, f"{path}.{key}", index, found)
+    return index

@@ -14,6 +14,7 @@ import functools
 import gc
 import io
 import os
+import re
 import sys
 import time
 import types
@@ -31,21 +32,39 @@ _CLOCKS = frozenset(
     (
         *("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns"),
         *("process_time", "process_time_ns", "thread_time", "localtime", "gmtime", "ctime"),
+        *("clock_gettime", "strftime", "asctime"),
     )
 )
 _DATES = frozenset(("now", "utcnow", "today"))
-_FILES = frozenset("open stat listdir scandir read readline readlines readinto recv getcwd urandom getrandom input".split())  # noqa: SIM905
-_WRITES = frozenset("print write writelines send sendall system fork_exec unlink remove rename mkdir".split())  # noqa: SIM905
+_FILES = frozenset(
+    (
+        *("open", "stat", "lstat", "fstat", "access", "readlink", "listdir", "scandir", "getcwd", "fromfile", "input"),
+        *("read", "readline", "readlines", "readinto", "recv", "urandom", "getrandom"),
+        *("getpid", "getppid", "getloadavg", "cpu_count", "times", "get_ident", "get_native_id"),
+    )
+)
+_WRITES = frozenset(
+    (
+        *("print", "write", "writelines", "send", "sendall", "system", "fork_exec", "tofile", "put"),
+        *("unlink", "remove", "rename", "mkdir", "chdir", "chmod", "putenv"),
+    )
+)
 _SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
 _THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
-_SETTINGS = ("get_num_", "get_default_", "get_float32_", "_get_", "are_deterministic_", "is_deterministic_")
+_OF_THE_KEY = ("grad", "inference", "autocast", "stack")  # modes, which belong to the key of a call
+_SETTINGS = ("get", "_get_", "are_deterministic_", "is_deterministic_", "isenabled")
 _CONTEXT = frozenset(("get", "set"))
 _NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
+_ON_BEHALF = ("torch.serialization", "torch.storage", "torch.hub", "torch.package", "torch.utils.data", "torch.utils.tensorboard")
+"""Parts of torch that read and write what the step tells them to."""
 _ENVIRONMENT = frozenset(getattr(type(os.environ), name).__code__ for name in ("__getitem__", "__iter__", "__len__"))
 _LONGEST = 80  # characters of a text that may name an attribute
-_COMPUTED = frozenset(("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr"))
+_COMPUTED = frozenset(
+    ("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr", "__getattribute__", "__getattr__", "globals")
+)
+_WORDS = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass
@@ -57,7 +76,7 @@ class CodeReads:
             ``torch.nn``, torch's.
         refusals: calls that no replay can stand for.
         variables: context variables that were read or set, with what they held before.
-        settings: torch's functions that told the step a setting, by name.
+        settings: functions of torch and of Python that told the step a setting, by name.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
     """
@@ -95,27 +114,45 @@ def names_in(code: types.CodeType) -> frozenset[str]:
 
 
 def global_names(code: types.CodeType) -> frozenset[str]:
-    """Globals and builtins that a function looks up, with the comprehensions and functions inside of it."""
+    """Globals and builtins that a function looks up or sets, with the comprehensions and functions inside of it."""
     return _names(code)[1]
 
 
+def imported_names(code: types.CodeType) -> frozenset[str]:
+    """Python modules that a function imports when it runs, as it writes them."""
+    return _names(code)[2]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    attributes, names = set[str](), set[str]()
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    attributes, names, modules = set[str](), set[str](), set[str]()
     for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
+        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")):
             names.add(instruction.argval)
-        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+        elif instruction.opname.startswith(
+            ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM")
+        ):
             attributes.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            modules.add(instruction.argval)
+            attributes.update(instruction.argval.split("."))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names(constant)
             attributes |= inner[0]
             names |= inner[1]
+            modules |= inner[2]
         for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
             if isinstance(text, str) and len(text) < _LONGEST:
-                attributes.update(part for part in text.split(".") if part.isidentifier())
-    return frozenset(attributes), frozenset(names)
+                attributes.update(words_in(text))
+                names.update((text,) if "globals" in code.co_names and text.isidentifier() else ())
+                modules.update((text,) if "modules" in code.co_names or "import_module" in code.co_names else ())
+    return frozenset(attributes), frozenset(names), frozenset(modules)
+
+
+def words_in(text: str) -> list[str]:
+    """Whatever in a text may be the name of an attribute."""
+    return _WORDS.findall(text)
 
 
 class _Observer:
@@ -137,8 +174,10 @@ class _Observer:
             name = getattr(argument, "__name__", "")
             if name in _NAMES:
                 self._called(name, argument, frame)
-            elif name.startswith(_SETTINGS):
+            elif name.startswith(_SETTINGS) or (name.startswith("is_") and name.endswith("_enabled")):
                 self._asked(name, argument, frame)
+            elif name == "initial_seed" and isinstance(argument.__self__, torch.Generator) and not _is_our_own(frame):
+                self.reads.settings[name] = argument
 
     def _started(self, code: types.CodeType, frame: types.FrameType) -> None:
         if code in _ENVIRONMENT:
@@ -149,6 +188,9 @@ class _Observer:
         module = frame.f_globals.get("__name__", "")
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
             self.reads.codes[id(code)] = (code, frame.f_globals)
+        elif module == "torch.serialization" and code.co_name in ("save", "load"):
+            kind = SideEffect if code.co_name == "save" else UnguardedRead
+            self._refuse(kind, "the step writes or reads a file", f"torch.{code.co_name}", frame)
         elif module == "concurrent.futures._base" and code.co_name == "result" and not _by_itself(frame):
             self._refuse(SideEffect, "the step waits for what another thread computes", "Future.result", frame)
 
@@ -160,13 +202,16 @@ class _Observer:
             self.reads.variables.setdefault(owner, owner.get(None))
             return
         refusal = _refused_call(name, owner, module)
-        if refusal is not None and (name in _SEEDS or not _by_itself(frame)):
+        if refusal is not None and not (_is_our_own(frame) if name in _SEEDS else _by_itself(frame)):
             self._refuse(*refusal, frame)
 
     def _asked(self, name: str, function: Any, frame: types.FrameType) -> None:
-        """Note a setting of torch that the step asks for; what its own modules ask for belongs to the key of a call."""
-        of_torch = str(getattr(function, "__module__", "")).startswith("torch") or getattr(function, "__self__", None) is torch._C
-        asked = of_torch and origin_of(frame.f_code.co_filename) in ("user", "library")
+        """Note a setting that the step asks for; what torch's own modules ask of torch belongs to the key of a call."""
+        if any(word in name for word in _OF_THE_KEY):
+            return
+        module = str(getattr(function, "__module__", ""))
+        of_process = module in ("sys", "gc") or module.startswith("torch") or getattr(function, "__self__", None) is torch._C
+        asked = of_process and origin_of(frame.f_code.co_filename) in ("user", "library")
         if asked and name not in self.reads.settings:
             try:
                 function()
@@ -175,6 +220,8 @@ class _Observer:
             self.reads.settings[name] = function
 
     def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
+        if _is_collecting(frame):
+            return
         refusal = kind(detail, operator=operator, site=Site.at(_line(frame)))
         if all(known.signature != refusal.signature for known in self.reads.refusals):
             self.reads.refusals.append(refusal)
@@ -189,13 +236,15 @@ def _refused_call(name: str, owner: Any, module: str | None) -> tuple[type[Refus
     """What is wrong with a call of a C function of this name, if anything."""
     if name in _CLOCKS and module == "time":
         return UnguardedRead, "the step reads a clock", f"time.{name}"
+    if name == "put" and type(owner).__module__ != "_queue":
+        return None
     if name in _DATES and isinstance(owner, type) and owner.__module__ == "datetime":
         return UnguardedRead, "the step reads a clock", f"{owner.__name__}.{name}"
     if name in _SEEDS and isinstance(owner, torch.Generator):
         return UnguardedRead, "the step sets the state of a random generator", f"Generator.{name}"
     if name in _THREADS:
         return SideEffect, "the step starts a thread", f"threading.{name}"
-    outside = _is_outside(owner) or module in ("posix", "nt", "_io", "io", "builtins", "_posixsubprocess")
+    outside = _is_outside(owner) or module in _OUTSIDE
     if name in _WRITES and outside:
         return SideEffect, "the step writes to a file, a terminal or a connection, which a replay would not", name
     if name in _FILES and outside:
@@ -207,17 +256,42 @@ def _is_outside(owner: Any) -> bool:
     """Whether an object stands for a file or a connection; text and bytes in memory do not."""
     if isinstance(owner, (io.StringIO, io.BytesIO)):
         return False
-    return isinstance(owner, io.IOBase) or type(owner).__module__ in ("_io", "_socket", "socket")
+    return isinstance(owner, io.IOBase) or type(owner).__module__ in ("_io", "_socket", "socket", "_queue")
+
+
+_OUTSIDE = ("posix", "nt", "_io", "io", "builtins", "_posixsubprocess", "_thread", "numpy")
+
+
+def _is_collecting(frame: types.FrameType | None) -> bool:
+    """Whether a frame belongs to what the garbage collector calls, which is no part of the step."""
+    codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _ENVIRONMENT_WRITES = frozenset(getattr(type(os.environ), name).__code__ for name in ("__setitem__", "__delitem__"))
 
 
+def _is_our_own(frame: types.FrameType | None) -> bool:
+    """Whether a call comes from this package, by way of Python's own code and torch's."""
+    while frame is not None:
+        origin = origin_of(frame.f_code.co_filename)
+        if origin not in ("python", "torch"):
+            return origin == "own"
+        frame = frame.f_back
+    return False
+
+
 def _by_itself(frame: types.FrameType | None) -> bool:
     """Whether a call comes from a package that calls it for purposes of its own."""
     while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in _CALLERS_OF_THEIR_OWN:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(_ON_BEHALF):
+            return False
+        if module.partition(".")[0] in _CALLERS_OF_THEIR_OWN:
             return True
         if origin_of(frame.f_code.co_filename) not in ("python", "own"):
             return False
@@ -255,16 +329,12 @@ def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
         if before is not None and not hasattr(before, "graphs_hook"):
             reads.complete = False
             return run()
-        collecting = gc.isenabled()
-        gc.disable()  # what it calls is no part of the step
         observer = _Observer(reads)
         sys.setprofile(observer if before is None else _both(before, observer))
         try:
             return run()
         finally:
             sys.setprofile(before)
-            if collecting:
-                gc.enable()
             reads.refusals += reads.left_set()
 
     return observe

@@ -8,19 +8,33 @@ lie in, entries of dictionaries by the methods of ``dict``.
 
 from __future__ import annotations
 
-import array
+import abc
+import builtins
+import enum
 import functools
 import logging
 import os
+import sys
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from graphs.contract.code_reads import CodeReads, global_names, names_in
+from graphs.contract.c_objects import (
+    GETTERS,
+    VIEWS,
+    cannot_be_compared,
+    elements_in,
+    is_memory,
+    is_thread_local,
+    local_attributes,
+    names_looked_up,
+    reader_of,
+)
+from graphs.contract.code_reads import CodeReads, global_names, imported_names, names_in, words_in
 from graphs.contract.counters import Counter
 from graphs.contract.dict_watch import real_dict
 from graphs.contract.guards import (
@@ -32,6 +46,7 @@ from graphs.contract.guards import (
     NamesGuard,
     SequenceGuard,
     SetGuard,
+    TypeGuard,
     ValueGuard,
 )
 from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
@@ -47,21 +62,30 @@ from graphs.contract.raw_access import (
     sequence_class,
     slots_of,
 )
+from graphs.errors import Refusal, UnguardedRead
 
 Tensor = torch.Tensor
+_GRADIENT: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
 _LIMIT = 200_000  # objects
 _NOT_ENTERED = (
-    *(types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(torch.Generator, torch.UntypedStorage, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
-    *(logging.Logger, logging.Manager, logging.Handler, logging.LoggerAdapter),
+    *(logging.Manager, logging.Handler),
     *(torch.SymInt, torch.SymFloat, torch.SymBool),
 )
+_LEAVES = frozenset(
+    (*(kind for kind in LEAVES if kind is not enum.Enum), types.NotImplementedType, types.EllipsisType, range, slice)
+)
+_LOGGED = frozenset(("level", "disabled", "parent", "propagate", "manager"))
+_OF_FUNCTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__annotations__", "__module__"))
+_TABLES_OF_PYTHON = (type(os.environ),)
+_NOT_SETTINGS = frozenset(("modules", "path_importer_cache", "meta_path", "path_hooks", "stdout", "stderr", "stdin"))
+"""What the interpreter itself fills, and what is looked at by itself."""
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
 """Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
 _NOT_METHODS = frozenset(
     ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "__slots__")
 )
-_SMALL = 1 << 24  # bytes of a buffer that are compared at each call
 
 
 def guards_of(
@@ -70,6 +94,7 @@ def guards_of(
     advanced: Sequence[Counter] = (),
     links: Sequence[Link] = (),
     uploaded: Sequence[Tensor] = (),
+    placed: Iterable[int] = (),
 ) -> Guards:
     """The guards of a recording.
 
@@ -79,8 +104,9 @@ def guards_of(
         advanced: numbers that the recording advances itself.
         links: ways to the tensors that the recording reads in place.
         uploaded: host tensors that it holds copies of, whose versions tell of writes.
+        placed: see `GuardWalk`.
     """
-    walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced])
+    walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced], placed)
     versions = [ValueGuard("a host tensor's version", functools.partial(_version, tensor), by_value=True) for tensor in uploaded]
     kinds = [ValueGuard(f"the type of {counter.path}", counter.kind) for counter in advanced]
     return walk.guards([*versions, *kinds, *walk.of_links(links)])
@@ -93,23 +119,33 @@ class GuardWalk:
         reads: what the observed run asked for.
         roots: where values can hang, with the names to call them by.
         advanced: container and key of the numbers that the recording advances itself.
+        placed: identities of tensors whose place and layout are checked elsewhere.
 
     Attributes:
+        incomparable: what was found that no later call can be compared with.
         complete: False when more hangs on the step than is worth comparing.
     """
 
-    def __init__(self, reads: CodeReads, roots: Iterable[tuple[str, Any]], advanced: Iterable[tuple[Any, Any]] = ()) -> None:
+    def __init__(
+        self,
+        reads: CodeReads,
+        roots: Iterable[tuple[str, Any]],
+        advanced: Iterable[tuple[Any, Any]] = (),
+        placed: Iterable[int] = (),
+    ) -> None:
         self._reads, self._roots = reads, list(roots)
         self._advanced: dict[int, set[Any]] = {}
         for container, key in advanced:
             self._advanced.setdefault(id(container), set()).add(key)
         self._codes = dict(reads.codes)
+        self._extra: set[str] = set()
+        self._placed = frozenset(placed)
         self._everything = not reads.complete or reads.computed()
         self.complete = True
         while True:  # functions that were found and did not run in the observed run may run in others
-            known = len(self._codes)
+            known = len(self._codes), len(self._extra)
             self._walk()
-            if len(self._codes) == known or not self.complete:
+            if (len(self._codes), len(self._extra)) == known or not self.complete:
                 break
 
     def guards(self, more: Iterable[Guard] = ()) -> Guards:
@@ -118,9 +154,7 @@ class GuardWalk:
 
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for ways to tensors that the walk did not find: behind objects that no observed function names."""
-        guarded = {id(guard.mapping) for guard in self._watched} | {
-            id(guard.mapping) for guard in self._polled if isinstance(guard, MappingGuard)
-        }
+        guarded = {id(g.mapping) for g in (*self._watched, *self._polled) if isinstance(g, (MappingGuard, NamesGuard))}
         ways = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in ways if isinstance(link.container, dict)}
         for identity, container in dicts.items():
@@ -133,24 +167,25 @@ class GuardWalk:
         ]
 
     def _walk(self) -> None:
-        self._names = frozenset(name for code, _ in self._codes.values() for name in names_in(code))
+        self._names = frozenset(name for code, _ in self._codes.values() for name in names_in(code)) | self._extra
+        self.incomparable: list[Refusal] = []
         self._relevant = self._names.__contains__  # not a method of this object, which holds the roots
-        self._watched: list[MappingGuard] = []
+        self._watched: list[Guard] = []
         self._polled: list[Guard] = []
         self._seen: set[int] = set()
         self._keep: list[Any] = []
-        self._pending: list[tuple[str, Any]] = [*self._roots]
+        self._pending: list[tuple[str, Any]] = [*self._roots, ("Tensor", Tensor)]
         self._globals()
         if self._reads.environment:
             self._mapping("os.environ[{!r}]", os.environ._data)  # type: ignore[attr-defined]
         for name, setting in self._reads.settings.items():
-            self._polled.append(ValueGuard(f"torch.{name}()", setting, by_value=True))
+            self._polled.append(ValueGuard(f"{name}()", setting, by_value=True))
         for variable in self._reads.variables:
             self._polled.append(ValueGuard(f"ContextVar({variable.name!r})", functools.partial(variable.get, None)))
         root_ids = {id(root) for _, root in self._roots}
         while self._pending:
             path, value = self._pending.pop()
-            if of_type(value, (*LEAVES, *_NOT_ENTERED)) or id(value) in self._seen:
+            if type(value) in _LEAVES or of_type(value, _NOT_ENTERED) or id(value) in self._seen:
                 continue
             if len(self._seen) > _LIMIT:
                 self.complete = False
@@ -161,13 +196,25 @@ class GuardWalk:
             self._visit(path, value)
 
     def _mapping(
-        self, form: str, mapping: Mapping[Any, Any], relevant: Callable[[Any], bool] | None = None, enter: bool = True
+        self,
+        form: str,
+        mapping: Mapping[Any, Any],
+        relevant: Callable[[Any], bool] | None = None,
+        enter: bool = True,
+        members: bool = False,
     ) -> None:
-        """Guard a dictionary; watched where it is one."""
+        """Guard a dictionary; watched where every write to it can be seen.
+
+        That is not so where an empty one is filled by copying another into it whole, which is nobody's way with the ``members``
+        of a module, nor where the order of an ordered one changes.
+        """
         guard = MappingGuard(form, mapping, relevant, self._advanced.get(id(mapping), ()))
-        (self._watched if isinstance(mapping, dict) else self._polled).append(guard)  # type: ignore[attr-defined]
+        unseen = (type(mapping) is dict and not mapping and not members) or (
+            isinstance(mapping, OrderedDict) and OrderedDict.__len__(mapping) > 1
+        )
+        (self._watched if isinstance(mapping, dict) and not unseen else self._polled).append(guard)
         if enter:
-            self._pending += [(form.format(key), value) for key, value in guard.expected.items()]
+            self._pending += [(form.format(key), value) for key, value in guard.entries]
 
     def _globals(self) -> None:
         spaces: dict[int, tuple[dict[str, Any], set[str], set[str], bool]] = {}
@@ -176,14 +223,23 @@ class GuardWalk:
             entry[1].update(global_names(code))
             entry[2].update(names_in(code))
         chained: set[tuple[int, int]] = set()
+        missing: set[str] = set()
         for space, names, attributes, users in spaces.values():
+            missing.update(name for name in names if name not in space)
             guard = NamesGuard("{}", space, frozenset(names), self._advanced.get(id(space), ()))
             (self._polled if users else self._watched).append(guard)  # type: ignore[arg-type]
-            for name, value in guard.expected.items():
+            for name, value in guard.entries:
                 if isinstance(value, types.ModuleType):
                     self._module(name, value, frozenset(attributes), id(space), chained)
                 else:
                     self._pending.append((name, value))
+        self._watched.append(NamesGuard("builtins.{}", vars(builtins), frozenset(missing)))
+        for code, space in self._codes.values():
+            for name in imported_names(code):
+                package = f"{space.get('__package__')}.{name}"
+                module = sys.modules.get(name) or sys.modules.get(package)
+                if type(module) is types.ModuleType:
+                    self._module(name, module, frozenset(names_in(code)), id(space), chained)
 
     def _module(
         self, path: str, module: types.ModuleType, names: frozenset[str], space: int, chained: set[tuple[int, int]]
@@ -191,16 +247,19 @@ class GuardWalk:
         """Guard what functions look up in a module that they know by name, and in the modules in it."""
         content = vars(module)
         origin = origin_of_module(module)
-        if (id(module), space) in chained or origin in ("python", "own"):
+        if (id(module), space) in chained or origin == "own":
             return
         chained.add((id(module), space))
         looked_up = frozenset(name for name in names if name in content and not name.startswith("__"))
+        if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
+            kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
+            looked_up = frozenset(kept - _NOT_SETTINGS)
         guard = NamesGuard(path + ".{}", content, looked_up)
         (self._polled if origin == "user" else self._watched).append(guard)  # type: ignore[arg-type]
-        for name, value in guard.expected.items():
+        for name, value in guard.entries:
             if isinstance(value, types.ModuleType):
                 self._module(f"{path}.{name}", value, names, space, chained)
-            elif origin != "torch":
+            elif origin != "torch" and (origin != "python" or isinstance(value, (list, dict, set))):
                 self._pending.append((f"{path}.{name}", value))
 
     def _visit(self, path: str, value: Any) -> None:
@@ -211,12 +270,14 @@ class GuardWalk:
             attributes = attributes_of(value)
             if attributes:
                 self._mapping(path + ".{}", attributes, self._relevant)
+            self._tensor(path, value)
         elif type(value) is types.MethodType:
             self._pending += [(path, value.__self__), (path, value.__func__)]
         elif type(value) is types.FunctionType:
             self._function(path, value)
         elif of_type(value, functools.partial):
             self._pending += [(path, value.func), (path, value.args), (path, value.keywords)]
+            self._extra.update(text for text in value.args if isinstance(text, str) and text.isidentifier())
         elif of_type(value, type):
             self._class(value)
         elif of_type(value, (property, staticmethod, classmethod)):
@@ -225,14 +286,26 @@ class GuardWalk:
         elif of_type(value, weakref.ref):
             self._polled.append(ValueGuard(path, value))
             self._pending.append((path, value()))
-        elif not self._buffer(path, value):
+        elif not self._special(path, value):
             self._container(path, value)
+
+    def _tensor(self, path: str, tensor: Tensor) -> None:
+        """What a tensor answers that the step does not compute with: its shape, whether it requires a gradient, the gradient."""
+        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or tensor.layout != torch.strided:
+            return
+        if id(tensor) not in self._placed:
+            self._polled.append(ValueGuard(path, functools.partial(_form_of, tensor), by_value=True))
+        if "grad" in self._names:
+            self._polled.append(ValueGuard(f"{path}.grad", functools.partial(_GRADIENT, tensor)))
 
     def _container(self, path: str, value: Any) -> None:
         """Lists, dictionaries and the like, which may have attributes too; and all other objects."""
         form, kind = path + "[{!r}]", sequence_class(value)
         if of_type(value, dict):
             self._mapping(form, value)
+            if of_type(value, defaultdict):
+                factory = class_attribute(defaultdict, "default_factory")
+                self._polled.append(ValueGuard(f"{path}.default_factory", functools.partial(factory.__get__, value)))
         elif type(value) is types.MappingProxyType:
             inner = real_dict(value)
             if inner is not None:
@@ -247,31 +320,55 @@ class GuardWalk:
         if type(value) not in (dict, list, tuple, set, frozenset, deque, OrderedDict):
             self._object(path, value)
 
-    def _buffer(self, path: str, value: Any) -> bool:
-        """Memory of bytes: numpy arrays, ``array.array``, bytearrays, views of them."""
-        if of_type(value, (bytearray, array.array, memoryview)):
-            self._polled.append(ValueGuard(path, functools.partial(bytes, memoryview(value).cast("B")), by_value=True))
-            return True
-        if module_name(type(value)).partition(".")[0] != "numpy":
+    def _memory(self, path: str, value: Any) -> None:
+        read = reader_of(value)
+        if read is not None:
+            self._polled.append(ValueGuard(path, read, by_value=True))
+        self._pending += [(f"{path}[{index}]", item) for index, item in enumerate(elements_in(value))]
+
+    def _special(self, path: str, value: Any) -> bool:
+        """Objects of C that need a look of their own; False for all others."""
+        kind = type(value)
+        if is_memory(value):
+            self._memory(path, value)
+        elif cannot_be_compared(value):
+            detail = f"a {kind.__name__} is used, which gives something else each time, or hides what it stands for"
+            self.incomparable.append(UnguardedRead(detail, operator=path))
+        elif kind is types.BuiltinMethodType:  # a method of a table: T.get
+            self._pending.append((path, value.__self__))
+        elif issubclass(kind, GETTERS):
+            self._extra.update(word for name in names_looked_up(value) for word in words_in(name))
+        elif issubclass(kind, VIEWS):
+            self._pending.append((path, value.mapping))
+        elif is_thread_local(value):
+            self._polled.append(ValueGuard(path, functools.partial(local_attributes, value)))
+            self._mapping(path + ".{}", local_attributes(value))
+        elif issubclass(kind, logging.Logger):
+            self._logger(path, value)
+        else:
             return False
-        if hasattr(value, "tobytes") and value.nbytes <= _SMALL and not value.dtype.hasobject:
-            self._polled.append(ValueGuard(path, value.tobytes, by_value=True))
         return True
 
+    def _logger(self, path: str, logger: logging.Logger) -> None:
+        """Whether a logger writes is decided by its level, its parents', and what is disabled for all."""
+        self._mapping(path + ".{}", vars(logger), _LOGGED.__contains__, enter=False)
+        self._mapping(path + ".manager.{}", vars(logger.manager), frozenset(("_disable", "disable")).__contains__, enter=False)
+        if logger.parent is not None:
+            self._pending.append((path + ".parent", logger.parent))
+
     def _function(self, path: str, function: types.FunctionType) -> None:
+        """What hangs on a function. What decorators of libraries and of torch wrap is entered like everything else."""
         code = function.__code__
         users = origin_of_code(code, function.__globals__) == "user"
-        if id(code) not in self._codes:
-            if not users:
-                return
-            self._codes[id(code)] = (code, function.__globals__)
         if users:
-            self._polled.append(FunctionGuard(path, function))
-        self._pending += [(f"{path}'s default", default) for default in function.__defaults__ or ()]
-        if function.__kwdefaults__:
-            self._mapping(path + "'s default {}", function.__kwdefaults__)
-        if function.__dict__:
-            self._mapping(function.__name__ + ".{}", function.__dict__)
+            self._codes.setdefault(id(code), (code, function.__globals__))
+            self._polled.append(FunctionGuard(path, function, sorted(_OF_FUNCTIONS & self._names)))
+        if users or id(code) in self._codes:
+            self._pending += [(f"{path}'s default", default) for default in function.__defaults__ or ()]
+            if function.__kwdefaults__:
+                self._mapping(path + "'s default {}", function.__kwdefaults__)
+        if users or function.__dict__:
+            self._mapping(function.__name__ + ".{}", function.__dict__, self._relevant if users else None)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             guard = CellGuard(name, cell)
             if users:
@@ -279,6 +376,13 @@ class GuardWalk:
             self._pending.append((name, guard.value))
 
     def _class(self, kind: type[Any]) -> None:
+        self._pending.append((f"type({kind.__name__})", type(kind)))
+        if origin_of_type(kind) == "user":
+            self._polled.append(ValueGuard(f"{kind.__name__}.__mro__", functools.partial(type.__getattribute__, kind, "__mro__")))
+            if issubclass(type(kind), abc.ABCMeta):
+                self._polled.append(ValueGuard("abc.get_cache_token()", abc.get_cache_token, by_value=True))
+        if issubclass(kind, enum.Enum):
+            self._pending += [(f"{kind.__name__}.{member}", kind._member_map_[member]) for member in kind._member_map_]
         for base in type.__getattribute__(kind, "__mro__"):
             if base.__flags__ & IMMUTABLE_TYPE or (id(base) in self._seen and base is not kind):
                 continue
@@ -286,12 +390,14 @@ class GuardWalk:
             content = real_dict(type.__getattribute__(base, "__dict__"))
             if content is None or origin_of_type(base) == "python":
                 continue
+            arguments = content.get("__match_args__")
+            self._extra.update(arguments if isinstance(arguments, tuple) else ())
             guard = MappingGuard(
                 base.__name__ + ".{}", content, functools.partial(_is_looked_up, self._names), self._advanced.get(id(content), ())
             )
             self._watched.append(guard)
             if origin_of_type(base) != "torch":
-                named = [(key, item) for key, item in guard.expected.items() if _is_code(item) or not key.startswith("__")]
+                named = [(key, item) for key, item in guard.entries if _is_code(item) or not key.startswith("__")]
                 self._pending += [(f"{base.__name__}.{key}", item) for key, item in named]
 
     def _object(self, path: str, value: Any) -> None:
@@ -301,16 +407,21 @@ class GuardWalk:
         package = module_name(kind)
         if not users and not module and package.partition(".")[0] in _FOREIGN and not package.startswith("torch.nn"):
             return
-        whole = self._everything and (users or not self._reads.complete)
+        python = origin_of_type(kind) == "python"  # its code is not observed, so every attribute counts
+        whole = python or issubclass(kind, enum.Enum) or (self._everything and (users or not self._reads.complete))
         form, relevant = path + ".{}", None if whole else self._relevant
+        if not kind.__flags__ & IMMUTABLE_TYPE:
+            (self._polled if users else self._watched).append(TypeGuard(path, value))
         attributes = attributes_of(value)
         if attributes is not None:
+            if "__wrapped__" in attributes:
+                self._pending.append((path, attributes["__wrapped__"]))
             self._mapping(form, attributes, relevant)
             for members in ("_parameters", "_buffers", "_modules") if module else ():
                 held = attributes.get(members)
                 if isinstance(held, dict):
                     self._seen.add(id(held))
-                    self._mapping(form, held)
+                    self._mapping(form, held, members=True)
         for name, slot in slots_of(kind).items():
             if relevant is None or relevant(name):
                 self._slot(f"{path}.{name}", value, slot)
@@ -335,7 +446,11 @@ def _slot_content(descriptor: Any, value: Any) -> Any:
     try:
         return descriptor.__get__(value)
     except AttributeError:
-        return None
+        return ABSENT
+
+
+def _form_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _held(container: Any, key: Any) -> Any:

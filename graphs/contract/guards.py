@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import operator
 import types
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
-from graphs.contract.places import ABSENT, LEAVES, Difference, same, text_of
+from graphs.contract.places import ABSENT, Difference, same, text_of
 from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -25,7 +26,7 @@ _SOURCE = """
 def all_hold():
     try:
         return {conditions}
-    except (KeyError, IndexError, ValueError, AttributeError):
+    except Exception:
         return False
 """
 Bind = Callable[[Any], str]
@@ -47,10 +48,13 @@ class Guard(Protocol):
 class MappingGuard:
     """Entries of a dictionary, or of the attributes of an object or class.
 
+    Keys and values are compared by identity, in order where all entries count: a key of the user's is never asked whether it
+    equals another.
+
     Args:
         form: the path of an entry, with ``{}`` for its key.
         mapping: the dictionary itself, so that looking at it runs nobody's code.
-        relevant: tells which keys the step can look up; entries under other keys may come and go.
+        relevant: tells which keys, texts then, the step can look up; entries under other keys may come and go.
         ignored: keys of values that the recording advances itself.
     """
 
@@ -63,25 +67,36 @@ class MappingGuard:
     ) -> None:
         self._form, self.mapping, self._relevant = form, mapping, relevant
         self._ignored = ignored
-        self.expected = {key: value for key, value in _items(mapping) if self._counts(key)}
+        self.entries = self._present()
         self._length = _length(mapping)
 
+    def _present(self) -> list[tuple[Any, Any]]:
+        return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
+
     def _counts(self, key: Any) -> bool:
-        return (self._relevant is None or self._relevant(key)) and key not in self._ignored
+        if self._relevant is not None and not self._relevant(key):
+            return False
+        return not self._ignored or not any(same(key, other) for other in self._ignored)
 
     def difference(self) -> Difference | None:
-        """The first entry that was exchanged, removed or added."""
-        now = {key: value for key, value in _items(self.mapping) if self._counts(key)}
-        for key, value in self.expected.items():
-            current = now.get(key, ABSENT)
+        """The first entry that was exchanged, removed or added, or stands in another place."""
+        now = self._present()
+        if self._relevant is not None:  # attributes: their order means nothing
+            now.sort(key=_first_of)
+            self.entries.sort(key=_first_of)
+        for (key, value), (other, current) in zip(self.entries, now, strict=False):
+            if not same(key, other):
+                kept = any(same(key, one) for one, _ in now)
+                path = self._form.format(_text_of_key(other if kept else key))
+                return Difference(path, *(("absent", text_of(current)) if kept else (text_of(value), "absent")))
             if current is not value and not same(current, value):
-                return Difference(self._form.format(key), text_of(value), text_of(current))
-        added = next((key for key in now if key not in self.expected), ABSENT)
-        if added is not ABSENT:
-            return Difference(self._form.format(added), text_of(ABSENT), text_of(now[added]))
-        if list(now) != list(self.expected) and self._relevant is None:
-            return Difference(self._form.format("..."), "in one order", "in another order")
-        self.expected, self._length = now, _length(self.mapping)
+                return Difference(self._form.format(_text_of_key(key)), text_of(value), text_of(current))
+        if len(now) != len(self.entries):
+            longer, absent = (now, True) if len(now) > len(self.entries) else (self.entries, False)
+            key, value = longer[min(len(now), len(self.entries))]
+            texts = ("absent", text_of(value)) if absent else (text_of(value), "absent")
+            return Difference(self._form.format(_text_of_key(key)), *texts)
+        self.entries, self._length = now, _length(self.mapping)
         return None
 
     def _unchanged(self) -> bool:
@@ -89,36 +104,45 @@ class MappingGuard:
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every entry by identity, and the length, which tells of new ones."""
-        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType):
+        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType) or (self._ignored and self._relevant is None):
             yield f"{bind(self._unchanged)}()"
             return
         name = bind(self.mapping)
         yield f"len({name}) == {self._length}" if self._length else f"not {name}"
-        for key, value in self.expected.items():
-            yield f"{name}[{_key_text(key, bind)}] is {bind(value)}"
+        if self._relevant is not None:
+            yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.entries)
+        elif self.entries:
+            yield f"{bind(_all_identical)}({name}, {bind([key for key, _ in self.entries])})"
+            yield f"{bind(_all_identical)}({name}.values(), {bind([value for _, value in self.entries])})"
 
 
-class NamesGuard(MappingGuard):
+class NamesGuard:
     """Names of a Python module that functions look up; a name that is missing there is one of the builtins."""
 
     def __init__(self, form: str, mapping: dict[str, Any], names: frozenset[str], ignored: Collection[Any] = ()) -> None:
-        super().__init__(form, mapping, names.__contains__, ignored)
+        self._form, self.mapping = form, mapping
+        self._expected = {name: mapping[name] for name in sorted(names) if name in mapping and name not in ignored}
         self._missing = sorted(name for name in names if name not in mapping and name not in ignored)
+
+    @property
+    def entries(self) -> list[tuple[str, Any]]:
+        """Names and what they meant."""
+        return list(self._expected.items())
 
     def difference(self) -> Difference | None:
         """The first name that means something else."""
-        for key, value in self.expected.items():
+        for key, value in self._expected.items():
             current = self.mapping.get(key, ABSENT)
             if current is not value and not same(current, value):
                 return Difference(self._form.format(key), text_of(value), text_of(current))
-            self.expected[key] = current
+            self._expected[key] = current
         added = next((name for name in self._missing if name in self.mapping), None)
         return Difference(self._form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every name by identity; other names of the module do not matter."""
         name = bind(self.mapping)
-        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.expected.items())
+        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self._expected.items())
         yield from (f"{key!r} not in {name}" for key in self._missing)
 
 
@@ -156,33 +180,50 @@ class SequenceGuard:
 
 
 class SetGuard:
-    """The items of a set. They are compared by hash and identity; a large set (a registry) by its size between the occasions
-    on which something else is compared as well.
+    """The items of a set, in the order in which they are gone through.
+
+    A registry, which holds classes and nothing else, is compared by its size until something else is compared as well.
     """
 
     def __init__(self, path: str, items: set[Any]) -> None:
-        self._path, self._items, self._recorded = path, items, set(set.__iter__(items))
+        self._path, self._items, self._recorded = path, items, list(set.__iter__(items))
 
     def difference(self) -> Difference | None:
         """That the items changed."""
-        if {*map(id, set.__iter__(self._items))} == {*map(id, self._recorded)} or self._equal_constants():
+        now = list(set.__iter__(self._items))
+        if len(now) == len(self._recorded) and all(map(same, now, self._recorded)):
+            self._recorded = now
             return None
-        return Difference(self._path, f"{len(self._recorded)} items", f"{set.__len__(self._items)} others")
-
-    def _equal_constants(self) -> bool:
-        """Whether both hold equal numbers and texts, which may be other objects."""
-        both = [*set.__iter__(self._items), *self._recorded]
-        return all(issubclass(type(item), LEAVES) for item in both) and set.__eq__(self._items, self._recorded) is True
+        return Difference(self._path, f"{len(self._recorded)} items", f"{len(now)} others, or in another order")
 
     def conditions(self, bind: Bind) -> Iterator[str]:
-        """The size, and the items of a small set."""
-        name, recorded = bind(self._items), bind(self._recorded)
+        """The size, and the identity of each item."""
+        name = bind(self._items)
         if type(self._items) is not set:
             yield f"{bind(self.difference)}() is None"
-        elif len(self._recorded) > _UNROLLED:
-            yield f"len({name}) == {len(self._recorded)}"
+        elif not self._recorded:
+            yield f"not {name}"
         else:
-            yield f"{name} == {recorded}" if self._recorded else f"not {name}"
+            yield f"len({name}) == {len(self._recorded)}"
+            if not all(isinstance(item, type) for item in self._recorded):
+                yield f"{bind(_all_identical)}({name}, {bind(self._recorded)})"
+
+
+class TypeGuard:
+    """The class of an object, which can be exchanged under it (``model.layer.__class__ = Other``)."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        self._path, self._kind = path, type(value)
+        self._value = _reference(value)
+
+    def difference(self) -> Difference | None:
+        """The class, if it is another one."""
+        kind = type(self._value())
+        return None if kind in (self._kind, type(None)) else Difference(f"{self._path}.__class__", repr(self._kind), repr(kind))
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """One comparison."""
+        yield f"type({bind(self._value)}()) is {bind(self._kind)}"
 
 
 class ValueGuard:
@@ -193,7 +234,10 @@ class ValueGuard:
 
     def difference(self) -> Difference | None:
         """The value, if it is another one."""
-        now = self._read()
+        try:
+            now = self._read()
+        except Exception as error:  # memory that was given back, say: eager says what is wrong with it
+            return Difference(self._path, "readable", f"{type(error).__name__}: {error}")
         if now is self.value or (self._by_value and now == self.value) or same(now, self.value):
             self.value = now
             return None
@@ -226,17 +270,20 @@ class CellGuard:
 
 
 class FunctionGuard:
-    """The code and the defaults of a function, which may be exchanged while the function stays what it is."""
+    """The code and the defaults of a function, which may be exchanged while the function stays what it is.
 
-    _PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+    Args:
+        also: further attributes that Python keeps of it (``__doc__``, ``__name__``) and that the step looks up.
+    """
 
-    def __init__(self, path: str, function: types.FunctionType) -> None:
+    def __init__(self, path: str, function: types.FunctionType, also: Iterable[str] = ()) -> None:
         self._path, self._function = path, function
-        self._values = [getattr(function, part) for part in self._PARTS]
+        self._parts = ["__code__", "__defaults__", "__kwdefaults__", *also]
+        self._values = [getattr(function, part) for part in self._parts]
 
     def difference(self) -> Difference | None:
         """The part that was exchanged."""
-        for part, value in zip(self._PARTS, self._values, strict=True):
+        for part, value in zip(self._parts, self._values, strict=True):
             now = getattr(self._function, part)
             if now is not value:
                 return Difference(f"{self._path}.{part}", text_of(value), text_of(now))
@@ -245,25 +292,26 @@ class FunctionGuard:
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Each part by identity."""
         name = bind(self._function)
-        yield from (f"{name}.{part} is {bind(value)}" for part, value in zip(self._PARTS, self._values, strict=True))
+        yield from (f"{name}.{part} is {bind(value)}" for part, value in zip(self._parts, self._values, strict=True))
 
 
 class Guards:
     """The guards of one recording.
 
     Args:
-        watched: of dictionaries that are rarely written, if ever.
+        watched: of dictionaries that are rarely written, if ever, and what is compared when one of them was.
         polled: all others.
     """
 
-    def __init__(self, watched: Sequence[MappingGuard], polled: Sequence[Guard]) -> None:
+    def __init__(self, watched: Sequence[Guard], polled: Sequence[Guard]) -> None:
         self._watch = shared_watch()
         self._watched, self._polled = list(watched), list(polled)
         if self._watch is None:
-            self._watched, self._polled = [], [*self._watched, *self._polled]
+            once = [guard for guard in self._watched if not isinstance(guard, TypeGuard)]  # of libraries: too many to ask
+            self._watched, self._polled = [], [*once, *self._polled]
         for guard in self._watched:
-            assert self._watch is not None and isinstance(guard.mapping, dict)
-            self._watch.watch(guard.mapping)
+            if isinstance(guard, (MappingGuard, NamesGuard)) and isinstance(guard.mapping, dict) and self._watch is not None:
+                self._watch.watch(guard.mapping)
         self._seen = self._watch.changes() if self._watch is not None else 0
         self._all_hold = _expression(self._polled)
         self._rebuilds = 0
@@ -325,8 +373,13 @@ def _length(mapping: Mapping[Any, Any]) -> int:
     return dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
 
 
-def _key_text(key: Any, bind: Bind) -> str:
-    return repr(key) if type(key) in (str, int) else bind(key)
+def _first_of(entry: tuple[Any, Any]) -> Any:
+    return entry[0]
+
+
+def _text_of_key(key: Any) -> Any:
+    """A key as a path shows it; one of the user's is not asked for its text."""
+    return key if type(key) in (str, int, bool, float) else f"a {type(key).__name__}"
 
 
 def _content(cell: types.CellType) -> Any:
@@ -336,5 +389,13 @@ def _content(cell: types.CellType) -> Any:
         return ABSENT
 
 
-def _all_identical(now: Sequence[Any], then: Sequence[Any]) -> bool:
+def _all_identical(now: Iterable[Any], then: Iterable[Any]) -> bool:
     return all(map(operator.is_, now, then))
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """A weak reference where the object allows one: a recording does not keep a cache alive."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value

@@ -82,11 +82,16 @@ def origin_of_module(module: types.ModuleType) -> str:
 
 def origin_of_type(kind: type[Any]) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
-    return _origin_of_type(kind)  # type: ignore[arg-type]
+    known = _ORIGINS.get(id(kind))
+    if known is None or known[0] is not kind:  # by identity: a metaclass may compute a hash
+        known = _ORIGINS[id(kind)] = kind, _origin_of_type(kind)
+    return known[1]
 
 
-@functools.cache
-def _origin_of_type(kind: Any) -> str:
+_ORIGINS: dict[int, tuple[type[Any], str]] = {}
+
+
+def _origin_of_type(kind: type[Any]) -> str:
     name = module_name(kind)
     module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):

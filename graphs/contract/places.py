@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import math
 import types
 from collections.abc import Callable, Iterable
@@ -145,12 +144,9 @@ def write_mapping(container: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 
 def write_set(container: Any, content: Any) -> None:
-    """Make a set or bytearray hold ``content``."""
-    if isinstance(container, bytearray):
-        container[:] = content
-    else:
-        set.clear(container)
-        set.update(container, content)
+    """Make a set hold ``content``."""
+    set.clear(container)
+    set.update(container, content)
 
 
 def read_set(container: set[Any]) -> tuple[Any, ...]:
@@ -164,6 +160,8 @@ def same(a: Any, b: Any) -> bool:
         return True
     if type(a) is type(b) is float:
         return (a == b and math.copysign(1.0, a) == math.copysign(1.0, b)) or (a != a and b != b)
+    if type(a) is type(b) is complex:
+        return same(a.real, b.real) and same(a.imag, b.imag)
     if type(a) is type(b) and issubclass(type(a), LEAVES):
         return bool(a == b or (a != a and b != b)) if _is_plain(type(a)) else False  # type: ignore[arg-type]
     if type(a) is tuple and type(b) is tuple:
@@ -171,10 +169,9 @@ def same(a: Any, b: Any) -> bool:
     return False
 
 
-@functools.cache
 def _is_plain(kind: type[Any]) -> bool:
     """Whether values of a class are compared by Python's or torch's own code."""
-    compares = next(base for base in kind.__mro__ if "__eq__" in vars(base))
+    compares = next(base for base in type.__getattribute__(kind, "__mro__") if "__eq__" in vars(base))
     return bool(compares.__flags__ & IMMUTABLE_TYPE)
 
 

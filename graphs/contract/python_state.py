@@ -2,24 +2,26 @@
 
 The walk starts at the model, its opaque arguments and, for functions, their closures, defaults and the globals they
 name. It enters containers, objects and the user's own classes and functions; of libraries it enters objects but not
-classes or functions. C objects are not entered. Looking runs no code of the user's (`raw_access`).
+classes or functions, and what C objects hold without attributes is read by kind (`c_state`). Looking runs no code of the user's
+(`raw_access`).
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import logging
-import pickle
 import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from graphs.contract.c_state import IN_MEMORY, held_inside, numpy_place, pickled, place_inside
 from graphs.contract.code_reads import global_names, names_in
 from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
 from graphs.contract.operators import has_storage
@@ -52,10 +54,18 @@ from graphs.contract.raw_access import (
 Tensor = torch.Tensor
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SKIPPED = (
-    *(types.ModuleType, types.BuiltinFunctionType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
+    *(types.ModuleType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
     *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
     *(torch.SymInt, torch.SymFloat, torch.SymBool),  # and numbers of a traced step of all that is traced
 )
+_CALLS_OTHERS = (
+    types.MethodType,
+    types.BuiltinMethodType,
+    types.MethodWrapperType,
+    functools.partial,
+    functools._lru_cache_wrapper,
+)
+_WITHOUT_STATE = frozenset(kind for kind in LEAVES if kind is not enum.Enum)  # classes derived from them may have attributes
 _WALK_LIMIT = 500_000
 
 
@@ -99,6 +109,7 @@ class PythonState:
 
     Attributes:
         owners: links to tensors.
+        generators: generators of random numbers of torch's that hang on the roots; their states are the caller's to keep.
         complete: False when the walk gave up at half a million objects.
     """
 
@@ -116,6 +127,7 @@ class PythonState:
         self._seen: set[int] = set(known._seen) if known is not None else set()
         self._tensors = tensors
         self.owners: list[Link] = []
+        self.generators: list[torch.Generator] = []
         self.complete = True
         named = list(roots)
         self._roots = {id(root) for _, root in named}
@@ -124,7 +136,9 @@ class PythonState:
         pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
         while pending:
             path, value, link = pending.pop()
-            if of_type(value, (*LEAVES, *_SKIPPED)) or id(value) in self._seen:
+            if type(value) is torch.Generator and id(value) not in self._roots:
+                self.generators.append(value)
+            if type(value) in _WITHOUT_STATE or of_type(value, _SKIPPED) or id(value) in self._seen:
                 continue
             if len(self._seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -148,15 +162,7 @@ class PythonState:
         self._places.append(Place("random.random(){}", random.getstate(), random.getstate, random.setstate, transient=True))
         numpy = sys.modules.get("numpy")
         if numpy is not None:
-            self._pickled("numpy.random", numpy.random.get_state, numpy.random.set_state)
-
-    def _pickled(self, path: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
-        """A place whose content is compared by its pickle: states of random generators, numpy arrays."""
-
-        def reading() -> bytes:
-            return pickle.dumps(read())
-
-        self._places.append(Place(path + "{}", reading(), reading, lambda c: write(pickle.loads(c)), transient=True))
+            self._places.append(pickled("numpy.random", numpy.random.get_state, numpy.random.set_state))
 
     def _visit(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         kind = type(value)
@@ -179,11 +185,17 @@ class PythonState:
             read, write = (functools.partial(getattr(random.Random, name), value) for name in ("getstate", "setstate"))
             self._places.append(Place(path + "{}", read(), read, write, transient=True))
         elif module_name(kind).partition(".")[0] == "numpy":
-            self._numpy(path, value)
-        elif kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None:
+            self._places += filter(None, [numpy_place(path, value)])
+        elif (
+            kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None and not issubclass(kind, IN_MEMORY)
+        ):
             read = functools.partial(_position, value)
             self._places.append(Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
+        elif of_type(value, LEAVES):
+            yield from self._object(path, value, link)
         else:
+            self._places += filter(None, [place_inside(path, value)])
+            yield from ((path + suffix, item, link) for suffix, item in held_inside(value))
             yield from self._container(path, value, link)
             yield from self._object(path, value, link)
 
@@ -197,27 +209,13 @@ class PythonState:
             names = flatten(value)[0]
         yield from (self._entry(f"{path}.{n}", attributes, n, attributes[n], link) for n in names if n in attributes)
 
-    def _numpy(self, path: str, value: Any) -> None:
-        if hasattr(value, "bit_generator"):
-            bits = value.bit_generator
-            self._pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state))
-        elif hasattr(value, "set_state"):
-            self._pickled(path, value.get_state, value.set_state)
-        elif hasattr(value, "tobytes") and getattr(value, "flags", None) is not None and value.flags.writeable:
-            copy = value.copy()
-
-            def write(_: bytes) -> None:
-                value[...] = copy
-
-            self._places.append(Place(path + "{}", value.tobytes(), value.tobytes, write))
-
     def _entry(
         self, path: str, container: Any, key: Any, item: Any, parent: Link | None, registered: bool = False
     ) -> tuple[str, Any, Link]:
         link = Link(path, container, key, item, registered, parent)
         if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and has_storage(item) and not item.is_inference():
+            if self._tensors and has_storage(item):
                 self._storages.append((path, item, item.detach()))
         return path, item, link
 
@@ -226,15 +224,13 @@ class PythonState:
         if of_type(value, dict):
             self._mapping(form, value)
             yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(items_of(value)))
-        elif of_type(value, bytearray):
-            self._places.append(Place(path + "{}", bytes(value), lambda: bytes(value), functools.partial(write_set, value)))
         elif kind is not None:
             if kind in (list, deque):
                 read = functools.partial(elements_of, value)
                 self._places.append(Place(form, read(), read, functools.partial(write_sequence, value), container=value))
             elif kind is set:
-                read = functools.partial(read_set, value)
-                self._places.append(Place(path + "{}", read(), read, functools.partial(write_set, value)))
+                items = functools.partial(read_set, value)
+                self._places.append(Place(path + "{}", items(), items, functools.partial(write_set, value)))
             indexed = value if type(value) in (list, tuple, deque) else tuple(elements_of(value))
             yield from (self._entry(form.format(i), indexed, i, item, link) for i, item in enumerate(elements_of(value)))
 
@@ -291,17 +287,18 @@ class PythonState:
                     yield path, item, None
 
     def _function(self, path: str, function: types.FunctionType, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        origin = origin_of_code(function.__code__, function.__globals__)
         yield path, function.__dict__.get("__wrapped__"), link
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             yield f"{path}'s default", default, None
-        if function.__dict__:
+        if function.__dict__ or origin == "user":
             yield f"{function.__name__}'s attributes", function.__dict__, None
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             view = CellView(cell)
             self._places.append(Place(name + "{}", view.read(), view.read, view.write))
             for item in view.read().values():
                 yield self._entry(name, view, "", item, None)
-        if origin_of_code(function.__code__, function.__globals__) == "user":
+        if origin == "user":
             yield from self._globals(function)
 
     def _globals(self, function: types.FunctionType) -> Iterator[tuple[str, Any, Link | None]]:
@@ -377,5 +374,5 @@ def _is_state(item: Any) -> bool:
         return origin_of_code(item.__code__, item.__globals__) == "user"
     if issubclass(kind, type):
         return origin_of_type(item) == "user"
-    called = class_attribute(kind, "__call__") is not None
+    called = class_attribute(kind, "__call__") is not None and not issubclass(kind, _CALLS_OTHERS)
     return not issubclass(kind, _SKIPPED) and (not called or issubclass(kind, torch.nn.Module) or origin_of_type(kind) == "user")

@@ -97,6 +97,7 @@ class Slot:
         strides: of the argument and of its stand-in; None where they are not known, and the stand-in is contiguous.
         traits: what else the stand-in has in common with the argument.
         written: whether the step writes the argument, so that the buffer is copied back.
+        from_host: whether the argument is a host tensor, though the buffer is on a device.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Slot:
     strides: tuple[int, ...] | None = None
     traits: Traits = field(default_factory=Traits)
     written: bool = False
+    from_host: bool = False
 
     @property
     def rows(self) -> int:
@@ -240,11 +242,13 @@ def make_contract(
     batch_dims: Sequence[int | None],
     rows: int | None,
     written: Sequence[int] = (),
+    host: Sequence[int] = (),
 ) -> Contract:
     """The contract of a call recorded at ``rows`` rows (None: at its exact sizes).
 
     Args:
         static, written: positions of arguments used in place, and of copied ones that the step writes.
+        host: positions of device copies of host arguments.
     """
     slots, same = [], []
     firsts = repeats(tensors) or range(len(tensors))
@@ -262,6 +266,7 @@ def make_contract(
                 strides=kept_strides(tensor) if rows is None else None,
                 traits=Traits.of(tensor) if rows is None else replace(Traits.of(tensor), inference=False),
                 written=index in written,
+                from_host=index in host,
             )
         )
     longest: int | None = max(map(extent, tensors), default=0)

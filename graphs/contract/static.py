@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 _REMEMBERED = 1024  # addresses of arguments known to lie apart from what the step writes
 _equal_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA and HIP
 _data_ptr = Tensor.data_ptr
-WINDOW = 64  # tensors whose layout is looked at by one call; a tensor transposed in place is seen within as many windows
+WINDOW = 16  # tensors whose layout is looked at by one call; a tensor transposed in place is seen within as many windows
 
 
 class StaticTensors:
@@ -86,8 +86,17 @@ class StaticTensors:
             return False
         if self._copied_back and self._shared_when_copied(tensors) is not None:
             return False
+        return self._stayed() and self._laid_out()
+
+    def _laid_out(self) -> bool:
+        """Whether the tensors of this call's window have the layout they had. Torch's guards also look at the modes that are
+        active, so what they do not recognise is compared once more.
+        """
         guards, looked_at = next(self._guards)
-        return self._stayed() and (guards is None or guards.check(*looked_at))
+        if guards is None or guards.check(*looked_at):
+            return True
+        known = dict(zip(map(id, self._tensors), self._layouts, strict=True))
+        return all(_layout(tensor) == known[id(tensor)] for tensor in looked_at)
 
     def _stayed(self) -> bool:
         if _equal_addresses is not None:
@@ -132,6 +141,11 @@ class StaticTensors:
         """Position and name of static arguments that are not where they were."""
         return [(index, name) for index, name, pointer in self._arguments if tensors[index].data_ptr() != pointer]
 
+    @property
+    def placed(self) -> set[int]:
+        """Identities of the tensors whose place and layout are checked here."""
+        return {id(tensor) for tensor in self._tensors}
+
     def arguments_fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing is wrong with the arguments of a call: what moved is the step's own, and stays where it is now."""
         moved = self.moved_arguments(tensors)
@@ -164,7 +178,7 @@ class StaticTensors:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.is_conj(), tensor.is_neg()
 
 
 def _tensor_guards(tensors: Sequence[Tensor]) -> Any:

@@ -69,5 +69,5 @@ def choose(limits: Limits, tokens: int) -> str:
 
 
 def candidates(limits: Limits) -> tuple[str, ...]:
-    """Every path :func:`choose` can return: the weights to keep, the one for the most tokens last."""
+    """Every path :func:`choose` can return, the one for the most tokens last."""
     return tuple(dict.fromkeys(path for _, path in reversed(limits)))[::-1]

@@ -32,8 +32,9 @@ class GroupedProjection(nn.Module):
         scale: for FP8, one float32 or UE8M0 factor per 128x128 block, ``[G, N/128, K/128]`` or ``[G*N/128, K/128]``.
         path: ``einsum``, ``bmm``, ``gloop``, ``fused`` or ``auto``; ``None`` takes the configured default, which is read now and
             never again. ``auto`` picks per call by rules measured on the device (:mod:`graphs.ops.tuned`) or packaged, and
-            keeps the weights its choices need (both now); a bfloat16 weight, or one whose N or K is no multiple of 128, it
-            always gives to ``einsum``.
+            holds one form of the weight: where some calls go to ``fused``, its FP8 blocks, from which a call that goes to
+            ``einsum`` makes the bfloat16 weight anew (the same bits; see below). A bfloat16 weight, or one whose N or K is no
+            multiple of 128, it always gives to ``einsum``.
         groups: ``G`` of a two-dimensional weight.
         activations: path ``fused`` takes activations as they are (``bf16``) or quantises them in registers (``fp8``).
         overlap: path ``fused`` may request its weight while the kernel in front of it still runs. Right as long as no kernel
@@ -41,11 +42,15 @@ class GroupedProjection(nn.Module):
             built, moved or loaded. Pass ``False`` if you write its buffers in place from a kernel on the same stream.
         backend: ``native``, or ``aiter`` for the functions of AMD's package on paths ``bmm`` and ``gloop``, looked up now.
 
+    What ``einsum`` costs under ``auto`` beside ``fused``: the weight is read in FP8, written and read in bfloat16, five bytes an
+    element where a held one takes two, and 2 G N K bytes are needed while the call runs, once for all modules. Such calls are
+    those of many tokens, where the product itself takes longer. Pass ``path="einsum"`` where most calls are of that kind.
+
     Attributes:
         path: the path as given (or configured).
-        paths: the paths whose weights are held: one, or several under ``auto``.
-        memory: bytes of weights and scales held, by path.
-        weight_bytes: their sum; paths that share a weight count it once.
+        paths: the paths that calls may take: one, or several under ``auto``.
+        memory: bytes of weights and scales held, by the path that uses them as they are.
+        weight_bytes: their sum.
 
     Raises:
         ConfigError: no such path, back end or kind of activations, or a path that the back end does not have.
@@ -79,9 +84,8 @@ class GroupedProjection(nn.Module):
         self.path, self.overlap, self.activations, self.backend = path, overlap, activations, backend
         self.groups, self.n, self.k = loaded.data.shape
         self._limits = self._limits_on(device)
-        self.paths = _paths_to_hold(path, loaded, self._limits)
-        for held in self.paths:
-            self._hold(held, loaded, device)
+        self.paths = _paths_to_take(path, loaded, self._limits)
+        self._hold(_held_among(self.paths), loaded, device)
         _settle(self)
 
     def forward(self, o: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
@@ -102,7 +106,7 @@ class GroupedProjection(nn.Module):
             assert positions is not None and table is not None
             o = reference.inverse_rotary(o, positions, table)
         if path == "einsum":
-            return torch.ops.graphs.wo_a_einsum(o, getattr(self, data))
+            return torch.ops.graphs.wo_a_einsum(o, self._whole_weight())
         prefix = "wo_a_" if self.backend == "native" else "wo_a_aiter_"
         return getattr(torch.ops.graphs, prefix + path)(o, getattr(self, data), getattr(self, scale))
 
@@ -113,11 +117,16 @@ class GroupedProjection(nn.Module):
         path = auto.choose(self._limits, tokens)
         return path if path in self.paths else self.paths[-1]
 
+    def _whole_weight(self) -> Tensor:
+        """The weight in bfloat16, ``[G, N, K]``: held, or made of FP8 blocks."""
+        held = getattr(self, BUFFERS["einsum"][0], None)
+        return held if held is not None else weights.widened(self.weight_blocks, self.scale_blocks)
+
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of weight and scales by path; ``gloop`` and ``fused`` share theirs."""
+        """Bytes of the weight and scales that are held, by the path that uses them as they are."""
         held = dict(self.named_buffers())
-        return {path: sum(held[name].nbytes for name in BUFFERS[path] if name in held) for path in self.paths}
+        return {path: sum(held[name].nbytes for name in BUFFERS[path] if name) for path in (_held_among(self.paths),)}
 
     @property
     def weight_bytes(self) -> int:
@@ -135,8 +144,6 @@ class GroupedProjection(nn.Module):
 
     def _hold(self, path: str, loaded: GroupedWeight, device: torch.device) -> None:
         data_name, scale_name = BUFFERS[path]
-        if hasattr(self, data_name):
-            return
         fp8 = weights.fp8_dtype(device)
         if device.type == "cuda" and path != "einsum":
             wo_a.arch_of(device.index, path, fp8)
@@ -189,8 +196,13 @@ def _check_backend(backend: str, path: str) -> None:
         aiter_backend.function(path)
 
 
-def _paths_to_hold(path: str, loaded: GroupedWeight, limits: Limits) -> tuple[str, ...]:
-    """The paths to prepare. ``auto`` quantises nothing: a bfloat16 weight, or one of an odd size, goes to ``einsum``."""
+def _held_among(paths: tuple[str, ...]) -> str:
+    """The path whose form of the weight is held: the smaller, from which the other is made."""
+    return "fused" if "fused" in paths else paths[-1]
+
+
+def _paths_to_take(path: str, loaded: GroupedWeight, limits: Limits) -> tuple[str, ...]:
+    """The paths that calls take. ``auto`` quantises nothing: a bfloat16 weight, or one of an odd size, goes to ``einsum``."""
     if path != "auto":
         return (path,)
     _, n, k = loaded.data.shape

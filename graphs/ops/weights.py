@@ -116,6 +116,17 @@ def prepare(weight: GroupedWeight | PreparedWeight, path: str, fp8: torch.dtype 
     return PreparedWeight(path, weight.data.contiguous(), weight.scale.contiguous())
 
 
+def widened(data: Tensor, scale: Tensor) -> Tensor:
+    """The bfloat16 weight ``[G, N, K]`` that FP8 blocks stand for: the bits that `prepare` gives ``einsum``, rounded once.
+
+    ``data [G, N, K]`` FP8, ``scale [G, N/128, K/128]`` float32. An FP8 number is exact in bfloat16, so no float32 copy is made.
+    """
+    g, n, k = data.shape
+    wide = data.to(torch.bfloat16)
+    wide.view(g, n // BLOCK, BLOCK, k // BLOCK, BLOCK).mul_(scale[:, :, None, :, None])
+    return wide
+
+
 def fp8_dtype(device: torch.device | str) -> torch.dtype:
     """The FP8 format ``device`` multiplies natively: e4m3fnuz on gfx940..gfx942, e4m3fn elsewhere."""
     device = torch.device(device)
@@ -292,4 +303,5 @@ __all__ = [
     "prepare",
     "to_fnuz",
     "to_ue8m0",
+    "widened",
 ]

@@ -46,7 +46,10 @@ FEW = 2
 
 
 @triton.jit
-def _move_units(target, source, outer, target_rows, source_rows, inner, real, kind, fill, start, stride, BLOCK: tl.constexpr):
+def _move_units(
+    target, source, outer, target_rows, source_rows, inner, real, kind, fill, start, stride,
+    BLOCK: tl.constexpr, HOST: tl.constexpr,
+):  # fmt: skip
     """Copy ``outer x rows x inner`` units between tensors that differ in their rows; rows from ``real`` on are padding."""
     total = outer * target_rows * inner
     for first in range(start * BLOCK, total, stride * BLOCK):
@@ -57,7 +60,10 @@ def _move_units(target, source, outer, target_rows, source_rows, inner, real, ki
         inside = unit < total
         from_source = (row < real) | (kind == 0)
         value = tl.load(
-            source + (plane * source_rows + tl.minimum(row, real - 1)) * inner + column, mask=inside & from_source, other=0
+            source + (plane * source_rows + tl.minimum(row, real - 1)) * inner + column,
+            mask=inside & from_source,
+            other=0,
+            volatile=HOST,
         )
         value = tl.where(from_source, value, fill.to(value.dtype))
         tl.store(target + unit, value, mask=inside & (from_source | (kind != 2)))
@@ -82,7 +88,7 @@ def fetch_row(table, cursor, current, fields, WIDTH: tl.constexpr):
 def move_rows(
     table, cursor, current, fields,
     INBOUND: tl.constexpr, FETCH: tl.constexpr, WIDTH: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, HOST: tl.constexpr,
 ):  # fmt: skip
     """Copy every input into its slot (INBOUND) or every static output into the caller's tensor.
 
@@ -90,6 +96,7 @@ def move_rows(
         table: int64 ``[ring, width]`` in pinned host memory, ``width <= WIDTH``; cursor: int64 ``[1]``, the turn;
             current: int64 ``[WIDTH]``, this turn's row on the device; fields: int64, the header and a line per tensor.
         FETCH: the row is not on the device yet: read it from the table and leave it there.
+        HOST: some inputs lie in pinned memory that the host writes anew: sources are read past the caches.
     """
     entry = tl.program_id(0)
     column = tl.load(fields + 2) + entry
@@ -125,19 +132,25 @@ def move_rows(
     if (ragged & 7) == 0:
         t8 = target.to(tl.pointer_type(tl.int64))
         s8 = source.to(tl.pointer_type(tl.int64))
-        _move_units(t8, s8, outer, target_rows, source_rows, (inner // 8).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+        _move_units(
+            t8, s8, outer, target_rows, source_rows, (inner // 8).to(tl.int32), real, kind, fill, block, blocks, BLOCK, HOST
+        )
     elif (ragged & 3) == 0:
         t4 = target.to(tl.pointer_type(tl.int32))
         s4 = source.to(tl.pointer_type(tl.int32))
-        _move_units(t4, s4, outer, target_rows, source_rows, (inner // 4).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+        _move_units(
+            t4, s4, outer, target_rows, source_rows, (inner // 4).to(tl.int32), real, kind, fill, block, blocks, BLOCK, HOST
+        )
     elif (ragged & 1) == 0:
         t2 = target.to(tl.pointer_type(tl.int16))
         s2 = source.to(tl.pointer_type(tl.int16))
-        _move_units(t2, s2, outer, target_rows, source_rows, (inner // 2).to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+        _move_units(
+            t2, s2, outer, target_rows, source_rows, (inner // 2).to(tl.int32), real, kind, fill, block, blocks, BLOCK, HOST
+        )
     else:
         t1 = target.to(tl.pointer_type(tl.int8))
         s1 = source.to(tl.pointer_type(tl.int8))
-        _move_units(t1, s1, outer, target_rows, source_rows, inner.to(tl.int32), real, kind, fill, block, blocks, BLOCK)
+        _move_units(t1, s1, outer, target_rows, source_rows, inner.to(tl.int32), real, kind, fill, block, blocks, BLOCK, HOST)
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,7 @@ class AddressTable:
         self.width = 1 + columns
         self.padded_width = max(32, triton.next_power_of_2(self.width))
         self.turn = 0
+        self._paced = 0  # the turn that was waited for last
         with torch.inference_mode(False):
             self.pinned = torch.zeros(RING * self.width, dtype=torch.int64, pin_memory=True)
             self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
@@ -185,10 +199,18 @@ class AddressTable:
     def claim(self, row: list[int]) -> None:
         """Write the next turn's row; waits only when the device is more than half a ring behind."""
         turn = self.turn % RING
-        if turn % HALF == 0 and self.turn:
-            self._pace(turn // HALF)
+        if turn % HALF == 0 and self.turn != self._paced:
+            self.make_room()
         start = turn * self.width
         self._words[start : start + self.width] = row  # type: ignore[assignment]
+
+    def make_room(self) -> int:
+        """The next turn, once no replay reads what belongs to its row any more; waits as `claim` does, and once only."""
+        turn = self.turn % RING
+        if turn % HALF == 0 and self.turn != self._paced:
+            self._paced = self.turn
+            self._pace(turn // HALF)
+        return self.turn
 
     def _pace(self, half: int) -> None:
         """Mark the end of the half just used up, and wait for the replays that last read the half about to be used."""
@@ -207,8 +229,8 @@ class Copier:
     outputs are known only inside it. So: `bind` (anywhere), `launch` (inside the capture), `upload` (outside).
     """
 
-    def __init__(self, count: int, table: AddressTable, first_column: int, *, inbound: bool) -> None:
-        self._table, self._inbound = table, inbound
+    def __init__(self, count: int, table: AddressTable, first_column: int, *, inbound: bool, host: bool = False) -> None:
+        self._table, self._inbound, self._host = table, inbound, host
         self._fields = [RING, table.width, first_column, *[0] * (_FIELDS * max(count, 1))]
         self._grid = (max(count, 1), 1)
         with torch.inference_mode(False):
@@ -240,7 +262,7 @@ class Copier:
             self._run(fetch_row, (1,), 1)
         warps = 1 if fetch else _WARPS
         block = _BLOCK * warps // _WARPS
-        self._run(move_rows, self._grid, warps, INBOUND=self._inbound, FETCH=fetch, **_CONSTANTS, BLOCK=block)
+        self._run(move_rows, self._grid, warps, INBOUND=self._inbound, FETCH=fetch, HOST=self._host, **_CONSTANTS, BLOCK=block)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], warps: int, **constants: Any) -> None:
         table = self._table
@@ -248,10 +270,14 @@ class Copier:
         kernel[grid](*arguments, WIDTH=table.padded_width, **constants, num_warps=warps)
 
 
-def load_kernels(table: AddressTable) -> None:
-    """Launch everything that a recording with such a table may launch once, copying nothing. Counts turns of ``table``."""
+def load_kernels(table: AddressTable, *, host: bool = False) -> None:
+    """Launch everything that a recording with such a table may launch once, copying nothing. Counts turns of ``table``.
+
+    Args:
+        host: for recordings that read arguments from host memory.
+    """
     for inbound, programs in ((True, 1), (True, FEW + 1), (False, 1)):
-        copier = Copier(0, table, 1, inbound=inbound)
+        copier = Copier(0, table, 1, inbound=inbound, host=host and inbound)
         copier.bind((), programs)
         copier.upload()
         copier.launch()

@@ -11,13 +11,15 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract, is_dense
 from graphs.errors import CaptureFailed, Refusal
-from graphs.record.copies import AddressTable, Copier, Move, load_kernels
+from graphs.record.copies import RING, AddressTable, Copier, Move, load_kernels
+from graphs.record.host_ring import HostRing
 from graphs.record.policy import current_policy
 from graphs.record.step import Body
 
@@ -125,6 +127,21 @@ class CudaRecording:
             self._order.stream.synchronize()
 
 
+class StagingRecording(CudaRecording):
+    """A recording some of whose arguments are host tensors, each brought to pinned memory before the launch."""
+
+    def __init__(self, *arguments: Any, owned: bool) -> None:
+        super().__init__(*arguments, owned=owned)
+        self._ring = HostRing([slot for slot in self.contract.slots if slot.from_host], RING)
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """One graph launch; see `CudaRecording.replay`."""
+        if _raw_stream(self._index) != self._order.raw:
+            self._order.enter()  # first: what marks the end of earlier replays has to come behind them
+        turn = self._table.make_room()
+        return super().replay(self._ring.stage(tensors, turn), rows)
+
+
 def _contiguous(shape: tuple[int, ...], dim: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     sizes = (*shape[:dim], rows, *shape[dim + 1 :])
     return sizes, torch.empty(sizes, device="meta").stride()
@@ -153,7 +170,7 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)
         self._keeper: torch.cuda.CUDAGraph | None = None
-        self._primed: set[int] = set()
+        self._primed: set[tuple[int, bool]] = set()
 
     def run(self, fn: Callable[[], object]) -> object:
         """Run ``fn`` on the recording stream, so that library handles and kernels are ready for it there.
@@ -182,17 +199,17 @@ class CudaRecorder:
             yield
         outer.wait_stream(self.stream)
 
-    def _prime(self, columns: int = 0) -> None:
-        """Make the pool and the copying kernels for ``columns`` addresses ready.
+    def _prime(self, columns: int = 0, *, host: bool = False) -> None:
+        """Make the pool and the copying kernels for ``columns`` addresses, ``host`` memory among them or not, ready.
 
         A module load on a capturing stream fails, so the kernels are launched once. A pool is gone for good when its
         last graph is (another capture into it is an internal error of torch), so a graph of one node keeps it.
         """
         table = AddressTable(columns, self.device)
-        if table.padded_width not in self._primed:
-            load_kernels(table)
+        if (table.padded_width, host) not in self._primed:
+            load_kernels(table, host=host)
             self.stream.synchronize()  # the table is about to be freed
-            self._primed.add(table.padded_width)
+            self._primed.add((table.padded_width, host))
         if self._keeper is None:
             self._keeper = torch.cuda.CUDAGraph()
             with _paused_collector(), self._capturing(self._keeper):
@@ -221,9 +238,10 @@ class CudaRecorder:
                 if b.nbytes <= LARGE
             ]
             results = len(contract.output_dims) if owned else 0
-            self._prime(len(moves) + results)
+            host = any(slot.from_host for slot in contract.slots)
+            self._prime(len(moves) + results, host=host)
             table = AddressTable(len(moves) + results, self.device)
-            inbound = Copier(len(moves), table, 1, inbound=True)
+            inbound = Copier(len(moves), table, 1, inbound=True, host=host)
             outbound = Copier(results, table, 1 + len(moves), inbound=False)
             inbound.bind(moves)
             inbound.upload()
@@ -241,7 +259,8 @@ class CudaRecorder:
                 )
                 outbound.launch()
             outbound.upload()
-        recording = CudaRecording(graph, contract, table, outputs, self.order, buffers, (inbound, outbound), owned=owned)
+        kind = StagingRecording if host else CudaRecording
+        recording = kind(graph, contract, table, outputs, self.order, buffers, (inbound, outbound), owned=owned)
         recording.pool_bytes = max(torch.cuda.memory_reserved(self.device) - before, 0)
         return recording
 

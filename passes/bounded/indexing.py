@@ -11,6 +11,7 @@ from torch.fx import Node
 from passes.bounded.scatters import into_padded
 from passes.bounded.sources import true_rows
 from passes.rewriter import Rewriter, Rule
+from passes.symbols import expression_of
 
 aten = torch.ops.aten
 _MASKS = (torch.bool, torch.uint8)
@@ -114,7 +115,8 @@ def index_put(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     if masked and not add and len(indices) == 1 and _fits_everywhere(indices[0], x, values):
         return _masked_write(rw, x, indices[0], values)
     if masked:
-        indices = _expanded(rw, indices, _true_count(rw, node, values))
+        indices = _expanded(rw, indices, _true_count(rw, node, indices))
+    _of_one_length(rw, [i for i in indices if i is not None], x, values)
     return _write_rows(rw, node, x, indices, values, add)
 
 
@@ -138,15 +140,32 @@ def _masked_write(rw: Rewriter, x: Node, mask: Node, values: Node) -> Node:
     return rw.padded(rw.call(aten.copy_.default, x, rw.call(aten.where.self, wide, values, x)), rw.lengths(x))
 
 
-def _true_count(rw: Rewriter, node: Node, values: Node) -> Any:
-    """The traced number of true elements: the first size of the values, or a new symbol."""
-    old = node.args[2].meta["val"].shape  # type: ignore[union-attr]
-    return next((size for size in old if isinstance(size, torch.SymInt)), rw.fresh_length(node))
+def _true_count(rw: Rewriter, node: Node, indices: list[Any]) -> Any:
+    """The traced number of true elements of a mask: the first size of the values if they were picked by it, else a new symbol."""
+    size = next(iter(node.args[2].meta["val"].shape), None)  # type: ignore[union-attr]
+    if isinstance(size, torch.SymInt):
+        counted = rw.number(expression_of(size))
+        masks = [index for index in indices if isinstance(index, Node) and index.meta["val"].dtype in _MASKS]
+        if isinstance(counted, Node) and counted.target is aten.sum.default and [counted.args[0]] == masks:
+            return size
+    return rw.fresh_length(node)
+
+
+def _of_one_length(rw: Rewriter, lists: list[Any], x: Node, values: Node) -> None:
+    """Assume that lists of places, and the values for them, are as many as each other, or one: eager refuses others."""
+    rows = [*lists, *([values] if values.meta["val"].dim() > x.meta["val"].dim() - len(lists) else [])]
+    sized = [node for node in rows if node.meta["val"].dim() > 0]
+    lengths = [rw.lengths(node).get(0, sympy.Integer(node.meta["val"].shape[0])) for node in sized]
+    first, *others = [rw.facts.resolve(length) for length in lengths if length != 1] or [sympy.Integer(1)]
+    for length in others:
+        rw.assume(sympy.Eq(first, length))
 
 
 def _write_rows(rw: Rewriter, node: Node, x: Node, indices: list[Any], values: Node, add: bool) -> Node:
     lists = [i for i in indices if i is not None]
     count = max(i.meta["val"].shape[0] if i.meta["val"].dim() else 1 for i in lists)
+    if values.meta["val"].dim() > x.meta["val"].dim() - len(lists) and (rw.lengths(values) or values.meta["val"].shape[0] != 1):
+        count = min(count, values.meta["val"].shape[0])  # there are as many
     length = next((rw.lengths(i)[0] for i in (*lists, values) if 0 in rw.lengths(i)), None)
     flat = all(i.meta["val"].dim() <= 1 for i in lists)
     if not flat or length is None or any(i is None for i in indices[: len(lists)]):

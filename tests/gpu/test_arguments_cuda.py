@@ -84,3 +84,80 @@ def test_a_written_argument_survives_replays_that_are_not_waited_for(device: tor
         for x in given:
             step(x)
         assert all(bool((x == 2 * call).all()) for call, x in enumerate(given))
+
+
+def ids(device: torch.device) -> Tensor:
+    return torch.randint(0, 9, (3, 8), device=device)
+
+
+def scaled_or_lowered(x: Tensor, t: Tensor) -> Tensor:
+    return x / t if t > 0 else x - 1
+
+
+HOST: dict[str, tuple[Callable[..., Any], Callable[[int, torch.device], tuple[Any, ...]]]] = {
+    "temperature": (lambda x, t: (x / t).softmax(-1), lambda i, d: (torch.randn(4, 8, device=d), torch.tensor(i + 0.5))),
+    "temperature first": (lambda t, x: x / t, lambda i, d: (torch.tensor(i + 0.5), torch.randn(4, 8, device=d))),
+    "temperature, 16 bits": (lambda x, t: x * t, lambda i, d: (torch.randn(8, device=d).bfloat16(), torch.tensor(i + 0.3))),
+    "lengths": (
+        lambda x, n: x * (torch.arange(8, device=x.device) < n.to(x.device)[:, None]),
+        lambda i, d: (torch.randn(3, 8, device=d), torch.tensor([i % 8, 1, 7])),
+    ),
+    "lengths, cast": (
+        lambda x, n: x.sum(1) / n.to(x.device, torch.float32),
+        lambda i, d: (torch.randn(3, 8, device=d), torch.tensor([i + 1, 1, 7])),
+    ),
+    "arithmetic on the host": (lambda x, t: x * (t * 2 + 1), lambda i, d: (torch.randn(8, device=d), torch.tensor(i + 0.5))),
+    "an index": (lambda x, n: x[n], lambda i, d: (ids(d), torch.tensor([i % 3, 0]))),
+    "a branch": (scaled_or_lowered, lambda i, d: (torch.randn(8, device=d), torch.tensor(float(i % 3 - 1)))),
+    "item": (lambda x, t: x * t.item(), lambda i, d: (torch.randn(8, device=d), torch.tensor(i + 0.5))),
+    "handed through": (lambda x, t: (x + t, t), lambda i, d: (torch.randn(8, device=d), torch.tensor(float(i)))),
+    "pinned": (lambda x, t: x * t.to(x.device), lambda i, d: (torch.randn(8, device=d), torch.tensor(i + 0.5).pin_memory())),
+    "much to copy": (lambda x, t: x * t, lambda i, d: (torch.randn(1 << 16, device=d), torch.tensor(i + 0.5))),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", HOST)
+def test_host_tensors_are_refreshed_at_each_call(name: str, mode: str, device: torch.device) -> None:
+    model, arguments = HOST[name]
+    step = graphs.capture(model)
+    with MODES[mode]():
+        for call in range(8):
+            given = arguments(call, device)
+            torch.testing.assert_close(tensors(step(*given)), tensors(model(*given)))
+    assert step.report().replays == 8, str(step.report())
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_an_output_made_of_host_tensors_alone_stays_on_the_host(device: torch.device) -> None:
+    step = graphs.capture(lambda x, t: (x * t, t * 2))
+    with torch.no_grad():
+        for call in range(3):
+            assert step(torch.ones(4, device=device), torch.tensor(float(call)))[1].device.type == "cpu"
+    assert {refusal.reason for refusal in step.report().refusals} == {"unsupported-output"}
+
+
+def test_pending_replays_keep_the_host_values_of_their_calls(device: torch.device) -> None:
+    step, t = graphs.capture(lambda x, t: (x @ x) * 0 + t), torch.tensor(0.0)
+    x, results = torch.ones(1024, 1024, device=device), []
+    with torch.no_grad():
+        step(x, t)
+        for call in range(1200):  # beyond the end of the ring, twice
+            t.fill_(call)  # while replays that were given this very tensor are still to run
+            results.append(step(x, t)[0, 0].clone())
+        assert torch.stack(results).tolist() == list(range(1200))
+    assert step.report().replays == 1201
+
+
+def test_host_values_follow_the_stream_that_a_call_is_made_on(device: torch.device) -> None:
+    step, streams = graphs.capture(lambda x, t: x + t), [torch.cuda.Stream(device) for _ in range(2)]
+    x = torch.zeros(1 << 20, device=device)
+    with torch.no_grad():
+        step(x, torch.tensor(0.0))
+        torch.cuda.synchronize(device)
+        results = []
+        for call in range(1200):
+            with torch.cuda.stream(streams[call % 2]):
+                results.append(step(x, torch.tensor(float(call)))[0].clone())
+        torch.cuda.synchronize(device)
+    assert [result.item() for result in results] == list(range(1200))

@@ -229,7 +229,7 @@ def test_host_constant_and_mixed_devices_are_refused(device):
     step(torch.ones(2, device=device))
     assert step.report().refusals[0].reason == "host-constant"
     with pytest.raises(MixedDevices):
-        graphs.capture(lambda x, y: x + y.to(x.device), strict=True)(torch.ones(2, device=device), torch.ones(2))
+        graphs.capture(lambda x, y: x + y.to(x.device), strict=True)(torch.ones(1 << 16, device=device), torch.ones(1 << 16))
 
 
 @torch.library.custom_op("graphs_test::synchronising", mutates_args=())

@@ -10,7 +10,7 @@ import torch
 
 import graphs
 from graphs.errors import ConfigError, WeightError
-from graphs.ops import GroupedProjection, auto, load, path_bytes, reference
+from graphs.ops import GroupedProjection, auto, load, path_bytes, reference, weights
 
 G, N, K = 2, 128, 256
 
@@ -103,11 +103,38 @@ def test_auto_follows_the_rules_of_its_device(monkeypatch: pytest.MonkeyPatch) -
     assert [module.choice(m) for m in (1, 16, 17, 4096)] == ["fused", "fused", "einsum", "einsum"]
     o = torch.randn(16, G, K).bfloat16()
     assert torch.equal(module(o), GroupedProjection(*fp8(), path="fused")(o))
-    assert module.memory == {path: path_bytes(G, N, K)[path] for path in ("fused", "einsum")}
+    assert module.memory == {"fused": path_bytes(G, N, K)["fused"]}
     assert module.weight_bytes == sum(module.memory.values())
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(compiled(x), module(x)) for x in (o, torch.randn(17, G, K).bfloat16()))
-    assert "holding fused 0.0656 MB, einsum 0.131 MB" in repr(module)
+    assert "holding fused 0.0656 MB" in repr(module) and "einsum" not in repr(module)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_never_holds_two_forms_and_gives_the_bits_of_the_path_it_takes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setitem(auto.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
+    weight = torch.randn(G, 256, 384, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 1)
+    blocks = reference.quantise_blocks(weight)
+    module, o = GroupedProjection(*blocks, path="auto"), torch.randn(40, G, 384).bfloat16()
+    assert {name: tuple(buffer.shape) for name, buffer in module.named_buffers()} == {
+        "weight_blocks": (G, 256, 384),
+        "scale_blocks": (G, 2, 3),
+    }
+    for rows in (16, 40):
+        assert torch.equal(module(o[:rows]), GroupedProjection(*blocks, path=module.choice(rows))(o[:rows]))
+    step = graphs.capture(module)
+    with torch.no_grad():
+        assert all(torch.equal(step(o[:rows]), module(o[:rows])) for rows in (16, 40, 16, 40))
+    assert step.report().replays == 4
+
+
+@pytest.mark.parametrize("format", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
+def test_widening_rounds_once_as_preparing_does(format: torch.dtype) -> None:
+    data, scale = fp8()
+    data.view(torch.uint8)[0, 0, :2] = torch.tensor([0x80, 0x01])  # minus zero and the smallest number
+    wanted = weights.prepare(load(data, scale), "einsum").data
+    held = weights.prepare(load(data, scale), "fused", format)
+    assert held.scale is not None and torch.equal(weights.widened(held.data, held.scale), wanted)
 
 
 def test_the_report_of_a_captured_model_sums_the_weights_of_each_path() -> None:

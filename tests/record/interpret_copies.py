@@ -130,7 +130,7 @@ def run(cases: list[Case], real: int, rows: int, turn: int, few: int) -> dict[st
     table.pinned[start : start + table.width] = torch.tensor(row)
     moves = [Move(slot.tensor, case.batch_dim, case.policy) for case, slot in zip(cases, slots, strict=True)]
     for inbound, first in ((True, 1), (False, 1 + len(cases))):
-        copier = Copier(len(cases), table, first, inbound=inbound)  # type: ignore[arg-type]
+        copier = Copier(len(cases), table, first, inbound=inbound, host=inbound and turn % 2 == 0)  # type: ignore[arg-type]
         copier.bind(moves)
         copier._grid = (copier._grid[0], min(copier._grid[1], 2))  # fewer programs than blocks: each takes several
         copier.upload()

@@ -77,9 +77,11 @@ def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
 VARIANTS = {  # what `Copier` launches, and `count_run`: kernel, constants, warps
     "run word": (run_word._count_run, {}, 1),
     "fetch": (copies.fetch_row, {}, 1),
-    "few inputs": (move_rows, {"INBOUND": True, "FETCH": True}, 1),
-    "many inputs": (move_rows, {"INBOUND": True, "FETCH": False}, copies._WARPS),
-    "outputs": (move_rows, {"INBOUND": False, "FETCH": False}, copies._WARPS),
+    "few inputs": (move_rows, {"INBOUND": True, "FETCH": True, "HOST": False}, 1),
+    "many inputs": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": False}, copies._WARPS),
+    "few inputs, some from the host": (move_rows, {"INBOUND": True, "FETCH": True, "HOST": True}, 1),
+    "many inputs, some from the host": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": True}, copies._WARPS),
+    "outputs": (move_rows, {"INBOUND": False, "FETCH": False, "HOST": False}, copies._WARPS),
 }
 
 
@@ -112,11 +114,17 @@ def test_the_kernels_compile_without_spills(target: str, variant: str) -> None:
     assert binary.metadata.shared <= 1024, "only a sum over one row of addresses goes through shared memory"
 
 
+@pytest.mark.parametrize("variant", ["few inputs", "many inputs"])
+def test_arguments_in_host_memory_are_read_past_the_caches_and_others_are_not(variant: str) -> None:
+    plain, host = (compiled("sm_90", name)[1].count("ld.volatile.global") for name in (variant, f"{variant}, some from the host"))
+    assert host >= plain + 4, "one load for each size of unit"
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_the_table_in_host_memory_is_read_past_the_caches(target: str) -> None:
     """A row is written anew by the host; only the kernels that read it ask for volatile loads."""
     volatile = {variant for variant in VARIANTS if "ld.volatile.global" in compiled(target, variant)[1]}
-    assert volatile == {"fetch", "few inputs"}
+    assert volatile == {"fetch", "few inputs", *(variant for variant in VARIANTS if "from the host" in variant)}
 
 
 @pytest.mark.parametrize("variant", ["fetch", "few inputs"])
