@@ -7,7 +7,8 @@ import traceback
 
 import torch
 
-from graphs.errors import AutogradInput, InternalError, Refusal, Site, Unwatchable
+from graphs.errors import AutogradInput, InternalError, Refusal, Site, StepRaises, Unwatchable
+from graphs.record.step import ReplayRaised
 from graphs.watch import is_users
 
 _OWN = ("graphs", "passes")
@@ -60,8 +61,15 @@ def is_interrupt(error: BaseException) -> bool:
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def internal_error(error: BaseException) -> InternalError:
-    """The refusal for ``error``, which nothing here expected."""
+def raised_refusal(error: BaseException) -> StepRaises:
+    """The refusal for a call in which the step raised ``error``."""
+    return StepRaises(f"the step raises {_text(error)}", operator=type(error).__name__, site=raised_at(error))
+
+
+def internal_error(error: BaseException) -> Refusal:
+    """The refusal for ``error``, which nothing here expected; an operator of the step may raise in a replay."""
+    if isinstance(error, ReplayRaised):
+        return raised_refusal(error.error)
     return InternalError(_text(error), error=error, operator=_place(error))
 
 

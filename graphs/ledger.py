@@ -32,18 +32,20 @@ class Ledger:
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
 
-    def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1) -> None:
+    def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
         """Count a refusal; warn the first time its reason, operator and line are seen.
 
         Args:
             calls: 0 for what was found beside the reason that the call is counted under.
+            warn: False where something else tells the caller.
         """
         known = self._refusals.get(refusal.signature)
         if known is None:
             site = refusal.site
             where, what = (site.file, site.line), (refusal.detail, refusal.remedy)
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
-            warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
+            if warn:
+                warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
 
     @property

@@ -35,7 +35,7 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, refusal_of
+from graphs.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
 from graphs.habits import Habits
 from graphs.host_arguments import host_arguments, run_trial_on_device
 from graphs.ledger import Ledger
@@ -138,6 +138,7 @@ class Recordings:
         except Exception as error:
             failure = error
         if own is not None:
+            self._raised(own)
             raise own
         return self.model(*args, **kwargs) if failure is None else self._despite(failure, args, kwargs)
 
@@ -147,9 +148,19 @@ class Recordings:
         raised = isinstance(failure, ReplayRaised)
         if self.config.strict and not raised and is_of_our_own(error) and not self.config.raise_internal:
             raise refusal_of(failure)
+<<<<<<< HEAD
         output = self.model(*args, **kwargs)
         if isinstance(failure, ReplayRaised):  # the step catches it, or does not get there with this data
             self._count([OperatorRaised(f"{type(error).__name__}: {error}".splitlines()[0], operator=failure.operator)])
+=======
+        try:
+            output = self.model(*args, **kwargs)
+        except Exception as raised:
+            self._raised(raised)
+            raise
+        if isinstance(failure, ReplayRaised):  # the step catches it: for this call, which says nothing of the next
+            self._count([raised_refusal(error)])
+>>>>>>> fixpasses
             return output
         refusal = refusal_of(failure)
         if self.config.raise_internal and isinstance(refusal, InternalError):
@@ -158,6 +169,11 @@ class Recordings:
             self._remember_if_possible(refusal, args, kwargs)
         self._count([refusal])
         return output
+
+    def _raised(self, error: BaseException) -> None:
+        """Count a call that ended in what the step itself raises; no warning tells more than that does."""
+        self.ledger.refused(raised_refusal(error), warn=False)
+        self.ledger.eager_calls += 1
 
     def _remember_if_possible(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run calls like this one eagerly from now on; a call that cannot be flattened has no key to remember it by."""

@@ -22,12 +22,14 @@ from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
+from graphs.failures import raised_refusal
 from graphs.record.step import Recording
 from graphs.step import Checkpoint, Step
 from graphs.stored import Stored, Stores
 from graphs.watch import MODELS, Trace
 
 Tensor = torch.Tensor
+_SINGULAR: type[Exception] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  # named by no stub
 REMOVABLE = (HostSync, DataDependentShape, HostConstant, MixedDevices)
 """What the passes can take out of a step."""
 
@@ -197,8 +199,15 @@ class RewrittenStep:
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on the tensor leaves of a call. Python's numbers stay what they are."""
-        made = self.module(*flatten_call(args, kwargs).tensors)
+        """Run the graph on the tensor leaves of a call. Python's numbers stay what they are.
+
+        Raises:
+            StepRaises: an operator refuses what it is given. Of the step that is known not to reach the caller.
+        """
+        try:
+            made = self.module(*flatten_call(args, kwargs).tensors)
+        except (IndexError, ValueError, _SINGULAR) as error:
+            raise raised_refusal(error) from error
         results = made[: self._results]
         if self.assumption is not None:
             self.assumption.ran(made[self._results], made[self._results + 1 :])

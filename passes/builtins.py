@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -79,21 +80,34 @@ def _both_tensors(a: Any, b: Any) -> bool:
     )
 
 
+def _first_unless(better: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """``b if better(b, a) else a`` of two fractions, as Python has it: with NaN, and with zeros of either sign, the first."""
+    holds = better(b, a)
+    if not isinstance(holds, torch.SymBool):
+        return b if holds else a
+    sides = [side if isinstance(side, SYMBOLS) else torch.sym_ite(holds, side, side) for side in (b, a)]
+    return torch.sym_ite(holds, *sides)
+
+
+def _extreme(builtin: Any, symbolic: Callable[[Any, Any], Any], better: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    if _both_tensors(a, b):
+        return torch.where(better(b, a), b, a)
+    a, b = _value(a), _value(b)
+    if not _alike((a, b)):
+        return builtin(a, b)
+    whole = not isinstance(a, (builtins.float, torch.SymFloat))
+    return symbolic(a, b) if whole else _first_unless(better, a, b)
+
+
 def _min(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
-        if _both_tensors(*args):
-            return torch.where(args[1] < args[0], args[1], args[0])
-        a, b = map(_value, args)
-        return torch.sym_min(a, b) if _alike((a, b)) else builtins.min(a, b)
+        return _extreme(builtins.min, torch.sym_min, operator.lt, *args)
     return builtins.min(*args, **kwargs)
 
 
 def _max(*args: Any, **kwargs: Any) -> Any:
     if len(args) == 2 and not kwargs and _symbolic(args):
-        if _both_tensors(*args):
-            return torch.where(args[1] > args[0], args[1], args[0])
-        a, b = map(_value, args)
-        return torch.sym_max(a, b) if _alike((a, b)) else builtins.max(a, b)
+        return _extreme(builtins.max, torch.sym_max, operator.gt, *args)
     return builtins.max(*args, **kwargs)
 
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from passes import addressing, arithmetic, bounded, branches
+from passes.aliases import written
 from passes.bounded.grouped_products import GROUPED, needs_offsets
 from passes.duplicates import merge_duplicates
 from passes.errors import Unremovable
@@ -80,9 +81,9 @@ def remove_host_values(
         unmark(graph)
     module.graph = graph
     needed = branches.conditions(module)
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
+    module.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
     changes = [*rewriter.changes, *branches.guard(module, count)]
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(_has_effect)
     assumes = _results(graph) > count
     if assumes:
         changes += branches.make_undoable(module)
@@ -94,13 +95,18 @@ def remove_host_values(
     return changes
 
 
+def _has_effect(node: Node) -> bool:
+    """Whether a node matters though nobody uses its result."""
+    return node.is_impure() or bool(written(node))
+
+
 def _forced(module: GraphModule, rewriter: Rewriter, marks: Marks, count: int) -> tuple[GraphModule, list[Forcing]]:
     """A copy of the graph with the tensors marked that host values are read from, and the outcomes to force."""
     made = GraphModule(module, copied(rewriter.graph))
     needed = branches.conditions(made)
-    made.graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
+    made.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
     branches.guard(made, count)
-    made.graph.eliminate_dead_code()
+    made.graph.eliminate_dead_code(_has_effect)
     made.recompile()
     return made, chosen(marks, rewriter.graph, rewriter.bounds.of)
 

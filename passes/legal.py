@@ -254,6 +254,19 @@ def _argument(position: int, bad: Callable[[Graph, Node], Node], fill: float | b
     return lambda node: _filled(node.args[position], bad, fill) if len(node.args) > position else []
 
 
+def _in_bins(node: Node) -> list[Operand]:
+    """A histogram between limits that are given takes any value; one between those of the data takes finite ones."""
+    low, high = (*node.args[2:], 0, 0)[:2]
+    if isinstance(low, Node) or isinstance(high, Node) or low != high:
+        return []
+
+    def bad(graph: Graph, value: Node) -> Node:
+        gap = graph.call_function(aten.sub.Tensor, (value, value))
+        return _nonzero(graph, gap)
+
+    return _filled(node.args[0], bad, 0)
+
+
 _FINITE = (aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_eig.default, aten.linalg_eigvals.default)
 _RULES: dict[Any, Callable[[Node], list[Operand]]] = {
     **dict.fromkeys(ALONG, _along),
@@ -264,6 +277,7 @@ _RULES: dict[Any, Callable[[Node], list[Operand]]] = {
     **dict.fromkeys((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), _classes),
     **dict.fromkeys((aten.masked_scatter.default, aten.masked_scatter_.default), _scattered),
     aten.repeat_interleave.Tensor: _repeated,
+    aten.histc.default: _in_bins,
     aten.multinomial.default: _argument(0, _no_distribution, 1),
     aten.bernoulli.default: _argument(0, _outside(0, 1), 0),
     aten.bernoulli.Tensor: _argument(1, _outside(0, 1), 0),
@@ -278,6 +292,6 @@ _RULES: dict[Any, Callable[[Node], list[Operand]]] = {
 }
 _UNKNOWN = (
     *("cholesky", "inverse", "_ctc_loss", "ctc_loss", "max_unpool", "segment_reduce", "multi_margin", "multilabel_margin"),
-    *("embedding_renorm", "binomial", "_sample_dirichlet", "linalg_lstsq", "histc", "_assert_tensor", "fractional_max_pool"),
+    *("embedding_renorm", "binomial", "_sample_dirichlet", "linalg_lstsq", "_assert_tensor", "fractional_max_pool"),
 )
 """What the names of operators begin with that refuse values in other ways."""

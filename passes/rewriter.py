@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy import functions as sympy_functions
 
-from passes.aliases import Aliases, returns_view
+from passes.aliases import Aliases, returns_view, silently_written
 from passes.bounds import Bounds
 from passes.conditional import conditional_write
 from passes.errors import Unremovable
@@ -141,6 +141,8 @@ class Rewriter:
         conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
         if schema is not None and (self.sized_by_symbols(node) or conditional):
             return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; what has a condition
+        if self.trips and silently_written(node.target, args, kwargs):  # type: ignore[arg-type]
+            raise Unremovable("it writes statistics in a way that has no condition", str(node.target), self.site)
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         copied.meta = dict(node.meta)
         self.aliases.made(copied)
@@ -211,6 +213,7 @@ class Rewriter:
             symbols = {s for length in self.lengths(value).values() for s in self.facts.resolve(length).free_symbols}
             if symbols:
                 raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols)
+        self._scalars.check_definitions()
         if self.finish is not None:
             values = self.finish(self, list(values))
         made = self.graph.output(values)
@@ -339,7 +342,7 @@ class Rewriter:
         return self.padded(self.call(aten.slice.Tensor, node, dim, 0, count), self.lengths(node))
 
     def replaced(self, symbol: sympy.Symbol, value: int) -> None:
-        """Take a symbol for a number from here on, because the graph assumes it."""
+        """Take a symbol, whose tensor is known, for a number from here on: an assumption that the graph checks."""
         self.facts.definitions[symbol] = sympy.Integer(value)
 
     def fresh_length(self, node: Node) -> torch.SymInt:
@@ -386,6 +389,26 @@ class Rewriter:
     def assume(self, condition: sympy.Basic) -> None:
         """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.runs) for trip in self.trips], condition), True, self.site)
+
+    def require(self, holds: Node, expression: sympy.Basic | None = None, *, here: bool = False) -> None:
+        """Raise the flag in runs where a 0-d flag is false: there eager raises, or goes a way of its own.
+
+        Args:
+            expression: the same as a condition on host values, where it is one.
+            here: whether that matters only if the trips and sides take place that the current node belongs to.
+
+        Raises:
+            Unremovable: nothing checks the flag, or it is false in the traced run.
+        """
+        if not self._checked:
+            remedy = 'Add "branches" to the passes, which check this in every run'
+            raise Unremovable("the step raises for some values, which nothing would check", "scalar", self.site, remedy)
+        if expression is not None and self.facts.hint(expression) == sympy.false:
+            raise Unremovable(f"the step itself does not keep to {expression}", "scalar", self.site)
+        runs = self.running() if here and self.trips else True
+        if isinstance(runs, Node):
+            holds = self.call(aten.logical_or.default, self.call(aten.logical_not.default, runs), holds)
+        self.checks.append(holds)
 
     @property
     def can_check(self) -> bool:

@@ -40,6 +40,22 @@ class Scalars:
             self._symbols[expression] = tensor
             self._made.pop(expression, None)
 
+    def check_definitions(self) -> None:
+        """Have the graph check that the symbols it reads are what they are taken for: an operator insists on it.
+
+        Of a split, the last size is taken for what the others leave.
+        """
+        for symbol, tensor in self._symbols.items():
+            definition = self._rewriter.facts.definitions.get(symbol)
+            if definition is None:
+                continue
+            facts, expected = self._rewriter.facts, self.number(definition)
+            held = self._zero_dim(tensor)
+            if symbol in facts.hints and facts.hint(sympy.Eq(facts.hints[symbol], definition)) == sympy.false:
+                raise self._missing(f"the step itself does not keep to {symbol} == {definition}")
+            compare = aten.eq.Tensor if isinstance(expected, Node) else aten.eq.Scalar
+            self._rewriter.require(self._call(compare, held, expected))
+
     def of(self, value: Any) -> Any:
         """A number as it is, or the 0-d tensor (int64, float64 or bool) that stands for a symbol."""
         if not is_symbol(value):
@@ -155,11 +171,26 @@ class Scalars:
             return self.cast(self.of(node.args[0]), torch.float64)
         if node.target is torch.sym_ite:
             return self._choice(*(self.of(argument) for argument in node.args))
+        if node.target in (operator.mod, operator.truediv):
+            self._not_zero(node.args[1])
         if node.target is operator.mod:
             return self._remainder(*self.doubles([self.of(argument) for argument in node.args]))
+        if node.target is operator.pow:
+            return self._finite(self._computed(_PYTHON[node.target], [self.of(argument) for argument in node.args]))
         if node.target in _PYTHON:
             return self._computed(_PYTHON[node.target], [self.of(argument) for argument in node.args])
         raise Unremovable("no operator computes this from a value on the device", str(node.target), self._rewriter.site)
+
+    def _not_zero(self, divisor: Any) -> None:
+        """Python raises where a tensor is infinite: a number divided by zero."""
+        value = self.of(divisor)
+        if isinstance(value, Node):
+            self._rewriter.require(self._call(aten.ne.Scalar, value, 0), sympy.Ne(expression_of(divisor), 0))
+
+    def _finite(self, value: Node, below: float = float("inf")) -> Node:
+        """``value``, of which Python has none that is not finite: it raises, or gives a complex number."""
+        self._rewriter.require(self._call(aten.lt.Scalar, self._call(aten.abs.default, value), below))
+        return value
 
     def _computed(self, function: Any, values: list[Any]) -> Node:
         """``function`` of numbers and 0-d tensors, in float64; one limit that is a number is no tensor of its own."""
@@ -186,7 +217,10 @@ class Scalars:
 
     def divided(self, expression: sympy.Basic) -> Node:
         """A true division of integers or floats, in float64 as Python does it."""
-        return self._call(aten.div.Tensor, *self.doubles([self.number(part) for part in expression.args]))
+        a, b = (self.number(part) for part in expression.args)
+        if isinstance(b, Node):
+            self._rewriter.require(self._call(aten.ne.Scalar, b, 0), sympy.Ne(expression.args[1], 0))
+        return self._call(aten.div.Tensor, *self.doubles([a, b]))
 
     def chosen(self, expression: sympy.Basic) -> Any:
         """A piecewise expression: the first value whose condition holds."""
@@ -203,6 +237,8 @@ class Scalars:
         base, exponent = (self.number(part) for part in expression.args)
         if not isinstance(exponent, Node) and exponent < 0:
             raise self._missing("a power below zero is no whole number")
+        if isinstance(exponent, Node):
+            self._rewriter.require(self._call(aten.ge.Scalar, exponent, 0), sympy.Ge(expression.args[1], 0))
         if isinstance(base, Node) and not isinstance(exponent, Node):
             return self._call(aten.pow.Tensor_Scalar, base, exponent)
         return self._call(aten.pow.Tensor_Tensor if isinstance(base, Node) else aten.pow.Scalar, base, exponent)
@@ -210,7 +246,8 @@ class Scalars:
 
 def _rounded(rounding: Any) -> Callable[[Scalars, sympy.Basic], Node]:
     def emit(scalars: Scalars, expression: sympy.Basic) -> Node:
-        return scalars.cast(scalars._call(rounding, scalars.number(expression.args[0])), torch.int64)
+        value = scalars._finite(scalars.number(expression.args[0]), 2.0**63)
+        return scalars.cast(scalars._call(rounding, value), torch.int64)
 
     return emit
 

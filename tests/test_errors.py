@@ -245,7 +245,7 @@ def test_every_reason_is_met_by_some_test_or_needs_a_device() -> None:
     arguments = {"autograd", "mixed-devices", "unsupported-argument"}
     on_a_device = {"nested-capture"}
     of_operators = {"hidden-state", "unsafe-operator", "higher-order-operator"}
-    around = {"active-mode", "internal-error", "unsupported-tensor", "torchscript", "collective", "unwatchable"}
+    around = {"active-mode", "internal-error", "unsupported-tensor", "torchscript", "collective", "unwatchable"} | {"step-raises"}
     assert {case.reason for case in CASES} | elsewhere | arguments | on_a_device | of_operators | around == catalogue
 
 
@@ -423,7 +423,8 @@ def test_the_users_own_error_is_the_users() -> None:
     step = graphs.capture(wrong)
     with pytest.raises(LookupError, match="no such row"):
         step(torch.ones(2))
-    assert step.report().refusals == ()
+    report = step.report()
+    assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [("step-raises", 1)] and report.eager_calls == 1
 
 
 def test_a_step_works_on_after_its_model_raised() -> None:

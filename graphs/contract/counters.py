@@ -35,6 +35,14 @@ class Counter:
         """The number now."""
         return int(self.container[self.key])
 
+    def kind(self) -> type | None:
+        """``int`` while a device can hold the number; None or another type where somebody has put something else there."""
+        try:
+            value = self.container[self.key]
+        except (KeyError, IndexError):
+            return None
+        return type(value) if type(value) is not int or -(2**63) <= value < 2**63 else None
+
 
 def find_counters(state: PythonState) -> list[Counter] | None:
     """The numbers that changed since the snapshot; None where anything else changed too."""

@@ -108,7 +108,8 @@ def guards_of(
     """
     walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced], placed)
     versions = [ValueGuard("a host tensor's version", functools.partial(_version, tensor), by_value=True) for tensor in uploaded]
-    return walk.guards([*versions, *walk.of_links(links)])
+    kinds = [ValueGuard(f"the type of {counter.path}", counter.kind) for counter in advanced]
+    return walk.guards([*versions, *kinds, *walk.of_links(links)])
 
 
 class GuardWalk:

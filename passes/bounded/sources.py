@@ -78,6 +78,8 @@ def bincount(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, 
     device = value.device
     mask = rw.mask(x)
     wide = rw.call(aten._to_copy.default, rw.neutral(x, 0), dtype=torch.int64)
+    if value.numel():
+        rw.require(rw.call(aten.all.default, rw.call(aten.ge.Scalar, wide, 0)), here=True)
     top = rw.call(aten.add.Tensor, rw.call(aten.amax.default, wide, [0]), 1) if value.numel() else None
     bins: sympy.Basic = rw.facts.resolve(expression_of(size))
     if isinstance(bins, sympy.Symbol) and top is not None:
@@ -85,7 +87,6 @@ def bincount(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, 
         rw.define(bins, rw.call(aten.maximum.default, top, floor))
         hint = rw.facts.hint(bins)
         if hint == least and least:
-            rw.facts.decide(sympy.Eq(bins, hint), True, rw.site)
             rw.replaced(bins, int(hint))
             bins = sympy.Integer(int(hint))
     count = rw.bound(bins)

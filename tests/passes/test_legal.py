@@ -56,6 +56,8 @@ FIRST: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "take": (lambda x, i, t: x.take(i * whole(t)), SCORES),
     "put_": (lambda x, i, t: x.clone().put_(i * whole(t), x[0, :2]), SCORES),
     "repeat_interleave": (lambda x, i, t: x.repeat_interleave(i * whole(t), 0, output_size=4), SCORES),
+    "histc": (lambda x, i, t: torch.histc(x / t, 4) + torch.rand(4) * 0, SCORES),
+    "histc between limits": (lambda x, i, t: torch.histc(x / t, 4, min=0, max=3) + torch.rand(4) * 0, SCORES),
     "masked_scatter": (lambda x, i, t: x.masked_scatter(x > t * 0.3, x[0, :3]), SCORES),
 }
 TAKEN = [torch.tensor(value) for value in (1.0, 0.0, 1.0, -1.0, 0.0)]
@@ -101,8 +103,8 @@ def test_a_distribution_on_a_way_not_taken_draws_nothing() -> None:
 def test_an_operator_of_which_no_legal_value_is_known_is_not_recorded_under_an_assumption() -> None:
     def step(x: Tensor, t: Tensor) -> Tensor:
         if t > 0:
-            return torch.histc(x / t, 4) + torch.rand(4) * 0
-        return x[:4] * 2
+            return torch.cholesky_inverse(x.view(2, 4)[:, :2] / t) + torch.rand(2, 2) * 0
+        return x.view(2, 4)[:, :2] * 2
 
     with pytest.raises(passes.Unremovable, match="may refuse what it is given"):
         rewritten(step, torch.rand(8), torch.tensor(1.0), merge=True)
