@@ -311,13 +311,6 @@ class Unwatchable(Refusal):
     remedy = "leave what raises out of the step: it does something that PyTorch does not support under a TorchDispatchMode"
 
 
-<<<<<<< HEAD
-class OperatorRaised(Refusal):
-    """An operator of a recorded step refuses the data of one call, and the step goes another way then: it catches the error."""
-
-    reason = "raised"
-    remedy = "nothing has to change; to have such calls replayed too, decide on the device (linalg.cholesky_ex and its info)"
-=======
 class StepRaises(Refusal):
     """An operator refuses what this call gives it: eager raises, or the step catches what is raised."""
 
@@ -325,7 +318,6 @@ class StepRaises(Refusal):
     remedy = (
         "nothing has to change if the step is meant to raise here; what it catches is better told beforehand, with torch.where"
     )
->>>>>>> fixpasses
 
 
 class HigherOrder(Refusal):

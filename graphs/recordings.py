@@ -28,7 +28,6 @@ from graphs.errors import (
     ManyWays,
     MovedStaticTensor,
     NestedCapture,
-    OperatorRaised,
     Refusal,
     RowsInteract,
     Site,
@@ -145,22 +144,16 @@ class Recordings:
     def _despite(self, failure: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model where something raised on the way to a recording: the model too, or only this project."""
         error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
-        raised = isinstance(failure, ReplayRaised)
-        if self.config.strict and not raised and is_of_our_own(error) and not self.config.raise_internal:
+        in_replay = isinstance(failure, ReplayRaised)
+        if self.config.strict and not in_replay and is_of_our_own(error) and not self.config.raise_internal:
             raise refusal_of(failure)
-<<<<<<< HEAD
-        output = self.model(*args, **kwargs)
-        if isinstance(failure, ReplayRaised):  # the step catches it, or does not get there with this data
-            self._count([OperatorRaised(f"{type(error).__name__}: {error}".splitlines()[0], operator=failure.operator)])
-=======
         try:
             output = self.model(*args, **kwargs)
         except Exception as raised:
             self._raised(raised)
             raise
-        if isinstance(failure, ReplayRaised):  # the step catches it: for this call, which says nothing of the next
+        if in_replay:  # the step catches it: for this call, which says nothing of the next
             self._count([raised_refusal(error)])
->>>>>>> fixpasses
             return output
         refusal = refusal_of(failure)
         if self.config.raise_internal and isinstance(refusal, InternalError):

@@ -79,4 +79,4 @@ def test_what_a_replay_did_before_it_raised_is_undone(context: Any) -> None:
     captured = graphs.capture(model)
     assert results(captured, context, VALUES[row]) == results(reference, context, VALUES[row])
     assert torch.equal(model.calls, reference.calls)
-    assert [(refusal.reason, refusal.count) for refusal in captured.report().refusals] == [("raised", 2)]
+    assert [(refusal.reason, refusal.count) for refusal in captured.report().refusals] == [("step-raises", 2)]
