@@ -159,7 +159,7 @@ class PythonState:
         return state
 
     def _random_modules(self) -> None:
-        self._pickled("random.random()", random.getstate, random.setstate)
+        self._places.append(pickled("random.random()", random.getstate, random.setstate))
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             self._places.append(pickled("numpy.random", numpy.random.get_state, numpy.random.set_state))
