@@ -11,7 +11,7 @@ from tests.corpus.case import case, mask, noise, number, whole
 SINK = io.StringIO()
 
 
-@case(lambda i: (noise(i, 3),), "host-sync")
+@case(lambda i: (noise(i, 3),), "side-effect")
 def printing(x: Tensor) -> Tensor:
     print(x.sum(), file=SINK)
     return x * 2

@@ -71,7 +71,7 @@ def parts_with_bits(device: torch.device) -> Run:
 def conjugated_by_the_backend(device: torch.device) -> Run:
     def wrap(step: Any) -> Any:
         torch._dynamo.reset()
-        return step if step.__class__ is not types.FunctionType else torch.compile(step, backend="graphs")
+        return step if step.__class__ is not types.FunctionType else torch.compile(step, backend=graphs_backend)
 
     return Run(lambda z: z.conj(), lambda i: (_complex(i)[0].to(device),), wrap=wrap)
 
