@@ -30,7 +30,7 @@ import torch
 
 import graphs
 from graphs import verify
-from graphs.admission import ambient_of
+from graphs.ambient import ambient_of
 from graphs.bench.llama import TOY, WIDE, Decoding, build_llama
 from graphs.contract.arguments import flatten_call
 from graphs.ledger import NotReplayed
