@@ -8,6 +8,8 @@ and one that the graph's own flag refuses, prove nothing: there the flag, or eag
 
 from __future__ import annotations
 
+import dis
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graphs import verify
+from graphs.contract.code_reads import without_effects
 from graphs.contract.host_values import may_read
 from graphs.contract.outputs import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
+from graphs.failures import is_interrupt
 from graphs.rewriting import RewrittenStep
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, watch_again
@@ -61,8 +65,9 @@ class Proof:
 class _Override(TorchDispatchMode):
     """Gives the reads of one tensor another one to read."""
 
-    def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor], most: int) -> None:
         super().__init__()
+        self._left = most  # operators; a loop whose condition is forced would never end
         self._reads = {(read.operator, read.place, read.turn) for read in forcing.reads}
         self._unread = forcing.unread
         self._operators = set(forcing.positions)
@@ -71,6 +76,9 @@ class _Override(TorchDispatchMode):
         self.met: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("the step does not come to an end when this value is forced")
         name = str(func)
         if name in self._operators and may_read(func):
             place = user_place()
@@ -133,6 +141,12 @@ def unmerged(step: Step, proof: Proof) -> bool:
     return bool(new)
 
 
+def _raised_as_written(error: BaseException) -> bool:
+    """Whether an exception was raised by a ``raise`` statement, not by a signal that came in between."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_code[frame.f_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
 def _compared(
     step: Step,
     start: Checkpoint,
@@ -146,17 +160,19 @@ def _compared(
     """What becomes of one outcome: eager and the graph agree, the graph assumes that it does not occur, or eager refuses it."""
     outcome, plain = forcing.outcomes[name], step.without_substitute()
     start.restore()
-    override = _Override(forcing, outcome)
+    override = _Override(forcing, outcome, 20 * len(trace.operations) + 1000)
 
     def forced() -> Any:
         with override:
-            return plain.run(stand_ins)
+            return without_effects(lambda: plain.run(stand_ins))
 
     more = Trace()
     try:
         output, more = watch_again(forced, list(stand_ins), trace)
         expected = [leaf.clone() for leaf in template.select(output)]
-    except Exception:  # the step refuses an outcome that other data do not go with: nothing to compare
+    except BaseException as error:  # the step refuses an outcome that other data do not go with: nothing to compare
+        if is_interrupt(error) and not _raised_as_written(error):
+            raise
         return _REFUSED
     state = trace.written.copies()
     start.restore()

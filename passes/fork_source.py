@@ -242,6 +242,35 @@ def _exits(node: ast.AST, in_loop: bool = False) -> bool:
     return any(_exits(child, within) for child in parts)
 
 
+_EFFECTS = frozenset(
+    (
+        *("print", "open", "input", "exit", "_exit", "quit", "abort", "kill", "raise_signal", "sleep", "put", "put_nowait"),
+        *("write", "writelines", "flush", "save", "dump", "system", "popen", "Popen", "check_call", "check_output", "putenv"),
+        *("unlink", "rename", "mkdir", "makedirs", "rmdir", "rmtree", "chdir", "send", "sendall", "notify", "notify_all"),
+        *("warn", "warning", "info", "debug", "error", "exception", "critical", "setLevel", "setattr", "delattr"),
+        *("manual_seed", "seed", "set_num_threads", "set_default_dtype", "set_default_device", "set_float32_matmul_precision"),
+    )
+)
+"""Names of functions that do something outside of the tensors and objects of a step. A side that calls one must not be run
+unless it is taken: its branch is left as it is."""
+
+
+def _acts(statements: Sequence[ast.AST]) -> bool:
+    """Whether anything in a side acts outside of the step, or ends it."""
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Global, ast.Nonlocal)) or (isinstance(node, ast.Attribute) and node.attr == "environ"):
+                return True
+            raised = node.exc if isinstance(node, ast.Raise) else None
+            raised = raised.func if isinstance(raised, ast.Call) else raised
+            if getattr(raised, "id", None) in ("KeyboardInterrupt", "SystemExit", "GeneratorExit"):
+                return True
+            called = node.func if isinstance(node, ast.Call) else None
+            if (getattr(called, "attr", None) or getattr(called, "id", None)) in _EFFECTS:
+                return True
+    return False
+
+
 def _is_plain(expression: ast.expr) -> bool:
     """Whether an expression means the same in a lambda of its own."""
     for node in ast.walk(expression):
@@ -300,14 +329,17 @@ class _Rewriter(ast.NodeTransformer):
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         """``body if test else orelse``."""
         made: Any = self.generic_visit(node)
-        if _start(node) not in self._starts or not (_is_plain(node.body) and _is_plain(node.orelse)):
+        plain = _is_plain(node.body) and _is_plain(node.orelse) and not _acts([node.body, node.orelse])
+        if _start(node) not in self._starts or not plain:
             return made  # type: ignore[no-any-return]
         self.done.add(_start(node))
         test = self._condition(node.test, _start(node), _questions(node))
         return _call(node, "chosen", test, _delayed(node.body), _delayed(node.orelse), _constant(_start(node)))
 
     def _is_wanted(self, statement: ast.stmt) -> bool:
-        return isinstance(statement, ast.If) and id(statement) not in self._made and _start(statement) in self._starts
+        if not isinstance(statement, ast.If) or id(statement) in self._made or _start(statement) not in self._starts:
+            return False
+        return not _acts([*statement.body, *statement.orelse])
 
     def _whole(self, branch: Any, rest: list[ast.stmt], kind: str) -> tuple[ast.If | None, list[ast.stmt]]:
         """The branch with all that belongs to its sides, and what is left to do behind it; None where a side leaves."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
@@ -338,9 +338,9 @@ class _Python:
         while (outer := self._frames[-1][0].f_back) is not None and not _is_tracer(outer):
             self._frames.append((outer, frozenset()))
         self._frames = [(frame, names) for frame, names in self._frames if is_user(frame)]
-        self._before = [_variables(*entry) for entry in self._frames]
+        self._before = [{**_globals(entry[0]), **_variables(*entry)} for entry in self._frames]
         assert forks.snapshot is not None
-        roots = [item for frame, _ in self._frames for item in _variables(frame, frozenset()).items()]
+        roots = [item for frame, _ in self._frames for item in {**_variables(frame, frozenset()), **_globals(frame)}.items()]
         if forks.step is None or _changed(forks.step):
             forks.step = forks.snapshot(roots, None)
         self._states = (forks.step, forks.snapshot(roots, forks.step))
@@ -350,7 +350,7 @@ class _Python:
         if not all(state.complete for state in self._states):
             return "what hangs on the step, which is too much to be watched"
         for entry, before in zip(self._frames, self._before, strict=True):
-            now = _variables(*entry)
+            now = {**_globals(entry[0]), **_variables(*entry)}
             name = next((name for name in before if now.get(name) is not before[name]), None)
             if name is not None:
                 return f"the variable {name} of {entry[0].f_code.co_name}"
@@ -365,6 +365,12 @@ def _changed(state: State) -> str:
 def _variables(frame: FrameType, but: frozenset[str]) -> dict[str, Any]:
     """The variables of a frame that the step's own lines know, except some."""
     return {name: value for name, value in frame.f_locals.items() if name not in but and not name.startswith(FORK)}
+
+
+def _globals(frame: FrameType) -> dict[str, Any]:
+    """The globals that the function of a frame names, as far as they are values: no modules, functions or classes."""
+    named = ((name, frame.f_globals[name]) for name in frame.f_code.co_names if name in frame.f_globals)
+    return {f"global {name}": value for name, value in named if not isinstance(value, (ModuleType, type)) and not callable(value)}
 
 
 def _is_tracer(frame: FrameType) -> bool:

@@ -308,6 +308,33 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
     return "", 0
 
 
+class EffectFoundError(Exception):
+    """A run that must not act outside of the step was about to."""
+
+
+class _Forbidding(_Observer):
+    """Stops a run before it acts outside of the step, or reads what lies there."""
+
+    def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
+        if not _is_collecting(frame):
+            raise EffectFoundError(f"{detail} [{operator}]")
+
+
+def without_effects(run: Callable[[], Any]) -> Any:
+    """The result of ``run``, for outcomes that did not occur: it is stopped where it would act outside of the step.
+
+    Raises:
+        EffectFoundError: it was about to.
+    """
+    if sys.getprofile() is not None:
+        return run()
+    sys.setprofile(_Forbidding(CodeReads()))
+    try:
+        return run()
+    finally:
+        sys.setprofile(None)
+
+
 def _both(first: Any, second: Any) -> Callable[..., None]:
     """A profiling hook that calls two."""
 
