@@ -107,7 +107,7 @@ def slice_(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, An
         total = sympy.Integer(size) if whole is None else whole
         hint = rw.facts.hint(first)
         if hint is not None and hint < 0:
-            first = first + total
+            first = sympy.Max(first + total, 0)  # as far as there is anything in front
     part = gather(rw, x, dim, rw.number(first), count, length if dim in expected and not rw.is_exact(length) else None)
     return rw.padded(part, expected)
 

@@ -172,3 +172,15 @@ def test_a_call_that_raises_is_counted() -> None:
     report = step.report()
     assert (report.replays, report.eager_calls) == (3, 1)
     assert {refusal.reason for refusal in report.refusals} == {"step-raises"}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_more_rows_from_the_end_than_there_are_are_all_of_them(context: Any) -> None:
+    def step(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return x[-n.item() :] * 2  # type: ignore[misc]
+
+    captured, x = graphs.capture(step), torch.arange(1.0, 7.0)
+    with context():
+        for n in (2, 3, 0, 6, 1, 7, 9, 2):
+            assert torch.equal(captured(x, torch.tensor(n)), step(x, torch.tensor(n))), n
+    assert captured.report().replays == 8
