@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,28 +46,9 @@ def check(module: GraphModule) -> None:
             raise Unmergeable("what a side makes is read elsewhere", arms[-1].site)
         if node.meta.get("joins") and _is_overtaken(node, order, memory):
             raise Unmergeable("what the sides leave is written, or what it was made of", node.meta["joins"].site)
-    _not_handed_through(order)
     for arm, size in sizes.items():
         if size > LIMIT:
             raise Unmergeable(f"a side has {size} operators", arm.site)
-
-
-def _not_handed_through(nodes: Iterable[Node]) -> None:
-    """That the step returns no choice of a tensor that is the caller's, the step's own, or returned as well.
-
-    Eager returns that very tensor from one side, and whoever writes to it writes to both; a choice is a copy.
-    """
-    output = next(node for node in nodes if node.op == "output")
-    returned = {_origin(node) for node in output.all_input_nodes}
-    lasting = {node for node in nodes if node.op in ("placeholder", "get_attr")} | returned
-    copies: set[Node] = set()
-    for node in nodes:
-        if node.meta.get("joins") and parent_of(node) is None and isinstance(node.meta.get("val"), torch.Tensor):
-            chosen = {_origin(source) for source in node.all_input_nodes} - {node}
-            if chosen & (lasting | copies) and any(source.meta["val"].shape for source in chosen & (lasting | copies)):
-                copies.add(node)
-            if node in copies & returned:
-                raise Unmergeable("a side returns a tensor that is there already", node.meta["joins"].site)
 
 
 def _unconditional(node: Node) -> str:

@@ -180,6 +180,8 @@ class _Observer:
                 self.reads.settings[name] = argument
 
     def _started(self, code: types.CodeType, frame: types.FrameType) -> None:
+        if _is_collecting(frame):
+            return
         if code in _ENVIRONMENT:
             self.reads.environment = True
         elif code in _ENVIRONMENT_WRITES and not _by_itself(frame):

@@ -151,7 +151,7 @@ def test_arithmetic_of_python_is_done_as_python_does_it(name: str, dtype: torch.
 
 
 def divided(x: Tensor, t: Tensor) -> Tensor:
-    return x / t.item() + int(t * 2)
+    return x / t.item() + (t * 2).item() * 3
 
 
 BEFORE = """\
@@ -161,8 +161,8 @@ _local_scalar_dense = _local_scalar_dense.default(arg1_1)
 div [2] = div.Tensor(arg0_1, _local_scalar_dense)
 mul [] = mul.Tensor(arg1_1, 2)
 _local_scalar_dense_1 = _local_scalar_dense.default(mul)
-trunc = <built-in function trunc>(_local_scalar_dense_1)
-add [2] = add.Tensor(div, trunc)
+mul_1 = <built-in function mul>(_local_scalar_dense_1, 3.0)
+add [2] = add.Tensor(div, mul_1)
 return [add]"""
 AFTER = """\
 arg0_1 [2] = placeholder(arg0_1)
@@ -170,10 +170,10 @@ arg1_1 [] = placeholder(arg1_1)
 div_tensor [2] = div.Tensor(arg0_1, arg1_1)
 mul [] = mul.Tensor(arg1_1, 2)
 _to_copy_default_1 [] = _to_copy.default(mul, dtype=torch.float64)
-trunc_default [] = trunc.default(_to_copy_default_1)
-_to_copy_default_2 [] = _to_copy.default(trunc_default, dtype=torch.int64)
-_to_copy_default_3 [] = _to_copy.default(_to_copy_default_2, dtype=torch.float32)
-add_tensor [2] = add.Tensor(div_tensor, _to_copy_default_3)
+full_like_default [] = full_like.default(_to_copy_default_1, 3.0, dtype=torch.float64)
+mul_tensor [] = mul.Tensor(_to_copy_default_1, full_like_default)
+_to_copy_default_2 [] = _to_copy.default(mul_tensor, dtype=torch.float32)
+add_tensor [2] = add.Tensor(div_tensor, _to_copy_default_2)
 return [add_tensor]"""
 
 
