@@ -29,6 +29,7 @@ from graphs.rewriting import RewrittenStep
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, watch_again
 from passes import Forced, Forcing, Place, strays, user_place, with_tensor
+from passes.composites import taken_apart
 
 Tensor = torch.Tensor
 _MOST = 24
@@ -76,6 +77,9 @@ class _Override(TorchDispatchMode):
         self.met: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = taken_apart(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
         self._left -= 1
         if self._left < 0:
             raise RuntimeError("the step does not come to an end when this value is forced")

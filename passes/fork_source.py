@@ -242,16 +242,17 @@ def _exits(node: ast.AST, in_loop: bool = False) -> bool:
     return any(_exits(child, within) for child in parts)
 
 
+_BUILTINS = frozenset(("print", "open", "input", "exit", "quit", "setattr", "delattr"))
 _EFFECTS = frozenset(
     (
-        *("print", "open", "input", "exit", "_exit", "quit", "abort", "kill", "raise_signal", "sleep", "put", "put_nowait"),
+        *("open", "exit", "_exit", "abort", "kill", "raise_signal", "sleep", "put", "put_nowait"),
         *("write", "writelines", "flush", "save", "dump", "system", "popen", "Popen", "check_call", "check_output", "putenv"),
         *("unlink", "rename", "mkdir", "makedirs", "rmdir", "rmtree", "chdir", "send", "sendall", "notify", "notify_all"),
-        *("warn", "warning", "info", "debug", "error", "exception", "critical", "setLevel", "setattr", "delattr"),
+        *("warn", "warning", "info", "debug", "error", "exception", "critical", "setLevel"),
         *("manual_seed", "seed", "set_num_threads", "set_default_dtype", "set_default_device", "set_float32_matmul_precision"),
     )
 )
-"""Names of functions that do something outside of the tensors and objects of a step. A side that calls one must not be run
+"""Names of methods, and of functions of modules, that do something outside of the tensors and objects of a step. A side that calls one must not be run
 unless it is taken: its branch is left as it is."""
 
 
@@ -266,7 +267,7 @@ def _acts(statements: Sequence[ast.AST]) -> bool:
             if getattr(raised, "id", None) in ("KeyboardInterrupt", "SystemExit", "GeneratorExit"):
                 return True
             called = node.func if isinstance(node, ast.Call) else None
-            if (getattr(called, "attr", None) or getattr(called, "id", None)) in _EFFECTS:
+            if getattr(called, "attr", None) in _EFFECTS or getattr(called, "id", None) in _BUILTINS:
                 return True
     return False
 
