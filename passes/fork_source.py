@@ -252,8 +252,8 @@ _EFFECTS = frozenset(
         *("manual_seed", "seed", "set_num_threads", "set_default_dtype", "set_default_device", "set_float32_matmul_precision"),
     )
 )
-"""Names of methods, and of functions of modules, that do something outside of the tensors and objects of a step. A side that calls one must not be run
-unless it is taken: its branch is left as it is."""
+"""Names of methods, and of functions of modules, that do something outside of the tensors and objects of a step. A side that
+calls one must not be run unless it is taken: its branch is left as it is."""
 
 
 def _acts(statements: Sequence[ast.AST]) -> bool:
