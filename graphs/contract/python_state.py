@@ -147,7 +147,6 @@ class PythonState:
             if id(value) not in self._roots:  # a recording must not keep a caller's cache alive
                 self._keep.append(value)
             pending.extend(self._visit(path, value, link))
-        self._window = 0
 
     @classmethod
     def of_containers(cls, roots: Iterable[tuple[str, Any]]) -> PythonState:
