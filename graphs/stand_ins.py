@@ -19,6 +19,7 @@ from graphs.watch import Operation, TensorUse, Trace, compare_traces
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_NO_OFFSET = "leave storage_offset out: it is then the argument's own; or narrow() the argument first"
 
 
 def compare_with_stand_ins(first: Trace, second: Trace, tensors: Sequence[Tensor], *, strides: bool) -> Refusal | None:
@@ -52,7 +53,7 @@ def _each(trace: Trace, seen: Callable[[Any], Any]) -> list[Operation]:
     return [dataclasses.replace(operation, arguments=seen(operation.arguments)) for operation in trace.operations]
 
 
-def reads_by_layout(trace: Trace, tensors: Sequence[Tensor], scattered: Sequence[int]) -> UnsupportedOperator | None:
+def reads_by_layout(trace: Trace, scattered: Sequence[int]) -> UnsupportedOperator | None:
     """A read of an argument's memory beyond its own elements, which a copy does not have; or None.
 
     Args:
@@ -60,15 +61,14 @@ def reads_by_layout(trace: Trace, tensors: Sequence[Tensor], scattered: Sequence
         scattered: positions of arguments between whose elements lies other memory.
     """
     for operation in trace.operations:
-        if operation.func is aten.as_strided.default and _leaves_its_argument(operation, tensors, scattered):
+        if operation.func is aten.as_strided.default and _leaves_its_argument(operation, scattered):
             detail = "it may read memory around an argument, which a copy does not have"
-            return UnsupportedOperator(detail, operator=str(operation.func), site=operation.site)
+            return UnsupportedOperator(detail, operator=str(operation.func), site=operation.site, remedy=_NO_OFFSET)
     return None
 
 
-def _leaves_its_argument(operation: Operation, tensors: Sequence[Tensor], scattered: Sequence[int]) -> bool:
+def _leaves_its_argument(operation: Operation, scattered: Sequence[int]) -> bool:
+    """An offset that is named counts from the storage's begin, wherever in it an argument lies at the next call."""
     named = dict(operation.named())
     kind, index = named["self"].origin
-    if kind != "argument":
-        return False
-    return index in scattered or (named.get("storage_offset") is not None and tensors[index].storage_offset() != 0)
+    return kind == "argument" and (index in scattered or named.get("storage_offset") is not None)

@@ -17,6 +17,7 @@ from graphs.contract.outputs import Known, OutputTemplate, output_template
 from graphs.contract.places import Difference, text_of, write_mapping
 from graphs.contract.python_state import PythonState
 from graphs.contract.slots import kept_strides
+from graphs.contract.tensor_form import TensorForm, has_form
 from graphs.contract.tensor_state import RandomState
 from graphs.watch import Trace
 
@@ -136,6 +137,7 @@ class Checkpoint:
         self.python = PythonState(step.roots())
         self._arguments = PythonState.of_containers(step.containers())
         self._hung = [(name, tensor.__dict__, dict(tensor.__dict__)) for name, tensor in step.tensors()]
+        self._forms = [TensorForm(name, tensor) for name, tensor in step.tensors() if has_form(tensor)]
         self._random = RandomState(step.device, {g: g.get_state() for g in self._generators(step, trace)})
         self._written = trace.written if trace else None
         self._copies = trace.written.copies() if trace else None
@@ -155,13 +157,14 @@ class Checkpoint:
         return [*self._arguments.differences(), *self._hanging(), *self.python.differences()]
 
     def _hanging(self) -> list[Difference]:
-        """What was set on or taken from tensor arguments."""
-        return [
+        """What was set on or taken from tensor arguments, and what else they are not any more."""
+        set_or_taken = [
             Difference(f"{name}.{key}", text_of(before.get(key)), text_of(now.get(key)))
             for name, now, before in self._hung
             for key in {**before, **now}
             if now.get(key) is not before.get(key)
         ]
+        return [*set_or_taken, *(difference for form in self._forms for difference in form.differences())]
 
     def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
         """As `PythonState.changed_entries`, for all that hangs on the model and on arguments."""
@@ -176,7 +179,8 @@ class Checkpoint:
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
         """This checkpoint with the Python state of another."""
         mixed = copy.copy(self)
-        mixed.python, mixed._arguments, mixed._hung = other.python, other._arguments, other._hung
+        mixed.python, mixed._arguments = other.python, other._arguments
+        mixed._hung, mixed._forms = other._hung, other._forms
         return mixed
 
     def restore(self) -> None:
@@ -191,5 +195,7 @@ class Checkpoint:
         for _, attributes, before in self._hung:
             if attributes or before:
                 write_mapping(attributes, before)
+        for form in self._forms:
+            form.restore()
         self._arguments.restore()
         self.python.restore()

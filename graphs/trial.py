@@ -382,7 +382,7 @@ def _stand_in_run(
     expected = {storage_id(stand_ins[index]) for index in contract.written}
     if any(storage_id(tensor) not in expected for tensor in trace.written.tensors):
         raise differing("a tensor is written only when the arguments are copies or padded")
-    refusal: Refusal | None = reads_by_layout(trace, step.call.tensors, contract.scattered(step.call.tensors))
+    refusal: Refusal | None = reads_by_layout(trace, contract.scattered(step.call.tensors))
     if refusal is None and step.rows is None:  # padded, a copy may become a view
         refusal = compare_with_stand_ins(first, trace, step.call.tensors, strides=contract.keeps_strides)
     elif refusal is None and step.rows == 1 and compare_with_stand_ins(first, trace, step.call.tensors, strides=False):

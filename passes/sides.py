@@ -87,12 +87,25 @@ def _is_overtaken(node: Node, order: Mapping[Node, int], memory: Mapping[Node, A
         return False
     mine = memory[node]
     last = max((order[user] for view in order if memory[view] == mine for user in view.users), default=0)
-    sources = {memory[source] for source in node.all_input_nodes} - {mine}
+    sources = {memory[source] for source in _sources(node)} - {mine}
     for other, index in order.items():
         found = {memory[target] for target in written(other)}
         if mine in found or (order[node] < index < last and found & sources):
             return True
     return False
+
+
+def _sources(node: Node) -> set[Node]:
+    """What eager's one object may be where ``node`` is a copy: what the sides left, and what those were choices of."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                if _origin(source).meta.get("joins"):
+                    pending.append(_origin(source))
+    return found
 
 
 def _origin(node: Node) -> Node:

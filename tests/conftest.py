@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # the same examples on every machine: a change breaks a test, chance does not; `make fuzz` looks for new ones
+    settings.register_profile("fixed", derandomize=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cores
 
 

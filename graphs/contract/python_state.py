@@ -24,7 +24,6 @@ import torch
 from graphs.contract.c_state import IN_MEMORY, held_inside, numpy_place, pickled, place_inside
 from graphs.contract.code_reads import global_names, names_in
 from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
-from graphs.contract.operators import has_storage
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
@@ -34,7 +33,6 @@ from graphs.contract.places import (
     changed_entries,
     place_differences,
     read_set,
-    text_of,
     write_mapping,
     write_sequence,
     write_set,
@@ -50,6 +48,7 @@ from graphs.contract.raw_access import (
     sequence_class,
     slots_of,
 )
+from graphs.contract.tensor_form import GradientView, TensorForm, gradient_of, has_form
 
 Tensor = torch.Tensor
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -105,7 +104,7 @@ class PythonState:
         roots: objects, with the names to call them by.
         known: a snapshot of which nothing is taken again.
         generators: whether to include Python's and NumPy's own random generators.
-        tensors: whether to include which memory tensors lie in.
+        tensors: whether to include what tensors are besides their values: which memory they lie in, and how.
 
     Attributes:
         owners: links to tensors.
@@ -122,7 +121,7 @@ class PythonState:
         tensors: bool = True,
     ) -> None:
         self._places: list[Place] = []
-        self._storages: list[tuple[str, Tensor, Tensor]] = []
+        self._forms: list[TensorForm] = []
         self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
         self._seen: set[int] = set(known._seen) if known is not None else set()
         self._tensors = tensors
@@ -199,7 +198,10 @@ class PythonState:
             yield from self._object(path, value, link)
 
     def _inner_tensors(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        """The tensors that a wrapper subclass is made of; it has no memory of its own."""
+        """The gradient of a tensor, and what a wrapper subclass is made of, which has no memory of its own."""
+        gradient = gradient_of(value) if has_form(value) else None
+        if gradient is not None:
+            yield self._entry(f"{path}.grad", GradientView(value), "", gradient, link)
         flatten = class_attribute(type(value), "__tensor_flatten__")
         attributes = attributes_of(value) if flatten is not None else None
         if attributes is None:
@@ -214,8 +216,8 @@ class PythonState:
         link = Link(path, container, key, item, registered, parent)
         if type(item) in _PLAIN_TENSORS and item.layout == torch.strided:
             self.owners.append(link)
-            if self._tensors and has_storage(item):
-                self._storages.append((path, item, item.detach()))
+            if self._tensors and has_form(item):
+                self._forms.append(TensorForm(path, item))
         return path, item, link
 
     def _container(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
@@ -320,10 +322,7 @@ class PythonState:
         found: list[Difference] = []
         for place in self._places:
             found += place_differences(place)
-        for path, tensor, alias in self._storages:
-            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
-                found.append(Difference(path, text_of(alias), text_of(tensor)))
-        return found
+        return [*found, *(difference for form in self._forms for difference in form.differences())]
 
     def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
         """Path, container, key, value before and value now of all that changed; no container where there is no mapping."""
@@ -333,9 +332,7 @@ class PythonState:
                     yield place.form.format(key), place.container, key, before, after
             elif place_differences(place):
                 yield place.form, None, None, None, None
-        for path, tensor, alias in self._storages:
-            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
-                yield path, None, None, None, None
+        yield from ((change.path, None, None, None, None) for form in self._forms for change in form.differences())
 
     def leave_to_recording(self, container: Any, key: Any) -> None:
         """Do not compare a number that a recording advances itself."""
@@ -348,9 +345,8 @@ class PythonState:
         for place in self._places:
             if place_differences(place):
                 place.write(place.content)
-        for _, tensor, alias in self._storages:
-            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape or tensor.stride() != alias.stride():
-                tensor.data = alias
+        for form in self._forms:
+            form.restore()
 
     def holds(self, value: Any) -> bool:
         """Whether an object hangs on one of the roots, or is one."""

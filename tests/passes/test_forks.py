@@ -459,6 +459,13 @@ def unmergeable() -> Iterator[tuple[str, Step, str]]:
         y += 1
         return z * 1
 
+    def is_a_choice_of_choices(x: Tensor, t: Tensor) -> Tensor:
+        y, z = x * 1, x * 2
+        if t > 0:
+            z = y if t > 0 and t < 3 else z
+        y += 1
+        return z * 1
+
     def differs_in_dtype(x: Tensor, t: Tensor) -> Tensor:
         y = x
         if t > 0:
@@ -492,6 +499,7 @@ def unmergeable() -> Iterator[tuple[str, Step, str]]:
     yield "leaks", leaks, "read elsewhere"
     yield "written", is_written_behind, "is written"
     yield "overtaken", is_read_after_a_write, "is written"
+    yield "chosen twice", is_a_choice_of_choices, "is written"
     yield "dtype", differs_in_dtype, "float32[3]"
     yield "strides", lies_in_memory_differently, "lie in memory differently"
     yield "resized", is_resized, "changes a tensor's shape"

@@ -67,7 +67,7 @@ def test_a_step_that_prints_is_refused_by_its_line(capsys: pytest.CaptureFixture
     import graphs
 
     step = graphs.capture(printing)
-    with pytest.warns(match="its text needs the value"):
+    with pytest.warns(match="side-effect .*the step writes to a file, a terminal"):
         for value in (3, 4, 5):
             step(torch.ones(2), torch.tensor(value))
     (refusal,) = step.report().refusals
