@@ -51,7 +51,7 @@ from graphs.lines import lines_of_results, with_line
 from graphs.measure import time_call
 from graphs.probe import Probe
 from graphs.proof import Proof, prove, unmerged
-from graphs.record.step import Recorder, Recording
+from graphs.record.step import Recorder, Recording, ReplayRaised
 from graphs.returned import adopt_returned, links_to, unobserved, unreturnable
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
 from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
@@ -130,6 +130,13 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         passed = step.passes and is_removable([refusal])  # of all that passes are for, this is what they could not remove
         others = [f for f in trace.findings if f.signature != refusal.signature and not (passed and is_removable([f]))]
         raise Refused(output, [refusal, *others], origin.restore) from refusal
+    except ReplayRaised as error:
+        detail = f"a replay of the recording raises {type(error.error).__name__}: {error.error}".splitlines()[0]
+        if step.rows is not None:
+            start.restore()
+            raise RowsInteract(detail, operator=error.operator) from error
+        after.restore()
+        raise Refused(output, [with_line(VerifyMismatch(detail, operator=error.operator), trace)], origin.restore) from error
     except BaseException as error:  # whatever else a recording meets, the user gets the eager result and the reason
         if is_interrupt(error):  # then the call has not taken place
             origin.restore()

@@ -85,6 +85,9 @@ class _TapeMode(TorchDispatchMode):
     def _append(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if func.namespace == "profiler":
             return  # the range of a profile, which ended with the recording
+        if torch.Tag.inplace_view in func.tags:
+            return  # nothing is computed: whoever reads the tensor later was given it as it is then
+        args, kwargs = _as_they_are(args), _as_they_are(kwargs)
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
@@ -119,6 +122,15 @@ class _TapeMode(TorchDispatchMode):
                 kept.append(instruction)
                 changing |= instruction.writes
         return kept
+
+
+def _as_they_are(value: Any) -> Any:
+    """Arguments of an operator with aliases for tensors: a later line may lay the tensors out otherwise, or exchange their memory."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) in (tuple, list):
+        return type(value)(map(_as_they_are, value))
+    return {key: _as_they_are(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
