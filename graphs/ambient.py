@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.backends import mha
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -22,6 +23,7 @@ _inference, _convolution_tf32 = _C.is_inference_mode_enabled, _C._get_cudnn_allo
 _flash, _efficient = _C._get_flash_sdp_enabled, _C._get_mem_efficient_sdp_enabled
 _math, _fused = _C._get_math_sdp_enabled, _C._get_cudnn_sdp_enabled
 _cudnn, _benchmark, _same_algorithms = _C._get_cudnn_enabled, _C._get_cudnn_benchmark, _C._get_cudnn_deterministic
+_transform = _C._functorch.peek_interpreter_stack
 _function_modes, _dispatch_modes = _C._len_torch_function_stack, _C._len_torch_dispatch_stack
 _known: tuple[Any, tuple[Any, ...]] = (None, ())
 """A guard on the global state, and what the state was when the guard was made; read and exchanged as one."""
@@ -39,6 +41,7 @@ def ambient_of(model: Any) -> tuple[Any, ...]:
         state if guard is not None and guard.check() else _global_state(),
         *(_inference(), _flash(), _efficient(), _math(), _fused(), mha._is_fastpath_enabled),
         *(_cudnn(), _benchmark(), _same_algorithms(), _convolution_tf32()),
+        forward_ad._current_level,  # what a tensor carries there no other question tells
         _modes_entered() if _function_modes() or _dispatch_modes() else None,
     )
 
@@ -70,10 +73,18 @@ def _modes() -> tuple[Any, ...]:
 
 
 def active_mode() -> ActiveMode | None:
-    """Why a call inside a mode of the caller's cannot be served by a recording: a replay calls no operator that it could see.
+    """Why a call inside a mode or transform of the caller's cannot be served by a recording: a replay calls no operator that it
+    could see.
 
     Default devices are no obstacle, nor are modes that say that they only look on (``graphs_observer = True``).
     """
+    transform = _transform()
+    if transform is not None:
+        kind = str(transform.key()).rpartition(".")[2].lower()
+        return ActiveMode("the call is made inside a transform of torch.func, which replaces operators", operator=f"torch.func.{kind}")
+    if forward_ad._current_level >= 0:
+        detail = "tensors may carry tangents there, of which a replay computes nothing"
+        return ActiveMode(detail, operator="forward_ad.dual_level")
     if not _function_modes() and not _dispatch_modes():
         return None
     for mode in _modes():

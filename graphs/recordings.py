@@ -192,13 +192,13 @@ class Recordings:
             like = guard.match(args, kwargs, ambient)
             if like is not None:
                 return self._replay(entry, rows, like, args, kwargs)
+        inside = active_mode()
+        if inside is not None:
+            return self._refuse([inside], args, kwargs)
         try:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
             return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
-        inside = active_mode()
-        if inside is not None:
-            return self._refuse([inside], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self.routes.get(call.signature)
