@@ -17,6 +17,7 @@ import torch
 
 import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
+from graphs.contract.code_reads import forbidding
 from graphs.contract.counters import Counters
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
@@ -101,6 +102,7 @@ def traced(
             *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
             structure=lambda: structure[0],
             snapshot=functools.partial(PythonState, tensors=False) if merge else None,
+            forbidding=forbidding() if merge else None,
             restore=before.restore_python,
             unmerged=step.unmerged,
         )

@@ -58,6 +58,14 @@ class Unmergeable(Exception):
         self.site = site
 
 
+class Stopped(BaseException):
+    """A side that was about to act outside of the step: not to be caught by what the step catches."""
+
+    def __init__(self, reason: Unmergeable) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class State(Protocol):
     """A snapshot of Python objects: ``complete`` if nothing was left out."""
 
@@ -72,12 +80,17 @@ Snapshot = Callable[[Sequence[tuple[str, Any]], State | None], State]
 """Takes a snapshot of all that hangs on objects given by name, but for what another snapshot holds."""
 
 
+Hook = Callable[[FrameType, str, Any], None]
+"""A profiling hook that raises where the step is about to act outside of itself, before it does."""
+
+
 class Forks:
     """What the lines of `passes.fork_source` call, in one trace.
 
     Args:
         static: the value of a condition that holds or fails whatever the data, else None.
         snapshot: takes snapshots of Python objects.
+        forbidding: sees every call of a side, and stops it before it acts outside of the step; no other profiler is replaced.
 
     Attributes:
         naming: whether the operators that run now give a long expression a name.
@@ -86,14 +99,23 @@ class Forks:
         failed: the first branch that turned out not to be mergeable. The user's own lines may catch the exception.
     """
 
-    def __init__(self, facts: Facts, loops: Loops, static: Callable[[sympy.Basic], Any], snapshot: Snapshot | None) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        loops: Loops,
+        static: Callable[[sympy.Basic], Any],
+        snapshot: Snapshot | None,
+        forbidding: Hook | None = None,
+    ) -> None:
         self.facts, self.loops, self.static, self.snapshot = facts, loops, static, snapshot
+        self._forbidding = forbidding
         self.naming = False
         self.joining: Arm | None = None
         self.asked: Place | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
         self._count = itertools.count()
+        self._hook = self._seen  # one object: a bound method is another at each look
 
     def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
         """The branch ``if test`` in the frame that calls.
@@ -179,6 +201,19 @@ class Forks:
         fork.leave({})
         return value
 
+    def watch(self, running: bool) -> None:
+        """Have the calls that follow seen, while a side runs, or not any more."""
+        if self._forbidding is not None and sys.getprofile() is (None if running else self._hook):
+            sys.setprofile(self._hook if running else None)
+
+    def _seen(self, frame: FrameType, event: str, argument: Any) -> None:
+        assert self._forbidding is not None
+        try:
+            self._forbidding(frame, event, argument)
+        except Exception as found:
+            arms = [trip for trip in self.loops.trips if isinstance(trip, Arm)]
+            raise Stopped(self.unmergeable(f"a side does what must not be done for nothing: {found}", arms[-1].site)) from None
+
     def unmergeable(self, detail: str, site: Branch) -> Unmergeable:
         """The exception to raise, kept for those who do not get to see it."""
         reason = Unmergeable(detail, site)
@@ -219,6 +254,7 @@ class Fork:
         loops = self._forks.loops
         self._outer = loops.trips
         self._within = loops.trips = (*loops.trips, self._arm(side))
+        self._forks.watch(True)
         return True
 
     def _arm(self, side: bool) -> Arm:
@@ -234,6 +270,7 @@ class Fork:
         if not self.is_data:
             return
         loops = self._forks.loops
+        self._forks.watch(any(isinstance(trip, Arm) for trip in self._outer))
         if loops.trips != self._within:
             raise self._forks.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
         loops.trips = self._outer

@@ -31,7 +31,7 @@ from passes.exchange import Plan, Written, forked
 from passes.facts import Decision, Facts
 from passes.fakes import StepFakes
 from passes.following import Follow, HintedShapes
-from passes.forks import Forks, Snapshot, Unmergeable
+from passes.forks import Forks, Hook, Snapshot, Stopped, Unmergeable
 from passes.loops import Arm, Loops
 from passes.python_entry import SymbolicEntry
 from passes.reads import Read
@@ -52,12 +52,16 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
         module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
     except Unmergeable:
         raise
+    except Stopped as stopped:
+        raise stopped.reason from None
     except Exception as error:
         arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, Arm)), None)
         if arm is None:
             raise
         text = str(error).partition("\n")[0]
         raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
+    finally:
+        forks.watch(False)
     if forks.failed is not None:
         raise forks.failed
     left = next((trip for trip in forks.loops.trips if isinstance(trip, Arm)), None)
@@ -134,6 +138,7 @@ def trace_once(
     plan: Plan = MappingProxyType({}),
     functions: Mapping[Written, Sequence[FunctionType]] = MappingProxyType({}),
     snapshot: Snapshot | None = None,
+    forbidding: Hook | None = None,
     restore: Callable[[], None] = lambda: None,
 ) -> GraphModule:
     """Trace ``step`` without running anything on a device.
@@ -150,6 +155,7 @@ def trace_once(
         structure: gives, after the step, what is to be found as `module.meta["structure"]`.
         plan, functions: branches of which both sides are traced, and the functions that they stand in; see `passes.forks`.
         snapshot, restore: see `passes.rounds.trace_step`.
+        forbidding: stops sides of branches before they act outside of the step; see `passes.forks`.
         modules: names of modules in whose lines ``int``, ``float``, ``range``, ``len``, ``min`` and ``max`` keep symbols.
 
     Returns:
@@ -168,7 +174,7 @@ def trace_once(
         inputs = [*tensors, *(number.tensor for number in numbers)]
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
-    forks = Forks(facts, facts.loops, environment.static, snapshot)
+    forks = Forks(facts, facts.loops, environment.static, snapshot, forbidding)
     follow = Follow(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 

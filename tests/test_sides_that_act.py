@@ -66,6 +66,49 @@ def goes_round_until_it_is_small(x: Tensor, n: Tensor) -> Tensor:
     return x * n
 
 
+def noted(x: Tensor) -> Tensor:
+    """What a side calls by a name that tells nothing."""
+    with file.open("a") as opened:
+        opened.write("!")
+    return x
+
+
+def counted(x: Tensor) -> Tensor:
+    os.environ["SIDE_OF_A_TEST"] = str(int(os.environ["SIDE_OF_A_TEST"]) + 1)
+    return x + 1
+
+
+def calls_what_writes(x: Tensor, n: Tensor) -> Tensor:
+    if n > 4:
+        x = noted(x) * 3
+    return x * 2
+
+
+def calls_what_writes_in_an_expression(x: Tensor, n: Tensor) -> Tensor:
+    return (lambda y: noted(y) * 3)(x) if n > 4 else x * 2
+
+
+def calls_what_writes_in_a_condition(x: Tensor, n: Tensor) -> Tensor:
+    if n > 4 and noted(x).sum() > -1:
+        x = x * 3
+    return x * 2
+
+
+def calls_what_sets_the_environment(x: Tensor, n: Tensor) -> Tensor:
+    if n > 4:
+        x = counted(x)
+    return x * 2
+
+
+def catches_what_stops_it(x: Tensor, n: Tensor) -> Tensor:
+    if n > 4:
+        try:
+            x = noted(x)
+        except Exception:
+            x = noted(x) * 5
+    return x * 2
+
+
 def left_behind() -> tuple[Any, ...]:
     return list(log), mode, file.read_text(), os.environ["SIDE_OF_A_TEST"]
 
@@ -80,6 +123,8 @@ def outcome(step: Step, n: int) -> Any:
 STEPS = [
     *(leaves, is_interrupted, writes_a_file, sets_the_environment),
     *(fills_a_global_list, sets_a_global, goes_round_until_it_is_small),
+    *(calls_what_writes, calls_what_writes_in_an_expression, calls_what_writes_in_a_condition),
+    *(calls_what_sets_the_environment, catches_what_stops_it),
 ]
 
 

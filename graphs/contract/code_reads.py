@@ -322,6 +322,11 @@ class _Forbidding(_Observer):
             raise EffectFoundError(f"{detail} [{operator}]")
 
 
+def forbidding() -> Callable[[types.FrameType, str, Any], None]:
+    """A profiling hook that raises `EffectFoundError` before what runs acts outside of the step, or reads what lies there."""
+    return _Forbidding(CodeReads())
+
+
 def without_effects(run: Callable[[], Any]) -> Any:
     """The result of ``run``, for outcomes that did not occur: it is stopped where it would act outside of the step.
 
@@ -330,7 +335,7 @@ def without_effects(run: Callable[[], Any]) -> Any:
     """
     if sys.getprofile() is not None:
         return run()
-    sys.setprofile(_Forbidding(CodeReads()))
+    sys.setprofile(forbidding())
     try:
         return run()
     finally:
