@@ -210,7 +210,7 @@ class Forks:
         assert self._forbidding is not None
         try:
             self._forbidding(frame, event, argument)
-        except Exception as found:
+        except BaseException as found:
             arms = [trip for trip in self.loops.trips if isinstance(trip, Arm)]
             raise Stopped(self.unmergeable(f"a side does what must not be done for nothing: {found}", arms[-1].site)) from None
 

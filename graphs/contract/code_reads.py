@@ -310,8 +310,8 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
     return "", 0
 
 
-class EffectFoundError(Exception):
-    """A run that must not act outside of the step was about to."""
+class EffectFoundError(BaseException):
+    """A run that must not act outside of the step was about to. It is nothing that a handler of the step's may take for its own."""
 
 
 class _Forbidding(_Observer):
