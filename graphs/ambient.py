@@ -81,9 +81,8 @@ def active_mode() -> ActiveMode | None:
     transform = _transform()
     if transform is not None:
         kind = str(transform.key()).rpartition(".")[2].lower()
-        return ActiveMode(
-            "the call is made inside a transform of torch.func, which replaces operators", operator=f"torch.func.{kind}"
-        )
+        detail = "the call is made inside a transform of torch.func, which replaces operators"
+        return ActiveMode(detail, operator=f"torch.func.{kind}")
     if forward_ad._current_level >= 0:
         detail = "tensors may carry tangents there, of which a replay computes nothing"
         return ActiveMode(detail, operator="forward_ad.dual_level")

@@ -277,7 +277,10 @@ class ActiveMode(Refusal):
     """The call is made inside a mode or a transform of the caller's, which a replay would hide its operators from."""
 
     reason = "active-mode"
-    remedy = "call the step (for torch.func, the model) outside of the mode, or set graphs_observer = True on the class of a mode that changes nothing"
+    remedy = (
+        "call the step outside of the mode (in torch.func, call the model itself), "
+        "or set graphs_observer = True on the class of a mode that changes nothing"
+    )
 
 
 class UnsupportedTensor(Refusal):

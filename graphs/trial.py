@@ -134,7 +134,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         detail = f"a replay of the recording raises {type(error.error).__name__}: {error.error}".splitlines()[0]
         if step.rows is not None:
             start.restore()
-            raise RowsInteract(detail, operator=error.operator) from error
+            raise RowsInteract(detail) from error
         after.restore()
         raise Refused(output, [with_line(VerifyMismatch(detail, operator=error.operator), trace)], origin.restore) from error
     except BaseException as error:  # whatever else a recording meets, the user gets the eager result and the reason

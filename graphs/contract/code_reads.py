@@ -311,7 +311,7 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
 
 
 class EffectFoundError(BaseException):
-    """A run that must not act outside of the step was about to. It is nothing that a handler of the step's may take for its own."""
+    """A run that must not act outside of the step was about to. No `except Exception` of the step's may take it for its own."""
 
 
 class _Forbidding(_Observer):

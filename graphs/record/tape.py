@@ -125,7 +125,7 @@ class _TapeMode(TorchDispatchMode):
 
 
 def _as_they_are(value: Any) -> Any:
-    """Arguments of an operator with aliases for tensors: a later line may lay the tensors out otherwise, or exchange their memory."""
+    """Arguments with aliases for tensors: a later line of the step may lay those out otherwise, or exchange their memory."""
     if isinstance(value, Tensor):
         return value.detach()
     if type(value) in (tuple, list):
