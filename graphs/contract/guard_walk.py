@@ -174,6 +174,7 @@ class GuardWalk:
         self._polled: list[Guard] = []
         self._seen: set[int] = set()
         self._keep: list[Any] = []
+        self._chained: set[tuple[int, int]] = set()
         self._pending: list[tuple[str, Any]] = [*self._roots, ("Tensor", Tensor)]
         self._globals()
         if self._reads.environment:
@@ -185,6 +186,8 @@ class GuardWalk:
         root_ids = {id(root) for _, root in self._roots}
         while self._pending:
             path, value = self._pending.pop()
+            if type(value) is types.ModuleType:  # that an object holds, or an argument is
+                self._module(path, value, self._names, id(value))
             if type(value) in _LEAVES or of_type(value, _NOT_ENTERED) or id(value) in self._seen:
                 continue
             if len(self._seen) > _LIMIT:
@@ -222,7 +225,6 @@ class GuardWalk:
             entry = spaces.setdefault(id(space), (space, set(), set(), origin_of_code(code, space) == "user"))
             entry[1].update(global_names(code))
             entry[2].update(names_in(code))
-        chained: set[tuple[int, int]] = set()
         missing: set[str] = set()
         for space, names, attributes, users in spaces.values():
             missing.update(name for name in names if name not in space)
@@ -230,7 +232,7 @@ class GuardWalk:
             (self._polled if users else self._watched).append(guard)  # type: ignore[arg-type]
             for name, value in guard.entries:
                 if isinstance(value, types.ModuleType):
-                    self._module(name, value, frozenset(attributes), id(space), chained)
+                    self._module(name, value, frozenset(attributes), id(space))
                 else:
                     self._pending.append((name, value))
         self._watched.append(NamesGuard("builtins.{}", vars(builtins), frozenset(missing)))
@@ -239,17 +241,15 @@ class GuardWalk:
                 package = f"{space.get('__package__')}.{name}"
                 module = sys.modules.get(name) or sys.modules.get(package)
                 if type(module) is types.ModuleType:
-                    self._module(name, module, frozenset(names_in(code)), id(space), chained)
+                    self._module(name, module, frozenset(names_in(code)), id(space))
 
-    def _module(
-        self, path: str, module: types.ModuleType, names: frozenset[str], space: int, chained: set[tuple[int, int]]
-    ) -> None:
+    def _module(self, path: str, module: types.ModuleType, names: frozenset[str], space: int) -> None:
         """Guard what functions look up in a module that they know by name, and in the modules in it."""
         content = vars(module)
         origin = origin_of_module(module)
-        if (id(module), space) in chained or origin == "own":
+        if (id(module), space) in self._chained or origin == "own":
             return
-        chained.add((id(module), space))
+        self._chained.add((id(module), space))
         looked_up = frozenset(name for name in names if name in content and not name.startswith("__"))
         if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
             kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
@@ -258,7 +258,7 @@ class GuardWalk:
         (self._polled if origin == "user" else self._watched).append(guard)  # type: ignore[arg-type]
         for name, value in guard.entries:
             if isinstance(value, types.ModuleType):
-                self._module(f"{path}.{name}", value, names, space, chained)
+                self._module(f"{path}.{name}", value, names, space)
             elif origin != "torch" and (origin != "python" or isinstance(value, (list, dict, set))):
                 self._pending.append((f"{path}.{name}", value))
 

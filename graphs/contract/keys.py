@@ -9,9 +9,12 @@ from __future__ import annotations
 import enum
 import struct
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
+
+from graphs.contract.raw_access import attributes_of, class_attribute, slots_of
 
 PLAIN = frozenset(
     (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -19,6 +22,8 @@ PLAIN = frozenset(
 """Types whose values are their own keys, once the type stands beside them."""
 NOT_CONSTANT = object()
 """What `constant_key` gives for a value that is no constant."""
+_OF_MEMBERS = frozenset(("_value_", "_name_", "__objclass__", "_sort_order_", "_hashable_values_", "_inverted_"))
+_DEEPEST = 8  # objects within one another that are keys by what they hold
 _ATOMS = (int, float, complex, str, bytes)
 
 
@@ -43,7 +48,7 @@ def constant_key(value: Any) -> Any:
     if kind in PLAIN:
         return kind, value
     if isinstance(value, enum.Enum):
-        return _Same(value)  # members are made once
+        return _Same(value) if _is_bare(value) else NOT_CONSTANT  # members are made once
     if kind is slice:
         parts = [constant_key(part) for part in (value.start, value.stop, value.step)]
         return (slice, *parts) if NOT_CONSTANT not in parts else NOT_CONSTANT
@@ -56,6 +61,11 @@ def constant_key(value: Any) -> Any:
         attributes = _attributes_key(value)
         return (kind, _atom(value), attributes) if attributes is not NOT_CONSTANT else NOT_CONSTANT
     return NOT_CONSTANT
+
+
+def _is_bare(member: enum.Enum) -> bool:
+    """Whether nothing hangs on a member of an enumeration but its name and a value that cannot change."""
+    return vars(member).keys() <= _OF_MEMBERS and constant_key(member._value_) is not NOT_CONSTANT
 
 
 def _atom(value: Any) -> Any:
@@ -99,20 +109,25 @@ def names_key(names: Any) -> tuple[Any, ...]:
     return tuple([name if type(name) is str else context_key(name) for name in names])
 
 
-def context_key(context: Any) -> Any:
+def context_key(context: Any, depth: int = 0) -> Any:
     """The key of what a container of a registered kind holds beside its children.
 
-    Constants, and lists and the like of them, as `nested_key` takes them; objects by what they themselves call equal, or by
-    their text where they cannot be hashed.
+    Constants, and lists and the like of them, as `nested_key` takes them; objects by the attributes that they have now, whatever
+    they themselves call equal; all else by identity.
     """
     kind = type(context)
+    if depth > _DEEPEST:
+        return _Same(context)
     if kind in (tuple, list):
-        return kind, tuple(context_key(item) for item in context)
+        return kind, tuple(context_key(item, depth + 1) for item in context)
+    if kind is dict:
+        return kind, tuple((context_key(key, depth + 1), context_key(item, depth + 1)) for key, item in context.items())
     key = nested_key(context)
     if key is not NOT_CONSTANT:
         return key
-    try:
-        hash(context)
-    except TypeError:
-        return kind, repr(context)
-    return kind, context
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind, tuple(context_key(item, depth + 1) for item in tuple.__iter__(context))
+    if class_attribute(kind, "__new__") is not object.__new__ or isinstance(context, (type, ModuleType)):
+        return _Same(context)  # what a class made in C holds cannot be seen
+    slots = ((name, getattr(context, name)) for name in slots_of(kind) if hasattr(context, name))
+    return kind, context_key({**(attributes_of(context) or {}), **dict(slots)}, depth + 1)
