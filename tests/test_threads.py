@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import queue
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -183,3 +185,69 @@ def test_an_error_in_one_thread_leaves_the_step_to_the_others() -> None:
 
     together(failing, working, failing, working)
     assert step.report().replays == 10
+
+
+def _queues() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    asked, answered = queue.Queue[Any](), queue.Queue[Any]()
+
+    def work() -> None:
+        while (request := asked.get()) is not None:
+            with torch.no_grad():
+                answered.put(request())
+
+    def step(x: Tensor) -> Tensor:
+        asked.put(lambda: x * 2)
+        return answered.get(timeout=LIMIT) + 1  # type: ignore[no-any-return]
+
+    threading.Thread(target=work, daemon=True).start()
+    return step, lambda: asked.put(None)
+
+
+def _condition() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    held: dict[str, Any] = {"asked": None, "answer": None}
+    condition = threading.Condition()
+
+    def work() -> None:
+        while True:
+            with condition:
+                condition.wait_for(lambda: held["asked"] is not None)
+                if held["asked"] == "end":
+                    return
+                with torch.no_grad():
+                    held["answer"], held["asked"] = held["asked"] * 2, None
+                condition.notify_all()
+
+    def ask(what: Any) -> None:
+        with condition:
+            held["asked"] = what
+            condition.notify_all()
+
+    def step(x: Tensor) -> Tensor:
+        ask(x)
+        with condition:
+            assert condition.wait_for(lambda: held["answer"] is not None, LIMIT)
+            answer, held["answer"] = held["answer"], None
+        return answer + 1  # type: ignore[no-any-return]
+
+    threading.Thread(target=work, daemon=True).start()
+    return step, lambda: ask("end")
+
+
+def _pool() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    return lambda x: pool.submit(lambda: x * 2).result(LIMIT) + 1, pool.shutdown
+
+
+@pytest.mark.parametrize("made", [_queues, _condition, _pool], ids=lambda made: made.__name__.strip("_"))
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_a_step_that_another_thread_works_for_is_eager_by_name(
+    made: Callable[[], tuple[Callable[[Tensor], Tensor], Callable[[], None]]],
+) -> None:
+    step, end = made()
+    captured = graphs.capture(step)
+    try:
+        with torch.no_grad():
+            assert [captured(torch.full((1,), float(i))).item() for i in range(5)] == [1, 3, 5, 7, 9]
+    finally:
+        end()
+    assert {refusal.reason for refusal in captured.report().refusals} == {"side-effect"}

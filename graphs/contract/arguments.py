@@ -23,7 +23,8 @@ class Call(NamedTuple):
 
     Attributes:
         tensors: tensor leaves in traversal order.
-        opaques: leaves that are neither tensors nor constants, for example a Hugging Face ``Cache``.
+        opaques: leaves that are neither tensors nor constants, for example a Hugging Face ``Cache``, and objects that a container
+            of a registered kind holds beside its leaves.
         signature: structure, shapes, strides, dtypes, devices and constants; opaque leaves by identity.
     """
 
@@ -99,7 +100,7 @@ def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: l
 def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     children, context = pytree_children(value)
     if children is not None:
-        signature += (type(value), len(children), context_key(context))
+        signature += (type(value), len(children), context_key(context, opaques))
         for item in children:
             _flatten(item, tensors, opaques, signature)
         return
@@ -183,8 +184,17 @@ def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None
         if not is_constant(value):
             opaques.append(path)
         return
+    opaques += [f"{path}'s context"] * len(_beside(value))
     for key, item in items:
         _name(item, f"{path}.{key}", tensors, opaques)
+
+
+def _beside(value: Any) -> list[Any]:
+    """The objects of a container of a registered kind that it is known by beside its children, in the order of `flatten_call`."""
+    objects: list[Any] = []
+    if type(value) not in (tuple, list, dict):
+        context_key(pytree_children(value)[1], objects)
+    return objects
 
 
 def _items(value: Any) -> list[tuple[str, Any]] | None:
@@ -235,6 +245,7 @@ def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
         constant = constant_key(value) is not NOT_CONSTANT
         found.append(Argument(index if constant else index + 1, path, value, not constant))
         return index + (1 if constant else 2)
+    found += [Argument(index + 2, f"{path}'s context", item, True) for item in _beside(value)[:1]]
     index += 2 if kind in (tuple, list, dict) else 3
     for key, item in items:
         index = _find(item, f"{path}.{key}", index, found)

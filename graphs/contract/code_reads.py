@@ -51,6 +51,18 @@ _WRITES = frozenset(
 )
 _SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
 _THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
+_BETWEEN_THREADS = {
+    "queue": frozenset(("put", "get", "join", "task_done")),
+    "threading": frozenset(("wait", "notify", "set", "clear", "start", "join", "acquire", "release")),
+    "concurrent.futures._base": frozenset(("result", "exception", "wait", "as_completed")),
+    "concurrent.futures.thread": frozenset(("submit",)),
+    "concurrent.futures.process": frozenset(("submit",)),
+    "multiprocessing.queues": frozenset(("put", "get")),
+    "multiprocessing.connection": frozenset(("send", "recv", "send_bytes", "recv_bytes", "poll")),
+    "asyncio.runners": frozenset(("run",)),
+    "asyncio.base_events": frozenset(("run_until_complete", "call_soon", "call_soon_threadsafe")),
+}
+"""Functions by which threads and processes speak to each other, by Python module; a lock alone says nothing."""
 _OF_THE_KEY = ("grad", "inference", "autocast", "stack")  # modes, which belong to the key of a call
 _SETTINGS = ("get", "_get_", "are_deterministic_", "is_deterministic_", "isenabled")
 _CONTEXT = frozenset(("get", "set"))
@@ -193,8 +205,9 @@ class _Observer:
         elif module == "torch.serialization" and code.co_name in ("save", "load"):
             kind = SideEffect if code.co_name == "save" else UnguardedRead
             self._refuse(kind, "the step writes or reads a file", f"torch.{code.co_name}", frame)
-        elif module == "concurrent.futures._base" and code.co_name == "result" and not _by_itself(frame):
-            self._refuse(SideEffect, "the step waits for what another thread computes", "Future.result", frame)
+        elif code.co_name in _BETWEEN_THREADS.get(str(module), ()) and not _by_itself(frame):
+            name = getattr(code, "co_qualname", code.co_name)
+            self._refuse(SideEffect, "the step gives something to another thread, or waits for it", name, frame)
 
     def _called(self, name: str, function: Any, frame: types.FrameType) -> None:
         owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)

@@ -7,6 +7,7 @@ that it equals anything, or print the same as another. Values are taken from bel
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 import sys
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphs.contract.raw_access import attributes_of, class_attribute, slots_of
+from graphs.contract.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, slots_of
 
 PLAIN = frozenset(
     (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -109,25 +110,31 @@ def names_key(names: Any) -> tuple[Any, ...]:
     return tuple([name if type(name) is str else context_key(name) for name in names])
 
 
-def context_key(context: Any, depth: int = 0) -> Any:
+def context_key(context: Any, objects: list[Any] | None = None, depth: int = 0) -> Any:
     """The key of what a container of a registered kind holds beside its children.
 
     Constants, and lists and the like of them, as `nested_key` takes them; objects by the attributes that they have now, whatever
     they themselves call equal; all else by identity.
+
+    Args:
+        objects: what the key knows by identity alone is added here, for its changes to be watched.
     """
     kind = type(context)
-    if depth > _DEEPEST:
-        return _Same(context)
-    if kind in (tuple, list):
-        return kind, tuple(context_key(item, depth + 1) for item in context)
-    if kind is dict:
-        return kind, tuple((context_key(key, depth + 1), context_key(item, depth + 1)) for key, item in context.items())
-    key = nested_key(context)
-    if key is not NOT_CONSTANT:
-        return key
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind, tuple(context_key(item, depth + 1) for item in tuple.__iter__(context))
-    if class_attribute(kind, "__new__") is not object.__new__ or isinstance(context, (type, ModuleType)):
-        return _Same(context)  # what a class made in C holds cannot be seen
-    slots = ((name, getattr(context, name)) for name in slots_of(kind) if hasattr(context, name))
-    return kind, context_key({**(attributes_of(context) or {}), **dict(slots)}, depth + 1)
+    inner = functools.partial(context_key, objects=objects, depth=depth + 1)
+    if depth <= _DEEPEST:
+        if kind in (tuple, list):
+            return kind, tuple(map(inner, context))
+        if kind is dict:
+            return kind, tuple((inner(key), inner(item)) for key, item in context.items())
+        key = nested_key(context)
+        if key is not NOT_CONSTANT:
+            return key
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return kind, tuple(map(inner, tuple.__iter__(context)))
+        made_in_python = class_attribute(kind, "__new__") is object.__new__  # else it may hold what cannot be seen
+        if made_in_python and not isinstance(context, (type, ModuleType)):
+            slots = ((name, getattr(context, name)) for name in slots_of(kind) if hasattr(context, name))
+            return kind, inner({**(attributes_of(context) or {}), **dict(slots)})
+    if objects is not None and not (isinstance(context, type) and context.__flags__ & IMMUTABLE_TYPE):
+        objects.append(context)
+    return _Same(context)

@@ -13,6 +13,7 @@ import functools
 import logging
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,7 @@ _CALLS_OTHERS = (
     functools._lru_cache_wrapper,
 )
 _WITHOUT_STATE = frozenset(kind for kind in LEAVES if kind is not enum.Enum)  # classes derived from them may have attributes
+_OF_THREADS = frozenset(("threading", "_thread", "queue", "_queue", "asyncio", "_asyncio", "concurrent", "multiprocessing"))
 _WALK_LIMIT = 500_000
 
 
@@ -138,6 +140,8 @@ class PythonState:
             if type(value) is torch.Generator and id(value) not in self._roots:
                 self.generators.append(value)
             if type(value) in _WITHOUT_STATE or of_type(value, _SKIPPED) or id(value) in self._seen:
+                continue
+            if _is_of_threads(type(value)):
                 continue
             if len(self._seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -351,6 +355,13 @@ class PythonState:
     def holds(self, value: Any) -> bool:
         """Whether an object hangs on one of the roots, or is one."""
         return id(value) in self._seen
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_threads(kind: type[Any]) -> bool:
+    """Whether other threads may be waiting for an object of this class: nothing of it may be put back."""
+    bases = type.__getattribute__(kind, "__mro__")
+    return threading.local not in bases and any(module_name(base).partition(".")[0] in _OF_THREADS for base in bases)
 
 
 def _copied(mapping: dict[Any, Any]) -> dict[Any, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections import OrderedDict, defaultdict
+import types
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import graphs
 from graphs.contract.arguments import flatten_call
@@ -152,3 +155,99 @@ def test_an_attribute_set_on_a_number_between_calls_is_seen() -> None:
     for scale in (1.0, 1.0, 2.0, 2.0, 3.0):
         value.scale = scale
         assert captured(x, value).tolist() == [scale] * 3
+
+
+class Settings:
+    """What a registered container keeps beside its tensors; it says of itself that it equals all others."""
+
+    def __init__(self, scale: Any) -> None:
+        self.scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: Any) -> None:
+        self.scale = scale
+
+
+class Listed(list[Any]):
+    """A list of a class of its own."""
+
+    @property
+    def scale(self) -> Any:
+        return self[0]
+
+
+class Box:
+    """A container that is registered with its settings as context."""
+
+    def __init__(self, tensor: torch.Tensor, settings: Any) -> None:
+        self.tensor, self.settings = tensor, settings
+
+
+class Wide(enum.Enum):
+    """Members with an attribute that can be set."""
+
+    A = 1
+    B = 2
+
+    @property
+    def scale(self) -> Any:
+        return getattr(self, "_scale", 1.0)
+
+    @scale.setter
+    def scale(self, value: Any) -> None:
+        self._scale = value
+
+
+pytree.register_pytree_node(
+    Box, lambda box: ([box.tensor], {"settings": box.settings}), lambda children, context: Box(children[0], context["settings"])
+)
+CONTEXTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any] | None]] = {
+    "changed": (Settings, lambda kept, value: setattr(kept, "scale", value)),
+    "made anew": (Settings, None),
+    "slots": (Slotted, lambda kept, value: setattr(kept, "scale", value)),
+    "slots, made anew": (Slotted, None),
+    "list": (lambda value: Listed([value]), lambda kept, value: kept.__setitem__(0, value)),
+    "list, made anew": (lambda value: Listed([value]), None),
+    "named tuple": (namedtuple("Pair", "scale"), None),
+    "module": (lambda value: _module(value), lambda kept, value: setattr(kept, "scale", value)),
+    "enum member": (lambda value: _member(value), lambda kept, value: setattr(kept, "scale", value)),
+}
+
+
+def _module(scale: Any) -> types.ModuleType:
+    made = types.ModuleType("settings_of_a_test")
+    made.scale = scale  # type: ignore[attr-defined]
+    return made
+
+
+def _member(scale: Any) -> Wide:
+    Wide.A.scale = scale
+    return Wide.A
+
+
+@pytest.mark.parametrize("where", ["context", "argument"])
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_is_given_beside_tensors_is_seen_as_it_is(name: str, where: str) -> None:
+    make, change = CONTEXTS[name]
+    in_context = graphs.capture(lambda box: box.tensor * box.settings.scale)
+    as_argument = graphs.capture(lambda x, settings: x * settings.scale)
+    kept = make(1.0)
+    for call, scale in enumerate([1.0, 1.0, 2.0, 2.0, 1.0, 3.0]):
+        if change is None:
+            kept = make(scale)
+        else:
+            change(kept, scale)
+        x = torch.full((2,), call + 1.0)
+        with torch.no_grad():
+            made = in_context(Box(x, kept)) if where == "context" else as_argument(x, kept)
+        assert torch.equal(made, x * scale), f"call {call}"
