@@ -16,6 +16,7 @@ from torch import nn
 import graphs
 from graphs.ledger import NotReplayed
 
+Tensor = torch.Tensor
 LIMIT = 60  # seconds
 
 

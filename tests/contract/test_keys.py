@@ -170,7 +170,7 @@ class Settings:
         return 1
 
 
-class Slotted:
+class InSlots:
     __slots__ = ("scale",)
 
     def __init__(self, scale: Any) -> None:
@@ -213,8 +213,8 @@ pytree.register_pytree_node(
 CONTEXTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any] | None]] = {
     "changed": (Settings, lambda kept, value: setattr(kept, "scale", value)),
     "made anew": (Settings, None),
-    "slots": (Slotted, lambda kept, value: setattr(kept, "scale", value)),
-    "slots, made anew": (Slotted, None),
+    "slots": (InSlots, lambda kept, value: setattr(kept, "scale", value)),
+    "slots, made anew": (InSlots, None),
     "list": (lambda value: Listed([value]), lambda kept, value: kept.__setitem__(0, value)),
     "list, made anew": (lambda value: Listed([value]), None),
     "named tuple": (namedtuple("Pair", "scale"), None),

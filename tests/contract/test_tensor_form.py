@@ -1,4 +1,4 @@
-"""What a step changes of a tensor besides its values: layout, memory, gradient, whether it requires one. Once a call, as eager."""
+"""What a step changes of a tensor besides its values (layout, memory, gradient): once a call, as eager does."""
 
 from __future__ import annotations
 
