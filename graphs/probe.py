@@ -11,6 +11,7 @@ from graphs.contract.slots import Contract
 from graphs.entry import Entry, sliced
 from graphs.errors import RowsInteract
 from graphs.judge import Rerun, candidate_difference
+from graphs.record.step import ReplayRaised
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, watch_again
 
@@ -38,7 +39,7 @@ class Probe:
             raise RowsInteract(f"a run with {self.rows} rows raised {type(error).__name__}: {error}") from error
         if watched.written.tensors:
             raise RowsInteract(f"with {self.rows} rows the step writes tensors that it does not write with {step.real}")
-        self._state = trace.written.copies()
+        self._state, self._random = trace.written.copies(), start.random_states()
 
     def output_dims(self, padded: Sequence[Tensor]) -> tuple[int | None, ...]:
         """The batch dimension of each output: this many rows here, and the bucket's when padded."""
@@ -63,6 +64,7 @@ class Probe:
         padded = self._replayed(entry, self._tensors, self.rows)
         state = entry.written.copies()
         self._compare(entry, self._expected, self._state, padded, "with padding")
+        _compare_random(self._random, self._start)
         poisons = verify.poisons(entry.contract, self._tensors)
         if not poisons:
             raise RowsInteract("no padded row could be poisoned: this call's rows are all zeros or sentinels", unproved=True)
@@ -90,3 +92,49 @@ class Probe:
     def _replayed(self, entry: Entry, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
         self._start.restore()
         return [out.clone() for out in entry.recording.replay(tensors, rows)]
+
+
+def _compare_random(expected: Sequence[Tensor], start: Checkpoint) -> None:
+    """Raise unless the random generators are where a run at exact sizes leaves them."""
+    if not verify.bitwise_equal(expected, start.random_states()):
+        raise RowsInteract("random numbers are drawn for padded rows too: those that come next would be others")
+
+
+def compare_padded(step: Step, entry: Entry, rows: int) -> None:
+    """Compare the first padded replay at ``rows`` rows with eager at exact sizes; the state is as before.
+
+    What a step makes of the number of rows (a branch, a shape, an error) is proved for the numbers that occur, each once.
+
+    Raises:
+        RowsInteract: they differ.
+        Exception: what the step raises at this size.
+    """
+    trace, tensors = Trace(), step.call.tensors
+    for tensor in [*entry.written.tensors, *(tensors[index] for index in entry.contract.written)]:
+        trace.written.save(tensor)
+    start = Checkpoint(step, trace)
+    try:
+        output, watched = watch_again(step.run, tensors, trace)
+        state, random = trace.written.copies(), start.random_states()
+        changed = start.differences()
+        if watched.written.tensors or changed:
+            what = changed[0].path if changed else "tensors that it does not write at others"
+            raise RowsInteract(f"with {rows} rows the step writes {what}")
+        try:
+            expected = [out.clone() for out in entry.template.tensors(output)]
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise RowsInteract(f"with {rows} rows the step returns another structure") from error
+        start.restore()
+        try:
+            produced = [out.clone() for out in entry.template.seen(entry.recording.replay(tensors, rows))]
+        except ReplayRaised as raised:
+            raise RowsInteract(f"with {rows} rows a replay raises {type(raised.error).__name__}") from raised
+        _compare_random(random, start)
+        found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
+        if found is not None:
+            rerun = Rerun(start.restore, lambda: entry.template.tensors(step.run(tensors)), trace.written)
+            found = candidate_difference(expected, produced, state, rerun, sentinels=entry.sentinels, slack=entry.slack)
+        if found is not None:
+            raise RowsInteract(f"with {rows} rows, {found[0]}: {found[1]}")
+    finally:
+        start.restore()

@@ -39,6 +39,7 @@ from graphs.habits import Habits
 from graphs.host_arguments import host_arguments, run_trial_on_device
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
+from graphs.probe import compare_padded
 from graphs.record.step import Recorder, ReplayRaised, recorder_for, trial_lock
 from graphs.report import CaptureReport
 from graphs.step import Step
@@ -435,6 +436,14 @@ class Recordings:
                     plan = self.batch.reject(plan, call, for_good=not reason.unproved)
                     continue
                 self.entries[plan.key] = entry
+            elif plan.rows is not None and config.verify != "off" and self._stale(entry, call) is None:
+                try:
+                    with forced_eager("trial"):
+                        compare_padded(step, entry, plan.real)
+                except RowsInteract as reason:
+                    self.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
+                    plan = self.batch.reject(plan, call, for_good=True)
+                    continue
             self.routes[call.signature] = (entry, plan.real)
             return entry, plan.real
 

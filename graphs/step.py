@@ -176,6 +176,10 @@ class Checkpoint:
         """The whole numbers of Python that changed since; None where something else did."""
         return find_counters(self.python) if not self._arguments.differences() and not self._hanging() else None
 
+    def random_states(self) -> list[Tensor]:
+        """The states of the random generators now."""
+        return self._random.states()
+
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
         """This checkpoint with the Python state of another."""
         mixed = copy.copy(self)

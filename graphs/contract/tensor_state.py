@@ -91,11 +91,16 @@ class RandomState:
     """The states of the default generators of the CPU and of one device, and of generators that a step names."""
 
     def __init__(self, device: torch.device, named: dict[torch.Generator, Tensor] | None = None) -> None:
+        self._read: list[Callable[[], Tensor]] = [torch.get_rng_state]
         self._restore: list[Callable[[], object]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
         if device.type == "cuda":
+            self._read.append(functools.partial(torch.cuda.get_rng_state, device))
             self._restore.append(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
-        for generator, state in (named or {}).items():
-            self._restore.append(functools.partial(generator.set_state, state))
+        self.also(named or {})
+
+    def states(self) -> list[Tensor]:
+        """The states of the generators now."""
+        return [state() for state in self._read]
 
     def restore(self) -> None:
         """Put the generators back."""
@@ -104,4 +109,5 @@ class RandomState:
 
     def also(self, named: dict[torch.Generator, Tensor]) -> None:
         """Cover generators that were found later, with the states they had when they were found."""
+        self._read += [generator.get_state for generator in named]
         self._restore += [functools.partial(generator.set_state, state) for generator, state in named.items()]
