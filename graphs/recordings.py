@@ -12,7 +12,7 @@ import torch
 from graphs.admission import carries_objects, device_of, inadmissible, is_capturing, parameter_names
 from graphs.ambient import active_mode, ambient_of
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
+from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, leaf_names, replace_tensors
 from graphs.contract.batch import BatchRule
 from graphs.contract.last_call import LastCall
 from graphs.contract.places import Difference
@@ -200,6 +200,10 @@ class Recordings:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
             return self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")], args, kwargs)
+        foreign = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN_TENSORS), None)
+        if foreign is not None:
+            detail = f"a {foreign.__name__}: what a subclass makes of an operator is not in a recording"
+            return self._refuse([UnsupportedArgument(detail, operator="arguments")], args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")], args, kwargs)
         route = self.routes.get(call.signature)

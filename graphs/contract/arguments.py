@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from graphs.contract.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
 
 Tensor = torch.Tensor
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
 class Call(NamedTuple):
@@ -80,8 +81,11 @@ def objects_on(tensor: Tensor) -> list[str]:
 
 def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     kind = type(value)
-    if kind is Tensor or isinstance(value, Tensor):
+    if kind is Tensor or issubclass(kind, Tensor):
         tensors.append(value)
+        if kind not in PLAIN_TENSORS:  # whatever it is asked runs code of its class
+            signature += (kind, (), (), None, None, ())
+            return
         signature += (kind, value.shape, value.stride(), value.dtype, value.device, traits(value))
     elif kind in PLAIN:
         signature += (kind, value)

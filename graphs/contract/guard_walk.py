@@ -76,6 +76,7 @@ _NOT_ENTERED = (
 _LEAVES = frozenset(
     (*(kind for kind in LEAVES if kind is not enum.Enum), types.NotImplementedType, types.EllipsisType, range, slice)
 )
+_BY_C = frozenset(("forward", "setup_context"))  # what torch looks up in an autograd.Function
 _LOGGED = frozenset(("level", "disabled", "parent", "propagate", "manager"))
 _OF_FUNCTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__annotations__", "__module__"))
 _TABLES_OF_PYTHON = (type(os.environ),)
@@ -167,7 +168,7 @@ class GuardWalk:
         ]
 
     def _walk(self) -> None:
-        self._names = frozenset(name for code, _ in self._codes.values() for name in names_in(code)) | self._extra
+        self._names = frozenset(name for code, _ in self._codes.values() for name in names_in(code)) | self._extra | _BY_C
         self.incomparable: list[Refusal] = []
         self._relevant = self._names.__contains__  # not a method of this object, which holds the roots
         self._watched: list[Guard] = []

@@ -107,3 +107,23 @@ def test_equal_constants_share_a_recording(constant: Callable[[], Any]) -> None:
     for value in made:
         step(torch.ones(3), value)
     assert step.report().recordings == 1
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in a list"])
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_a_subclass_is_asked_nothing_but_what_the_step_asks(wrapped: bool) -> None:
+    asked: list[str] = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    step = graphs.capture(lambda x: (x[0] if wrapped else x) * 2)
+    x = torch.ones(3).as_subclass(Logged)
+    with torch.no_grad():
+        for _ in range(3):
+            step([x] if wrapped else x)
+    assert asked == ["mul"] * 3
+    assert [refusal.reason for refusal in step.report().refusals] == ["unsupported-argument"]

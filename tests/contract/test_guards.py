@@ -632,3 +632,30 @@ def test_a_warning_names_the_value() -> None:
     held.scale = 2.0
     with pytest.warns(NotReplayed, match=r"held\.scale was 1\.0|scale"):
         captured(torch.ones(2))
+
+
+@pytest.mark.parametrize("with_context", [True, False], ids=["ctx", "setup_context"])
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_the_forward_of_an_autograd_function_is_guarded(with_context: bool) -> None:
+    class Scaled(torch.autograd.Function):
+        if with_context:
+
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+                return x * 2
+        else:
+
+            @staticmethod
+            def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+                return x * 2
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                pass
+
+    step = graphs.capture(lambda x: Scaled.apply(x))  # type: ignore[no-untyped-call]
+    x = torch.ones(2)
+    with torch.no_grad():
+        assert torch.equal(step(x), x * 2) and torch.equal(step(x), x * 2)
+        Scaled.forward = staticmethod(lambda *given: given[-1] * 3)  # type: ignore[method-assign]
+        assert torch.equal(step(x), x * 3)
