@@ -68,7 +68,8 @@ class Bounds:
             return expression
         key = (expression, symbols)
         if key not in self._facts.shorter:
-            stand_ins = {s: sympy.Dummy(s.name, integer=True, nonnegative=True) for s in symbols}
+            known = self._facts.naturals  # one for each symbol: sympy remembers what it found out of it
+            stand_ins = {s: known.setdefault(s, sympy.Dummy(s.name, integer=True, nonnegative=True)) for s in symbols}
             made = expression.xreplace(stand_ins)
             self._facts.shorter[key] = made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
         return self._facts.shorter[key]
