@@ -1,5 +1,5 @@
 # Each target makes the virtual environment it needs and stays in it.
-#   make demo | test | lint | fuzz     PYTHON=python3.12 picks another interpreter
+#   make demo | test | test-every-context | lint | fuzz     PYTHON=python3.12 picks another interpreter
 PYTHON ?= python3
 RESULTS ?= results
 
@@ -14,13 +14,16 @@ PROGRAMS ?= 20000
 SEED ?= 0
 WORKERS ?= 2
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test test-every-context lint fuzz clean
 
 demo: .demo-venv/.ready
 	.demo-venv/bin/python -m graphs bench --out $(RESULTS)
 
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist worksteal tests
+
+test-every-context: .venv/.ready
+	.venv/bin/python -m pytest -n 2 --dist worksteal tests --every-context
 
 fuzz: .venv/.ready
 	.venv/bin/python -m tests.fuzz --programs $(PROGRAMS) --seed $(SEED) --workers $(WORKERS)

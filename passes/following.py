@@ -31,6 +31,7 @@ from passes.symbols import SYMBOLS, expression_of
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_FALLBACK = inspect.signature(ShapeEnv.evaluate_expr)
 
 
 def _is_condition(expression: sympy.Basic) -> bool:
@@ -60,13 +61,13 @@ class HintedShapes(ShapeEnv):
         Raises:
             Unremovable: the eager run did not read what it depends on, or Python needs the number itself.
         """
-        bound = inspect.signature(ShapeEnv.evaluate_expr).bind(self, orig_expr, *args, **kwargs).arguments
         expression = self.facts.resolve(orig_expr)
         known = self.static(expression)
         if known is not None:
             return known
-        if bound.get("fallback_value") is not None:  # torch asks, and goes a way that is right for either answer
-            return sympy.sympify(bound["fallback_value"])
+        fallback = _FALLBACK.bind(self, orig_expr, *args, **kwargs).arguments.get("fallback_value")
+        if fallback is not None:  # torch asks, and goes a way that is right for either answer
+            return sympy.sympify(fallback)
         value = self.facts.hint(expression) if self.facts.happened() else None
         if value is None and _is_condition(expression):  # where the eager run did not come
             value = self.facts.outcomes.get(user_place())

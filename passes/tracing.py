@@ -13,8 +13,10 @@ are decomposed by torch's Python versions where it has them: those in C++ ask so
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -42,6 +45,35 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 
 
+class _Tracing(threading.local):
+    """Whether this thread traces a step."""
+
+    now = False
+
+
+_tracing = _Tracing()
+_metadata_of = getattr(proxy_tensor, "_extract_tensor_metadata", None)
+
+
+def _metadata(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return None if _tracing.now else _metadata_of(value, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _without_metadata() -> Iterator[None]:
+    """Leave out ``meta["tensor_meta"]``, of which nothing here makes use.
+
+    Which memory formats symbolic sizes may have are a fifth of the questions that tracing asks.
+    """
+    if _metadata_of is not None:
+        proxy_tensor._extract_tensor_metadata = _metadata  # it stays: other threads get what they always got
+    before, _tracing.now = _tracing.now, True
+    try:
+        yield
+    finally:
+        _tracing.now = before
+
+
 def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> GraphModule:
     """The graph of ``step``.
 
@@ -49,7 +81,8 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
         Unmergeable: a side of a branch cannot be traced. One that is not taken may raise anything.
     """
     try:
-        module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+        with _without_metadata():
+            module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
     except Unmergeable:
         raise
     except Stopped as stopped:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,33 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much is run."""
+    parser.addoption(
+        "--every-context",
+        action="store_true",
+        help="run each test under each of its contexts; without it on the CPU, every test runs under one, all contexts in turn",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one context of each test that has several, by a number made of its name: the same one in each run."""
+    if config.getoption("--every-context"):
+        return
+    families: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if "context" in given and "gpu" not in item.path.parts:
+            others = tuple((name, id(value)) for name, value in given.items() if name != "context")
+            families.setdefault((item.path, getattr(item, "originalname", item.name), others), []).append(item)
+    left_out = set()
+    for family in families.values():
+        kept = zlib.crc32(family[0].nodeid.encode()) % len(family)
+        left_out |= {item for index, item in enumerate(family) if index != kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

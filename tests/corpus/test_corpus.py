@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,14 +12,10 @@ from tests.corpus.collection import CASES
 from tests.corpus.running import check, outcomes, unexecuted_lines
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_case_equals_eager_and_is_recorded_or_refused_by_name(case: Case) -> None:
-    check(case, "cpu")
-
-
-@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)  # every kind is there; all of them take as long again
-def test_a_case_equals_eager_under_inference_mode(case: Case) -> None:
-    check(case, "cpu", torch.inference_mode, again=False)
+def test_a_case_equals_eager_and_is_recorded_or_refused_by_name(case: Case, context: Any) -> None:
+    check(case, "cpu", context, again=context is torch.no_grad)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
