@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs import verify
+from graphs.contract.outputs import compare_templates
 from graphs.contract.slots import Contract
 from graphs.entry import Entry, sliced
 from graphs.errors import RowsInteract
@@ -34,9 +35,12 @@ class Probe:
         start.restore()
         try:
             output, watched = watch_again(lambda: step.run(self._tensors), self._tensors, trace)
+            shares = step.shares_memory(output, self._tensors, externals)
             self._expected = [out.clone() for out in step.template(output, self._tensors, externals)[1]]
         except Exception as error:  # for example a cache made for another batch size
             raise RowsInteract(f"a run with {self.rows} rows raised {type(error).__name__}: {error}") from error
+        if shares:
+            raise RowsInteract("an output shares memory with another tensor, and what is cut to its rows is a copy")
         if watched.written.tensors:
             raise RowsInteract(f"with {self.rows} rows the step writes tensors that it does not write with {step.real}")
         self._state, self._random = trace.written.copies(), start.random_states()
@@ -94,6 +98,11 @@ class Probe:
         return [out.clone() for out in entry.recording.replay(tensors, rows)]
 
 
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides that count: of dimensions with more than one element."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+
+
 def _compare_random(expected: Sequence[Tensor], start: Checkpoint) -> None:
     """Raise unless the random generators are where a run at exact sizes leaves them."""
     if not verify.bitwise_equal(expected, start.random_states()):
@@ -120,16 +129,23 @@ def compare_padded(step: Step, entry: Entry, rows: int) -> None:
         if watched.written.tensors or changed:
             what = changed[0].path if changed else "tensors that it does not write at others"
             raise RowsInteract(f"with {rows} rows the step writes {what}")
-        try:
-            expected = [out.clone() for out in entry.template.tensors(output)]
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RowsInteract(f"with {rows} rows the step returns another structure") from error
+        template, _ = step.template(output, tensors, entry.externals)
+        differing = compare_templates(entry.template.structure, template.structure)
+        if differing is not None or template.identities != entry.template.identities:
+            raise RowsInteract(
+                f"with {rows} rows {differing.detail if differing else 'other parts of the output are one object'}"
+            )
+        if step.shares_memory(output, tensors, entry.externals):
+            raise RowsInteract(f"with {rows} rows an output shares memory with another tensor")
+        expected = [out.clone() for out in entry.template.tensors(output)]
         start.restore()
         try:
             produced = [out.clone() for out in entry.template.seen(entry.recording.replay(tensors, rows))]
         except ReplayRaised as raised:
             raise RowsInteract(f"with {rows} rows a replay raises {type(raised.error).__name__}") from raised
         _compare_random(random, start)
+        if any(_strides(a) != _strides(b) for a, b in zip(expected, produced, strict=True)):
+            raise RowsInteract(f"with {rows} rows an output lies in memory otherwise")
         found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
         if found is not None:
             rerun = Rerun(start.restore, lambda: entry.template.tensors(step.run(tensors)), trace.written)

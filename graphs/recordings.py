@@ -441,6 +441,7 @@ class Recordings:
                     continue
                 self.entries[plan.key] = entry
             elif plan.rows is not None and config.verify != "off" and self._stale(entry, call) is None:
+                step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
                 try:
                     with forced_eager("trial"):
                         compare_padded(step, entry, plan.real)

@@ -92,6 +92,10 @@ class Step:
         views = self.rows is None and all(kept_strides(tensor) is not None for tensor in tensors)
         return output_template(output, Known(tensors, self.call.opaques, externals, self.held, views))
 
+    def shares_memory(self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> bool:
+        """Whether an output is a view of an argument or of a tensor of the step's own, or two of them are one memory."""
+        return output_template(output, Known(tensors, self.call.opaques, externals, self.held))[0].shares
+
     def produced(self, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> list[Tensor]:
         """Run at ``tensors`` and return the output tensors that a replay has to produce."""
         output = self.run(tensors)

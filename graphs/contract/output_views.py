@@ -49,6 +49,7 @@ class Layout:
 
     Attributes:
         offset: bytes from the first element of the base to its own.
+        tracked: whether autograd knows it: a view of a parameter, unless it was detached.
     """
 
     shape: tuple[int, ...]
@@ -56,12 +57,13 @@ class Layout:
     dtype: torch.dtype
     offset: int
     bits: Bits
+    tracked: bool
 
     @classmethod
     def of(cls, tensor: Tensor, start: int) -> Layout:
         """The layout of ``tensor``, whose base begins at the address ``start``."""
         offset = tensor.data_ptr() - start
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset, Bits.of(tensor))
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset, Bits.of(tensor), tensor.requires_grad)
 
     def within(self, base: Tensor) -> Tensor:
         """This part of ``base``, as a view."""
@@ -70,7 +72,7 @@ class Layout:
 
     def memory_within(self, base: Tensor) -> Tensor:
         """The same without its bits."""
-        base = physical(base)
+        base = physical(base.detach() if base.requires_grad and not self.tracked else base)
         offset = base.storage_offset() * base.element_size() + self.offset
         size = self.dtype.itemsize
         if offset % size:

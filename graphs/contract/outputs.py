@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,13 @@ class OutputTemplate:
     def hung(self) -> bool:
         """Whether attributes are set on output tensors."""
         return any(getattr(hole, "hung", None) for hole, _ in _holes(self.structure, self.structure))
+
+    @property
+    def shares(self) -> bool:
+        """Whether an output is a view of what the step was given or has, or shares memory with another output."""
+        holes = [hole for hole, _ in _holes(self.structure, self.structure)]
+        parts = Counter(hole.index for hole in {id(hole): hole for hole in holes}.values() if isinstance(hole, Part))
+        return any(isinstance(hole, View) for hole in holes) or any(count > 1 for count in parts.values())
 
     @property
     def held(self) -> list[Any]:
@@ -155,11 +163,11 @@ def _handed_through(value: Tensor, known: Known) -> Any:
     if not value.numel():
         return None
     for index, tensor in enumerate(known.tensors):
-        if value is tensor or (not value.__dict__ and same_memory(value, tensor)):
+        if value is tensor:
             return Argument(index, opaque=False)
     for tensor in known.externals:
-        if value is tensor or (not value.__dict__ and same_memory(value, tensor)):
-            return Held(tensor)
+        if value is tensor or (storage_id(value) == storage_id(tensor) and known.held(value)):
+            return Held(value)
     if known.views:
         sources: list[tuple[int | Tensor, Tensor]] = [
             *enumerate(known.tensors),
