@@ -66,6 +66,9 @@ class Entry:
         group: the recordings of the key.
         catches: whether the step may catch what one of its operators raises in a replay: then the replay is undone.
         on_device: whether replays are launched on a GPU.
+        generators: those that the step names, where it draws random numbers; None where it draws none.
+        bumped, bumped_arguments: the step's own tensors, and positions of arguments, that replays write where they are: autograd
+            is told so.
         from_host: whether some arguments are host tensors, of which the recording has copies.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
@@ -98,6 +101,9 @@ class Entry:
     proof: Proof = field(default_factory=Proof)
     group: Ways = field(default_factory=lambda: Ways([]))
     on_device: bool = False
+    generators: list[torch.Generator] | None = None
+    bumped: list[Tensor] = field(default_factory=list)
+    bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ from graphs.step import Step
 from graphs.trial import Deferred, Refused, compare_replay, run_trial
 
 _recording = trial_lock
+_increment_version: Callable[[Any], None] = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 _MAX_DEFERRALS = 3
 _MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
 _PATIENCE = 4 * _MAX_WAYS  # calls that none of them could serve, before a step that mostly goes other ways is given up
@@ -245,18 +246,25 @@ class Recordings:
             ReplayRaised: an operator refused its data, and nothing is left of the replay: the model is to be run.
             StepRaised: an operator refused its data, which the step does not catch, and others had written.
         """
-        undone = entry.catches and entry.checked is None
+        undone = not entry.on_device and (entry.catches or entry.checked is not None)
         copies = entry.written.copies() if undone else None
-        random = RandomState(torch.device("cpu")) if undone else None
+        draws = entry.generators is not None and not entry.on_device and (undone or not entry.written.tensors)
+        random = RandomState(torch.device("cpu"), {g: g.get_state() for g in entry.generators or ()}) if draws else None
         try:
-            return entry.recording.replay(call.tensors, rows)
+            produced = entry.recording.replay(call.tensors, rows)
         except ReplayRaised as raised:
             if random is not None:
                 random.restore()
+            if copies is not None:
                 entry.written.restore(copies)
+                if entry.checked is not None:
+                    entry.checked.abandoned()
             elif entry.written.tensors:
                 raise StepRaised(raised.error) from None
             raise
+        if entry.bumped or entry.bumped_arguments:
+            _increment_version([*entry.bumped, *map(call.tensors.__getitem__, entry.bumped_arguments)])
+        return produced
 
     @staticmethod
     def _filled(entry: Entry, produced: list[torch.Tensor], call: Call) -> Any:

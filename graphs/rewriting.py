@@ -329,6 +329,11 @@ class CheckedRecording:
             self._counters.ran()
         return produced
 
+    def abandoned(self) -> None:
+        """Note that the last replay did not come to its end, and was undone by others."""
+        if self._counters is not None:
+            self._counters.unknown()
+
     def held(self) -> bool:
         """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
         return self._assumption is None or self._assumption.held(self._run)

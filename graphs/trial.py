@@ -40,6 +40,7 @@ from graphs.errors import (
     MovedStaticTensor,
     Refusal,
     RowsInteract,
+    StepRaises,
     UnsupportedArgument,
     UnsupportedOperator,
     UnsupportedOutput,
@@ -166,6 +167,9 @@ def _examined(
     lasting = next((change for change in changed if change.lasting), None)
     if lasting is not None:
         raise Refused(output, [*trace.findings, _changing(lasting)], None)
+    caught = next((finding for finding in trace.findings if isinstance(finding, StepRaises)), None)
+    if caught is not None:  # other data may not raise
+        raise Deferred(output, caught.operator, origin.restore, caught)
     if trace.findings and not (step.passes and is_removable(trace.findings)):
         raise Refused(output, trace.findings, origin.restore)
     if reads.refusals:
@@ -311,7 +315,7 @@ def _record(
     static = sorted(in_place - {*moving})
     contract = make_contract(step.names, tensors, static, step.padding, step.batch_dims, step.rows, moving, step.host)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
-    externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output)
+    externals, template, watched = _stand_in_run(plain, recorder, start, trace, contract, stand_ins, output, counters)
     if moving and (watched.findings or counters or plain is not step):
         raise MovedStaticTensor("it is written, and lies elsewhere at each call", operator=step.names[moving[0]])
     if watched.findings or counters:
@@ -354,6 +358,11 @@ def _record(
         uploads=_uploads(step),
         proof=proof,
         on_device=step.device.type == "cuda",
+        generators=[*trace.generators] if _draws(step.device, trace) is not None else None,
+        bumped=_bumped(trace, tensors),
+        bumped_arguments=[
+            i for i in contract.static if storage_id(tensors[i]) in trace.written and not tensors[i].is_inference()
+        ],
     )
     if check:
         start.restore()
@@ -375,6 +384,7 @@ def _stand_in_run(
     contract: Contract,
     stand_ins: list[Tensor],
     output: Any,
+    counters: Sequence[Counter],
 ) -> tuple[list[Tensor], OutputTemplate, Trace]:
     """Run C. Returns the tensors the recording reads in place, the template of its output, and what was seen.
 
@@ -383,8 +393,12 @@ def _stand_in_run(
     """
     start.restore()
     result, trace = _guarded(step, lambda: recorder.run(lambda: watch_again(lambda: step.run(stand_ins), stand_ins, first)))
+    changed = start.differences() if start.counters() != list(counters) else []
     start.restore()
     adopt_returned(trace, result, start.python)
+    if changed:
+        detail = f"{changed[0].path} is changed when the arguments are copies: the step asks which object an argument is"
+        raise RowsInteract(detail) if step.rows is not None else ChangingValue(detail, operator=changed[0].path)
     differing = RowsInteract if step.rows is not None else ChangingValue
     expected = {storage_id(stand_ins[index]) for index in contract.written}
     if any(storage_id(tensor) not in expected for tensor in trace.written.tensors):
@@ -438,6 +452,16 @@ def _uploads(step: Step) -> list[Tensor]:
     """Host tensors that a rewritten graph uploaded once: writing to one of them makes the recording out of date."""
     module = getattr(step.model, "traced", None)
     return module.meta.get("uploaded", []) if module is not None else []
+
+
+def _bumped(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of the step's own that it writes, as it has them: autograd counts their writes."""
+    given = {storage_id(tensor) for tensor in tensors}
+    return [
+        tensor
+        for storage, tensor in trace.externals.items()
+        if storage in trace.written and storage not in given and not tensor.is_inference()
+    ]
 
 
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:

@@ -46,6 +46,7 @@ from graphs.errors import (
     OpaqueKernel,
     Refusal,
     Site,
+    StepRaises,
     UndeclaredWrite,
     UnsupportedArgument,
     UnsupportedTensor,
@@ -170,6 +171,7 @@ class _Watch(TorchDispatchMode):
         self.converting = False
         self.origins = trace.origins
         self.turns: Counter[tuple[str, Place]] = Counter()
+        self.raised: list[tuple[str, tuple[str, int], Exception]] = []
         for index, tensor in enumerate(arguments):
             self.origins[storage_id(tensor)] = ("argument", index)
 
@@ -195,6 +197,9 @@ class _Watch(TorchDispatchMode):
         self.inside = True
         try:
             result = run(func, args, kwargs)
+        except Exception as error:  # where the step goes on, a recording would not know of another outcome
+            self.raised.append((str(func), frame, error))
+            raise
         finally:
             self.inside = False
         with torch._C.DisableTorchFunction():
@@ -518,6 +523,9 @@ def watch_step(
     asking = grad_questions(conversions.asked_by, is_users) if conversions.grad_mode else contextlib.nullcontext()
     with torch.compiler.set_stance("force_eager"), _raw_launches(watch), unnoticed(), asking, conversions, watch:
         output = fn()
+    for operator, frame, error in watch.raised:
+        detail = f"the step catches the {type(error).__name__} that an operator raises with this call's data"
+        trace.found(StepRaises(detail, operator=operator, site=Site.at(frame)))
     for storage, checksum in trace.checksums.items():
         tensor = trace.externals[storage]
         if storage not in trace.written and not torch.equal(checksum, _checksum(tensor)):

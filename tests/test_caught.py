@@ -80,3 +80,93 @@ def test_what_a_replay_did_before_it_raised_is_undone(context: Any) -> None:
     assert results(captured, context, VALUES[row]) == results(reference, context, VALUES[row])
     assert torch.equal(model.calls, reference.calls)
     assert [(refusal.reason, refusal.count) for refusal in captured.report().refusals] == [("step-raises", 2)]
+
+
+def gathered(x: Tensor) -> Tensor:
+    try:
+        return torch.gather(TABLE, 0, (x.diagonal() * 2).long())
+    except RuntimeError:
+        return TABLE[:2] + 2
+
+
+def divided(x: Tensor) -> Tensor:
+    try:
+        return 4 // x.diagonal().long()
+    except RuntimeError:
+        return x.diagonal().long() + 2
+
+
+@contexts
+@pytest.mark.parametrize(
+    ("step", "values"), [(gathered, [9.0, 1.0, 2.0, 3.0, 9.0, 1.0]), (divided, [0.0, 1.0, 2.0, 0.0, 4.0, 1.0])]
+)
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_what_the_first_call_raises_is_no_part_of_a_recording(
+    step: Callable[[Tensor], Tensor], values: list[float], context: Any
+) -> None:
+    captured = graphs.capture(step)
+    assert results(captured, context, values) == results(step, context, values)
+    report = captured.report()
+    assert report.replays >= 3 and {refusal.reason for refusal in report.refusals} == {"step-raises"}, str(report)
+
+
+class Advancing(nn.Module):
+    """Writes, draws and counts before the operator that may raise, and writes after it."""
+
+    def __init__(self, catches: bool) -> None:
+        super().__init__()
+        self.register_buffer("written", torch.zeros(()))
+        self.steps, self.catches = 0, catches
+        self.own = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written.add_(1)
+        self.steps += 1
+        noise = torch.rand(2) + torch.rand(2, generator=self.own)
+        try:
+            y = TABLE[(x.diagonal() * 2).long()]
+        except IndexError:
+            if not self.catches:
+                raise
+            y = TABLE[:2]
+        self.written.add_(3)
+        return y + noise + self.written
+
+
+@contexts
+@pytest.mark.parametrize("catches", [True, False], ids=["caught", "raised"])
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+def test_numbers_of_python_and_generators_are_where_eager_leaves_them(catches: bool, context: Any) -> None:
+    model, twin = Advancing(catches), Advancing(catches)
+    captured, seen = graphs.capture(model), list[Any]()
+    for module, step in ((twin, twin), (model, captured)):
+        torch.manual_seed(0)
+        module.own.manual_seed(1)
+        found: list[Any] = []
+        for value in (1.0, 2.0, 3.0, 9.0, 1.0, 9.0, 2.0):
+            with context():
+                try:
+                    found.append(step(torch.eye(2) * value).tolist())  # type: ignore[operator]
+                except IndexError:
+                    found.append("raised")
+            found.append((module.steps, module.written.item(), torch.get_rng_state().sum().item()))
+            found.append(module.own.get_state().sum().item())
+        seen.append(found)
+    assert seen[0] == seen[1]
+
+
+def test_a_generator_is_drawn_from_once_where_a_replay_raises() -> None:
+    def step(x: Tensor) -> Tensor:
+        return TABLE[x.long()] + torch.rand(3)
+
+    captured = graphs.capture(step)
+    with torch.no_grad():
+        for start in range(3):
+            captured(torch.arange(3.0) + start)
+        states = []
+        for called in (step, captured):
+            torch.manual_seed(0)
+            with pytest.raises(IndexError):
+                called(torch.tensor([0.0, 1.0, 9.0]))
+            states.append(torch.get_rng_state())
+    assert torch.equal(*states)
