@@ -648,20 +648,20 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
     for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
         trace.written.save(tensor)
     start = Checkpoint(step, trace)
-    if entry.checked is not None:  # an eager run of another way would write what this recording does not
-        entry.recording.replay(step.call.tensors, rows)
-        held = entry.checked.held()
-        start.restore()
-        if not held:
-            return None
 
     def run() -> list[Tensor]:
         return entry.template.tensors(step.run(step.call.tensors))
 
-    expected = [out.clone() for out in run()]
-    state = trace.written.copies()
-    start.restore()
     try:
+        if entry.checked is not None:  # an eager run of another way would write what this recording does not
+            entry.recording.replay(step.call.tensors, rows)
+            held = entry.checked.held()
+            start.restore()
+            if not held:
+                return None
+        expected = [out.clone() for out in run()]
+        state = trace.written.copies()
+        start.restore()
         produced = entry.template.seen(entry.recording.replay(step.call.tensors, rows))
         found = verify.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
         if found is not None and entry.rounds_otherwise:

@@ -170,3 +170,19 @@ def test_a_generator_is_drawn_from_once_where_a_replay_raises() -> None:
                 called(torch.tensor([0.0, 1.0, 9.0]))
             states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+def test_a_call_that_raises_while_it_is_verified_has_taken_place_once() -> None:
+    model, twin = Advancing(catches=False), Advancing(catches=False)
+    captured = graphs.capture(model, verify="always")
+    for module, step in ((twin, twin), (model, captured)):
+        torch.manual_seed(0)
+        module.own.manual_seed(1)
+        for value in (1.0, 2.0, 9.0, 3.0):
+            with torch.no_grad():
+                try:
+                    step(torch.eye(2) * value)  # type: ignore[operator]
+                except IndexError:
+                    assert value == 9.0
+    assert torch.equal(model.written, twin.written) and model.steps == twin.steps
+    assert torch.equal(model.own.get_state(), twin.own.get_state())

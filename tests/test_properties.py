@@ -19,7 +19,7 @@ from tests.parity import assert_same, copied, state_of
 
 Tensor = torch.Tensor
 WIDTH = 4
-CHECKED = settings(deadline=None, derandomize=True, max_examples=120, suppress_health_check=list(HealthCheck))
+CHECKED = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
 
 PURE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,

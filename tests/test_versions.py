@@ -1,4 +1,4 @@
-"""Replays tell autograd of what they write: a gradient is refused where eager refuses it, and never computed from other values."""
+"""Replays tell autograd of what they write: a gradient is refused where eager refuses it, never made of other values."""
 
 from __future__ import annotations
 

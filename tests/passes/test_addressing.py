@@ -191,7 +191,7 @@ def program(plan: list[tuple[int, str, int, str]]) -> Callable[..., list[Tensor]
     return step
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(actions, st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=2, max_size=3))
 def test_any_program_of_views_and_writes_is_eager(plan: list[tuple[int, str, int, str]], places: list[tuple[int, int]]) -> None:
     step, x = program(plan), torch.arange(15.0).view(5, 3)

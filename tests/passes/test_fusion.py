@@ -178,7 +178,7 @@ programs = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(programs, st.lists(st.integers(-9, 9), min_size=12, max_size=12))
 def test_a_random_program_of_reads_writes_and_views_stays_the_same(
     any_size: None, program: list[tuple[int, int, int]], numbers: list[int]
