@@ -31,6 +31,8 @@ def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Ref
     for tensor in call.tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             return UnsupportedArgument(f"a {type(tensor).__name__} with layout {tensor.layout}", operator="arguments")
+        if tensor.is_quantized:
+            return UnsupportedArgument("a quantised tensor, whose scale lies beside its memory", operator="arguments")
         if tensor.device.type not in ("cpu", "cuda"):
             return UnsupportedArgument(f"a tensor on {tensor.device}", operator="arguments")
     if _stream_is_capturing(call):

@@ -254,6 +254,8 @@ def tensor_refusal(value: Tensor) -> UnsupportedOutput | None:
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
         kind = f"a {type(value).__name__} with layout {value.layout}"
         return UnsupportedOutput(f"the output holds {kind}", operator="output")
+    if value.device.type not in ("cpu", "cuda"):
+        return UnsupportedOutput(f"the output holds a tensor on {value.device}", operator="output")
     return None
 
 
