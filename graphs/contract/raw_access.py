@@ -55,6 +55,17 @@ def slots_of(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
     return {name: slot for name, slot in slots.items() if name not in ("__dict__", "__weakref__")}
 
 
+def filled_slots(slots: dict[str, types.MemberDescriptorType], value: Any) -> dict[str, Any]:
+    """What the slots of an object hold; those that are empty are left out."""
+    content = {}
+    for name, slot in slots.items():
+        try:
+            content[name] = slot.__get__(value)
+        except AttributeError:
+            continue
+    return content
+
+
 def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:
     """The class of Python's own that a dictionary is made of."""
     return OrderedDict if issubclass(type(mapping), OrderedDict) else dict
