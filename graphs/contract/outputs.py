@@ -215,7 +215,7 @@ def _mapped(value: Any, known: Known, leaf: Callable[[Any], Any], memo: dict[int
     children = children_of(value)
     if children is None:
         return leaf(value)
-    if known.containers.get(id(value)) is value and children:
+    if known.containers.get(id(value)) is value and (children or type(value) is not tuple):
         detail = f"the output holds a {type(value).__name__} that is an argument of the call or hangs on one"
         raise UnsupportedOutput(detail, operator="output", remedy="leave it out of the output: the caller has it")
     return _once(value, memo, lambda: _with_parts(value, lambda part: _mapped(part, known, leaf, memo)))
