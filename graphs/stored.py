@@ -34,7 +34,8 @@ class Stores:
     """
 
     def __init__(self, before: Checkpoint, arguments: Any, leaves: Sequence[Tensor], counters: Sequence[Counter]) -> None:
-        self._states = (before.python, argument_state(*arguments, before.python))
+        args, kwargs = arguments
+        self._states = (before.python, argument_state(args, kwargs, before.python))
         self._hung = [(leaf, dict(leaf.__dict__)) for leaf in leaves]
         self._counters = counters
 

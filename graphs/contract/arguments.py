@@ -139,7 +139,7 @@ def attributes_and_slots(value: Any) -> dict[str, Any]:
     return {**attributes, **filled_slots(slots, value)} if slots else attributes
 
 
-_slots = functools.lru_cache(maxsize=1024)(slots_of)
+_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
 
 
 def is_constant(value: Any) -> bool:
