@@ -11,6 +11,7 @@ from graphs.contract.arguments import objects_on
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import map_output, tensor_refusal
 from graphs.contract.python_state import Link, PythonState
+from graphs.contract.raw_access import of_type
 from graphs.errors import AutogradInput, Refusal, UnsupportedOutput
 from graphs.watch import Trace
 
@@ -22,7 +23,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     found: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+        if of_type(value, Tensor) and value.layout == torch.strided and value.numel():
             found.append(value)
         return value
 
@@ -39,7 +40,7 @@ def unreturnable(output: Any, given: Callable[[Any], bool]) -> Refusal | None:
     found: list[Refusal] = []
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor) and not given(value):
+        if of_type(value, Tensor) and not given(value):
             refusal = tensor_refusal(value) or _hanging(value)
             found.extend([refusal] if refusal is not None else [])
         return value

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphs.compiler_options import CompilerOptions
+from graphs.contract.argument_state import argument_state, classes_of, held_by
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.counters import Counter, find_counters
 from graphs.contract.outputs import Known, OutputTemplate, output_template
@@ -90,7 +91,8 @@ class Step:
     ) -> tuple[OutputTemplate, list[Tensor]]:
         """The output as a template and the tensors that a replay has to produce."""
         views = self.rows is None and all(kept_strides(tensor) is not None for tensor in tensors)
-        return output_template(output, Known(tensors, self.call.opaques, externals, self.held, views))
+        containers = held_by(self.args, self.kwargs, self.call.opaques)
+        return output_template(output, Known(tensors, self.call.opaques, externals, self.held, views, containers))
 
     def shares_memory(self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]) -> bool:
         """Whether an output is a view of an argument or of a tensor of the step's own, or two of them are one memory."""
@@ -102,36 +104,15 @@ class Step:
         return self.form.select(output) if self.form is not None else self.template(output, tensors, externals)[1]
 
     def roots(self) -> list[tuple[str, Any]]:
-        """Where Python state of the step can hang: the model and the opaque arguments."""
+        """Where Python state of the step can hang: the model, the opaque arguments, and the classes of all others."""
         model = getattr(self.model, "_orig_mod", self.model)  # a compiled module's own bookkeeping is not state
         model = getattr(model, "_torchdynamo_orig_callable", model)
-        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True)]
+        classes = [("an argument's class", kind) for kind in classes_of(self.args, self.kwargs, self.call.opaques)]
+        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True), *classes]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensor arguments by name."""
         yield from zip(self.names, self.call.tensors, strict=True)
-
-    def containers(self) -> list[tuple[str, Any]]:
-        """Lists and dicts among the arguments, which a step may fill."""
-        return [*containers(self.args, self.kwargs)]
-
-
-def containers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Lists and dicts among the arguments of a call, with the names to call them by."""
-    yield from _containers("argument", args)
-    yield from _containers("argument", tuple(kwargs.values()))
-
-
-def _containers(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield path, value
-        for key, item in value.items():
-            yield from _containers(f"{path}[{key!r}]", item)
-    elif isinstance(value, (tuple, list)):
-        if isinstance(value, list):
-            yield path, value
-        for index, item in enumerate(value):
-            yield from _containers(f"{path}[{index}]", item)
 
 
 class Checkpoint:
@@ -139,7 +120,8 @@ class Checkpoint:
 
     def __init__(self, step: Step, trace: Trace | None = None) -> None:
         self.python = PythonState(step.roots())
-        self._arguments = PythonState.of_containers(step.containers())
+        self._arguments = argument_state(step.args, step.kwargs, self.python)
+        self.python.complete = self.python.complete and self._arguments.complete
         self._hung = [(name, tensor.__dict__, dict(tensor.__dict__)) for name, tensor in step.tensors()]
         self._forms = [TensorForm(name, tensor) for name, tensor in step.tensors() if has_form(tensor)]
         self._random = RandomState(step.device, {g: g.get_state() for g in self._generators(step, trace)})

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import passes
+from graphs.contract.argument_state import argument_state
 from graphs.contract.counters import Counter
-from graphs.contract.python_state import PythonState
-from graphs.step import Checkpoint, containers
+from graphs.step import Checkpoint
 
 Tensor = torch.Tensor
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -34,7 +34,8 @@ class Stores:
     """
 
     def __init__(self, before: Checkpoint, arguments: Any, leaves: Sequence[Tensor], counters: Sequence[Counter]) -> None:
-        self._states = (before.python, PythonState.of_containers(containers(*arguments)))
+        args, kwargs = arguments
+        self._states = (before.python, argument_state(args, kwargs, before.python))
         self._hung = [(leaf, dict(leaf.__dict__)) for leaf in leaves]
         self._counters = counters
 

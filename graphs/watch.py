@@ -80,6 +80,12 @@ def is_users(frame: FrameType) -> bool:
     return not library and not frame.f_code.co_filename.startswith("<")
 
 
+def _asking(frame: FrameType) -> FrameType:
+    """The frame that calls a function of torch's; one that is written in Python hands the call over in a frame of its own."""
+    method = frame.f_back if frame.f_code is torch.overrides.handle_torch_function.__code__ else None
+    return (method.f_back if method is not None else None) or frame
+
+
 class TensorUse(NamedTuple):
     """A tensor as an operator was given it.
 
@@ -390,7 +396,7 @@ class _Conversions(Calls):
             detail, site = "the boundaries are read on the host", Site.at(user_frame(sys._getframe(1)))
             self.watch.trace.found(HiddenRead(detail, operator="torch.tensor_split", site=site), "tensor_split")
         elif func in OF_THE_OBJECT and not self.watch.inside:
-            self._read_property(func, args, sys._getframe(1))
+            self._read_property(func, args, _asking(sys._getframe(1)))
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
@@ -413,7 +419,7 @@ class _Conversions(Calls):
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
         """Report what the user's own code asks of an argument and no copy of it can answer."""
-        if not is_users(frame) or not isinstance(args[0], Tensor):
+        if not is_users(frame) or not issubclass(type(args[0]), Tensor):
             return
         of_state = func is _VERSION and not self.watch.made(args[0])  # where a tensor of the step's own lies is checked
         if of_state or self.watch.is_argument(args[0]):

@@ -31,6 +31,8 @@ ASKED: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[], Tensor]]]] 
     "alignment": (lambda x: x * (x.data_ptr() % 16), [lambda: BIG[1:3], lambda: BIG[2:4]]),
     "base": (lambda x: x * 2 if x._base is None else x * 3, [lambda: BIG[1:3], lambda: BIG[:2].clone()]),
     "one memory": (lambda x: x * 2 if x.is_set_to(BIG) else x * 3, [lambda: BIG.view(16), lambda: BIG.clone()]),
+    "shared": (lambda x: x * 2 if x.is_shared() else x * 3, [lambda: torch.ones(2).share_memory_(), lambda: torch.ones(2)]),
+    "size of the typed storage": (lambda x: x * x.storage().size(), [lambda: BIG[1:3], lambda: BIG[:2].clone()]),
     "leaf": (lambda x: x * 2 if x.is_leaf else x * 3, [lambda: BIG[1:3], lambda: BIG[2:4]]),
 }
 

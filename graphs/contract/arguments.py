@@ -7,6 +7,8 @@ registry is used and its walk is not.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from torch.utils import _pytree
 
 from graphs.contract.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
+from graphs.contract.raw_access import attributes_of, class_attribute, elements_of, filled_slots, of_type, slots_of
 
 Tensor = torch.Tensor
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
@@ -107,6 +110,7 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), len(children), context_key(context, opaques))
         for item in children:
             _flatten(item, tensors, opaques, signature)
+        signature.append(_beyond(value, children, opaques))
         return
     key = constant_key(value)
     if key is NOT_CONSTANT:
@@ -114,6 +118,28 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), id(value))
     else:
         signature.append(key)
+
+
+def _beyond(value: Any, children: list[Any], opaques: list[Any]) -> Any:
+    """The key of the attributes of a container of a registered kind, which the step can read whatever the kind's children are.
+
+    An attribute that is a child, or a list of them, is known by their places.
+    """
+    attributes = attributes_and_slots(value)
+    if not attributes:
+        return ()
+    places = {id(child): ("child", index) for index, child in enumerate(children)}
+    return tuple([(name, context_key(item, opaques, places)) for name, item in attributes.items()])
+
+
+def attributes_and_slots(value: Any) -> dict[str, Any]:
+    """The attributes of an object, as they lie in its dictionary and its slots."""
+    attributes = attributes_of(value) or {}
+    slots = _slots(type(value))
+    return {**attributes, **filled_slots(slots, value)} if slots else attributes
+
+
+_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
 
 
 def is_constant(value: Any) -> bool:
@@ -131,8 +157,8 @@ def pytree_children(value: Any) -> tuple[list[Any] | None, Any]:
     kind = type(value)
     if kind in PLAIN:
         return None, None
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return list(value), None
+    if issubclass(kind, tuple) and class_attribute(kind, "_fields") is not None:
+        return elements_of(value), None
     node = _pytree.SUPPORTED_NODES.get(kind)
     if node is None:
         return None, None
@@ -153,15 +179,47 @@ def map_children(value: Any, fn: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {key: fn(item) for key, item in value.items()}
     children, context = pytree_children(value)
-    rebuilt = [fn(item) for item in children or ()]
-    if hasattr(kind, "_fields") and isinstance(value, tuple):
-        return tuple.__new__(kind, rebuilt)  # past a constructor that checks or computes
-    return _pytree.SUPPORTED_NODES[kind].unflatten_fn(rebuilt, context)
+    children = children or []
+    rebuilt = [fn(item) for item in children]
+    if issubclass(kind, tuple) and class_attribute(kind, "_fields") is not None:
+        made = tuple.__new__(kind, rebuilt)  # past a constructor that checks or computes
+    else:
+        made = _pytree.SUPPORTED_NODES[kind].unflatten_fn(rebuilt, context)
+    attributes = attributes_and_slots(value)
+    if type(made) is kind and (attributes or attributes_and_slots(made)):
+        replaced = {id(child): item for child, item in zip(children, rebuilt, strict=True)}
+        _set_attributes(made, {name: _carried(item, replaced) for name, item in attributes.items()})
+    return made
+
+
+def _carried(value: Any, replaced: dict[int, Any]) -> Any:
+    """An attribute with what stands for the children in their place; the very object where it holds none of them."""
+    if id(value) in replaced:
+        return replaced[id(value)]
+    if type(value) in (tuple, list):
+        items = [_carried(item, replaced) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    if type(value) is dict:
+        entries = {key: _carried(item, replaced) for key, item in value.items()}
+        return value if all(map(operator.is_, entries.values(), value.values())) else entries
+    return value
+
+
+def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
+    """Make attributes and slots of an object those that are given, without asking the object."""
+    slots = _slots(type(value))
+    for name, slot in slots.items():
+        if name in attributes:
+            slot.__set__(value, attributes[name])
+    own = attributes_of(value)
+    if own is not None:
+        own.clear()
+        own.update((name, item) for name, item in attributes.items() if name not in slots)
 
 
 def replace_tensors(value: Any, replacements: Iterator[Tensor]) -> Any:
     """Rebuild ``value`` with its tensors taken one after the other from ``replacements``."""
-    return map_leaves(value, lambda leaf: next(replacements) if isinstance(leaf, Tensor) else leaf)
+    return map_leaves(value, lambda leaf: next(replacements) if of_type(leaf, Tensor) else leaf)
 
 
 def leaf_names(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> tuple[list[str], list[str]]:
@@ -180,7 +238,7 @@ def leaf_names(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[s
 
 
 def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None:
-    if isinstance(value, Tensor):
+    if of_type(value, Tensor):
         tensors.append(path)
         return
     items = _items(value)
@@ -188,17 +246,24 @@ def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None
         if not is_constant(value):
             opaques.append(path)
         return
-    opaques += [f"{path}'s context"] * len(_beside(value))
+    in_context, in_attributes = _beside(value)
+    opaques += [f"{path}'s context"] * len(in_context)
     for key, item in items:
         _name(item, f"{path}.{key}", tensors, opaques)
+    opaques += [f"{path}'s attributes"] * len(in_attributes)
 
 
-def _beside(value: Any) -> list[Any]:
-    """The objects of a container of a registered kind that it is known by beside its children, in the order of `flatten_call`."""
-    objects: list[Any] = []
+def _beside(value: Any) -> tuple[list[Any], list[Any]]:
+    """The objects of a container of a registered kind that it is known by beside its children: of its context, which comes before
+    them in `flatten_call`, and of its attributes, which come after.
+    """
+    in_context: list[Any] = []
+    in_attributes: list[Any] = []
     if type(value) not in (tuple, list, dict):
-        context_key(pytree_children(value)[1], objects)
-    return objects
+        children, context = pytree_children(value)
+        context_key(context, in_context)
+        _beyond(value, children or [], in_attributes)
+    return in_context, in_attributes
 
 
 def _items(value: Any) -> list[tuple[str, Any]] | None:
@@ -210,7 +275,7 @@ def _items(value: Any) -> list[tuple[str, Any]] | None:
     children, context = pytree_children(value)
     if children is None:
         return None
-    names = context if isinstance(context, (list, tuple)) and len(context) == len(children) else range(len(children))
+    names = context if type(context) in (list, tuple) and len(context) == len(children) else range(len(children))
     return [(str(name), item) for name, item in zip(names, children, strict=True)]
 
 
@@ -238,7 +303,7 @@ def changeable(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], parame
 def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
     """Walk as `_flatten` does; returns the index behind what that adds to the signature."""
     kind = type(value)
-    if isinstance(value, Tensor):
+    if issubclass(kind, Tensor):
         return index + 6
     if kind in PLAIN:
         if kind in (int, str, bytes):
@@ -249,8 +314,11 @@ def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
         constant = constant_key(value) is not NOT_CONSTANT
         found.append(Argument(index if constant else index + 1, path, value, not constant))
         return index + (1 if constant else 2)
-    found += [Argument(index + 2, f"{path}'s context", item, True) for item in _beside(value)[:1]]
-    index += 2 if kind in (tuple, list, dict) else 3
+    in_context, in_attributes = _beside(value)
+    found += [Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1]]
+    registered = kind not in (tuple, list, dict)
+    index += 3 if registered else 2
     for key, item in items:
         index = _find(item, f"{path}.{key}", index, found)
-    return index
+    found += [Argument(index, f"{path}'s attributes", item, True) for item in in_attributes[:1]]
+    return index + 1 if registered else index

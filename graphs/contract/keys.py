@@ -10,12 +10,13 @@ import enum
 import functools
 import struct
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from graphs.contract.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, slots_of
+from graphs.contract.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, filled_slots, slots_of
 
 PLAIN = frozenset(
     (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -48,7 +49,7 @@ def constant_key(value: Any) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return kind, value
-    if isinstance(value, enum.Enum):
+    if issubclass(kind, enum.Enum):
         return _Same(value) if _is_bare(value) else NOT_CONSTANT  # members are made once
     if kind is slice:
         parts = [constant_key(part) for part in (value.start, value.stop, value.step)]
@@ -56,9 +57,9 @@ def constant_key(value: Any) -> Any:
     if kind is range:
         return range, *(constant_key(part) for part in (value.start, value.stop, value.step))
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.generic):
-        return kind, str(value.dtype.descr), value.tobytes()
-    if isinstance(value, _ATOMS):
+    if numpy is not None and issubclass(kind, numpy.generic):
+        return kind, str(numpy.generic.dtype.__get__(value).descr), numpy.generic.tobytes(value)
+    if issubclass(kind, _ATOMS):
         attributes = _attributes_key(value)
         return (kind, _atom(value), attributes) if attributes is not NOT_CONSTANT else NOT_CONSTANT
     return NOT_CONSTANT
@@ -66,18 +67,20 @@ def constant_key(value: Any) -> Any:
 
 def _is_bare(member: enum.Enum) -> bool:
     """Whether nothing hangs on a member of an enumeration but its name and a value that cannot change."""
-    return vars(member).keys() <= _OF_MEMBERS and constant_key(member._value_) is not NOT_CONSTANT
+    attributes = attributes_of(member) or {}
+    return attributes.keys() <= _OF_MEMBERS and constant_key(attributes.get("_value_")) is not NOT_CONSTANT
 
 
 def _atom(value: Any) -> Any:
     """What a number or text holds, whatever its class overrides."""
-    if isinstance(value, float):
+    kind = type(value)
+    if issubclass(kind, float):
         return struct.pack("d", value)
-    if isinstance(value, complex):
+    if issubclass(kind, complex):
         return struct.pack("dd", complex.real.__get__(value), complex.imag.__get__(value))
-    if isinstance(value, int):
+    if issubclass(kind, int):
         return int.__add__(value, 0)
-    return str.__str__(value) if isinstance(value, str) else bytes.__getitem__(value, slice(None))
+    return str.__str__(value) if issubclass(kind, str) else bytes.__getitem__(value, slice(None))
 
 
 def _attributes_key(value: Any) -> Any:
@@ -85,9 +88,9 @@ def _attributes_key(value: Any) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return ()
-    if any(vars(base).get("__slots__") for base in kind.__mro__):
+    if any(type.__getattribute__(base, "__dict__").get("__slots__") for base in type.__getattribute__(kind, "__mro__")):
         return NOT_CONSTANT
-    return nested_key(getattr(value, "__dict__", None) or {})
+    return nested_key(attributes_of(value) or {})
 
 
 def nested_key(value: Any) -> Any:
@@ -110,7 +113,7 @@ def names_key(names: Any) -> tuple[Any, ...]:
     return tuple([name if type(name) is str else context_key(name) for name in names])
 
 
-def context_key(context: Any, objects: list[Any] | None = None, depth: int = 0) -> Any:
+def context_key(context: Any, objects: list[Any] | None = None, places: Mapping[int, Any] | None = None, depth: int = 0) -> Any:
     """The key of what a container of a registered kind holds beside its children.
 
     Constants, and lists and the like of them, as `nested_key` takes them; objects by the attributes that they have now, whatever
@@ -118,10 +121,13 @@ def context_key(context: Any, objects: list[Any] | None = None, depth: int = 0) 
 
     Args:
         objects: what the key knows by identity alone is added here, for its changes to be watched.
+        places: keys of what is part of the call elsewhere, by identity.
     """
     kind = type(context)
-    inner = functools.partial(context_key, objects=objects, depth=depth + 1)
+    if places and id(context) in places:
+        return places[id(context)]
     if depth <= _DEEPEST:
+        inner = functools.partial(context_key, objects=objects, places=places, depth=depth + 1)
         if kind in (tuple, list):
             return kind, tuple(map(inner, context))
         if kind is dict:
@@ -129,12 +135,11 @@ def context_key(context: Any, objects: list[Any] | None = None, depth: int = 0) 
         key = nested_key(context)
         if key is not NOT_CONSTANT:
             return key
-        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        if issubclass(kind, tuple) and class_attribute(kind, "_fields") is not None:
             return kind, tuple(map(inner, tuple.__iter__(context)))
         made_in_python = class_attribute(kind, "__new__") is object.__new__  # else it may hold what cannot be seen
-        if made_in_python and not isinstance(context, (type, ModuleType)):
-            slots = ((name, getattr(context, name)) for name in slots_of(kind) if hasattr(context, name))
-            return kind, inner({**(attributes_of(context) or {}), **dict(slots)})
-    if objects is not None and not (isinstance(context, type) and context.__flags__ & IMMUTABLE_TYPE):
+        if made_in_python and not issubclass(kind, (type, ModuleType)):
+            return kind, inner({**(attributes_of(context) or {}), **filled_slots(slots_of(kind), context)})
+    if objects is not None and not (issubclass(kind, type) and context.__flags__ & IMMUTABLE_TYPE):
         objects.append(context)
     return _Same(context)

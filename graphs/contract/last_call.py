@@ -18,6 +18,7 @@ import torch
 
 from graphs.contract.arguments import Call, is_constant, is_leaf, repeats
 from graphs.contract.keys import PLAIN
+from graphs.contract.raw_access import of_type
 
 Tensor = torch.Tensor
 _Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
@@ -38,10 +39,10 @@ class LastCall:
         self._ambient = ambient
         self._count = len(leaves)
         self._signature = call.signature
-        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [index for index, leaf in enumerate(leaves) if of_type(leaf, Tensor)]
         self._tensors = None if len(tensors) == len(leaves) else tensors
         self._constants = [(i, type(leaf), leaf) for i, leaf in enumerate(leaves) if is_constant(leaf)]
-        self._opaques = [(i, id(leaf)) for i, leaf in enumerate(leaves) if not is_constant(leaf) and not isinstance(leaf, Tensor)]
+        self._opaques = [(i, id(leaf)) for i, leaf in enumerate(leaves) if not is_constant(leaf) and not of_type(leaf, Tensor)]
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...], call: Call) -> LastCall | None:
@@ -84,4 +85,4 @@ class LastCall:
 def _is_mutable_number(leaf: Any) -> bool:
     """Whether a constant is compared by more than its identity: a float, or a subclass of a number or text."""
     kind = type(leaf)
-    return kind is float or (kind not in PLAIN and isinstance(leaf, (int, float, complex, str, bytes)))
+    return kind is float or (kind not in PLAIN and issubclass(kind, (int, float, complex, str, bytes)))

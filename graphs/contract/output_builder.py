@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from graphs.contract.arguments import pytree_children
+from graphs.contract.arguments import attributes_and_slots, pytree_children
+from graphs.contract.keys import context_key
 from graphs.contract.output_holes import HOLES, Held, Leaf, Part, View, children_of, is_record, made_record, record_parts
 from graphs.contract.output_views import Bits
+from graphs.contract.places import ABSENT
+from graphs.contract.raw_access import class_attribute, of_type
+from graphs.errors import UnsupportedOutput
 
 Tensor = torch.Tensor
 Build = Callable[..., Any]
@@ -28,7 +32,7 @@ def identities_of(structure: Any) -> tuple[int, ...]:
     pending = [structure]
     while pending:
         part = pending.pop()
-        children = [] if isinstance(part, HOLES) else children_of(part)
+        children = [] if of_type(part, HOLES) else children_of(part)
         if children is None:
             continue  # a constant
         if id(part) not in known:
@@ -76,11 +80,14 @@ class Builder:
         builders = [self._build(child) for child in children]
         if kind in (tuple, list):
             return lambda *parts: kind([build(*parts) for build in builders])
-        if hasattr(kind, "_fields") and isinstance(value, tuple):
+        if issubclass(kind, tuple) and class_attribute(kind, "_fields") is not None:
+            _check_attributes(value, tuple.__new__(kind, children), children)
             return lambda *parts: tuple.__new__(kind, [build(*parts) for build in builders])
         unflatten = _pytree.SUPPORTED_NODES[kind].unflatten_fn
-        if isinstance(value, OrderedDict) and dataclasses.is_dataclass(value):
-            mirrored = _mirrored_builder(value, builders, unflatten(children, context))
+        made = unflatten(children, context)
+        _check_attributes(value, made, children)
+        if issubclass(kind, OrderedDict) and dataclasses.is_dataclass(kind):
+            mirrored = _mirrored_builder(value, builders, made)
             if mirrored is not None:
                 return mirrored
         return lambda *parts: unflatten([build(*parts) for build in builders], context)
@@ -88,6 +95,21 @@ class Builder:
     def _record(self, value: Any) -> Build:
         kind, items = type(value), [(name, self._build(part)) for name, part in record_parts(value).items()]
         return lambda *parts: made_record(kind, {name: build(*parts) for name, build in items})
+
+
+def _check_attributes(value: Any, made: Any, children: list[Any]) -> None:
+    """That a container of a registered kind is nothing but what its ``children`` and its context make of it.
+
+    Raises:
+        UnsupportedOutput: an attribute would be lost.
+    """
+    places = {id(child): ("child", index) for index, child in enumerate(children)}
+    attributes, others = attributes_and_slots(value), attributes_and_slots(made)
+    for name in {**attributes, **others}:
+        keys = [context_key(held.get(name, ABSENT), None, places) for held in (attributes, others)]
+        if keys[0] != keys[1]:
+            detail = f"{name} is set on a {type(value).__name__} in the output, which is made of other things"
+            raise UnsupportedOutput(detail, operator=f"output.{name}", remedy="return it beside the container")
 
 
 def _hole_builder(hole: Any) -> Build:
@@ -106,20 +128,20 @@ def _hole_builder(hole: Any) -> Build:
 
 def _bare_builder(hole: Any) -> Build:
     """The function for a hole without what hangs on its tensor."""
-    if isinstance(hole, Leaf):
+    if of_type(hole, Leaf):
         index, bits = hole.index, hole.bits
         if bits == Bits():
             return lambda produced, *_: produced[index]
         return lambda produced, *_: bits.set_on(produced[index])
-    if isinstance(hole, Part):
+    if of_type(hole, Part):
         index, layout = hole.index, hole.layout
         return lambda produced, *_: layout.within(produced[index])
-    if isinstance(hole, View):
+    if of_type(hole, View):
         source, layout = hole.source, hole.layout
-        if isinstance(source, Tensor):
+        if of_type(source, Tensor):
             return lambda *_: layout.within(source)
         return lambda produced, tensors, *_: layout.within(tensors[source])
-    if isinstance(hole, Held):
+    if of_type(hole, Held):
         held = hole.value
         return lambda *_: held
     index = hole.index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from graphs.contract.arguments import pytree_children
 from graphs.contract.output_views import Bits, Layout, Shared
+from graphs.contract.raw_access import attributes_of, class_attribute, filled_slots, of_type, slots_of
 
 Tensor = torch.Tensor
 
@@ -64,15 +64,13 @@ HOLES = (Leaf, Part, Argument, View, Held)
 
 def is_record(value: Any) -> bool:
     """Whether a value is an instance of a dataclass: an output that is nothing but its attributes."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, (type, OrderedDict))
+    return class_attribute(type(value), "__dataclass_fields__") is not None and not of_type(value, (type, OrderedDict))
 
 
 def record_parts(value: Any) -> dict[str, Any]:
     """The attributes of a dataclass's instance, those in slots and those that are no fields included."""
-    fields = [field.name for field in dataclasses.fields(value)]
-    attributes = getattr(value, "__dict__", {})
-    slots = {name: getattr(value, name) for name in fields if name not in attributes and hasattr(value, name)}
-    return {**slots, **attributes}
+    attributes = attributes_of(value) or {}
+    return {**filled_slots(slots_of(type(value)), value), **attributes}
 
 
 def made_record(kind: Any, parts: dict[str, Any]) -> Any:

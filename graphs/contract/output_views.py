@@ -23,16 +23,19 @@ class Bits:
 
     Attributes:
         conj, neg: its memory is to be read conjugated, or negated.
+        parameter: whether it is a ``torch.nn.Parameter``.
     """
 
     conj: bool = False
     neg: bool = False
     requires_grad: bool = False
+    parameter: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> Bits:
         """Those of one tensor."""
-        return cls(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad and tensor.is_leaf)
+        parameter = type(tensor) is torch.nn.Parameter
+        return cls(tensor.is_conj(), tensor.is_neg(), tensor.requires_grad and tensor.is_leaf, parameter)
 
     def set_on(self, tensor: Tensor) -> Tensor:
         """A physical tensor with these."""
@@ -40,6 +43,8 @@ class Bits:
             tensor = torch._conj(tensor)
         if self.neg:
             tensor = torch._neg_view(tensor)
+        if self.parameter:
+            return torch.nn.Parameter(tensor.detach(), self.requires_grad)
         return tensor.requires_grad_() if self.requires_grad and not tensor.requires_grad else tensor
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from graphs.contract.arguments import is_leaf, map_children
-from graphs.contract.keys import nested_key
+from graphs.contract.keys import NOT_CONSTANT, constant_key, nested_key
 from graphs.contract.operators import storage_id
 from graphs.contract.output_builder import Builder, identities_of
 from graphs.contract.output_holes import (
@@ -26,11 +27,15 @@ from graphs.contract.output_holes import (
     record_parts,
 )
 from graphs.contract.output_views import Bits, Layout, shared_memory
+from graphs.contract.places import text_of
+from graphs.contract.raw_access import of_type
 from graphs.contract.slots import physical
 from graphs.errors import ChangingValue, Refusal, UnsupportedOutput
 
 Tensor = torch.Tensor
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
+"""Objects that code names: one that is made anew by each call is another object in the next run."""
 
 
 class OutputTemplate:
@@ -76,7 +81,7 @@ class OutputTemplate:
     def held(self) -> list[Any]:
         """The objects of the model and of opaque arguments that are handed out as they are, tensors left out."""
         holes = [hole for hole, _ in _holes(self.structure, self.structure) if isinstance(hole, Held)]
-        return [hole.value for hole in holes if not isinstance(hole.value, Tensor)]
+        return [hole.value for hole in holes if not of_type(hole.value, Tensor)]
 
     def seen(self, produced: Sequence[Tensor]) -> list[Tensor]:
         """The same of what a replay produced."""
@@ -88,7 +93,7 @@ class OutputTemplate:
 
 def _holes(structure: Any, value: Any) -> Iterator[tuple[Any, Any]]:
     """The holes of a structure, with what stands there in ``value``."""
-    if isinstance(structure, HOLES):
+    if of_type(structure, HOLES):
         yield structure, value
         return
     parts, values = children_of(structure), children_of(value)
@@ -117,6 +122,7 @@ class Known:
         externals: tensors that the step reads in place: a cache that it also returns.
         held: whether an object hangs on the model or on an opaque argument.
         views: whether outputs that are views are handed out as views: not where sizes or layouts are others than recorded.
+        containers: containers that are arguments or hang on them, by identity.
     """
 
     tensors: Sequence[Tensor]
@@ -124,6 +130,7 @@ class Known:
     externals: Sequence[Tensor] = ()
     held: Callable[[Any], bool] = lambda value: False
     views: bool = True
+    containers: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
 
 def output_template(output: Any, known: Known) -> tuple[OutputTemplate, list[Tensor]]:
@@ -133,13 +140,14 @@ def output_template(output: Any, known: Known) -> tuple[OutputTemplate, list[Ten
     arguments and of `Known.externals`.
 
     Raises:
-        UnsupportedOutput: a leaf is neither a tensor, a constant, nor an argument, nor held by the model.
+        UnsupportedOutput: a leaf is neither a tensor, a constant, nor an argument, nor held by the model; or a container is the
+            caller's own.
     """
     made: list[Tensor] = []
     handed: dict[int, Any] = {}
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if of_type(value, Tensor):
             refusal = tensor_refusal(value)
             if refusal is not None:
                 raise refusal
@@ -148,7 +156,7 @@ def output_template(output: Any, known: Known) -> tuple[OutputTemplate, list[Ten
                 if handed[id(value)] is None:
                     made.append(value)
             return value if handed[id(value)] is None else handed[id(value)]
-        if isinstance(value, _CONSTANTS):
+        if of_type(value, (*_CONSTANTS, *_NAMED)) or constant_key(value) is not NOT_CONSTANT:
             return value
         raise UnsupportedOutput(f"the output holds a {type(value).__name__}, made anew by each call", operator="output")
 
@@ -160,15 +168,13 @@ def output_template(output: Any, known: Known) -> tuple[OutputTemplate, list[Ten
 
 def _handed_through(value: Tensor, known: Known) -> Any:
     """What stands for a tensor that is not made by the step; None for one that is."""
-    if not value.numel():
-        return None
     for index, tensor in enumerate(known.tensors):
         if value is tensor:
             return Argument(index, opaque=False)
     for tensor in known.externals:
         if value is tensor or (storage_id(value) == storage_id(tensor) and known.held(value)):
             return Held(value)
-    if known.views:
+    if known.views and value.numel():
         sources: list[tuple[int | Tensor, Tensor]] = [
             *enumerate(known.tensors),
             *((tensor, tensor) for tensor in known.externals),
@@ -204,10 +210,14 @@ def _mapped(value: Any, known: Known, leaf: Callable[[Any], Any], memo: dict[int
     for index, item in enumerate(known.opaques):
         if value is item:
             return memo.setdefault(id(value), (Argument(index, opaque=True), value))[0]
-    if not isinstance(value, (Tensor, *_CONSTANTS, tuple)) and known.held(value):
+    if not of_type(value, (Tensor, *_CONSTANTS, tuple)) and known.held(value):
         return memo.setdefault(id(value), (Held(value), value))[0]
-    if children_of(value) is None:
+    children = children_of(value)
+    if children is None:
         return leaf(value)
+    if known.containers.get(id(value)) is value and (children or type(value) is not tuple):
+        detail = f"the output holds a {type(value).__name__} that is an argument of the call or hangs on one"
+        raise UnsupportedOutput(detail, operator="output", remedy="leave it out of the output: the caller has it")
     return _once(value, memo, lambda: _with_parts(value, lambda part: _mapped(part, known, leaf, memo)))
 
 
@@ -243,7 +253,7 @@ def map_output(
     Raises:
         UnsupportedOutput: a container holds itself.
     """
-    if isinstance(value, HOLES) or children_of(value) is None or given(value):
+    if of_type(value, HOLES) or children_of(value) is None or given(value):
         return fn(value)
     known: dict[int, Any] = {} if memo is None else memo
     return _once(value, known, lambda: _with_parts(value, lambda part: map_output(part, fn, known, given=given)))
@@ -272,31 +282,33 @@ def compare_templates(first: Any, second: Any, *, arguments: bool = True) -> Ref
     """
     if type(first) is not type(second):
         return ChangingValue(f"the output was a {type(first).__name__}, then a {type(second).__name__}", operator="output")
-    if getattr(first, "hung", None) or getattr(second, "hung", None):
+    if of_type(first, HOLES) and (getattr(first, "hung", None) or getattr(second, "hung", None)):
         a, b = nested_key(first.hung), nested_key(second.hung)
         if a != b:
             return ChangingValue(f"attributes of an output were {first.hung!r}, then {second.hung!r}", operator="output")
-    if isinstance(first, Leaf):
+    if of_type(first, Leaf):
         if first.bits == second.bits:
             return None
         return ChangingValue(f"an output had {first.bits}, then {second.bits}", operator="output")
-    if isinstance(first, (Part, View)):
+    if of_type(first, (Part, View)):
         if first.layout == second.layout or not arguments:
             return None
         return ChangingValue("an output was another view than in the step before", operator="output")
-    if isinstance(first, Held):
+    if of_type(first, Held):
         a, b = first.value, second.value
-        same = a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and same_memory(a, b))
+        same = a is b or (of_type(a, Tensor) and of_type(b, Tensor) and same_memory(a, b))
         return None if same else ChangingValue("the output was another object than in the step before", operator="output")
-    if isinstance(first, Argument):
+    if of_type(first, Argument):
         if arguments and (first.index, first.opaque) != (second.index, second.opaque):
             return ChangingValue("the output handed through another argument", operator="output")
         return None
     a, b = children_of(first), children_of(second)
     if a is None or b is None:
-        if first is second or first == second or repr(first) == repr(second):
+        key = constant_key(first)
+        if first is second or (key is not NOT_CONSTANT and key == constant_key(second)):
             return None
-        return ChangingValue(f"a constant in the output was {first!r}, then {second!r}", operator="output")
+        detail = f"a constant in the output was {text_of(first)}, then {text_of(second)}"
+        return ChangingValue(detail, operator="output")
     if len(a) != len(b):
         return ChangingValue(f"the output had {len(a)} parts, then {len(b)}", operator="output")
     return next((refusal for x, y in zip(a, b, strict=True) if (refusal := compare_templates(x, y, arguments=arguments))), None)

@@ -50,9 +50,20 @@ def slots_of(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
     for base in type.__getattribute__(kind, "__mro__"):
         if not base.__flags__ & IMMUTABLE_TYPE:
             content = type.__getattribute__(base, "__dict__")
-            found = {name: item for name, item in content.items() if isinstance(item, types.MemberDescriptorType)}
+            found = {name: item for name, item in content.items() if of_type(item, types.MemberDescriptorType)}
             slots = {**found, **slots}
     return {name: slot for name, slot in slots.items() if name not in ("__dict__", "__weakref__")}
+
+
+def filled_slots(slots: dict[str, types.MemberDescriptorType], value: Any) -> dict[str, Any]:
+    """What the slots of an object hold; those that are empty are left out."""
+    content = {}
+    for name, slot in slots.items():
+        try:
+            content[name] = slot.__get__(value)
+        except AttributeError:
+            continue
+    return content
 
 
 def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:

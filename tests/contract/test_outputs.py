@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.utils import _pytree
@@ -17,6 +19,12 @@ from tests.parity import assert_same
 
 Tensor = torch.Tensor
 Pair = namedtuple("Pair", "left right")
+
+
+@pytest.fixture(params=[torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def context(request: pytest.FixtureRequest) -> Any:
+    """A mode that a step is called in."""
+    return request.param
 
 
 @dataclass
@@ -232,3 +240,80 @@ def test_outputs_that_are_one_tensor_stay_one() -> None:
 
     for (a, b), (c, d) in replayed(model):
         assert (a is b) == (c is d)
+
+
+EMPTY = torch.empty(0)
+PARAMETERS: dict[str, Callable[[Tensor], Any]] = {
+    "made": lambda x: torch.nn.Parameter(x * 2),
+    "made, without a gradient": lambda x: torch.nn.Parameter(x * 2, requires_grad=False),
+    "of an argument": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "of a part": lambda x: (x * 2, torch.nn.Parameter(x[1:], requires_grad=False)),
+    "beside its tensor": lambda x: [(y := x * 2), torch.nn.Parameter(y, requires_grad=False)],
+    "twice": lambda x: [y := torch.nn.Parameter(x * 2), y],
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_returned_parameter_is_one(name: str, context: Any) -> None:
+    model = PARAMETERS[name]
+    step = graphs.capture(model)
+    with context():
+        for _ in range(3):
+            x = torch.ones(3)
+            found, expected = step(x), model(x)
+            pairs = zip(found, expected, strict=True) if isinstance(expected, (list, tuple)) else [(found, expected)]
+            for a, b in pairs:
+                assert type(a) is type(b) and a.requires_grad == b.requires_grad and a.is_leaf == b.is_leaf
+                assert torch.equal(a, b) and (a.data_ptr() == x.data_ptr()) == (b.data_ptr() == x.data_ptr())
+    assert step.report().replays == 3
+
+
+def test_a_returned_empty_argument_is_the_argument(context: Any) -> None:
+    step = graphs.capture(lambda x, y: (y, x * 2, EMPTY))
+    with context():
+        for _ in range(3):
+            y = torch.empty(0, 3)
+            found = step(torch.ones(2), y)
+            assert found[0] is y and found[1].tolist() == [2, 2] and not found[2].numel()
+    assert step.report().replays == 3
+
+
+NAMED: dict[str, Callable[[Tensor], Any]] = {
+    "size": lambda x: x.shape,
+    "scalar of numpy": lambda x: numpy.float32(x.shape[0]),
+    "flag of numpy": lambda x: numpy.bool_(True),
+    "type": lambda x: type(x),
+    "builtin function": lambda x: len,
+    "function": lambda x: replayed,
+    "module": lambda x: torch,
+    "layout": lambda x: x.layout,
+    "slice": lambda x: slice(0, x.shape[0]),
+    "range": lambda x: range(x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_code_names_may_be_returned(name: str, context: Any) -> None:
+    value = NAMED[name]
+    step = graphs.capture(lambda x: (x * 2, value(x)))
+    with context():
+        for length in (2, 2, 3, 2):
+            x = torch.ones(length)
+            found = step(x)[1]
+            assert type(found) is type(value(x)) and found == value(x)
+    assert step.report().replays == 4
+
+
+@pytest.mark.parametrize("make", [lambda: lambda: 1, lambda: type("Made", (), {})], ids=["function", "type"])
+def test_what_each_call_makes_anew_is_not_returned_again(make: Callable[[], Any], context: Any) -> None:
+    step = graphs.capture(lambda x: (x * 2, make()))
+    with context():
+        found = [step(torch.ones(2))[1] for _ in range(3)]
+    assert len({*map(id, found)}) == 3 and step.report().replays == 0
+
+
+def test_zeros_of_either_sign_are_two_constants(context: Any) -> None:
+    step = graphs.capture(lambda x, sign: (x * 2, 0.0 * sign))
+    with context():
+        for sign in (1.0, -1.0, 1.0, -1.0):
+            assert math.copysign(1.0, step(torch.ones(2), sign)[1]) == sign
