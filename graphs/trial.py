@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
 from graphs.contract.guard_walk import GuardWalk, guards_of
+from graphs.contract.libraries import origin_of_code
+from graphs.contract.named_state import Ran
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference
@@ -177,6 +180,8 @@ def _examined(
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
+    for ran in origin.python.ran:
+        after.python.take(ran)
     unseen = _unreturnable(step, trace, output, after)
     if unseen is not None:
         raise Refused(output, [unseen], origin.restore)
@@ -194,6 +199,7 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     trace = Trace()
+    reads.before = functools.partial(_take_named, origin)
     try:
         output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
@@ -207,6 +213,15 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
         raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
+
+
+def _take_named(origin: Checkpoint, frame: types.FrameType) -> None:
+    """Have ``origin`` cover what a function names that starts for the first time, and the class whose method it is."""
+    code, owner = frame.f_code, None
+    if code.co_argcount and origin_of_code(code, frame.f_globals) == "library":
+        first = frame.f_locals.get(code.co_varnames[0])
+        owner = first if issubclass(type(first), type) else type(first)
+    origin.python.take(Ran(code, frame.f_globals, owner))
 
 
 def _catches(reads: CodeReads) -> bool:

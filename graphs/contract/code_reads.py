@@ -91,6 +91,7 @@ class CodeReads:
         settings: functions of torch and of Python that told the step a setting, by name.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
+        before: called with the frame of each function that starts, the user's or a library's, before its first line runs.
     """
 
     codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class CodeReads:
     settings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     environment: bool = False
     complete: bool = True
+    before: Callable[[types.FrameType], None] | None = None
 
     def names(self) -> frozenset[str]:
         """Every name that the functions mention, and every text in them that may be one."""
@@ -135,10 +137,17 @@ def imported_names(code: types.CodeType) -> frozenset[str]:
     return _names(code)[2]
 
 
+def stored_names(code: types.CodeType) -> frozenset[str]:
+    """Globals and attributes that a function sets or deletes, with the comprehensions and functions inside of it."""
+    return _names(code)[3]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    attributes, names, modules = set[str](), set[str](), set[str]()
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str], frozenset[str]]:
+    attributes, names, modules, stored = set[str](), set[str](), set[str](), set[str]()
     for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL", "DELETE_ATTR")):
+            stored.add(instruction.argval)
         if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")):
             names.add(instruction.argval)
         elif instruction.opname.startswith(
@@ -154,12 +163,14 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
             attributes |= inner[0]
             names |= inner[1]
             modules |= inner[2]
+            stored |= inner[3]
         for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
             if isinstance(text, str) and len(text) < _LONGEST:
                 attributes.update(words_in(text))
+                stored.update(words_in(text) if {"setattr", "delattr"}.intersection(code.co_names) else ())
                 names.update((text,) if "globals" in code.co_names and text.isidentifier() else ())
                 modules.update((text,) if "modules" in code.co_names or "import_module" in code.co_names else ())
-    return frozenset(attributes), frozenset(names), frozenset(modules)
+    return frozenset(attributes), frozenset(names), frozenset(modules), frozenset(stored)
 
 
 def words_in(text: str) -> list[str]:
@@ -202,6 +213,8 @@ class _Observer:
         module = frame.f_globals.get("__name__", "")
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
             self.reads.codes[id(code)] = (code, frame.f_globals)
+            if self.reads.before is not None and origin != "torch":
+                self.reads.before(frame)
         elif module == "torch.serialization" and code.co_name in ("save", "load"):
             kind = SideEffect if code.co_name == "save" else UnguardedRead
             self._refuse(kind, "the step writes or reads a file", f"torch.{code.co_name}", frame)

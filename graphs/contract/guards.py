@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import operator
 import types
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
-from graphs.contract.places import ABSENT, Difference, same, text_of
+from graphs.contract.places import ABSENT, Difference, reference_to, same, text_of
 from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -214,7 +213,7 @@ class TypeGuard:
 
     def __init__(self, path: str, value: Any) -> None:
         self._path, self._kind = path, type(value)
-        self._value = _reference(value)
+        self._value = reference_to(value)
 
     def difference(self) -> Difference | None:
         """The class, if it is another one."""
@@ -391,11 +390,3 @@ def _content(cell: types.CellType) -> Any:
 
 def _all_identical(now: Iterable[Any], then: Iterable[Any]) -> bool:
     return all(map(operator.is_, now, then))
-
-
-def _reference(value: Any) -> Callable[[], Any]:
-    """A weak reference where the object allows one: a recording does not keep a cache alive."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return lambda: value

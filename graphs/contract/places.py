@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,15 @@ class AttributesView:
     """Some attributes of an object's slots or of a class, or some names of a namespace, as a mapping."""
 
     def __init__(self, owner: Any, names: Iterable[str]) -> None:
-        self._owner, self._names = owner, tuple(names)
-        self._slots = {} if isinstance(owner, (dict, type)) else slots_of(type(owner))
+        slotted = not isinstance(owner, (dict, type))
+        self._reference = reference_to(owner) if slotted else lambda: owner
+        self._names = dict.fromkeys(names)
+        self._slots = slots_of(type(owner)) if slotted else {}
+
+    @property
+    def _owner(self) -> Any:
+        """What has the attributes; an object with slots is held weakly, so that it lives no longer than without this view."""
+        return self._reference()
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self._owner, dict):
@@ -71,7 +79,7 @@ class AttributesView:
             return type.__getattribute__(self._owner, "__dict__")[key]
         try:
             return self._slots[key].__get__(self._owner)
-        except AttributeError as error:  # empty
+        except (AttributeError, TypeError) as error:  # empty, or the object is gone
             raise KeyError(key) from error
 
     def read(self) -> dict[str, Any]:
@@ -103,6 +111,14 @@ class AttributesView:
                 type.__delattr__(self._owner, name)
             else:
                 self._slots[name].__delete__(self._owner)
+
+
+def reference_to(value: Any) -> Callable[[], Any]:
+    """A weak reference where the object allows one: a recording does not keep a cache alive."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
 
 
 @dataclass(slots=True)
