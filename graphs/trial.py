@@ -101,7 +101,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     reads = CodeReads()
     output, trace = first_run(step, origin, reads)
     try:
-        after, changed, counters = _examined(step, origin, reads, output, trace)
+        after, changed, counters, walk = _examined(step, origin, reads, output, trace)
     except (Deferred, Refused):
         raise
     except Exception as error:
@@ -111,7 +111,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
-        initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
+        initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed, walk)
         if advanced != counters and advanced:
             initialised = initialised or changed[0].path
         if initialised:
@@ -122,7 +122,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         settings = {"recorder": recorder, "start": start, "trace": trace, "output": output, "owned": owned, "check": check}
         record = functools.partial(_record, counters=advanced, **settings)
         entry = record_compiled(step, trace, record)
-    except Deferred:
+    except (Deferred, Refused):
         raise
     except RowsInteract:
         start.restore()
@@ -149,9 +149,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     start.restore()
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
-    entry.advances(advanced)
     entry.catches = step.device.type == "cpu" and _catches(reads)  # on a device no operator raises
-    links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
+    links = [*entry.statics.links, *links_to(entry.template.held, start.python)]
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
     entry.capture_seconds = time.perf_counter() - started
     return entry
@@ -159,8 +158,8 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
 
 def _examined(
     step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: Trace
-) -> tuple[Checkpoint, list[Difference], list[Counter] | None]:
-    """What run A left: the state after it, what it changed of Python, and which of that are advancing numbers.
+) -> tuple[Checkpoint, list[Difference], list[Counter] | None, GuardWalk]:
+    """What run A left: the state after it, what it changed of Python, which of that are advancing numbers, what it can have read.
 
     Raises:
         Deferred, Refused: what was seen of the run alone stands in the way of a recording.
@@ -173,9 +172,9 @@ def _examined(
         raise Refused(output, trace.findings, origin.restore)
     if reads.refusals:
         raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
-    incomparable = GuardWalk(reads, step.roots()).incomparable
-    if incomparable:
-        raise Refused(output, incomparable, None)
+    walk = GuardWalk(reads, step.roots())
+    if walk.incomparable:
+        raise Refused(output, walk.incomparable, None)
     if not origin.python.complete:
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
@@ -186,7 +185,7 @@ def _examined(
     if unseen is not None:
         raise Refused(output, [unseen], origin.restore)
     step.held = after.python.holds
-    return after, changed, counters
+    return after, changed, counters, walk
 
 
 def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
@@ -256,13 +255,25 @@ def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingVal
 
 
 def _compare_consecutive(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace, output: Any, changed: list[Difference]
+    step: Step,
+    recorder: Recorder,
+    start: Checkpoint,
+    first: Trace,
+    output: Any,
+    changed: list[Difference],
+    walk: GuardWalk,
 ) -> tuple[str, list[Counter]]:
     """Run B: the next step from the same tensors, with Python state one step further.
 
     Returns what the step initialised in its first run, or an empty string, and the numbers that it advances.
+
+    Raises:
+        Refused: it changed what it reads, and that cannot be put back.
     """
     second, changes, error, result, counters = _again(step, recorder, start, first)
+    beyond = walk.changed()
+    if beyond is not None:  # it was read, and nothing that puts state back knows of it
+        raise Refused(output, [_changing(beyond)], None)
     refusal = compare_traces(first, second)
     if changes and not (counters and error is None and changed and "arithmetic" in step.passes):
         raise _changing(changes[0], refusal or next(iter(first.findings), None))
@@ -358,7 +369,6 @@ def _record(
         contract,
         template,
         _statics(step, contract, externals, trace, start),
-        start.python,
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
         trace.written,

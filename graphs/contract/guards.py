@@ -249,6 +249,21 @@ class ValueGuard:
         yield f"{bind(self._read)}() {'==' if self._by_value else 'is'} {bind(self.value)}"
 
 
+class AliveGuard:
+    """That an object which is held weakly has not died; the guard does not hold it either."""
+
+    def __init__(self, path: str, reference: Callable[[], Any]) -> None:
+        self._path, self._reference = path, reference
+
+    def difference(self) -> Difference | None:
+        """That the object is gone."""
+        return Difference(self._path, "alive", "gone") if self._reference() is None else None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """One comparison."""
+        yield f"{bind(self._reference)}() is not None"
+
+
 class CellGuard:
     """The content of a closure's cell."""
 

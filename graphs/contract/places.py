@@ -132,7 +132,6 @@ class Place:
     transient: bool = False  # changes between calls are the caller's own affair
     lasting: bool = False
     container: Any = None  # the dict or list itself, where it is one
-    counted: frozenset[Any] = frozenset()  # keys of numbers that a recording advances itself
 
 
 def write_sequence(container: Any, content: list[Any]) -> None:
@@ -216,6 +215,6 @@ def changed_entries(place: Place) -> list[tuple[Any, Any, Any]]:
     before, after = place.content, place.read()
     old = before if isinstance(before, dict) else dict(enumerate(before))
     new = after if isinstance(after, dict) else dict(enumerate(after))
-    keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in place.counted]
+    keys = [*old, *(key for key in new if key not in old)]
     pairs = [(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys]
     return [(key, a, b) for key, a, b in pairs if not same(a, b)]

@@ -361,12 +361,6 @@ class PythonState:
                 yield place.form, None, None, None, None
         yield from ((change.path, None, None, None, None) for form in self._forms for change in form.differences())
 
-    def leave_to_recording(self, container: Any, key: Any) -> None:
-        """Do not compare a number that a recording advances itself."""
-        for place in self._places:
-            if place.container is container:
-                place.counted |= {key}
-
     def restore(self) -> None:
         """Put back what the snapshot saw."""
         for place in self._places:
