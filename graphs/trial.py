@@ -152,6 +152,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     entry.catches = step.device.type == "cpu" and _catches(reads)  # on a device no operator raises
     links = [*entry.statics.links, *links_to(entry.template.held, start.python)]
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
+    entry.statics.links.clear()  # they hold objects on the way, and are guarded now
     entry.capture_seconds = time.perf_counter() - started
     return entry
 

@@ -76,6 +76,11 @@ _LONGEST = 80  # characters of a text that may name an attribute
 _COMPUTED = frozenset(
     ("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr", "__getattribute__", "__getattr__", "globals")
 )
+_GETS = frozenset(("getattr", "hasattr"))
+_CALLS = frozenset(("PRECALL",) if "PRECALL" in dis.opmap else ("CALL_FUNCTION", "CALL"))  # of 3.11; of those before and after
+_PUSHES = frozenset(
+    f"LOAD_{what}" for what in ("CONST", "FAST", "FAST_BORROW", "FAST_CHECK", "SMALL_INT", "DEREF", "GLOBAL", "NAME", "CLOSURE")
+)
 _WORDS = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -116,9 +121,10 @@ class CodeReads:
                 yield SideEffect("the step leaves a context variable set", operator=f"ContextVar({variable.name!r})")
 
     def computed(self) -> bool:
-        """Whether a function of the user's looks attributes up by names that do not stand in its code."""
+        """Whether a function looks attributes of the user's objects up by names that do not stand in its code."""
         return any(
-            _COMPUTED.intersection(code.co_names) and origin_of(code.co_filename) == "user" for code, _ in self.codes.values()
+            _computes_names(code) if origin_of(code.co_filename) != "user" else not _COMPUTED.isdisjoint(code.co_names)
+            for code, _ in self.codes.values()
         )
 
 
@@ -171,6 +177,38 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
                 names.update((text,) if "globals" in code.co_names and text.isidentifier() else ())
                 modules.update((text,) if "modules" in code.co_names or "import_module" in code.co_names else ())
     return frozenset(attributes), frozenset(names), frozenset(modules), frozenset(stored)
+
+
+@functools.lru_cache(maxsize=4096)
+def _computes_names(code: types.CodeType) -> bool:
+    """Whether ``getattr`` or ``hasattr`` is called with a name that is no constant."""
+    if any(isinstance(constant, types.CodeType) and _computes_names(constant) for constant in code.co_consts):
+        return True
+    if _GETS.isdisjoint(code.co_names):
+        return False
+    instructions = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    looked_up = [index for index, step in enumerate(instructions) if step.argval in _GETS and step.opname.startswith("LOAD")]
+    return any(not _is_constant_name(instructions[index + 1 :]) for index in looked_up)
+
+
+def _is_constant_name(following: list[dis.Instruction]) -> bool:
+    """Whether the second argument of a call is a constant text, by the instructions after the function was loaded.
+
+    They are followed with a stack that tells of each value whether it is one; what is not understood counts as computed.
+    """
+    stack: list[bool] = []
+    for step in following[following[0].opname == "PUSH_NULL" :]:
+        jumps = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
+        if jumps or (step.opname in _CALLS and step.arg == len(stack)):
+            return len(stack) > 1 and stack[1]
+        depth = len(stack) + dis.stack_effect(step.opcode, step.arg)
+        if step.opname not in _PUSHES:  # its result stands in the place of what it takes
+            stack = stack[: max(depth - 1, 0)]
+        stack += [False] * (depth - len(stack))
+        if depth < 1:
+            return False
+        stack[-1] = step.opname == "LOAD_CONST" and isinstance(step.argval, str)
+    return False
 
 
 def words_in(text: str) -> list[str]:

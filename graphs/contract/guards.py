@@ -264,6 +264,21 @@ class AliveGuard:
         yield f"{bind(self._reference)}() is not None"
 
 
+class Changed:
+    """What never holds again."""
+
+    def __init__(self, found: Difference) -> None:
+        self._found = found
+
+    def difference(self) -> Difference | None:
+        """The change that was found."""
+        return self._found
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Never true."""
+        yield "False"
+
+
 class CellGuard:
     """The content of a closure's cell."""
 
@@ -331,7 +346,16 @@ class Guards:
         self._rebuilds = 0
 
     def changed(self) -> Difference | None:
-        """The first value that is not the recorded one. Runs at every call."""
+        """The first value that is not the recorded one. Runs at every call.
+
+        Once there is one, nothing is held any more: what was compared may be about to die, and the step to look whether it did.
+        """
+        found = self._difference()
+        if found is not None:
+            self._watched, self._polled, self._all_hold, self._watch = [], [Changed(found)], bool, None
+        return found
+
+    def _difference(self) -> Difference | None:
         watch = self._watch
         if watch is not None:
             changes = watch.changes()
