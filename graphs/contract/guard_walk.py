@@ -425,7 +425,7 @@ class GuardWalk:
             self._mapping(function.__name__ + ".{}", function.__dict__, self._relevant if users else None)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             guard = CellGuard(name, cell)
-            if users:
+            if users or id(code) in self._codes:
                 self._polled.append(guard)
             self._pending.append((name, guard.value))
 

@@ -112,6 +112,24 @@ def named_by(ran: Ran) -> Iterator[tuple[str, Any, list[str]]]:
     yield from inside(found, code)
 
 
+def functions_named_by(ran: Ran) -> Iterator[tuple[str, types.FunctionType]]:
+    """Functions of libraries with variables of their own that a function names; the user's are globals like all others."""
+    names = names_in(ran.code)
+    for name in sorted(global_names(ran.code)):
+        value = ran.space.get(name)
+        content = (attributes_of(value) or {}) if of_type(value, types.ModuleType) else {}
+        held = [(f"{name}.{inner}", content[inner]) for inner in names if inner in content]
+        for path, item in [(name, value), *held]:
+            if type(item) is types.FunctionType and _has_variables(item):
+                yield path, item
+
+
+def _has_variables(function: types.FunctionType) -> bool:
+    """Whether a function is a library's, and something is kept in its closure or its defaults."""
+    kept = function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    return bool(kept) and origin_of_code(function.__code__, function.__globals__) == "library"
+
+
 def inside(found: list[tuple[str, Any]], code: types.CodeType) -> Iterator[tuple[str, Any, list[str]]]:
     """What a function names in modules, in classes that are not the user's, and in such functions, by `named_by`'s form."""
     names, stored = names_in(code), stored_names(code)

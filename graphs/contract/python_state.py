@@ -35,7 +35,7 @@ from graphs.contract.c_state import (
     write_partial,
 )
 from graphs.contract.libraries import origin_of_code, origin_of_type
-from graphs.contract.named_state import SKIPPED, ClassView, NamesView, Ran, is_code, named_by
+from graphs.contract.named_state import SKIPPED, ClassView, NamesView, Ran, functions_named_by, is_code, named_by
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
@@ -343,6 +343,7 @@ class PythonState:
                 if name in added:
                     place.content[name] = item
                     yield self._entry(form.format(name), view, name, item, None)
+        yield from ((path, function, None) for path, function in functions_named_by(ran))
 
     def differences(self) -> list[Difference]:
         """What changed since the snapshot."""
