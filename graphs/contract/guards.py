@@ -394,7 +394,7 @@ def _expression(guards: Sequence[Guard]) -> Callable[[], bool]:
 
     conditions = [condition for guard in guards for condition in guard.conditions(bind)]
     exec(_SOURCE.format(conditions="\n            and ".join(["(True", *conditions]) + ")"), objects)
-    check: Callable[[], bool] = objects["all_hold"]
+    check: Callable[[], bool] = objects.pop("all_hold")  # else the two hold each other
     return check
 
 
