@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from graphs.contract.counters import Counter
 from graphs.contract.guards import Guards
 from graphs.contract.outputs import OutputTemplate
-from graphs.contract.python_state import PythonState
 from graphs.contract.slots import Contract
 from graphs.contract.static import StaticTensors
 from graphs.contract.tensor_state import TensorState
@@ -48,7 +46,6 @@ class Entry:
     """A recording with everything a replay needs.
 
     Attributes:
-        python: the Python state that the recording froze.
         guards: the Python values that the step reads, compared with the present at every call.
         opaques: weak references to the opaque arguments it was recorded with.
         externals: tensors read in place that are not arguments.
@@ -77,7 +74,6 @@ class Entry:
     contract: Contract
     template: OutputTemplate
     statics: StaticTensors
-    python: PythonState
     opaques: list[Callable[[], Any]]
     externals: list[Tensor]
     written: TensorState
@@ -108,11 +104,6 @@ class Entry:
 
     def __post_init__(self) -> None:
         self.group = Ways([self])
-
-    def advances(self, counters: Sequence[Counter]) -> None:
-        """Leave numbers to the recording, which advances them itself."""
-        for counter in counters:
-            self.python.leave_to_recording(counter.container, counter.key)
 
     @property
     def rounds_otherwise(self) -> bool:

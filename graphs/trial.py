@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from graphs.compiler import compile_rewritten, record_compiled
 from graphs.contract.code_reads import CodeReads, observed
 from graphs.contract.counters import Counter, Counters
 from graphs.contract.guard_walk import GuardWalk, guards_of
+from graphs.contract.libraries import origin_of_code
+from graphs.contract.named_state import Ran
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import OutputTemplate, compare_templates, map_output
 from graphs.contract.places import Difference
@@ -99,7 +102,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     reads = CodeReads()
     output, trace = first_run(step, origin, reads)
     try:
-        after, changed, counters = _examined(step, origin, reads, output, trace)
+        after, changed, counters, walk = _examined(step, origin, reads, output, trace)
     except (Deferred, Refused):
         raise
     except Exception as error:
@@ -109,7 +112,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         raise
     start = origin.with_python_of(after)  # what the step initialised stays; nothing else of it differs
     try:
-        initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed)
+        initialised, advanced = _compare_consecutive(step, recorder, start, trace, output, changed, walk)
         if advanced != counters and advanced:
             initialised = initialised or changed[0].path
         if initialised:
@@ -120,7 +123,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
         settings = {"recorder": recorder, "start": start, "trace": trace, "output": output, "owned": owned, "check": check}
         record = functools.partial(_record, counters=advanced, **settings)
         entry = record_compiled(step, trace, record)
-    except Deferred:
+    except (Deferred, Refused):
         raise
     except RowsInteract:
         start.restore()
@@ -147,18 +150,18 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
     start.restore()
     trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
-    entry.advances(advanced)
     entry.catches = step.device.type == "cpu" and _catches(reads)  # on a device no operator raises
-    links = [*entry.statics.links, *links_to(entry.template.held, entry.python)]
+    links = [*entry.statics.links, *links_to(entry.template.held, start.python)]
     entry.guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, entry.statics.placed)
+    entry.statics.links.clear()  # they hold objects on the way, and are guarded now
     entry.capture_seconds = time.perf_counter() - started
     return entry
 
 
 def _examined(
     step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: Trace
-) -> tuple[Checkpoint, list[Difference], list[Counter] | None]:
-    """What run A left: the state after it, what it changed of Python, and which of that are advancing numbers.
+) -> tuple[Checkpoint, list[Difference], list[Counter] | None, GuardWalk]:
+    """What run A left: the state after it, what it changed of Python, which of that are advancing numbers, what it can have read.
 
     Raises:
         Deferred, Refused: what was seen of the run alone stands in the way of a recording.
@@ -174,18 +177,20 @@ def _examined(
         raise Refused(output, trace.findings, origin.restore)
     if reads.refusals:
         raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
-    incomparable = GuardWalk(reads, step.roots()).incomparable
-    if incomparable:
-        raise Refused(output, incomparable, None)
+    walk = GuardWalk(reads, step.roots())
+    if walk.incomparable:
+        raise Refused(output, walk.incomparable, None)
     if not origin.python.complete:
         refusal = UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self")
         raise Refused(output, [refusal], origin.restore)
     after = Checkpoint(step, trace)
+    for ran in origin.python.ran:
+        after.python.take(ran)
     unseen = _unreturnable(step, trace, output, after)
     if unseen is not None:
         raise Refused(output, [unseen], origin.restore)
     step.held = after.python.holds
-    return after, changed, counters
+    return after, changed, counters, walk
 
 
 def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
@@ -198,6 +203,7 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     trace = Trace()
+    reads.before = functools.partial(_take_named, origin)
     try:
         output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
@@ -211,6 +217,15 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
         raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace
+
+
+def _take_named(origin: Checkpoint, frame: types.FrameType) -> None:
+    """Have ``origin`` cover what a function names that starts for the first time, and the class whose method it is."""
+    code, owner = frame.f_code, None
+    if code.co_argcount and origin_of_code(code, frame.f_globals) == "library":
+        first = frame.f_locals.get(code.co_varnames[0])
+        owner = first if issubclass(type(first), type) else type(first)
+    origin.python.take(Ran(code, frame.f_globals, owner))
 
 
 def _catches(reads: CodeReads) -> bool:
@@ -245,13 +260,25 @@ def _changing(change: Difference, refusal: Refusal | None = None) -> ChangingVal
 
 
 def _compare_consecutive(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace, output: Any, changed: list[Difference]
+    step: Step,
+    recorder: Recorder,
+    start: Checkpoint,
+    first: Trace,
+    output: Any,
+    changed: list[Difference],
+    walk: GuardWalk,
 ) -> tuple[str, list[Counter]]:
     """Run B: the next step from the same tensors, with Python state one step further.
 
     Returns what the step initialised in its first run, or an empty string, and the numbers that it advances.
+
+    Raises:
+        Refused: it changed what it reads, and that cannot be put back.
     """
     second, changes, error, result, counters = _again(step, recorder, start, first)
+    beyond = walk.changed()
+    if beyond is not None:  # it was read, and nothing that puts state back knows of it
+        raise Refused(output, [_changing(beyond)], None)
     refusal = compare_traces(first, second)
     if changes and not (counters and error is None and changed and "arithmetic" in step.passes):
         raise _changing(changes[0], refusal or next(iter(first.findings), None))
@@ -347,7 +374,6 @@ def _record(
         contract,
         template,
         _statics(step, contract, externals, trace, start),
-        start.python,
         [reference_to(opaque) for opaque in step.call.opaques],
         externals,
         trace.written,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import array
+import contextvars
 import ctypes
 import functools
 import gc
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from graphs.contract.places import Place
-from graphs.contract.raw_access import IMMUTABLE_TYPE, class_attribute
+from graphs.contract.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute
 
 IN_MEMORY = (io.StringIO, io.BytesIO)
 _LARGE = 1 << 26  # bytes; of more memory a copy is not kept, so that its changes are lasting
@@ -96,6 +97,25 @@ def held_inside(value: Any) -> list[tuple[str, Any]]:
     if issubclass(kind, memoryview) and not _is_released(value):
         return [(".obj", value.obj)]
     return []
+
+
+def partial_content(value: functools.partial[Any]) -> tuple[Any, Any, Any]:
+    """The function, arguments and keywords of a partial."""
+    func, args, keywords = (class_attribute(functools.partial, name).__get__(value) for name in ("func", "args", "keywords"))
+    return func, args, keywords
+
+
+def write_partial(value: functools.partial[Any], content: tuple[Any, Any, Any]) -> None:
+    """Put back what `partial_content` gave."""
+    functools.partial.__setstate__(value, (*content, attributes_of(value)))  # type: ignore[attr-defined]
+
+
+def variable_content(variable: contextvars.ContextVar[Any]) -> Any:
+    """What a context variable holds, its default included; None where that is nothing."""
+    try:
+        return variable.get()
+    except LookupError:
+        return None
 
 
 def _place(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Place:

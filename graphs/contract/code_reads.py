@@ -76,6 +76,11 @@ _LONGEST = 80  # characters of a text that may name an attribute
 _COMPUTED = frozenset(
     ("getattr", "vars", "__dict__", "attrgetter", "hasattr", "setattr", "__getattribute__", "__getattr__", "globals")
 )
+_GETS = frozenset(("getattr", "hasattr"))
+_CALLS = frozenset(("PRECALL",) if "PRECALL" in dis.opmap else ("CALL_FUNCTION", "CALL"))  # of 3.11; of those before and after
+_PUSHES = frozenset(
+    f"LOAD_{what}" for what in ("CONST", "FAST", "FAST_BORROW", "FAST_CHECK", "SMALL_INT", "DEREF", "GLOBAL", "NAME", "CLOSURE")
+)
 _WORDS = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -91,6 +96,7 @@ class CodeReads:
         settings: functions of torch and of Python that told the step a setting, by name.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
+        before: called with the frame of each function that starts, the user's or a library's, before its first line runs.
     """
 
     codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
@@ -99,6 +105,7 @@ class CodeReads:
     settings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     environment: bool = False
     complete: bool = True
+    before: Callable[[types.FrameType], None] | None = None
 
     def names(self) -> frozenset[str]:
         """Every name that the functions mention, and every text in them that may be one."""
@@ -114,9 +121,10 @@ class CodeReads:
                 yield SideEffect("the step leaves a context variable set", operator=f"ContextVar({variable.name!r})")
 
     def computed(self) -> bool:
-        """Whether a function of the user's looks attributes up by names that do not stand in its code."""
+        """Whether a function looks attributes of the user's objects up by names that do not stand in its code."""
         return any(
-            _COMPUTED.intersection(code.co_names) and origin_of(code.co_filename) == "user" for code, _ in self.codes.values()
+            _computes_names(code) if origin_of(code.co_filename) != "user" else not _COMPUTED.isdisjoint(code.co_names)
+            for code, _ in self.codes.values()
         )
 
 
@@ -135,10 +143,17 @@ def imported_names(code: types.CodeType) -> frozenset[str]:
     return _names(code)[2]
 
 
+def stored_names(code: types.CodeType) -> frozenset[str]:
+    """Globals and attributes that a function sets or deletes, with the comprehensions and functions inside of it."""
+    return _names(code)[3]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    attributes, names, modules = set[str](), set[str](), set[str]()
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str], frozenset[str]]:
+    attributes, names, modules, stored = set[str](), set[str](), set[str](), set[str]()
     for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL", "DELETE_ATTR")):
+            stored.add(instruction.argval)
         if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")):
             names.add(instruction.argval)
         elif instruction.opname.startswith(
@@ -154,12 +169,46 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
             attributes |= inner[0]
             names |= inner[1]
             modules |= inner[2]
+            stored |= inner[3]
         for text in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
             if isinstance(text, str) and len(text) < _LONGEST:
                 attributes.update(words_in(text))
+                stored.update(words_in(text) if {"setattr", "delattr"}.intersection(code.co_names) else ())
                 names.update((text,) if "globals" in code.co_names and text.isidentifier() else ())
                 modules.update((text,) if "modules" in code.co_names or "import_module" in code.co_names else ())
-    return frozenset(attributes), frozenset(names), frozenset(modules)
+    return frozenset(attributes), frozenset(names), frozenset(modules), frozenset(stored)
+
+
+@functools.lru_cache(maxsize=4096)
+def _computes_names(code: types.CodeType) -> bool:
+    """Whether ``getattr`` or ``hasattr`` is called with a name that is no constant."""
+    if any(isinstance(constant, types.CodeType) and _computes_names(constant) for constant in code.co_consts):
+        return True
+    if _GETS.isdisjoint(code.co_names):
+        return False
+    instructions = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    looked_up = [index for index, step in enumerate(instructions) if step.argval in _GETS and step.opname.startswith("LOAD")]
+    return any(not _is_constant_name(instructions[index + 1 :]) for index in looked_up)
+
+
+def _is_constant_name(following: list[dis.Instruction]) -> bool:
+    """Whether the second argument of a call is a constant text, by the instructions after the function was loaded.
+
+    They are followed with a stack that tells of each value whether it is one; what is not understood counts as computed.
+    """
+    stack: list[bool] = []
+    for step in following[following[0].opname == "PUSH_NULL" :]:
+        jumps = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
+        if jumps or (step.opname in _CALLS and step.arg == len(stack)):
+            return len(stack) > 1 and stack[1]
+        depth = len(stack) + dis.stack_effect(step.opcode, step.arg)
+        if step.opname not in _PUSHES:  # its result stands in the place of what it takes
+            stack = stack[: max(depth - 1, 0)]
+        stack += [False] * (depth - len(stack))
+        if depth < 1:
+            return False
+        stack[-1] = step.opname == "LOAD_CONST" and isinstance(step.argval, str)
+    return False
 
 
 def words_in(text: str) -> list[str]:
@@ -202,6 +251,8 @@ class _Observer:
         module = frame.f_globals.get("__name__", "")
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
             self.reads.codes[id(code)] = (code, frame.f_globals)
+            if self.reads.before is not None and origin != "torch":
+                self.reads.before(frame)
         elif module == "torch.serialization" and code.co_name in ("save", "load"):
             kind = SideEffect if code.co_name == "save" else UnguardedRead
             self._refuse(kind, "the step writes or reads a file", f"torch.{code.co_name}", frame)

@@ -34,10 +34,12 @@ from graphs.contract.c_objects import (
     names_looked_up,
     reader_of,
 )
+from graphs.contract.c_state import partial_content, variable_content
 from graphs.contract.code_reads import CodeReads, global_names, imported_names, names_in, words_in
 from graphs.contract.counters import Counter
 from graphs.contract.dict_watch import real_dict
 from graphs.contract.guards import (
+    AliveGuard,
     CellGuard,
     FunctionGuard,
     Guard,
@@ -50,7 +52,7 @@ from graphs.contract.guards import (
     ValueGuard,
 )
 from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
-from graphs.contract.places import ABSENT, LEAVES
+from graphs.contract.places import ABSENT, LEAVES, Difference, reference_to
 from graphs.contract.python_state import Link
 from graphs.contract.raw_access import (
     IMMUTABLE_TYPE,
@@ -65,6 +67,7 @@ from graphs.contract.raw_access import (
 from graphs.errors import Refusal, UnguardedRead
 
 Tensor = torch.Tensor
+_COMPARED_BY_HOLDING = (Tensor, dict, types.FunctionType, type, functools.partial)
 _GRADIENT: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
 _LIMIT = 200_000  # objects
 _NOT_ENTERED = (
@@ -82,6 +85,21 @@ _OF_FUNCTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__annotations
 _TABLES_OF_PYTHON = (type(os.environ),)
 _NOT_SETTINGS = frozenset(("modules", "path_importer_cache", "meta_path", "path_hooks", "stdout", "stderr", "stdin"))
 """What the interpreter itself fills, and what is looked at by itself."""
+_OF_MODULES = frozenset(
+    (
+        "__builtins__",
+        "__dict__",
+        "__spec__",
+        "__loader__",
+        "__name__",
+        "__package__",
+        "__path__",
+        "__file__",
+        "__doc__",
+        "__class__",
+    )
+)
+"""What every module has, which is named where the same is asked of something else."""
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
 """Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
 _NOT_METHODS = frozenset(
@@ -153,6 +171,10 @@ class GuardWalk:
         """All guards, with ``more`` of the caller's."""
         return Guards(self._watched, [*self._polled, *more])
 
+    def changed(self) -> Difference | None:
+        """The first value that is not what it was when the walk saw it."""
+        return next((found for guard in (*self._watched, *self._polled) if (found := guard.difference()) is not None), None)
+
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for ways to tensors that the walk did not find: behind objects that no observed function names."""
         guarded = {id(g.mapping) for g in (*self._watched, *self._polled) if isinstance(g, (MappingGuard, NamesGuard))}
@@ -175,6 +197,7 @@ class GuardWalk:
         self._polled: list[Guard] = []
         self._seen: set[int] = set()
         self._keep: list[Any] = []
+        self._weakly: list[tuple[str, weakref.ref[Any]]] = []
         self._chained: set[tuple[int, int]] = set()
         self._pending: list[tuple[str, Any]] = [*self._roots, ("Tensor", Tensor)]
         self._globals()
@@ -183,9 +206,14 @@ class GuardWalk:
         for name, setting in self._reads.settings.items():
             self._polled.append(ValueGuard(f"{name}()", setting, by_value=True))
         for variable in self._reads.variables:
-            self._polled.append(ValueGuard(f"ContextVar({variable.name!r})", functools.partial(variable.get, None)))
+            guard = ValueGuard(f"ContextVar({variable.name!r})", functools.partial(variable_content, variable))
+            self._polled.append(guard)
+            self._pending.append((f"ContextVar({variable.name!r})", guard.value))
         root_ids = {id(root) for _, root in self._roots}
-        while self._pending:
+        while self._pending or self._weakly:
+            if not self._pending:
+                self._held_weakly(*self._weakly.pop())
+                continue
             path, value = self._pending.pop()
             if type(value) is types.ModuleType:  # that an object holds, or an argument is
                 self._module(path, value, self._names, id(value))
@@ -218,6 +246,7 @@ class GuardWalk:
         )
         (self._watched if isinstance(mapping, dict) and not unseen else self._polled).append(guard)
         if enter:
+            self._pending += [(f"a key of {form.partition('[')[0]}", key) for key, _ in guard.entries if type(key) not in _LEAVES]
             self._pending += [(form.format(key), value) for key, value in guard.entries]
 
     def _globals(self) -> None:
@@ -251,7 +280,7 @@ class GuardWalk:
         if (id(module), space) in self._chained or origin == "own":
             return
         self._chained.add((id(module), space))
-        looked_up = frozenset(name for name in names if name in content and not name.startswith("__"))
+        looked_up = frozenset(name for name in names if name in content and name not in _OF_MODULES)
         if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
             kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
             looked_up = frozenset(kept - _NOT_SETTINGS)
@@ -269,26 +298,48 @@ class GuardWalk:
             self._pending.append((path, walk(value)))
         elif of_type(value, Tensor):
             attributes = attributes_of(value)
-            if attributes:
-                self._mapping(path + ".{}", attributes, self._relevant)
+            if attributes is not None:
+                self._mapping(path + ".{}", attributes, self._relevant, members=True)
             self._tensor(path, value)
         elif type(value) is types.MethodType:
             self._pending += [(path, value.__self__), (path, value.__func__)]
         elif type(value) is types.FunctionType:
             self._function(path, value)
         elif of_type(value, functools.partial):
-            self._pending += [(path, value.func), (path, value.args), (path, value.keywords)]
-            self._extra.update(text for text in value.args if isinstance(text, str) and text.isidentifier())
+            self._partial(path, value)
         elif of_type(value, type):
             self._class(value)
         elif of_type(value, (property, staticmethod, classmethod)):
             parts = ("fget", "fset") if isinstance(value, property) else ("__func__",)
             self._pending += [(path, getattr(value, part)) for part in parts]
         elif of_type(value, weakref.ref):
-            self._polled.append(ValueGuard(path, value))
-            self._pending.append((path, value()))
+            self._weakly.append((path, value))
+            self._object(path, value)
         elif not self._special(path, value):
             self._container(path, value)
+
+    def _partial(self, path: str, value: functools.partial[Any]) -> None:
+        parts = partial_content(value)
+        reference = reference_to(value)
+        for index, name in enumerate(("func", "args", "keywords")):  # `__setstate__` exchanges them
+            self._polled.append(ValueGuard(f"{path}.{name}", functools.partial(_part_of, reference, index)))
+        self._pending += [(path, part) for part in parts]
+        self._extra.update(text for text in parts[1] if isinstance(text, str) and text.isidentifier())
+        self._object(path, value)
+
+    def _held_weakly(self, path: str, reference: weakref.ref[Any]) -> None:
+        """Guard that an object lives which only this reference is known to lead to, without keeping it alive."""
+        value = weakref.ref.__call__(reference)
+        if value is None:
+            return  # and will be
+        self._polled.append(AliveGuard(path, weakref.ref(value)))
+        if id(value) in self._seen:
+            return
+        if of_type(value, _COMPARED_BY_HOLDING) or sequence_class(value) is not None or is_memory(value):
+            detail = f"a {type(value).__name__} is held weakly, which what compares it at each call would keep alive"
+            self.incomparable.append(UnguardedRead(detail, operator=path))
+            return
+        self._pending.append((path, value))
 
     def _tensor(self, path: str, tensor: Tensor) -> None:
         """What a tensor answers that the step does not compute with: its shape, whether it requires a gradient, the gradient."""
@@ -298,6 +349,8 @@ class GuardWalk:
             self._polled.append(ValueGuard(path, functools.partial(_form_of, tensor), by_value=True))
         if "grad" in self._names:
             self._polled.append(ValueGuard(f"{path}.grad", functools.partial(_GRADIENT, tensor)))
+        if "_version" in self._names and not tensor.is_inference():
+            self._polled.append(ValueGuard(f"{path}._version", functools.partial(_version, tensor), by_value=True))
 
     def _container(self, path: str, value: Any) -> None:
         """Lists, dictionaries and the like, which may have attributes too; and all other objects."""
@@ -372,7 +425,7 @@ class GuardWalk:
             self._mapping(function.__name__ + ".{}", function.__dict__, self._relevant if users else None)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             guard = CellGuard(name, cell)
-            if users:
+            if users or id(code) in self._codes:
                 self._polled.append(guard)
             self._pending.append((name, guard.value))
 
@@ -380,6 +433,8 @@ class GuardWalk:
         self._pending.append((f"type({kind.__name__})", type(kind)))
         if origin_of_type(kind) == "user":
             self._polled.append(ValueGuard(f"{kind.__name__}.__mro__", functools.partial(type.__getattribute__, kind, "__mro__")))
+            if "__name__" in self._names or "__qualname__" in self._names:  # no dictionary holds them
+                self._polled.append(ValueGuard(f"{kind.__name__}.__name__", functools.partial(_names_of, kind), by_value=True))
             if issubclass(type(kind), abc.ABCMeta):
                 self._polled.append(ValueGuard("abc.get_cache_token()", abc.get_cache_token, by_value=True))
         if issubclass(kind, enum.Enum):
@@ -398,7 +453,7 @@ class GuardWalk:
             )
             self._watched.append(guard)
             if origin_of_type(base) != "torch":
-                named = [(key, item) for key, item in guard.entries if _is_code(item) or not key.startswith("__")]
+                named = [(key, item) for key, item in guard.entries if _is_code(item) or key in self._names]
                 self._pending += [(f"{base.__name__}.{key}", item) for key, item in named]
 
     def _object(self, path: str, value: Any) -> None:
@@ -429,7 +484,7 @@ class GuardWalk:
         self._pending.append((path, kind))
 
     def _slot(self, path: str, value: Any, slot: types.MemberDescriptorType) -> None:
-        guard = ValueGuard(path, functools.partial(_slot_content, slot, value))
+        guard = ValueGuard(path, functools.partial(_slot_content, slot, reference_to(value)))
         self._polled.append(guard)
         self._pending.append((path, guard.value))
 
@@ -443,11 +498,20 @@ def _is_code(item: Any) -> bool:
     return isinstance(item, (types.FunctionType, property, staticmethod, classmethod))
 
 
-def _slot_content(descriptor: Any, value: Any) -> Any:
+def _slot_content(descriptor: Any, reference: Callable[[], Any]) -> Any:
     try:
-        return descriptor.__get__(value)
-    except AttributeError:
+        return descriptor.__get__(reference())
+    except (AttributeError, TypeError):  # empty, or the object is gone
         return ABSENT
+
+
+def _part_of(reference: Callable[[], Any], index: int) -> Any:
+    value = reference()
+    return ABSENT if value is None else partial_content(value)[index]
+
+
+def _names_of(kind: type[Any]) -> tuple[Any, Any]:
+    return tuple(type.__dict__[name].__get__(kind) for name in ("__name__", "__qualname__"))  # type: ignore[return-value]
 
 
 def _form_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import operator
 import types
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphs.contract.dict_watch import shared_watch
-from graphs.contract.places import ABSENT, Difference, same, text_of
+from graphs.contract.places import ABSENT, Difference, reference_to, same, text_of
 from graphs.contract.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -214,7 +213,7 @@ class TypeGuard:
 
     def __init__(self, path: str, value: Any) -> None:
         self._path, self._kind = path, type(value)
-        self._value = _reference(value)
+        self._value = reference_to(value)
 
     def difference(self) -> Difference | None:
         """The class, if it is another one."""
@@ -248,6 +247,36 @@ class ValueGuard:
     def conditions(self, bind: Bind) -> Iterator[str]:
         """One comparison."""
         yield f"{bind(self._read)}() {'==' if self._by_value else 'is'} {bind(self.value)}"
+
+
+class AliveGuard:
+    """That an object which is held weakly has not died; the guard does not hold it either."""
+
+    def __init__(self, path: str, reference: Callable[[], Any]) -> None:
+        self._path, self._reference = path, reference
+
+    def difference(self) -> Difference | None:
+        """That the object is gone."""
+        return Difference(self._path, "alive", "gone") if self._reference() is None else None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """One comparison."""
+        yield f"{bind(self._reference)}() is not None"
+
+
+class Changed:
+    """What never holds again."""
+
+    def __init__(self, found: Difference) -> None:
+        self._found = found
+
+    def difference(self) -> Difference | None:
+        """The change that was found."""
+        return self._found
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Never true."""
+        yield "False"
 
 
 class CellGuard:
@@ -317,7 +346,16 @@ class Guards:
         self._rebuilds = 0
 
     def changed(self) -> Difference | None:
-        """The first value that is not the recorded one. Runs at every call."""
+        """The first value that is not the recorded one. Runs at every call.
+
+        Once there is one, nothing is held any more: what was compared may be about to die, and the step to look whether it did.
+        """
+        found = self._difference()
+        if found is not None:
+            self._watched, self._polled, self._all_hold, self._watch = [], [Changed(found)], bool, None
+        return found
+
+    def _difference(self) -> Difference | None:
         watch = self._watch
         if watch is not None:
             changes = watch.changes()
@@ -356,7 +394,7 @@ def _expression(guards: Sequence[Guard]) -> Callable[[], bool]:
 
     conditions = [condition for guard in guards for condition in guard.conditions(bind)]
     exec(_SOURCE.format(conditions="\n            and ".join(["(True", *conditions]) + ")"), objects)
-    check: Callable[[], bool] = objects["all_hold"]
+    check: Callable[[], bool] = objects.pop("all_hold")  # else the two hold each other
     return check
 
 
@@ -391,11 +429,3 @@ def _content(cell: types.CellType) -> Any:
 
 def _all_identical(now: Iterable[Any], then: Iterable[Any]) -> bool:
     return all(map(operator.is_, now, then))
-
-
-def _reference(value: Any) -> Callable[[], Any]:
-    """A weak reference where the object allows one: a recording does not keep a cache alive."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return lambda: value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,15 @@ class AttributesView:
     """Some attributes of an object's slots or of a class, or some names of a namespace, as a mapping."""
 
     def __init__(self, owner: Any, names: Iterable[str]) -> None:
-        self._owner, self._names = owner, tuple(names)
-        self._slots = {} if isinstance(owner, (dict, type)) else slots_of(type(owner))
+        slotted = not isinstance(owner, (dict, type))
+        self._reference = reference_to(owner) if slotted else lambda: owner
+        self._names = dict.fromkeys(names)
+        self._slots = slots_of(type(owner)) if slotted else {}
+
+    @property
+    def _owner(self) -> Any:
+        """What has the attributes; an object with slots is held weakly, so that it lives no longer than without this view."""
+        return self._reference()
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self._owner, dict):
@@ -71,7 +79,7 @@ class AttributesView:
             return type.__getattribute__(self._owner, "__dict__")[key]
         try:
             return self._slots[key].__get__(self._owner)
-        except AttributeError as error:  # empty
+        except (AttributeError, TypeError) as error:  # empty, or the object is gone
             raise KeyError(key) from error
 
     def read(self) -> dict[str, Any]:
@@ -105,6 +113,14 @@ class AttributesView:
                 self._slots[name].__delete__(self._owner)
 
 
+def reference_to(value: Any) -> Callable[[], Any]:
+    """A weak reference where the object allows one: a recording does not keep a cache alive."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
 @dataclass(slots=True)
 class Place:
     """A mutable thing with a copy of its content, and how to read and write it."""
@@ -116,7 +132,6 @@ class Place:
     transient: bool = False  # changes between calls are the caller's own affair
     lasting: bool = False
     container: Any = None  # the dict or list itself, where it is one
-    counted: frozenset[Any] = frozenset()  # keys of numbers that a recording advances itself
 
 
 def write_sequence(container: Any, content: list[Any]) -> None:
@@ -200,6 +215,6 @@ def changed_entries(place: Place) -> list[tuple[Any, Any, Any]]:
     before, after = place.content, place.read()
     old = before if isinstance(before, dict) else dict(enumerate(before))
     new = after if isinstance(after, dict) else dict(enumerate(after))
-    keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in place.counted]
+    keys = [*old, *(key for key in new if key not in old)]
     pairs = [(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys]
     return [(key, a, b) for key, a, b in pairs if not same(a, b)]

@@ -8,23 +8,34 @@ classes or functions, and what C objects hold without attributes is read by kind
 
 from __future__ import annotations
 
+import contextvars
 import enum
 import functools
-import logging
 import random
 import sys
 import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from graphs.contract.c_state import IN_MEMORY, held_inside, numpy_place, pickled, place_inside
-from graphs.contract.code_reads import global_names, names_in
-from graphs.contract.libraries import origin_of_code, origin_of_module, origin_of_type
+from graphs.contract.c_state import (
+    IN_MEMORY,
+    held_inside,
+    numpy_place,
+    partial_content,
+    pickled,
+    place_inside,
+    variable_content,
+    write_partial,
+)
+from graphs.contract.libraries import origin_of_code, origin_of_type
+from graphs.contract.named_state import SKIPPED, ClassView, NamesView, Ran, functions_named_by, is_code, named_by
 from graphs.contract.places import (
     LEAVES,
     AttributesView,
@@ -53,18 +64,6 @@ from graphs.contract.tensor_form import GradientView, TensorForm, gradient_of, h
 
 Tensor = torch.Tensor
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_SKIPPED = (
-    *(types.ModuleType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
-    *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
-    *(torch.SymInt, torch.SymFloat, torch.SymBool),  # and numbers of a traced step of all that is traced
-)
-_CALLS_OTHERS = (
-    types.MethodType,
-    types.BuiltinMethodType,
-    types.MethodWrapperType,
-    functools.partial,
-    functools._lru_cache_wrapper,
-)
 _WITHOUT_STATE = frozenset(kind for kind in LEAVES if kind is not enum.Enum)  # classes derived from them may have attributes
 _OF_THREADS = frozenset(("threading", "_thread", "queue", "_queue", "asyncio", "_asyncio", "concurrent", "multiprocessing"))
 _WALK_LIMIT = 500_000
@@ -132,14 +131,24 @@ class PythonState:
         self.complete = True
         named = list(roots)
         self._roots = {id(root) for _, root in named}
+        self.ran: list[Ran] = []
+        self._named: dict[int, tuple[Place, NamesView]] = {}
         if generators:
             self._random_modules()
-        pending: list[tuple[str, Any, Link | None]] = [(path, root, None) for path, root in named]
+        self._walk([(path, root, None) for path, root in named])
+
+    def take(self, ran: Ran) -> None:
+        """Take in what a function names as well; to be called before it runs for the first time."""
+        self.ran.append(ran)
+        with _disable_current_modes():  # what is looked at here is not done by the step
+            self._walk(list(self._names(ran)))
+
+    def _walk(self, pending: list[tuple[str, Any, Link | None]]) -> None:
         while pending:
             path, value, link = pending.pop()
             if type(value) is torch.Generator and id(value) not in self._roots:
                 self.generators.append(value)
-            if type(value) in _WITHOUT_STATE or of_type(value, _SKIPPED) or id(value) in self._seen:
+            if type(value) in _WITHOUT_STATE or of_type(value, SKIPPED) or id(value) in self._seen:
                 continue
             if _is_of_threads(type(value)):
                 continue
@@ -179,8 +188,15 @@ class PythonState:
         elif kind is types.FunctionType:
             yield from self._function(path, value, link)
         elif issubclass(kind, functools.partial):
-            for name in ("func", "args", "keywords"):
-                yield path, class_attribute(functools.partial, name).__get__(value), link
+            read = functools.partial(partial_content, value)
+            self._places.append(Place(path + "{}", read(), read, functools.partial(write_partial, value)))
+            yield from ((path, part, link) for part in read())
+            yield from self._object(path, value, link)
+        elif issubclass(kind, weakref.ref):
+            yield path, weakref.ref.__call__(value), None
+            yield from self._object(path, value, link)
+        elif kind is contextvars.ContextVar:
+            yield path, variable_content(value), link
         elif issubclass(kind, type):
             yield from self._class(value)
         elif issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
@@ -202,10 +218,11 @@ class PythonState:
             yield from self._object(path, value, link)
 
     def _inner_tensors(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
-        """The gradient of a tensor, and what a wrapper subclass is made of, which has no memory of its own."""
+        """The gradient of a tensor, what was set on it, and what a wrapper subclass without memory of its own is made of."""
         gradient = gradient_of(value) if has_form(value) else None
         if gradient is not None:
             yield self._entry(f"{path}.grad", GradientView(value), "", gradient, link)
+        yield from self._attributes(path, value, link)
         flatten = class_attribute(type(value), "__tensor_flatten__")
         attributes = attributes_of(value) if flatten is not None else None
         if attributes is None:
@@ -228,7 +245,9 @@ class PythonState:
         form, kind = path + "[{!r}]", sequence_class(value)
         if of_type(value, dict):
             self._mapping(form, value)
-            yield from (self._entry(form.format(key), value, key, item, link) for key, item in list(items_of(value)))
+            entries = list(items_of(value))
+            yield from ((f"a key of {path}", key, None) for key, _ in entries if type(key) not in _WITHOUT_STATE)
+            yield from (self._entry(form.format(key), value, key, item, link) for key, item in entries)
         elif kind is not None:
             if kind in (list, deque):
                 read = functools.partial(elements_of, value)
@@ -245,22 +264,26 @@ class PythonState:
 
     def _object(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         kind = type(value)
-        module = issubclass(kind, torch.nn.Module)
-        attributes, form = attributes_of(value), path + ".{}"
-        if attributes is not None:
-            self._mapping(form, attributes)
-            for key, item in list(attributes.items()):
-                if module and key in ("_parameters", "_buffers", "_modules") and isinstance(item, dict):
-                    yield from self._members(path, item, link, key != "_buffers")
-                    continue
-                yield self._entry(form.format(key), attributes, key, item, link)
+        yield from self._attributes(path, value, link)
         slots = slots_of(kind)
         if slots:
             view = AttributesView(value, slots)
-            self._places.append(Place(form, view.read(), view.read, view.write))
+            self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
         if origin_of_type(kind) == "user":
             yield path, kind, None
+
+    def _attributes(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
+        attributes, form = attributes_of(value), path + ".{}"
+        if attributes is None:
+            return
+        module = issubclass(type(value), torch.nn.Module)
+        self._mapping(form, attributes)
+        for key, item in list(attributes.items()):
+            if module and key in ("_parameters", "_buffers", "_modules") and isinstance(item, dict):
+                yield from self._members(path, item, link, key != "_buffers")
+                continue
+            yield self._entry(form.format(key), attributes, key, item, link)
 
     def _members(
         self, path: str, members: dict[str, Any], link: Link | None, registered: bool
@@ -272,24 +295,24 @@ class PythonState:
                 yield self._entry(f"{path}.{name}", members, name, item, link, registered)
 
     def _class(self, kind: type[Any]) -> Iterator[tuple[str, Any, Link | None]]:
+        yield f"type({kind.__name__})", type(kind), None
         for base in type.__getattribute__(kind, "__mro__"):
             if origin_of_type(base) != "user" or (id(base) in self._seen and base is not kind):
                 continue
             self._seen.add(id(base))
-            content = dict(type.__getattribute__(base, "__dict__"))
-            state = [name for name, item in content.items() if not name.startswith("__") and not _is_code(item)]
-            view = AttributesView(base, state)
-            self._places.append(Place(base.__name__ + ".{}", view.read(), view.read, view.write))
+            view = ClassView(base)
+            content = view.read()
+            self._places.append(Place(base.__name__ + ".{}", content, view.read, view.write))
             for name, item in content.items():
                 path = f"{base.__name__}.{name}"
-                if name in state:
-                    yield self._entry(path, view, name, item, None)
-                elif isinstance(item, property):
-                    yield path, item.fget, None
+                if isinstance(item, property):
+                    yield from ((path, part, None) for part in (item.fget, item.fset, item.fdel) if part is not None)
                 elif isinstance(item, (staticmethod, classmethod)):
                     yield path, item.__func__, None
                 elif isinstance(item, types.FunctionType):
                     yield path, item, None
+                elif not is_code(item):
+                    yield self._entry(path, view, name, item, None)
 
     def _function(self, path: str, function: types.FunctionType, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         origin = origin_of_code(function.__code__, function.__globals__)
@@ -304,22 +327,23 @@ class PythonState:
             for item in view.read().values():
                 yield self._entry(name, view, "", item, None)
         if origin == "user":
-            yield from self._globals(function)
+            yield from self._names(Ran(function.__code__, function.__globals__))
 
-    def _globals(self, function: types.FunctionType) -> Iterator[tuple[str, Any, Link | None]]:
-        """State that a function names: globals of its own module, and names of other modules of the user's."""
-        space, code = function.__globals__, function.__code__
-        named = [name for name in sorted(global_names(code)) if name in space]
-        spaces = [("{}", space, [name for name in named if _is_state(space[name])])]
-        for name in named:
-            module = space[name]
-            if type(module) is types.ModuleType and origin_of_module(module) == "user":
-                held = vars(module)
-                spaces.append((name + ".{}", held, [n for n in sorted(names_in(code)) if n in held and _is_state(held[n])]))
-        for form, content, names in spaces:
-            view = AttributesView(content, names)
-            self._places.append(Place(form, view.read(), view.read, view.write))
-            yield from (self._entry(form.format(name), view, name, item, None) for name, item in view.read().items())
+    def _names(self, ran: Ran) -> Iterator[tuple[str, Any, Link | None]]:
+        """State that a function names, as far as no function before has named it."""
+        for form, owner, names in named_by(ran):
+            known = self._named.get(id(owner))
+            if known is None:
+                view = NamesView(owner)
+                known = self._named[id(owner)] = Place(form, {}, view.read, view.write), view
+                self._places.append(known[0])
+            place, view = known
+            added = set(view.add(names))
+            for name, item in view.read().items() if added else ():
+                if name in added:
+                    place.content[name] = item
+                    yield self._entry(form.format(name), view, name, item, None)
+        yield from ((path, function, None) for path, function in functions_named_by(ran))
 
     def differences(self) -> list[Difference]:
         """What changed since the snapshot."""
@@ -337,12 +361,6 @@ class PythonState:
             elif place_differences(place):
                 yield place.form, None, None, None, None
         yield from ((change.path, None, None, None, None) for form in self._forms for change in form.differences())
-
-    def leave_to_recording(self, container: Any, key: Any) -> None:
-        """Do not compare a number that a recording advances itself."""
-        for place in self._places:
-            if place.container is container:
-                place.counted |= {key}
 
     def restore(self) -> None:
         """Put back what the snapshot saw."""
@@ -366,19 +384,3 @@ def _is_of_threads(kind: type[Any]) -> bool:
 
 def _copied(mapping: dict[Any, Any]) -> dict[Any, Any]:
     return dict(items_of(mapping))
-
-
-def _is_code(item: Any) -> bool:
-    code = (types.FunctionType, staticmethod, classmethod, property, types.MemberDescriptorType, types.GetSetDescriptorType)
-    return isinstance(item, code)
-
-
-def _is_state(item: Any) -> bool:
-    """Whether a global can be state of the step, or lead to it: not a module, nor a library's class or function."""
-    kind = type(item)
-    if kind is types.FunctionType:
-        return origin_of_code(item.__code__, item.__globals__) == "user"
-    if issubclass(kind, type):
-        return origin_of_type(item) == "user"
-    called = class_attribute(kind, "__call__") is not None and not issubclass(kind, _CALLS_OTHERS)
-    return not issubclass(kind, _SKIPPED) and (not called or issubclass(kind, torch.nn.Module) or origin_of_type(kind) == "user")
