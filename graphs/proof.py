@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graphs import verify
-from graphs.contract.code_reads import without_effects
+from graphs.contract.forbidding import without_effects
 from graphs.contract.host_values import may_read
 from graphs.contract.outputs import OutputTemplate
 from graphs.errors import Site, VerifyMismatch

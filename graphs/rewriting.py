@@ -17,8 +17,8 @@ import torch
 
 import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
-from graphs.contract.code_reads import forbidding
 from graphs.contract.counters import Counters
+from graphs.contract.forbidding import forbidding
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
@@ -50,7 +50,7 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     Raises:
         Refusal: a host value cannot be removed; of the kind that was found at its line.
     """
-    attempts = (True, False) if "branches" in step.passes else (False,)
+    attempts = (True, False) if "branches" in step.passes and passes.Stopping.is_possible() else (False,)
     for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
             module, structure = traced(step, trace, tensors, counters, merge=merge)

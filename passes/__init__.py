@@ -18,6 +18,7 @@ from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.sites import Place, user_place
 from passes.skinny import skinny_products
+from passes.stopping import Stopping
 from passes.tracing import Number
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Place",
     "Read",
     "Routes",
+    "Stopping",
     "Target",
     "Undo",
     "Unremovable",

@@ -34,6 +34,7 @@ import torch
 from passes.fork_source import FORK, Start
 from passes.loops import Arm, Loops
 from passes.sites import Branch, Place, is_user
+from passes.stopping import Hook, Stopping
 from passes.symbols import SYMBOLS, expression_of
 
 if TYPE_CHECKING:
@@ -80,17 +81,13 @@ Snapshot = Callable[[Sequence[tuple[str, Any]], State | None], State]
 """Takes a snapshot of all that hangs on objects given by name, but for what another snapshot holds."""
 
 
-Hook = Callable[[FrameType, str, Any], None]
-"""A profiling hook that raises where the step is about to act outside of itself, before it does."""
-
-
 class Forks:
     """What the lines of `passes.fork_source` call, in one trace.
 
     Args:
         static: the value of a condition that holds or fails whatever the data, else None.
         snapshot: takes snapshots of Python objects.
-        forbidding: sees every call of a side, and stops it before it acts outside of the step; no other profiler is replaced.
+        forbidding: sees every call of a side, and stops it before it acts outside of the step.
 
     Attributes:
         naming: whether the operators that run now give a long expression a name.
@@ -109,13 +106,13 @@ class Forks:
     ) -> None:
         self.facts, self.loops, self.static, self.snapshot = facts, loops, static, snapshot
         self._forbidding = forbidding
+        self._watch = Stopping(self._seen)
         self.naming = False
         self.joining: Arm | None = None
         self.asked: Place | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
         self._count = itertools.count()
-        self._hook = self._seen  # one object: a bound method is another at each look
 
     def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
         """The branch ``if test`` in the frame that calls.
@@ -201,10 +198,21 @@ class Forks:
         fork.leave({})
         return value
 
-    def watch(self, running: bool) -> None:
-        """Have the calls that follow seen, while a side runs, or not any more."""
-        if self._forbidding is not None and sys.getprofile() is (None if running else self._hook):
-            sys.setprofile(self._hook if running else None)
+    def watch(self, running: bool, site: Branch | None = None) -> None:
+        """Have the calls that follow seen, while a side of the branch at ``site`` runs, or not any more.
+
+        Raises:
+            Unmergeable: another profiler or tracer sees them, which cannot be joined.
+        """
+        if self._forbidding is None or running is self._watch.is_active:
+            return
+        if not running:
+            self._watch.stop()
+        elif Stopping.is_possible():
+            self._watch.start()
+        else:
+            assert site is not None
+            raise self.unmergeable("a profiler or a tracer is active, so nobody can see what a side does", site)
 
     def _seen(self, frame: FrameType, event: str, argument: Any) -> None:
         assert self._forbidding is not None
@@ -252,9 +260,9 @@ class Fork:
         if not self.is_data:
             return bool(self._condition is side)
         loops = self._forks.loops
+        self._forks.watch(True, self._site)
         self._outer = loops.trips
         self._within = loops.trips = (*loops.trips, self._arm(side))
-        self._forks.watch(True)
         return True
 
     def _arm(self, side: bool) -> Arm:

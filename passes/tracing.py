@@ -34,11 +34,12 @@ from passes.exchange import Plan, Written, forked
 from passes.facts import Decision, Facts
 from passes.fakes import StepFakes
 from passes.following import Follow, HintedShapes
-from passes.forks import Forks, Hook, Snapshot, Stopped, Unmergeable
+from passes.forks import Forks, Snapshot, Stopped, Unmergeable
 from passes.loops import Arm, Loops
 from passes.python_entry import SymbolicEntry
 from passes.reads import Read
 from passes.sites import user_site
+from passes.stopping import EndlessError, Hook
 from passes.symbols import expression_of
 
 Tensor = torch.Tensor
@@ -85,14 +86,19 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
             module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
     except Unmergeable:
         raise
-    except Stopped as stopped:
-        raise stopped.reason from None
+    except (Stopped, EndlessError):
+        assert forks.failed is not None
+        raise forks.failed from None
     except Exception as error:
         arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, Arm)), None)
         if arm is None:
             raise
         text = str(error).partition("\n")[0]
         raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
+    except SystemExit:  # what a handler of the step's makes of `Stopped`
+        if forks.failed is None:
+            raise
+        raise forks.failed from None
     finally:
         forks.watch(False)
     if forks.failed is not None:

@@ -12,7 +12,6 @@ import builtins
 import dis
 import functools
 import gc
-import io
 import os
 import re
 import sys
@@ -25,33 +24,11 @@ from typing import Any
 
 import torch
 
+from graphs.contract.effects import NAMES, SEEDS, refused_call, refused_loads
 from graphs.contract.libraries import origin_of
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
 
-_CLOCKS = frozenset(
-    (
-        *("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns"),
-        *("process_time", "process_time_ns", "thread_time", "localtime", "gmtime", "ctime"),
-        *("clock_gettime", "strftime", "asctime"),
-    )
-)
-_DATES = frozenset(("now", "utcnow", "today"))
-_FILES = frozenset(
-    (
-        *("open", "stat", "lstat", "fstat", "access", "readlink", "listdir", "scandir", "getcwd", "fromfile", "input"),
-        *("read", "readline", "readlines", "readinto", "recv", "urandom", "getrandom"),
-        *("getpid", "getppid", "getloadavg", "cpu_count", "times", "get_ident", "get_native_id"),
-    )
-)
-_WRITES = frozenset(
-    (
-        *("print", "write", "writelines", "send", "sendall", "system", "fork_exec", "tofile", "put"),
-        *("unlink", "remove", "rename", "mkdir", "chdir", "chmod", "putenv"),
-    )
-)
-_SEEDS = frozenset(("manual_seed", "seed", "set_state", "set_offset"))
-_THREADS = frozenset(("start_new_thread", "start_joinable_thread"))
-_BETWEEN_THREADS = {
+BETWEEN_THREADS = {
     "queue": frozenset(("put", "get", "join", "task_done")),
     "threading": frozenset(("wait", "notify", "set", "clear", "start", "join", "acquire", "release")),
     "concurrent.futures._base": frozenset(("result", "exception", "wait", "as_completed")),
@@ -66,7 +43,8 @@ _BETWEEN_THREADS = {
 _OF_THE_KEY = ("grad", "inference", "autocast", "stack")  # modes, which belong to the key of a call
 _SETTINGS = ("get", "_get_", "are_deterministic_", "is_deterministic_", "isenabled")
 _CONTEXT = frozenset(("get", "set"))
-_NAMES = _CLOCKS | _DATES | _FILES | _WRITES | _SEEDS | _THREADS | _CONTEXT
+_NAMES = NAMES | _CONTEXT
+_OF_REPR = ("dataclasses", "reprlib")
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
 _ON_BEHALF = ("torch.serialization", "torch.storage", "torch.hub", "torch.package", "torch.utils.data", "torch.utils.tensorboard")
@@ -216,7 +194,7 @@ def words_in(text: str) -> list[str]:
     return _WORDS.findall(text)
 
 
-class _Observer:
+class Observer:
     """The profiling hook of one run."""
 
     def __init__(self, reads: CodeReads) -> None:
@@ -225,6 +203,7 @@ class _Observer:
         self._keep: list[types.CodeType] = []
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        """See `sys.setprofile`."""
         if event == "call":
             code = frame.f_code
             if id(code) not in self._seen:
@@ -241,24 +220,32 @@ class _Observer:
                 self.reads.settings[name] = argument
 
     def _started(self, code: types.CodeType, frame: types.FrameType) -> None:
-        if _is_collecting(frame):
+        if is_collecting(frame):
             return
         if code in _ENVIRONMENT:
             self.reads.environment = True
-        elif code in _ENVIRONMENT_WRITES and not _by_itself(frame):
+        elif code in _ENVIRONMENT_WRITES and not is_by_itself(frame):
             self._refuse(SideEffect, "the step sets an environment variable", "os.environ", frame)
         origin = origin_of(code.co_filename)
         module = frame.f_globals.get("__name__", "")
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
             self.reads.codes[id(code)] = (code, frame.f_globals)
-            if self.reads.before is not None and origin != "torch":
-                self.reads.before(frame)
+            if origin != "torch":
+                if self.reads.before is not None:
+                    self.reads.before(frame)
+                self._loads(code, frame)
         elif module == "torch.serialization" and code.co_name in ("save", "load"):
             kind = SideEffect if code.co_name == "save" else UnguardedRead
             self._refuse(kind, "the step writes or reads a file", f"torch.{code.co_name}", frame)
-        elif code.co_name in _BETWEEN_THREADS.get(str(module), ()) and not _by_itself(frame):
+        elif code.co_name in BETWEEN_THREADS.get(str(module), ()) and not is_by_itself(frame):
             name = getattr(code, "co_qualname", code.co_name)
             self._refuse(SideEffect, "the step gives something to another thread, or waits for it", name, frame)
+
+    def _loads(self, code: types.CodeType, frame: types.FrameType) -> None:
+        """Refuse what a function gives to C to call, or calls by way of C, where no hook sees it."""
+        for refusal in refused_loads(code, frame):
+            if not is_by_itself(frame):
+                self._refuse(*refusal, frame)
 
     def _called(self, name: str, function: Any, frame: types.FrameType) -> None:
         owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
@@ -267,8 +254,10 @@ class _Observer:
                 return
             self.reads.variables.setdefault(owner, owner.get(None))
             return
-        refusal = _refused_call(name, owner, module)
-        if refusal is not None and not (_is_our_own(frame) if name in _SEEDS else _by_itself(frame)):
+        if name == "get_ident" and frame.f_globals.get("__name__") in _OF_REPR:  # to see whether it is called by itself
+            return
+        refusal = refused_call(name, owner, module)
+        if refusal is not None and not (_is_our_own(frame) if name in SEEDS else is_by_itself(frame)):
             self._refuse(*refusal, frame)
 
     def _asked(self, name: str, function: Any, frame: types.FrameType) -> None:
@@ -286,7 +275,7 @@ class _Observer:
             self.reads.settings[name] = function
 
     def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
-        if _is_collecting(frame):
+        if is_collecting(frame):
             return
         refusal = kind(detail, operator=operator, site=Site.at(_line(frame)))
         if all(known.signature != refusal.signature for known in self.reads.refusals):
@@ -298,37 +287,7 @@ def _is_layers_code(code: types.CodeType, module: str) -> bool:
     return module.startswith("torch.nn.") and code.co_name not in ("__setattr__", "__delattr__", "__init__")
 
 
-def _refused_call(name: str, owner: Any, module: str | None) -> tuple[type[Refusal], str, str] | None:
-    """What is wrong with a call of a C function of this name, if anything."""
-    if name in _CLOCKS and module == "time":
-        return UnguardedRead, "the step reads a clock", f"time.{name}"
-    if name == "put" and type(owner).__module__ != "_queue":
-        return None
-    if name in _DATES and isinstance(owner, type) and owner.__module__ == "datetime":
-        return UnguardedRead, "the step reads a clock", f"{owner.__name__}.{name}"
-    if name in _SEEDS and isinstance(owner, torch.Generator):
-        return UnguardedRead, "the step sets the state of a random generator", f"Generator.{name}"
-    if name in _THREADS:
-        return SideEffect, "the step starts a thread", f"threading.{name}"
-    outside = _is_outside(owner) or module in _OUTSIDE
-    if name in _WRITES and outside:
-        return SideEffect, "the step writes to a file, a terminal or a connection, which a replay would not", name
-    if name in _FILES and outside:
-        return UnguardedRead, "the step reads what lies outside of this process", name
-    return None
-
-
-def _is_outside(owner: Any) -> bool:
-    """Whether an object stands for a file or a connection; text and bytes in memory do not."""
-    if isinstance(owner, (io.StringIO, io.BytesIO)):
-        return False
-    return isinstance(owner, io.IOBase) or type(owner).__module__ in ("_io", "_socket", "socket", "_queue")
-
-
-_OUTSIDE = ("posix", "nt", "_io", "io", "builtins", "_posixsubprocess", "_thread", "numpy")
-
-
-def _is_collecting(frame: types.FrameType | None) -> bool:
+def is_collecting(frame: types.FrameType | None) -> bool:
     """Whether a frame belongs to what the garbage collector calls, which is no part of the step."""
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
@@ -351,7 +310,7 @@ def _is_our_own(frame: types.FrameType | None) -> bool:
     return False
 
 
-def _by_itself(frame: types.FrameType | None) -> bool:
+def is_by_itself(frame: types.FrameType | None) -> bool:
     """Whether a call comes from a package that calls it for purposes of its own."""
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
@@ -372,38 +331,6 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "", 0
-
-
-class EffectFoundError(BaseException):
-    """A run that must not act outside of the step was about to. No `except Exception` of the step's may take it for its own."""
-
-
-class _Forbidding(_Observer):
-    """Stops a run before it acts outside of the step, or reads what lies there."""
-
-    def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
-        if not _is_collecting(frame):
-            raise EffectFoundError(f"{detail} [{operator}]")
-
-
-def forbidding() -> Callable[[types.FrameType, str, Any], None]:
-    """A profiling hook that raises `EffectFoundError` before what runs acts outside of the step, or reads what lies there."""
-    return _Forbidding(CodeReads())
-
-
-def without_effects(run: Callable[[], Any]) -> Any:
-    """The result of ``run``, for outcomes that did not occur: it is stopped where it would act outside of the step.
-
-    Raises:
-        EffectFoundError: it was about to.
-    """
-    if sys.getprofile() is not None:
-        return run()
-    sys.setprofile(forbidding())
-    try:
-        return run()
-    finally:
-        sys.setprofile(None)
 
 
 def _both(first: Any, second: Any) -> Callable[..., None]:
@@ -427,7 +354,7 @@ def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
         if before is not None and not hasattr(before, "graphs_hook"):
             reads.complete = False
             return run()
-        observer = _Observer(reads)
+        observer = Observer(reads)
         sys.setprofile(observer if before is None else _both(before, observer))
         try:
             return run()
@@ -438,4 +365,4 @@ def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
     return observe
 
 
-assert time.time.__module__ == "time" and builtins.print.__module__ == "builtins"  # what `_refused_call` tells them by
+assert time.time.__module__ == "time" and builtins.print.__module__ == "builtins"  # what `refused_call` tells them by
