@@ -19,6 +19,7 @@ import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.counters import Counters
 from graphs.contract.forbidding import forbidding
+from graphs.contract.operators import storage_id
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
@@ -27,7 +28,7 @@ from graphs.failures import raised_refusal
 from graphs.record.step import Recording
 from graphs.step import Checkpoint, Step
 from graphs.stored import Stored, Stores
-from graphs.watch import MODELS, Trace
+from graphs.watch import MODELS, Trace, watch_again
 
 Tensor = torch.Tensor
 _SINGULAR: type[Exception] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  # named by no stub
@@ -58,12 +59,30 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
             reason = error
             break
         try:
-            return RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
+            made = RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
         except passes.Unremovable as error:
             reason = error
+        else:
+            if counters is not None:
+                made.also_writes(_written_by_the_next(step, trace, tensors), tensors)
+            return made
         if not module.meta["merged"]:
             break
     raise refusal_of(reason, trace) from reason
+
+
+def _written_by_the_next(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the step after this one writes: a number that this one advances may pick another tensor of several.
+
+    Both run for real. What the second one writes is put back, all else is the caller's to restore, as for ``trace``.
+    """
+    before = Checkpoint(step)
+    try:
+        step.run(tensors)
+        _, following = watch_again(lambda: step.run(tensors), list(tensors), trace)
+    finally:
+        before.restore()
+    return following.written.tensors
 
 
 def traced(
@@ -176,7 +195,7 @@ class RewrittenStep:
         changes: what the passes did.
         assumption: what the graph assumes of host values; None where it holds for any.
         written: positions of the arguments that the graph writes, be it under a condition.
-        held, held_written: tensors of the step that it reads and writes in place.
+        held, held_written: tensors of the step that it reads and writes in place, or that the step writes the next time.
         decided_at: file and line of what it assumes.
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
     """
@@ -199,6 +218,13 @@ class RewrittenStep:
         facts = module.meta.get("facts")
         self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
         self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
+
+    def also_writes(self, written: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Note what another run of the step writes: whoever runs it and takes that back has to save it before."""
+        places = {storage_id(tensor): index for index, tensor in enumerate(arguments)}
+        self.written = sorted({*self.written, *(places[key] for key in map(storage_id, written) if key in places)})
+        known = {storage_id(tensor) for tensor in self.held_written} | {*places}
+        self.held_written += [tensor for tensor in written if storage_id(tensor) not in known]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the tensor leaves of a call. Python's numbers stay what they are.
