@@ -333,6 +333,8 @@ class Fork:
     def _joined_numbers(self, a: Any, b: Any) -> Any:
         if not isinstance(a, SYMBOLS) and not isinstance(b, SYMBOLS) and repr(a) == repr(b):  # -0.0 equals 0.0
             return a
+        if "-0.0" in (repr(side) for side in (a, b) if isinstance(side, float)):  # for sympy, zero has no sign
+            raise self._forks.unmergeable("a side leaves a zero below zero", self._site)
         if isinstance(a, (bool, torch.SymBool)):
             return self._forks.short((self._condition & a) | (torch.sym_not(self._condition) & b))
         if isinstance(a, (int, torch.SymInt)) and expression_of(a) == expression_of(b):

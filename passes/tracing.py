@@ -33,6 +33,7 @@ from passes.errors import Unremovable
 from passes.exchange import Plan, Written, forked
 from passes.facts import Decision, Facts
 from passes.fakes import StepFakes
+from passes.float_operations import opaque_floats
 from passes.following import Follow, HintedShapes
 from passes.forks import Forks, Snapshot, Stopped, Unmergeable
 from passes.loops import Arm, Loops
@@ -218,7 +219,7 @@ def trace_once(
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
-        with SymbolicEntry(follow.drop, follow.rows), follow:
+        with SymbolicEntry(follow.drop, follow.rows), opaque_floats(facts, forks), follow:
             count = len(arguments) - len(numbers)
             arguments, held = arguments[:count], arguments[count:]
             symbols: list[Any] = [tensor.item() for tensor in held]
