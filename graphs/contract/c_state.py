@@ -27,12 +27,15 @@ IN_MEMORY = (io.StringIO, io.BytesIO)
 _LARGE = 1 << 26  # bytes; of more memory a copy is not kept, so that its changes are lasting
 _DATA: type[Any] = ctypes.c_int.__mro__[2]  # what all objects of ctypes are
 _VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_ARGUMENTS: Any = vars(BaseException)["args"]
 _PROBES = ("qsize", "digest")
 
 
 def place_inside(path: str, value: Any) -> Place | None:
     """The place for what a C object holds beside its attributes; None where nothing is known to be there."""
     kind, form = type(value), path + "{}"
+    if issubclass(kind, BaseException):
+        return _place(path + ".args", functools.partial(_ARGUMENTS.__get__, value), functools.partial(_ARGUMENTS.__set__, value))
     if issubclass(kind, IN_MEMORY):
         base = io.StringIO if issubclass(kind, io.StringIO) else io.BytesIO
         return _place(form, functools.partial(_file, base, value), functools.partial(_write_file, base, value))
@@ -90,6 +93,10 @@ def held_inside(value: Any) -> list[tuple[str, Any]]:
     kind = type(value)
     if issubclass(kind, _thread._local):
         return [("", _thread._local.__getattribute__(value, "__dict__"))]  # of this thread, which has it made if need be
+    if kind is slice:
+        return [(".start", value.start), (".stop", value.stop), (".step", value.step)]
+    if issubclass(kind, BaseException):
+        return [(".args", _ARGUMENTS.__get__(value))]
     if kind in (types.BuiltinMethodType, types.MethodWrapperType):
         return [(".__self__", value.__self__)]
     if issubclass(kind, _VIEWS) or kind is types.MappingProxyType:

@@ -249,9 +249,9 @@ class Observer:
 
     def _called(self, name: str, function: Any, frame: types.FrameType) -> None:
         owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
+        if origin_of(frame.f_code.co_filename) == "own":  # a hook of this project's, or a captured module inside this one
+            return
         if name in _CONTEXT and isinstance(owner, ContextVar):
-            if origin_of(frame.f_code.co_filename) == "own":
-                return
             self.reads.variables.setdefault(owner, owner.get(None))
             return
         if name == "get_ident" and frame.f_globals.get("__name__") in _OF_REPR:  # to see whether it is called by itself

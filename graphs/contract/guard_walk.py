@@ -280,7 +280,8 @@ class GuardWalk:
         if (id(module), space) in self._chained or origin == "own":
             return
         self._chained.add((id(module), space))
-        looked_up = frozenset(name for name in names if name in content and name not in _OF_MODULES)
+        whole = self._everything and origin == "user"  # `getattr(settings, name)`
+        looked_up = frozenset(name for name in (content if whole else names) if name in content and name not in _OF_MODULES)
         if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
             kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
             looked_up = frozenset(kept - _NOT_SETTINGS)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphs.contract.c_objects import elements_in
 from graphs.contract.c_state import (
     IN_MEMORY,
     held_inside,
@@ -204,6 +205,7 @@ class PythonState:
             self._places.append(Place(path + "{}", read(), read, write, transient=True))
         elif module_name(kind).partition(".")[0] == "numpy":
             self._places += filter(None, [numpy_place(path, value)])
+            yield from ((f"{path}[{index}]", item, link) for index, item in enumerate(elements_in(value)))
         elif (
             kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None and not issubclass(kind, IN_MEMORY)
         ):

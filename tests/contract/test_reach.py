@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -265,6 +266,27 @@ def by_weak_set() -> Written:
     return Written(lambda: [plus(item) for item in items], lambda: held.n)
 
 
+def in_an_array() -> Written:
+    held = Holder(n=0)
+    array = numpy.array([held, None], dtype=object)
+    return Written(lambda: plus(array[0]), lambda: held.n)
+
+
+def arguments_of_an_exception() -> Written:
+    error = ValueError(0)
+    return Written(lambda: setattr(error, "args", (error.args[0] + 1,)), lambda: error.args[0])
+
+
+def list_in_an_exception() -> Written:
+    error = ValueError([])
+    return Written(lambda: error.args[0].append(1), lambda: len(error.args[0]))
+
+
+def list_in_a_slice() -> Written:
+    part = slice([], None)
+    return Written(lambda: part.start.append(1), lambda: len(part.start))
+
+
 WRITTEN: dict[str, Callable[[], Written]] = {
     "attribute of a buffer": lambda: written_tensor(nn.Buffer, True),
     "attribute of a parameter": lambda: written_tensor(nn.Parameter, True),
@@ -292,6 +314,10 @@ WRITTEN: dict[str, Callable[[], Written]] = {
     "key": lambda: keyed(Holder(n=0)),
     "key in a tuple": lambda: keyed(Holder(n=0), lambda key: {(key, 1): 1}),
     "content of a context variable": set_variable,
+    "object in an array": in_an_array,
+    "arguments of an exception": arguments_of_an_exception,
+    "list in an exception": list_in_an_exception,
+    "list in a slice": list_in_a_slice,
     "global of a library": lambda: Written(call(lib.of_module), lambda: lib.COUNT),
     "item in a library": lambda: Written(call(lib.of_dict), lambda: lib.STATE["n"]),
     "list in a library": lambda: Written(call(lib.of_list), lambda: len(lib.ITEMS)),
@@ -361,6 +387,11 @@ def closure_of_a_library() -> Read:
     return Read(lambda: lib.read_cell(1.0), lambda: lib.write_cell(3.0))
 
 
+def computed_name_of_a_module() -> Read:
+    package.inner.w0 = 1.0
+    return Read(lambda: sum(getattr(package.inner, f"w{i}") for i in range(1)), lambda: setattr(package.inner, "w0", 3.0))
+
+
 def first_attribute_of_a_tensor() -> Read:
     held = torch.ones(2)
     return Read(lambda: getattr(held, "v", 1.0), lambda: setattr(held, "v", 3.0))
@@ -387,6 +418,7 @@ READ: dict[str, Callable[[], Read]] = {
     "default of a context variable": variable_default,
     "name of a class": name_of_a_class,
     "a name that a library computes": computed_in_a_library,
+    "a computed name of a module": computed_name_of_a_module,
     "closure of a library": closure_of_a_library,
     "first attribute of a tensor": first_attribute_of_a_tensor,
     "version of a tensor": version_of_a_tensor,
@@ -468,6 +500,20 @@ def test_a_tensor_that_is_held_weakly_is_not_replayed() -> None:
         gc.collect()
         del held
         assert reference() is None
+
+
+def test_what_is_read_and_cannot_be_put_back_refuses_the_step() -> None:
+    held = Holder(module=types.ModuleType("held_by_an_object"))
+    held.module.n = 0  # type: ignore[attr-defined]
+    captured = graphs.capture(lambda x: (plus(held.module), x * 2)[1])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for _ in range(3):
+            captured(torch.ones(3))
+        before = held.module.n  # type: ignore[attr-defined]
+        captured(torch.ones(3))
+    report = captured.report()
+    assert held.module.n == before + 1 and report.replays == 0  # type: ignore[attr-defined]
+    assert [refusal.reason for refusal in report.refusals] == ["changing-value"]
 
 
 def test_a_library_is_not_gone_through_as_a_whole() -> None:
