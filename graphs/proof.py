@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graphs import verify
-from graphs.contract.forbidding import without_effects
 from graphs.contract.host_values import may_read
 from graphs.contract.outputs import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
 from graphs.failures import is_interrupt
+from graphs.forbidding import without_effects
 from graphs.rewriting import RewrittenStep
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, watch_again

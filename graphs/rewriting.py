@@ -18,13 +18,13 @@ import torch
 import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.counters import Counters
-from graphs.contract.forbidding import forbidding
 from graphs.contract.operators import storage_id
 from graphs.contract.outputs import map_output
 from graphs.contract.python_state import PythonState
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.failures import raised_refusal
+from graphs.forbidding import forbidding
 from graphs.record.step import Recording
 from graphs.step import Checkpoint, Step
 from graphs.stored import Stored, Stores

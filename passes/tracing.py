@@ -68,7 +68,7 @@ def _without_metadata() -> Iterator[None]:
     Which memory formats symbolic sizes may have are a fifth of the questions that tracing asks.
     """
     if _metadata_of is not None:
-        proxy_tensor._extract_tensor_metadata = _metadata  # it stays: other threads get what they always got
+        setattr(proxy_tensor, "_extract_tensor_metadata", _metadata)  # noqa: B010  # it stays: other threads get what they always got
     before, _tracing.now = _tracing.now, True
     try:
         yield
