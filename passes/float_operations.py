@@ -22,9 +22,18 @@ from passes.symbols import SYMBOLS, expression_of
 
 _active = threading.local()
 _ABSENT = object()
+
+
+def _reversed(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: function(b, a)
+
+
+_ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    **{f"__{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge")},
-    **{f"__r{name}__": lambda a, b, of=getattr(operator, name): of(b, a) for name in ("add", "sub", "mul")},
+    **{f"__{name}__": function for name, function in _ARITHMETIC.items()},
+    **{f"__r{name}__": _reversed(function) for name, function in _ARITHMETIC.items()},
+    **{f"__{name}__": getattr(operator, name) for name in _COMPARISONS},
 }
 
 
@@ -81,4 +90,4 @@ def _hint(value: Any, facts: Facts) -> Any:
     found = facts.hint(expression_of(value))
     if found is None:
         return None
-    return float(found) if isinstance(value, torch.SymFloat) or not found.is_Integer else int(found)  # type: ignore[arg-type]
+    return float(found) if isinstance(value, torch.SymFloat) or not found.is_Integer else int(found)
