@@ -334,13 +334,31 @@ class Fork:
         if not isinstance(a, SYMBOLS) and not isinstance(b, SYMBOLS) and repr(a) == repr(b):  # -0.0 equals 0.0
             return a
         if "-0.0" in (repr(side) for side in (a, b) if isinstance(side, float)):  # for sympy, zero has no sign
-            raise self._forks.unmergeable("a side leaves a zero below zero", self._site)
+            return self._chosen_on_device(a, b)
         if isinstance(a, (bool, torch.SymBool)):
             return self._forks.short((self._condition & a) | (torch.sym_not(self._condition) & b))
         if isinstance(a, (int, torch.SymInt)) and expression_of(a) == expression_of(b):
             return a
         made = self._choice(a, b)
         return made if isinstance(made, torch.SymFloat) else self._forks.short(made)
+
+    def _chosen_on_device(self, a: Any, b: Any) -> Any:
+        """One of two numbers that are no symbols, as a number of its own."""
+        if isinstance(a, SYMBOLS) or isinstance(b, SYMBOLS):
+            raise self._forks.unmergeable("a side leaves a zero below zero", self._site)
+        forks = self._forks
+        outer, forks.naming = forks.naming, True
+        try:
+            flag = torch.scalar_tensor(torch.sym_ite(self._condition, 1, 0), dtype=torch.bool)
+            sides = (torch.scalar_tensor(float(side), dtype=torch.float64) for side in (a, b))
+            made = torch.where(flag, *sides).item()
+        finally:
+            forks.naming = outer
+        taken = forks.facts.hint(self._condition.node.expr)
+        if taken is not None:
+            (symbol,) = made.node.expr.free_symbols
+            forks.facts.hints[symbol] = float(a if taken == sympy.true else b)
+        return made
 
     def _choice(self, a: Any, b: Any) -> Any:
         """One of two numbers, of which either may be a symbol."""

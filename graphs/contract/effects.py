@@ -178,8 +178,7 @@ def _loads(code: types.CodeType) -> tuple[tuple[tuple[str, ...], bool], ...]:
             found[path, called or (name == "PUSH_NULL" and sys.version_info >= (3, 13))] = None
             pushed = False
         path = (instruction.argval,) if name in _LOADS else ()
-        pushed = name == "PUSH_NULL" or (pushed and bool(path))
-        called = pushed or _pushes_null(instruction)
+        called = pushed = name == "PUSH_NULL" or (pushed and bool(path)) or _pushes_null(instruction)
     return tuple(found)
 
 

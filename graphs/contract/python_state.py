@@ -151,7 +151,7 @@ class PythonState:
                 self.generators.append(value)
             if type(value) in _WITHOUT_STATE or of_type(value, SKIPPED) or id(value) in self._seen:
                 continue
-            if _is_of_threads(type(value)):
+            if _is_of_threads(type(value)):  # type: ignore[arg-type]  # classes are hashed by identity
                 continue
             if len(self._seen) >= _WALK_LIMIT:
                 self.complete = False
@@ -224,7 +224,8 @@ class PythonState:
         gradient = gradient_of(value) if has_form(value) else None
         if gradient is not None:
             yield self._entry(f"{path}.grad", GradientView(value), "", gradient, link)
-        yield from self._attributes(path, value, link)
+        if type(value) in _PLAIN_TENSORS:  # of a tracer's own tensors it is the machinery
+            yield from self._attributes(path, value, link)
         flatten = class_attribute(type(value), "__tensor_flatten__")
         attributes = attributes_of(value) if flatten is not None else None
         if attributes is None:
