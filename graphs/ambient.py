@@ -23,6 +23,7 @@ _inference, _convolution_tf32 = _C.is_inference_mode_enabled, _C._get_cudnn_allo
 _flash, _efficient = _C._get_flash_sdp_enabled, _C._get_mem_efficient_sdp_enabled
 _math, _fused = _C._get_math_sdp_enabled, _C._get_cudnn_sdp_enabled
 _cudnn, _benchmark, _same_algorithms = _C._get_cudnn_enabled, _C._get_cudnn_benchmark, _C._get_cudnn_deterministic
+_tracing = _C._get_tracing_state
 _transform = _C._functorch.peek_interpreter_stack
 _function_modes, _dispatch_modes = _C._len_torch_function_stack, _C._len_torch_dispatch_stack
 _known: tuple[Any, tuple[Any, ...]] = (None, ())
@@ -41,6 +42,7 @@ def ambient_of(model: Any) -> tuple[Any, ...]:
         state if guard is not None and guard.check() else _global_state(),
         *(_inference(), _flash(), _efficient(), _math(), _fused(), mha._is_fastpath_enabled),
         *(_cudnn(), _benchmark(), _same_algorithms(), _convolution_tf32()),
+        _tracing() is None,
         forward_ad._current_level,  # what a tensor carries there no other question tells
         _modes_entered() if _function_modes() or _dispatch_modes() else None,
     )
@@ -78,6 +80,8 @@ def active_mode() -> ActiveMode | None:
 
     Default devices are no obstacle, nor are modes that say that they only look on (``graphs_observer = True``).
     """
+    if _tracing() is not None:
+        return ActiveMode("the call is traced by torch.jit, which writes down operators", operator="torch.jit.trace")
     transform = _transform()
     if transform is not None:
         kind = str(transform.key()).rpartition(".")[2].lower()
