@@ -37,23 +37,25 @@ class Stopping:
         self._hook = hook
         self._trace = self._unwinding  # one object: a bound method is another at each look
         self._frames: list[tuple[FrameType, Any]] = []
+        self._before: Any = None
         self.is_active = False
         self.count = 0
 
     @staticmethod
     def is_possible() -> bool:
-        """Whether nobody else profiles or traces this thread, whose functions would be replaced."""
-        return sys.getprofile() is None and sys.gettrace() is None
+        """Whether nobody else profiles or traces this thread. Hooks with ``graphs_hook`` set go on being called."""
+        before = sys.getprofile()
+        return (before is None or hasattr(before, "graphs_hook")) and sys.gettrace() is None
 
     def start(self) -> None:
         """Have the calls that follow seen; where nobody else sees them, see `is_possible`."""
-        self.is_active = True
+        self.is_active, self._before = True, sys.getprofile()
         sys.setprofile(self)
 
     def stop(self) -> None:
         """Take away whatever was installed."""
-        if sys.getprofile() is self:
-            sys.setprofile(None)
+        if self.is_active and sys.getprofile() in (None, self):
+            sys.setprofile(self._before)
         if self._frames and sys.gettrace() in (None, _started):
             sys.settrace(None)
         for frame, before in self._frames:
@@ -62,6 +64,8 @@ class Stopping:
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """See `sys.setprofile`."""
+        if self._before is not None:
+            self._before(frame, event, argument)
         try:
             self._hook(frame, event, argument)
         except BaseException:
