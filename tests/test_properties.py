@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,7 +19,13 @@ from tests.parity import assert_same, copied, state_of
 
 Tensor = torch.Tensor
 WIDTH = 4
-CHECKED = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
+CHECKED = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
 
 PURE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
@@ -217,7 +223,8 @@ def test_a_row_wise_program_in_buckets_gives_what_eager_does(program: Program, s
     report = step.report()
     assert report.replays + report.eager_calls == len(sizes)
     assert report.eager_calls == sum(rows > 8 for rows in sizes)
-    assert {refusal.reason for refusal in report.refusals} <= {"above-largest-bucket"}
+    reasons = {refusal.reason for refusal in report.refusals}
+    assert reasons <= {"above-largest-bucket", "rows-interact"}  # a view of an argument is recorded at its exact size
 
 
 @CHECKED
