@@ -350,8 +350,8 @@ class Fork:
         outer, forks.naming = forks.naming, True
         try:
             flag = torch.scalar_tensor(torch.sym_ite(self._condition, 1, 0), dtype=torch.bool)
-            sides = (torch.scalar_tensor(float(side), dtype=torch.float64) for side in (a, b))
-            made = torch.where(flag, *sides).item()
+            first, second = (torch.scalar_tensor(float(side), dtype=torch.float64) for side in (a, b))
+            made: Any = torch.where(flag, first, second).item()
         finally:
             forks.naming = outer
         taken = forks.facts.hint(self._condition.node.expr)
