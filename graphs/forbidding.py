@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphs.contract.code_reads import BETWEEN_THREADS, CodeReads, Observer, is_by_itself, is_collecting
+from graphs.contract.code_reads import BETWEEN_THREADS, CodeReads, Observer, is_by_itself, is_collecting, who_logs
 from graphs.contract.libraries import origin_of_code
 from graphs.errors import Refusal
 from passes import Stopping
@@ -145,6 +145,7 @@ def _is_machinery(frame: types.FrameType | None) -> bool:
     """Whether a call comes from what traces or runs the step, not from its own lines or those of libraries that they call."""
     if is_by_itself(frame) or is_collecting(frame):
         return True
+    frame = who_logs(frame)
     while frame is not None:
         origin = origin_of_code(frame.f_code, frame.f_globals)
         if origin != "python":

@@ -310,8 +310,12 @@ def _is_our_own(frame: types.FrameType | None) -> bool:
     return False
 
 
+_LOGGING = ("logging", "warnings")
+
+
 def is_by_itself(frame: types.FrameType | None) -> bool:
     """Whether a call comes from a package that calls it for purposes of its own."""
+    frame = who_logs(frame)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if module.startswith(_ON_BEHALF):
@@ -322,6 +326,16 @@ def is_by_itself(frame: types.FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return True
+
+
+def who_logs(frame: types.FrameType | None) -> types.FrameType | None:
+    """The frame that logs or warns, where ``frame`` belongs to a handler of that: it acts for whoever logs. Else ``frame``."""
+    emitter, above = frame, frame
+    while above is not None and origin_of(above.f_code.co_filename) != "own":
+        if above.f_globals.get("__name__") in _LOGGING:
+            emitter = above.f_back
+        above = above.f_back
+    return emitter
 
 
 def _line(frame: types.FrameType | None) -> tuple[str, int]:
