@@ -158,6 +158,9 @@ def _hole(leaf: Any, found: list[Any]) -> Any:
     if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         found.append(leaf)
         return _Hole(len(found) - 1)
+    parts = leaf if isinstance(leaf, torch.Size) else (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
+    for part in parts:  # refused as the number itself is
+        _hole(part, found)
     return leaf
 
 

@@ -305,6 +305,7 @@ def _again(
     step: Step, recorder: Recorder, start: Checkpoint, first: Trace
 ) -> tuple[Trace, list[Difference], BaseException | None, Any, list[Counter] | None]:
     start.restore()
+    settled = start.python.shifted()
     trace, result, error = Trace(), None, None
     try:
         result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
@@ -312,7 +313,8 @@ def _again(
         if is_interrupt(raised):
             raise
         error = raised
-    changes, counters = start.differences(), start.counters()
+    changes = [*settled(), *start.differences()]
+    counters = start.counters()
     start.restore()
     return trace, changes, error, result, counters
 

@@ -62,6 +62,7 @@ _LIBRARIES = frozenset(("torch", "triton", "contextlib", "functools", "passes"))
 _VERSION = getattr(Tensor, "_version").__get__  # noqa: B009  # its stub is a number
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
+_WIDTH = 2048
 
 
 def user_frame(frame: FrameType | None) -> tuple[str, int]:
@@ -553,12 +554,15 @@ def _mentions(value: Any, origin: tuple[str, int]) -> bool:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A sum over the bits of the whole storage: enough to notice that somebody wrote there."""
+    """A number of the bits of the whole storage and of their order: enough to notice that somebody wrote there."""
     with torch.inference_mode(False), torch.no_grad():
         storage = tensor.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
-        even = flat[: flat.numel() // 4 * 4].view(torch.int32)
-        return even.sum(dtype=torch.int64) + flat[even.numel() * 4 :].sum(dtype=torch.int64)
+        words = flat[: flat.numel() // 8 * 8].view(torch.int64)
+        table = words[: words.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
+        rest = flat[words.numel() * 8 :].to(torch.int64)
+        parts = (table.sum(0), table.sum(1), words[table.numel() :], rest)
+        return torch.stack([(part * torch.arange(1, part.numel() + 1, device=part.device)).sum() for part in parts]).sum()
 
 
 def compare_traces(first: Trace, second: Trace) -> Refusal | None:

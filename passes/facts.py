@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -29,6 +29,26 @@ class Decision:
         return self.predicate if self.outcome else sympy.Not(self.predicate)
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A number that the graph computes of two others, in float64.
+
+    Attributes:
+        operands: expressions, with the type of Python that each is of.
+    """
+
+    function: Callable[[Any, Any], Any]
+    operands: tuple[tuple[sympy.Basic, type], tuple[sympy.Basic, type]]
+
+    def value(self, hint: Callable[[sympy.Basic], sympy.Basic | None]) -> float | int | None:
+        """What it is if its operands are as ``hint`` says, 0 or 1 for a comparison; None where one is not known."""
+        values = [hint(expression) for expression, _ in self.operands]
+        if any(value is None for value in values):
+            return None
+        made = self.function(*(kind(value) for value, (_, kind) in zip(values, self.operands, strict=True)))
+        return int(made) if isinstance(made, bool) else float(made)
+
+
 @dataclass
 class Facts:
     """What is known of the symbols of a graph; found as ``module.meta["facts"]``.
@@ -37,6 +57,7 @@ class Facts:
         hints: the value of each symbol in the eager run.
         definitions: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
+        computed: symbols that operators of the graph make of others, in order.
         checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
         reads: the reads of the eager run that gave each symbol its hint.
@@ -52,6 +73,7 @@ class Facts:
     mode: FakeTensorMode
     hints: dict[sympy.Symbol, int | float] = field(default_factory=dict)
     definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
+    computed: dict[sympy.Symbol, Computed] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
@@ -102,6 +124,23 @@ class Facts:
             if value is None:
                 value = self._hinted[resolved] = resolved.xreplace({s: sympy.sympify(self.hints[s]) for s in symbols})
         return value if not value.free_symbols else None
+
+    def depending_on(self, symbols: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, Computed]:
+        """The computed symbols that change if others do, in order."""
+        found: dict[sympy.Symbol, Computed] = {}
+        for symbol, made in self.computed.items():
+            if any(self.resolve(a).free_symbols & {*symbols, *found} for a, _ in made.operands):
+                found[symbol] = made
+        return found
+
+    def values_if(self, values: Mapping[sympy.Symbol, Any]) -> dict[sympy.Symbol, sympy.Basic]:
+        """``values``, and those that the symbols computed of them have then, as far as they are known."""
+        known = {symbol: sympy.sympify(value) for symbol, value in values.items()}
+        for symbol, made in self.depending_on([*values]).items():
+            value = made.value(lambda operand: self.hint(self.resolve(operand).xreplace(known)))
+            if value is not None:
+                known[symbol] = sympy.sympify(value)
+        return known
 
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site, place: Place | None = None) -> None:
         """Add an assumption, unless it is there. ``place`` is where Python asks for the truth of the predicate."""

@@ -1,4 +1,4 @@
-"""Sums, products and comparisons of fractions that only the device knows, each a symbol of its own while a step is traced.
+"""Arithmetic and comparisons of fractions that only the device knows, each a symbol of its own while a step is traced.
 
 Torch leaves expressions of symbols to sympy, for which they are real numbers: ``f != f`` is false, ``f - f`` zero, and
 ``(f + 1) - 1`` is ``f``. Python's floats have NaN, infinities and rounding. So each of these operations becomes an operator on
@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import sympy
 import torch
 
-from passes.facts import Facts
+from passes.facts import Computed, Facts
 from passes.forks import Forks
 from passes.symbols import SYMBOLS, expression_of
 
@@ -28,7 +29,8 @@ def _reversed(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda a, b: function(b, a)
 
 
-_ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+_DIVISIONS = {"floordiv": operator.floordiv, "mod": operator.mod}
+_ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, **_DIVISIONS}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     **{f"__{name}__": function for name, function in _ARITHMETIC.items()},
@@ -63,6 +65,8 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
         caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
         if trace is None or not fractions or not numbers or caller in ("torch", "sympy"):
             return original(self, other)
+        if name.removeprefix("__").removeprefix("r").removesuffix("__") in _DIVISIONS and (self if "__r" in name else other) == 0:
+            raise ZeroDivisionError("a fraction is divided by zero")  # as Python does; a branch of the step's line
         return _computed(_OPERATORS[name], self, other, *trace)
 
     return chosen
@@ -70,24 +74,20 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
 
 def _computed(function: Callable[[Any, Any], Any], a: Any, b: Any, facts: Facts, forks: Forks) -> Any:
     """``function(a, b)`` in float64 on the device, as a number of its own."""
-    hints = [_hint(a, facts), _hint(b, facts)]
     outer, forks.naming = forks.naming, True  # a read that the eager run did not make
     try:
         made = function(*(torch.scalar_tensor(value, dtype=torch.float64) for value in (a, b))).item()
     finally:
         forks.naming = outer
     (symbol,) = made.node.expr.free_symbols
-    if None not in hints:
-        value = function(*hints)
-        facts.hints[symbol] = int(value) if isinstance(value, bool) else value
+    facts.computed[symbol] = computed = Computed(function, (_operand(a), _operand(b)))
+    hint = computed.value(facts.hint)
+    if hint is not None:
+        facts.hints[symbol] = hint
     return made
 
 
-def _hint(value: Any, facts: Facts) -> Any:
-    """What a number was in the eager run, or None."""
-    if not isinstance(value, SYMBOLS):
-        return value
-    found = facts.hint(expression_of(value))
-    if found is None:
-        return None
-    return float(found) if isinstance(value, torch.SymFloat) or not found.is_Integer else int(found)
+def _operand(value: Any) -> tuple[sympy.Basic, type]:
+    if isinstance(value, SYMBOLS):
+        return expression_of(value), float if isinstance(value, torch.SymFloat) else int
+    return sympy.sympify(value), float if isinstance(value, float) else int

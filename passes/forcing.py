@@ -164,7 +164,8 @@ def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None
     for forcing in found:
         forcing.unread -= known  # type: ignore[operator]
         symbols = marks.symbols.get(forcing.number, [])
-        own = [arm for arm in arms.values() if arm.runs.free_symbols & set(symbols)]
+        following = {*symbols, *facts.depending_on(symbols)}
+        own = [arm for arm in arms.values() if facts.resolve(arm.runs).free_symbols & following]
         if symbols and forcing.reads[0].operator == str(ITEM):
             _scalar_outcomes(forcing, symbols, own, facts, bound)
         else:
@@ -180,7 +181,9 @@ def _scalar_outcomes(
     if isinstance(forcing.reads[0].value, bool):
         candidates: list[float] = [1 - present]
     else:
-        asked = [*(arm.runs for arm in arms), *(d.holds for d in facts.decisions if d.holds.free_symbols & set(symbols))]
+        computed = facts.depending_on(symbols)
+        asked = [arm.runs for arm in arms] + [d.holds for d in facts.decisions if d.holds.free_symbols & {*symbols, *computed}]
+        asked += [operand for made in computed.values() for operand, _ in made.operands]
         limits = {float(n) if isinstance(present, float) else int(n) for c in asked for n in c.atoms(sympy.Number) if n.is_finite}
         candidates = [value for limit in sorted(limits) for value in (limit, limit + 1, limit - 1)] + [0, 1]
         largest = bound(symbols[0]) if isinstance(present, int) else None
@@ -205,7 +208,7 @@ def _flipped(value: float, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm],
     """The branches that go the other way if the symbols are ``value``, others being as in the eager run."""
     found = []
     for arm in arms:
-        other = facts.resolve(arm.runs).xreplace(dict.fromkeys(symbols, sympy.sympify(value)))
+        other = facts.resolve(arm.runs).xreplace(facts.values_if(dict.fromkeys(symbols, value)))
         now, then = facts.hint(arm.runs), facts.hint(other)
         if now is not None and then is not None and now != then:
             found.append(arm.site)

@@ -160,7 +160,6 @@ def test_what_eager_refuses_proves_nothing_and_is_not_merged() -> None:
         assert torch.equal(captured(*[tensor.clone() for tensor in arguments]), step(*arguments))
 
 
-@pytest.mark.xfail(strict=False, reason="a branch on a fraction is an operator of the graph, of which no outcome is forced yet")
 def test_a_read_that_the_call_did_not_come_to_is_forced_with_the_others() -> None:
     def step(x: Tensor, t: Tensor) -> Tensor:
         if t.item() == 0:

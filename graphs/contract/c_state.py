@@ -55,22 +55,22 @@ def place_inside(path: str, value: Any) -> Place | None:
     return None
 
 
-def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> Place:
-    """A place whose content is compared by its pickle: states of random generators."""
+def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any], draw: Callable[[], Any]) -> Place:
+    """A place whose content is compared by its pickle: the state of a random generator, from which ``draw`` draws."""
 
     def reading() -> bytes:
         return pickle.dumps(read())
 
-    return Place(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True)
+    return Place(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True, draw=draw)
 
 
 def numpy_place(path: str, value: Any) -> Place | None:
     """The place for an array or random generator of NumPy; None for what nothing can be written to."""
     if hasattr(value, "bit_generator"):
         bits = value.bit_generator
-        return pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state))
+        return pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state), value.random)
     if hasattr(value, "set_state"):
-        return pickled(path, value.get_state, value.set_state)
+        return pickled(path, value.get_state, value.set_state, value.random_sample)
     if not hasattr(value, "tobytes") or getattr(value, "flags", None) is None or not value.flags.writeable:
         return None
     copy = value.copy()

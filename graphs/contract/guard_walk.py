@@ -266,12 +266,15 @@ class GuardWalk:
                 else:
                     self._pending.append((name, value))
         self._watched.append(NamesGuard("builtins.{}", vars(builtins), frozenset(missing)))
+        imported: set[str] = set()
         for code, space in self._codes.values():
             for name in imported_names(code):
                 package = f"{space.get('__package__')}.{name}"
+                imported |= {name, package} - sys.modules.keys()
                 module = sys.modules.get(name) or sys.modules.get(package)
                 if type(module) is types.ModuleType:
                     self._module(name, module, frozenset(names_in(code)), id(space))
+        self._watched.append(NamesGuard("sys.modules[{!r}]", sys.modules, frozenset(imported)))
 
     def _module(self, path: str, module: types.ModuleType, names: frozenset[str], space: int) -> None:
         """Guard what functions look up in a module that they know by name, and in the modules in it."""
@@ -281,7 +284,9 @@ class GuardWalk:
             return
         self._chained.add((id(module), space))
         whole = self._everything and origin == "user"  # `getattr(settings, name)`
-        looked_up = frozenset(name for name in (content if whole else names) if name in content and name not in _OF_MODULES)
+        looked_up = (names | content.keys() if whole else names) - _OF_MODULES
+        if origin in ("python", "torch") or type(module) is not types.ModuleType:  # which are not, or which fill themselves
+            looked_up &= content.keys()
         if origin == "python":  # numbers and texts (sys.argv, math.pi), and functions that were exchanged
             kept = {name for name in looked_up if not isinstance(content[name], (types.ModuleType, *_TABLES_OF_PYTHON))}
             looked_up = frozenset(kept - _NOT_SETTINGS)

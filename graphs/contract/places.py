@@ -132,6 +132,7 @@ class Place:
     transient: bool = False  # changes between calls are the caller's own affair
     lasting: bool = False
     container: Any = None  # the dict or list itself, where it is one
+    draw: Callable[[], Any] | None = None  # of a random generator
 
 
 def write_sequence(container: Any, content: list[Any]) -> None:

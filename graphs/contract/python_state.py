@@ -17,7 +17,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +171,11 @@ class PythonState:
         return state
 
     def _random_modules(self) -> None:
-        self._places.append(pickled("random.random()", random.getstate, random.setstate))
+        self._places.append(pickled("random.random()", random.getstate, random.setstate, random.random))
         numpy = sys.modules.get("numpy")
         if numpy is not None:
-            self._places.append(pickled("numpy.random", numpy.random.get_state, numpy.random.set_state))
+            rng = numpy.random
+            self._places.append(pickled("numpy.random", rng.get_state, rng.set_state, rng.random_sample))
 
     def _visit(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         kind = type(value)
@@ -202,7 +203,8 @@ class PythonState:
             yield from self._class(value)
         elif issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
             read, write = (functools.partial(getattr(random.Random, name), value) for name in ("getstate", "setstate"))
-            self._places.append(Place(path + "{}", read(), read, write, transient=True))
+            draw = functools.partial(random.Random.random, value)
+            self._places.append(Place(path + "{}", read(), read, write, transient=True, draw=draw))
         elif module_name(kind).partition(".")[0] == "numpy":
             self._places += filter(None, [numpy_place(path, value)])
             yield from ((f"{path}[{index}]", item, link) for index, item in enumerate(elements_in(value)))
@@ -354,6 +356,24 @@ class PythonState:
         for place in self._places:
             found += place_differences(place)
         return [*found, *(difference for form in self._forms for difference in form.differences())]
+
+    def shifted(self) -> Callable[[], list[Difference]]:
+        """Draw once from each generator of Python's and NumPy's; returns what tells, after a run, which of them the run set.
+
+        A run that sets one to the same state whenever it is called does not show otherwise. What it left alone is put back.
+        """
+        drawing = [place for place in self._places if place.draw is not None]
+        for place in drawing:  # one generator may hang in two places
+            place.draw()  # type: ignore[misc]
+        states = [place.read() for place in drawing]
+
+        def settled() -> list[Difference]:
+            set_by = [place for place, state in zip(drawing, states, strict=True) if place.read() != state]
+            for place in drawing:
+                place.write(place.content)
+            return [Difference(p.form.removesuffix("{}"), "as the calls before left it", "set by the step") for p in set_by]
+
+        return settled
 
     def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
         """Path, container, key, value before and value now of all that changed; no container where there is no mapping."""

@@ -27,7 +27,6 @@ SHORT = settings(
 )
 
 
-@pytest.mark.xfail(strict=False, reason="a torch.Size that a rewritten step returns holds texts")
 @SHORT
 @given(st.integers(0, 2**32 - 1))
 def test_a_random_program_is_what_eager_is(seed: int) -> None:
