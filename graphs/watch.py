@@ -53,7 +53,7 @@ from graphs.errors import (
 )
 from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
-from passes import Place, user_place
+from passes import Inside, Place, user_place
 from passes.composites import Calls, as_eager, called, run, taken_apart
 
 Tensor = torch.Tensor
@@ -183,8 +183,13 @@ class _Watch(TorchDispatchMode):
             self.origins[storage_id(tensor)] = ("argument", index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         frame = user_frame(sys._getframe(1))
+        if func.namespace != "aten":
+            return self._run(func, types, args, kwargs or {}, frame)
+        with Inside():
+            return self._run(func, types, args, kwargs or {}, frame)
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any, frame: tuple[str, int]) -> Any:
         if isinstance(func, HigherOrderOperator):
             return self._run_higher_order(func, args, kwargs, frame)
         wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)

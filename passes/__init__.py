@@ -18,7 +18,7 @@ from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.sites import Place, user_place
 from passes.skinny import skinny_products
-from passes.stopping import Stopping
+from passes.stopping import Inside, Stopping
 from passes.tracing import Number
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Change",
     "Forced",
     "Forcing",
+    "Inside",
     "Number",
     "Pass",
     "Place",

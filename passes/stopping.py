@@ -22,6 +22,25 @@ class EndlessError(BaseException):
     """A step that catches all that stops it."""
 
 
+class Inside:
+    """Inside, the hook of this thread does not run, if it has ``pauses`` set: for operators of torch's own, which act nowhere.
+
+    Else it would be called for each line of Python that fake tensors and decompositions consist of.
+    """
+
+    __slots__ = ("_hook",)
+
+    def __enter__(self) -> None:
+        hook = sys.getprofile()
+        self._hook = hook if hasattr(hook, "pauses") else None
+        if self._hook is not None:
+            sys.setprofile(None)
+
+    def __exit__(self, *_: object) -> None:
+        if self._hook is not None:
+            sys.setprofile(self._hook)
+
+
 class Stopping:
     """``hook`` as a profiling function that outlives its own exceptions.
 
@@ -31,7 +50,10 @@ class Stopping:
     Attributes:
         is_active: whether it is installed, or was when it raised last.
         count: how often it raised.
+        pauses: see `Inside`.
     """
+
+    pauses = True
 
     def __init__(self, hook: Hook) -> None:
         self._hook = hook
