@@ -7,8 +7,13 @@ are known to do nothing but compute, or change objects of Python, which is looke
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import threading
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +55,10 @@ _ACTING = frozenset(
     )
 )
 """Their methods that do more."""
+_IN_C = (
+    *(types.MethodDescriptorType, types.ClassMethodDescriptorType, types.WrapperDescriptorType),
+    *(types.BuiltinMethodType, types.GetSetDescriptorType, staticmethod, classmethod),
+)
 _QUESTIONS = ("is_", "get_", "has_", "are_", "_is_", "_get_", "_has_", "_are_")
 _MACHINERY = frozenset(("torch", "triton", "sympy", "mpmath", "gmpy2", "graphs", "passes"))
 """Packages that trace, and all that they call for it."""
@@ -69,7 +78,15 @@ class EffectFoundError(BaseException):
 
 
 class _Forbidding(Observer):
-    """Stops a run before it acts outside of the step, or reads what lies there."""
+    """Stops a run before it acts outside of the step, or reads what lies there.
+
+    Args:
+        apart: whether context variables are set in a context that ends with the run.
+    """
+
+    def __init__(self, reads: CodeReads, *, apart: bool = False) -> None:
+        super().__init__(reads)
+        self._apart = apart
 
     def __call__(self, frame: types.FrameType, event: str, argument: Any) -> None:
         """See `sys.setprofile`."""
@@ -79,8 +96,11 @@ class _Forbidding(Observer):
             if _sets(frame) and not _is_machinery(frame.f_back):
                 raise EffectFoundError(f"it sets what holds for the whole process [torch.{frame.f_code.co_name}]")
         super().__call__(frame, event, argument)
-        if event == "c_call" and not is_pure(argument) and not _is_machinery(frame):
+        if event == "c_call" and not is_pure(argument) and not self._is_apart(argument) and not _is_machinery(frame):
             raise EffectFoundError(f"it calls a function of which is not known that it does nothing outside [{_name(argument)}]")
+
+    def _is_apart(self, function: Any) -> bool:
+        return self._apart and isinstance(function.__self__, contextvars.ContextVar)
 
     def _refuse(self, kind: type[Refusal], detail: str, operator: str, frame: types.FrameType) -> None:
         if not is_collecting(frame):
@@ -101,15 +121,33 @@ def without_effects(run: Callable[[], Any]) -> Any:
     """
     if not Stopping.is_possible():
         raise EffectFoundError("a profiler or a tracer is active, so nobody can see what it does")
-    watch = Stopping(forbidding())
-    watch.start()
-    try:
-        result = run()
-    finally:
-        watch.stop()
+    watch, context = Stopping(_Forbidding(CodeReads(), apart=True)), contextvars.copy_context()
+    with _unwarned():
+        watch.start()
+        try:
+            result = context.run(run)
+        finally:
+            watch.stop()
     if watch.count:
         raise EffectFoundError("it was about to act outside of the step, and caught the exception that stopped it")
     return result
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """`warnings.warn` does nothing in this thread: a run that did not occur has nothing to say, and no place counts as warned of."""
+    warn, thread = warnings.warn, threading.get_ident()
+
+    @functools.wraps(warn)
+    def silent(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            warn(*args, **kwargs)
+
+    warnings.warn = silent
+    try:
+        yield
+    finally:
+        warnings.warn = warn
 
 
 def is_pure(function: Any) -> bool:
@@ -125,7 +163,7 @@ def is_pure(function: Any) -> bool:
     if name in _ACTING:
         return False
     kinds = (*type.mro(owner), *type.mro(type)) if isinstance(owner, type) else type(owner).__mro__
-    definer = next((kind for kind in kinds if name in vars(kind)), object)
+    definer = next((kind for kind in kinds if isinstance(vars(kind).get(name), _IN_C)), object)  # a method in Python called it
     return definer.__module__ in _TYPES
 
 
