@@ -160,6 +160,8 @@ def is_pure(function: Any) -> bool:
     if type(owner) is types.ModuleType:
         allowed = _FUNCTIONS.get(str(module), frozenset())
         return allowed is _ALL or name in allowed or (module == "numpy" and name not in _ACTING)
+    if isinstance(owner, contextvars.ContextVar):
+        return name == "get"
     if name in _ACTING:
         return False
     kinds = (*type.mro(owner), *type.mro(type)) if isinstance(owner, type) else type(owner).__mro__

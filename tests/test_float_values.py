@@ -15,6 +15,8 @@ STEPS = {
     "zero product": lambda f: f * 0 == 0,
     "bounded": lambda f: f <= float("inf"),
     "rounded": lambda f: (f + 1) - 1 == f,
+    "floor": lambda f: f // 2 == f // 2,
+    "remainder": lambda f: f % -0.3 < 0,
 }
 VALUES = (0.5, 2.0, float("nan"), float("inf"), 9007199254740993.0)
 

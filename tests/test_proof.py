@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +173,64 @@ def test_a_read_that_the_call_did_not_come_to_is_forced_with_the_others() -> Non
     for value in (0.0, 2.0, -3.0, 0.0):
         assert torch.equal(captured(X.clone(), torch.tensor(value)), step(X, torch.tensor(value)))
     assert captured.report().recordings == 1 and captured.report().keys[0].proved["branch"] >= 1
+
+
+class _Registry(dict[str, int]):
+    """A dictionary with a lookup of its own, as libraries have them."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(str(key), default)
+
+
+_REGISTRY, _ACTIVE = _Registry(), ContextVar[int]("active", default=0)
+
+
+def as_a_library_does(x: Tensor, t: Tensor) -> Tensor:
+    warnings.warn("an argument of this call is deprecated", FutureWarning, stacklevel=2)
+    token = _ACTIVE.set(1)
+    try:
+        if t > _REGISTRY.get(1, 0):
+            x = x * 2 + _ACTIVE.get()
+        return x - 3
+    finally:
+        _ACTIVE.reset(token)
+
+
+def test_what_libraries_do_around_a_step_does_not_keep_it_from_being_proved() -> None:
+    captured = graphs.capture(as_a_library_does)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for t in (1, -1, 1):
+            assert torch.equal(captured(X.clone(), torch.tensor(t)), branching(X, torch.tensor(t)))
+    report = captured.report()
+    assert report.recordings == 1 and report.keys[0].proved == {"branch": 1} and not report.keys[0].unproved
+
+
+def test_a_handler_of_logs_that_writes_stops_no_side(tmp_path: Path) -> None:
+    """Torch logs while it traces, and whoever listens writes: that is not done by the side that is traced."""
+    logger, handler = logging.getLogger("torch.__trace"), logging.FileHandler(tmp_path / "log.txt")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    try:
+        report = first_report(branching, X, torch.tensor(1))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert report.recordings == 1 and report.keys[0].proved == {"branch": 1}
+
+
+def test_outcomes_of_computed_fractions_are_forced() -> None:
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        a = t.item()
+        if a > 0.5 and a * 2 < 20.5:
+            x = x + a
+        elif a != a:
+            x = x * 0
+        return x
+
+    captured = graphs.capture(step)
+    for value in (0.0, 4.0, float("nan"), 11.0, 0.5, float("inf")):
+        assert torch.equal(captured(X.clone(), torch.tensor(value)), step(X, torch.tensor(value)))
+    report = captured.report()
+    assert report.recordings == 1 and report.keys[0].proved["branch"] == 3

@@ -121,7 +121,7 @@ def _keeps_rows(rw: Rewriter, before: list[Any], after: list[Any]) -> bool:
     while old or new:
         left, right = old[:1], new[:1]
         old, new = old[1:], new[1:]
-        while sympy.simplify(sympy.prod(left) - sympy.prod(right)) != 0:
+        while not _are_equal(rw, sympy.prod(left), sympy.prod(right)):
             if old and _grows(sympy.prod(left), sympy.prod(right), bool(new)):
                 left.append(old.pop(0))
             elif new:
@@ -135,6 +135,15 @@ def _keeps_rows(rw: Rewriter, before: list[Any], after: list[Any]) -> bool:
     return True
 
 
+def _are_equal(rw: Rewriter, left: sympy.Basic, right: sympy.Basic) -> bool:
+    """Whether two products are the same number whatever their symbols are. What differs for this data is not."""
+    difference = sympy.expand(left - right)
+    if difference.is_number:
+        return bool(difference == 0)
+    hint = rw.facts.hint(difference)
+    return (hint is None or hint == 0) and bool(sympy.simplify(difference) == 0)
+
+
 def _is_one(size: Any) -> bool:
     """Whether a dimension has one element, wherever it stands."""
     return isinstance(size, int) and size == 1
@@ -142,7 +151,9 @@ def _is_one(size: Any) -> bool:
 
 def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
     """Whether the left product is the one to extend."""
-    ratio = sympy.simplify(left / right) if right != 0 else sympy.Integer(2)
+    ratio = left / right if right != 0 else sympy.Integer(2)
+    if not ratio.is_number and left.free_symbols & right.free_symbols:
+        ratio = sympy.simplify(ratio)
     return not more or (ratio.is_number and ratio < 1) or (not ratio.is_number and not left.free_symbols)
 
 
