@@ -135,7 +135,7 @@ def without_effects(run: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """`warnings.warn` does nothing in this thread: a run that did not occur has nothing to say, and no place is warned of by it."""
+    """`warnings.warn` does nothing in this thread: a run that did not occur says nothing, and no place is warned of by it."""
     warn, thread = warnings.warn, threading.get_ident()
 
     @functools.wraps(warn)
