@@ -13,27 +13,40 @@ import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._dynamo.guards import compute_overlapping_tensors
 
 import passes
 from graphs.admission import is_capturing
 from graphs.config import BackendOptions
-from graphs.errors import AutogradInput, ConfigError, MovedStaticTensor, NestedCapture, Refusal, Site, TooManyKeys
+from graphs.contract.operators import storage_id
+from graphs.errors import (
+    AutogradInput,
+    ConfigError,
+    MovedStaticTensor,
+    NestedCapture,
+    Refusal,
+    Site,
+    TooManyKeys,
+    UnsupportedArgument,
+)
 from graphs.ledger import Ledger
 from graphs.modes import forced_by, forced_eager
 from graphs.piece import RecordedPiece, record_piece
 from graphs.record.step import Recorder, recorder_for, trial_lock
 from graphs.report import BackendReport, PieceReport
+from graphs.watch import Trace
 
 if TYPE_CHECKING:
     from graphs.compiled_graph import CompiledGraph
 
 Tensor = torch.Tensor
 _MOVES = 2  # times that a static input may move before it is copied, or, if it is written, its graph runs unrecorded
+_OVERLAP = "the graph writes in an input that overlaps with another, or inputs overlap otherwise than when it was compiled"
 _count = itertools.count()
 
 
@@ -92,6 +105,8 @@ class Piece:
         self._recorded: dict[tuple[Any, ...], RecordedPiece] = {}
         self._refused: dict[tuple[Any, ...], Refusal] = {}
         self._moves: Counter[int] = Counter()
+        self._overlaps: tuple[tuple[int, int, int], ...] | None = None
+        self._written: frozenset[int] | None = None
         self._dropped = 0
         self._ledger = Ledger()
         _pieces.add(self)
@@ -115,6 +130,8 @@ class Piece:
         return tuple(value.shape if isinstance(value, Tensor) else value for value in map(inputs.__getitem__, self._varying))
 
     def _not_replayed(self, inputs: Sequence[Any]) -> Any:
+        if self._graph.writes and self._is_unsafe(inputs):
+            return self._run(inputs, UnsupportedArgument(_OVERLAP, operator=self._graph.name), self._graph.as_traced)
         if forced_by():
             self._ledger.eager_calls += 1
             return self._graph(*inputs)
@@ -137,13 +154,26 @@ class Piece:
                     self._refused[key] = refusal
             return self._run(inputs, self._refused[key])
 
-    def _run(self, inputs: Sequence[Any], why: Refusal) -> Any:
+    def _is_unsafe(self, inputs: Sequence[Any]) -> bool:
+        """Whether an input that is written overlaps with another, or inputs overlap otherwise than in the first call."""
+        overlaps = _overlaps(inputs)
+        if self._overlaps is None:
+            self._overlaps = overlaps
+        if not overlaps or overlaps != self._overlaps or self._graph.training:
+            return bool(overlaps or self._overlaps)
+        if self._written is None:
+            from graphs.compiled_graph import tensors_of
+
+            self._written = frozenset(self._graph.watch(inputs, tensors_of(inputs), Trace()))
+        return any(a in self._written or b in self._written for a, b, _ in overlaps)
+
+    def _run(self, inputs: Sequence[Any], why: Refusal, function: Callable[..., Any] | None = None) -> Any:
         """The compiled function, with the reason counted, or raised in strict mode."""
         if self._options.strict:
             raise why
         self._ledger.refused(why, outcome="this graph runs compiled and is not recorded")
         self._ledger.eager_calls += 1
-        return self._graph(*inputs)
+        return (function or self._graph)(*inputs)
 
     def _record(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> Any:
         limit = self._options.max_recordings
@@ -281,6 +311,20 @@ def _qualified(node: torch.fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     parts = re.findall(r"\['([^']+)'\]", str(getattr(source, "name", "")))
     return ".".join(parts[1:]) or node.name
+
+
+def _overlaps(inputs: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
+    """Which two inputs may have elements in common, and how far the second begins behind the first.
+
+    Compilers rely on it where a graph writes, and Dynamo guards it for one and the same tensor alone.
+    """
+    by_storage: dict[int, list[int]] = {}
+    for index, value in enumerate(inputs):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            by_storage.setdefault(storage_id(value), []).append(index)
+    pairs = (pair for members in by_storage.values() for pair in itertools.combinations(members, 2))
+    offsets = [(a, b, int(inputs[b].storage_offset() - inputs[a].storage_offset())) for a, b in pairs]
+    return tuple(found for found in offsets if compute_overlapping_tensors([inputs[found[0]], inputs[found[1]]], symbolic=False))
 
 
 def _version(tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ from graphs.contract.operators import storage_id, tensors_in
 from graphs.contract.tensor_state import RandomState
 from graphs.errors import Site
 from graphs.watch import Trace, watch_step
+from passes.calls import writes
 
 Tensor = torch.Tensor
 _handles = itertools.count()
@@ -49,6 +50,7 @@ class CompiledGraph:
         operators: operators in the graph as Dynamo traced it.
         owned: tensors of the graph's own.
         changes: what the passes changed; empty where a compile cache made running them needless.
+        writes: whether it may write in its inputs.
         modes: dispatch modes that whoever called Dynamo suspended around it, and that are to see this graph.
     """
 
@@ -66,6 +68,7 @@ class CompiledGraph:
         self.changes: list[passes.Change] = []
         self.modes: Sequence[Any] = ()
         self._original = _copied(module)
+        self.writes = any(writes(node, module) for node in module.graph.nodes)
         self._written: tuple[int, ...] | None = None
         self._constants: dict[int, Any] = {}
         self._handle = next(_handles)
@@ -83,6 +86,10 @@ class CompiledGraph:
         if self._written is None:
             self.watch(inputs, tensors_of(inputs), Trace())
         return self.function(*inputs)
+
+    def as_traced(self, *inputs: Any) -> Any:
+        """Run the graph as Dynamo traced it, with effects in the order of the program whatever memory the inputs share."""
+        return self._original(*inputs)
 
     def watch(self, inputs: Sequence[Any], given: Sequence[Tensor], trace: Trace) -> tuple[int, ...]:
         """Run the graph as it was before it was compiled, watched, and undo it.

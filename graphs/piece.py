@@ -83,9 +83,15 @@ class RecordedPiece:
         self._addresses = [known.get(index) for index in range(len(inputs))]
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
+        self._memory = frozenset(storage_id(inputs[index]) for index in trial.written)
+        self._copied = (
+            [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and i not in known] if self._memory else []
+        )
 
     def fits(self, inputs: Sequence[Any]) -> bool:
-        """Whether everything that is read in place is where it was. Which inputs share memory, Dynamo has guarded."""
+        """Whether everything that is read in place is where it was, and no other input lies in the memory that is written."""
+        if self._copied and not self._memory.isdisjoint([storage_id(inputs[index]) for index in self._copied]):
+            return False
         if _equal_addresses is not None:
             return bool(_equal_addresses(list(inputs), self._addresses, self._static))
         return list(map(Tensor.data_ptr, map(inputs.__getitem__, self._static))) == self._static_addresses
@@ -130,7 +136,9 @@ def record_piece(
     """
     started = time.perf_counter()
     trial = _Trial(graph, inputs)
-    static = sorted(({*graph.static} - {*copied}) | {*trial.written})
+    memory = {storage_id(inputs[index]) for index in trial.written}
+    within = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and storage_id(value) in memory}
+    static = sorted(({*graph.static} - {*copied}) | within)
     try:
         piece, made = _record(trial, static, recorder, owned=owned, check=check)
     except Refusal:

@@ -385,3 +385,34 @@ def test_a_route_for_another_weight_changes_nothing() -> None:
     step = compiled(model, routes=wo_a_routes("einsum", only="other.weight"))
     same(step(o := torch.randn(3, 2, 4)), model(o))
     assert pieces()[0].rewrites == ()
+
+
+def _apart() -> tuple[Tensor, Tensor]:
+    return torch.arange(1.0, 5.0), torch.arange(2.0, 6.0)
+
+
+def _overlapping() -> tuple[Tensor, Tensor]:
+    memory = torch.arange(1.0, 12.0)
+    return memory[:4], memory[2:6]
+
+
+def _interleaved() -> tuple[Tensor, Tensor]:
+    memory = torch.arange(1.0, 9.0).view(4, 2)
+    return memory[:, 0], memory[:, 1]
+
+
+@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.parametrize("order", ["aoa", "oao", "ioi", "aio"])
+@pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_inputs_that_begin_or_cease_to_overlap(compiler: str, order: str) -> None:
+    def written(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return x + y
+
+    compiled = torch.compile(written, backend="graphs", options={"compiler": compiler})
+    makers = {"a": _apart, "o": _overlapping, "i": _interleaved}
+    with torch.no_grad():
+        for kind in order:
+            given, wanted = makers[kind](), makers[kind]()
+            assert torch.equal(compiled(*given), written(*wanted))
+            assert all(map(torch.equal, given, wanted))
