@@ -55,6 +55,7 @@ from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
 from passes import Inside, Place, user_place
 from passes.composites import Calls, as_eager, called, run, taken_apart
+from passes.stopping import inside
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -407,7 +408,7 @@ class _Conversions(Calls):
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
-            with called(func):
+            with called(func), inside(func, args):
                 return func(*args, **kwargs)
         finally:
             self.watch.function.pop()

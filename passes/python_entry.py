@@ -17,6 +17,7 @@ from passes.composites import called
 from passes.errors import Unremovable
 from passes.loops import is_iteration
 from passes.sites import user_site
+from passes.stopping import inside
 from passes.symbols import SYMBOLS
 
 Tensor = torch.Tensor
@@ -53,11 +54,12 @@ class SymbolicEntry(TorchFunctionMode):
             self._drop(str(torch.ops.aten.equal.default))
             return False
         entry = _ENTRIES.get(func)
-        made = entry(func, args, kwargs) if entry is not None else NotImplemented
-        if made is not NotImplemented:
-            return made
-        with called(func):
-            return func(*args, **kwargs)
+        with inside(func, args):
+            made = entry(func, args, kwargs) if entry is not None else NotImplemented
+            if made is not NotImplemented:
+                return made
+            with called(func):
+                return func(*args, **kwargs)
 
 
 def _to_host(args: Arguments, kwargs: dict[str, Any]) -> Tensor:

@@ -7,8 +7,10 @@ frames of the step is told of the exception before a handler runs, and installs 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,7 +24,7 @@ class EndlessError(BaseException):
     """A step that catches all that stops it."""
 
 
-class Inside:
+class Inside(contextlib.AbstractContextManager[None]):
     """Inside, the hook of this thread does not run, if it has ``pauses`` set: for operators of torch's own, which act nowhere.
 
     Else it would be called for each line of Python that fake tensors and decompositions consist of.
@@ -39,6 +41,16 @@ class Inside:
     def __exit__(self, *_: object) -> None:
         if self._hook is not None:
             sys.setprofile(self._hook)
+
+
+_SEEN = contextlib.nullcontext()
+_OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+
+
+def inside(function: Any, arguments: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """`Inside` where a function that a function mode is shown is torch's own and is given nothing to call; else nothing."""
+    torchs = isinstance(function, _OF_C) or (type(function) is types.FunctionType and function.__module__.startswith("torch"))
+    return Inside() if torchs and not any(isinstance(value, types.FunctionType) for value in arguments) else _SEEN
 
 
 class Stopping:
