@@ -64,6 +64,7 @@ _VERSION = getattr(Tensor, "_version").__get__  # noqa: B009  # its stub is a nu
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
 MODELS = frozenset(["bench", "models", "ops"])  # where this package has lines that a step may consist of
 _WIDTH = 2048
+_LENDS = ("numpy", "__array__", "__dlpack__")
 
 
 def user_frame(frame: FrameType | None) -> tuple[str, int]:
@@ -135,6 +136,7 @@ class Trace:
         asked: the Python function of torch that was running when it was met first.
         reads: every value that the host got from a tensor, in order.
         externals: tensors that the step read without having been given or having made them: weights, buffers, caches.
+        lent: those whose memory the host was given as an array of NumPy's, as they were then.
         written: externals and arguments that were written in place, saved before the first write.
         generators: generators named explicitly by an operator, with the states they had.
         checksums: of each external when it was first seen.
@@ -149,6 +151,7 @@ class Trace:
     asked: dict[tuple[str, str, str, int], str] = field(default_factory=dict)
     reads: list[HostRead] = field(default_factory=list)
     externals: dict[int, Tensor] = field(default_factory=dict)
+    lent: TensorState = field(default_factory=TensorState)
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
     checksums: dict[int, Tensor] = field(default_factory=dict)
@@ -392,23 +395,26 @@ class _Conversions(Calls):
         self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with inside(func, args):
+            return self._run(func, args, kwargs or {}, sys._getframe(1))
+
+    def _run(self, func: Any, args: Any, kwargs: Any, caller: FrameType) -> Any:
         if self.grad_mode and func in GRAD_PROPERTIES:
-            self._asked_of(args[0], GRAD_PROPERTIES[func], sys._getframe(1))
+            self._asked_of(args[0], GRAD_PROPERTIES[func], caller)
         if func is torch._C._set_grad_enabled:
-            self.watch.grad.switched(args[0], sys._getframe(1))
+            self.watch.grad.switched(args[0], caller)
         if func in FROM_LISTS:
             self._read_elements(func, args, kwargs)
         elif func in SPLITS and any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
-            detail, site = "the boundaries are read on the host", Site.at(user_frame(sys._getframe(1)))
+            detail, site = "the boundaries are read on the host", Site.at(user_frame(caller))
             self.watch.trace.found(HiddenRead(detail, operator="torch.tensor_split", site=site), "tensor_split")
         elif func in OF_THE_OBJECT and not self.watch.inside:
-            self._read_property(func, args, _asking(sys._getframe(1)))
+            self._read_property(func, args, _asking(caller))
         self.watch.function.append(func)
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
-            with called(func), inside(func, args):
+            with called(func):
                 return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
@@ -438,6 +444,8 @@ class _Conversions(Calls):
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"
         frame, index = user_frame(sys._getframe(2)), len(watch.trace.operations)
         watch.trace.found(HostSync(f"{operator}() copies a tensor to the host", operator=operator, site=Site.at(frame)))
+        if TO_HOST[func] in _LENDS and not watch.made(args[0]) and args[0].device.type == "cpu" and has_storage(args[0]):
+            watch.trace.lent.save(args[0])
         watch.converting = True
         try:
             result = func(*args, **kwargs)
@@ -539,6 +547,11 @@ def watch_step(
     for operator, frame, error in watch.raised:
         detail = f"the step catches the {type(error).__name__} that an operator raises with this call's data"
         trace.found(StepRaises(detail, operator=operator, site=Site.at(frame)))
+    written = trace.lent.changed(trace.written)
+    trace.written.also(written)
+    for tensor in written.tensors:
+        detail = f"memory of a tensor{tuple(tensor.shape)} that NumPy was given is written, which no operator says"
+        trace.found(UndeclaredWrite(detail, operator="Tensor.numpy"))
     for storage, checksum in trace.checksums.items():
         tensor = trace.externals[storage]
         if storage not in trace.written and not torch.equal(checksum, _checksum(tensor)):

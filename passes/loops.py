@@ -93,8 +93,8 @@ class Loops:
 
 
 def is_iteration() -> bool:
-    """Whether the function mode above was called by ``Tensor.__iter__``."""
-    return sys._getframe(2).f_code.co_name == "__iter__"
+    """Whether the function mode, whose method calls this, was called by ``Tensor.__iter__``."""
+    return sys._getframe(3).f_code.co_name == "__iter__"
 
 
 def leaks(module: GraphModule) -> bool:

@@ -45,7 +45,10 @@ class SymbolicEntry(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call the symbolic version of ``func`` if there is one for these arguments, else ``func``."""
-        kwargs = kwargs or {}
+        with inside(func, args):
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
         if func is Tensor.cpu or (func is Tensor.to and _names_the_host(args[1:], kwargs)):
             return _to_host(args, kwargs)
         if func is Tensor.unbind and is_iteration() and (rows := self._rows(args[0])) is not NotImplemented:
@@ -54,12 +57,11 @@ class SymbolicEntry(TorchFunctionMode):
             self._drop(str(torch.ops.aten.equal.default))
             return False
         entry = _ENTRIES.get(func)
-        with inside(func, args):
-            made = entry(func, args, kwargs) if entry is not None else NotImplemented
-            if made is not NotImplemented:
-                return made
-            with called(func):
-                return func(*args, **kwargs)
+        made = entry(func, args, kwargs) if entry is not None else NotImplemented
+        if made is not NotImplemented:
+            return made
+        with called(func):
+            return func(*args, **kwargs)
 
 
 def _to_host(args: Arguments, kwargs: dict[str, Any]) -> Tensor:

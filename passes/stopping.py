@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 Hook = Callable[[FrameType, str, Any], None]
-"""A profiling hook that raises where the step is about to act outside of itself, before it does."""
+"""A profiling hook that raises where the step is about to act outside of itself, before it does. It is told of calls alone."""
 _PATIENT = 32
 """Exceptions after which handlers are not run any more: a step that tries again whatever is raised would not come to an end."""
 
@@ -43,14 +43,20 @@ class Inside(contextlib.AbstractContextManager[None]):
             sys.setprofile(self._hook)
 
 
+_BEFORE = frozenset(("call", "c_call"))  # what a hook can stop
 _SEEN = contextlib.nullcontext()
-_OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+_OF_C = frozenset((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType))
 
 
 def inside(function: Any, arguments: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """`Inside` where a function that a function mode is shown is torch's own and is given nothing to call; else nothing."""
-    torchs = isinstance(function, _OF_C) or (type(function) is types.FunctionType and function.__module__.startswith("torch"))
-    return Inside() if torchs and not any(isinstance(value, types.FunctionType) for value in arguments) else _SEEN
+    kind = type(function)
+    if kind not in _OF_C and not (kind is types.FunctionType and function.__module__.startswith("torch")):
+        return _SEEN
+    for value in arguments:
+        if type(value) is types.FunctionType:
+            return _SEEN
+    return Inside()
 
 
 class Stopping:
@@ -100,6 +106,8 @@ class Stopping:
         """See `sys.setprofile`."""
         if self._before is not None:
             self._before(frame, event, argument)
+        if event not in _BEFORE:
+            return
         try:
             self._hook(frame, event, argument)
         except BaseException:

@@ -34,6 +34,20 @@ class TensorState:
             whole = _whole(tensor)
             self._saved[storage._cdata] = (whole, _copy(whole))
 
+    def changed(self, known: TensorState) -> TensorState:
+        """What is not as it was saved, and is not ``known`` to be written."""
+        found = TensorState()
+        found._saved = {
+            key: (whole, copy)
+            for key, (whole, copy) in self._saved.items()
+            if key not in known and not torch.equal(_bits(whole), _bits(copy))
+        }
+        return found
+
+    def also(self, other: TensorState) -> None:
+        """Cover what another saved, as it was then."""
+        self._saved = {**self._saved, **other._saved}
+
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Leave out the storages of ``tensors``."""
         for tensor in tensors:
@@ -71,6 +85,10 @@ def _whole(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False):
         flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
         return flat.view(base.shape) if dense else flat
+
+
+def _bits(whole: Tensor) -> Tensor:
+    return whole.reshape(-1).view(torch.uint8)
 
 
 def _copy(whole: Tensor) -> Tensor:
