@@ -123,6 +123,7 @@ class Follow(TorchDispatchMode):
         if whole is not NotImplemented:
             return whole
         place = self.forks.asked or user_place()
+        self.forks.loops.runs(func)
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})

@@ -69,13 +69,19 @@ class Loops:
     Attributes:
         trips: those that are running now, the outermost first, and the sides of branches among them.
         left: whether a loop was left before its last trip.
+        drawn: whether a trip draws random numbers, which one that does not take place would not.
     """
 
     def __init__(self, unroll: str = "no") -> None:
         self.unroll = unroll
         self.trips: tuple[Trip | Arm, ...] = ()
-        self.left = False
+        self.left = self.drawn = False
         self.found = 0
+
+    def runs(self, target: Any) -> None:
+        """Note what operator is come to."""
+        draws = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+        self.drawn = self.drawn or (draws and any(isinstance(trip, Trip) for trip in self.trips))
 
     def rows(self, x: Tensor, count: sympy.Basic, limit: int, hint: int) -> Iterator[Tensor]:
         """The rows of ``x``, of which there are ``count``: ``limit`` at most, ``hint`` in the eager run."""

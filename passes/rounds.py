@@ -137,7 +137,7 @@ def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
         loops = unrolled.meta["facts"].loops
         if not loops.found:
             return unrolled
-        if not loops.left and not leaks(unrolled):
+        if not loops.left and not loops.drawn and not leaks(unrolled):
             seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
             if outside(seen) == outside(unrolled):
                 return unrolled

@@ -1,4 +1,4 @@
-"""A step that sets a random generator is eager by name, also where it sets the same state whenever it is called."""
+"""Effects that no operator tells of: generators that are set, draws of trips that do not take place, memory given to NumPy."""
 
 from __future__ import annotations
 
@@ -74,3 +74,49 @@ def test_generators_are_left_as_eager_leaves_them(step: Callable[[Tensor], Tenso
     report = captured.report()
     assert (report.eager_calls == 0) is STEPS[step]
     assert STEPS[step] or {refusal.reason for refusal in report.refusals} == {"changing-value"}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["default", "named"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_trip_that_does_not_take_place_draws_nothing(mode: Any, named: bool) -> None:
+    generator = torch.Generator().manual_seed(3) if named else torch.default_generator
+
+    def step(x: Tensor, kept: Tensor) -> Tensor:
+        for _ in kept.nonzero()[:, 0]:
+            torch.rand(3, generator=generator)  # noqa: B018  # nobody reads it
+        return x
+
+    captured, masks = graphs.capture(step), torch.tensor([[0, 0, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]])
+    left = []
+    for called in (captured, step):
+        generator.manual_seed(7)
+        with mode():
+            for kept in masks:
+                called(torch.ones(3), kept)
+                left.append(generator.get_state())
+    assert all(map(torch.equal, left[: len(masks)], left[len(masks) :]))
+
+
+def _writes_by_numpy(x: Tensor, held: Tensor) -> Tensor:
+    array = x.numpy()
+    array += 1
+    return x * 2
+
+
+def _writes_by_a_tensor_over_an_array(x: Tensor, held: Tensor) -> Tensor:
+    torch.from_numpy(held.numpy()).add_(1)
+    return x + held
+
+
+@pytest.mark.parametrize("step", [_writes_by_numpy, _writes_by_a_tensor_over_an_array])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_memory_that_numpy_was_given_is_written_once(step: Callable[[Tensor, Tensor], Tensor], mode: Any) -> None:
+    captured, left = graphs.capture(step), []
+    for called in (captured, step):
+        held = torch.zeros(3)
+        with mode():
+            for index in range(3):
+                x = torch.arange(3.0) + index
+                left.append([called(x, held).tolist(), x.tolist(), held.tolist()])
+    assert left[:3] == left[3:]
+    assert "undeclared-write" in {refusal.reason for refusal in captured.report().refusals}
