@@ -25,12 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-context",
         action="store_true",
-        help="run each test under each of its contexts; without it on the CPU, every test runs under one, all contexts in turn",
+        help="run each test under each of its contexts, and all that are marked one_in(n); without it on the CPU, every test "
+        "runs under one, all contexts in turn, and of those that are marked one of n",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one context of each test that has several, by a number made of its name: the same one in each run."""
+    """Keep one context of each test that has several, and a share of some tests, by numbers made of names: always the same."""
     if config.getoption("--every-context"):
         return
     families: dict[Any, list[pytest.Item]] = {}
@@ -39,7 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "context" in given and "gpu" not in item.path.parts:
             others = tuple((name, id(value)) for name, value in given.items() if name != "context")
             families.setdefault((item.path, getattr(item, "originalname", item.name), others), []).append(item)
-    left_out = set()
+    shares = [(item, marker.args[0]) for item in items if (marker := item.get_closest_marker("one_in")) is not None]
+    left_out = {item for item, count in shares if zlib.crc32(item.nodeid.encode()) % count}
     for family in families.values():
         kept = zlib.crc32(family[0].nodeid.encode()) % len(family)
         left_out |= {item for index, item in enumerate(family) if index != kept}

@@ -83,7 +83,7 @@ def test_a_trip_that_does_not_take_place_draws_nothing(mode: Any, named: bool) -
 
     def step(x: Tensor, kept: Tensor) -> Tensor:
         for _ in kept.nonzero()[:, 0]:
-            torch.rand(3, generator=generator)  # noqa: B018  # nobody reads it
+            torch.rand(3, generator=generator)  # nobody reads it
         return x
 
     captured, masks = graphs.capture(step), torch.tensor([[0, 0, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]])
