@@ -16,6 +16,7 @@ from torch.utils._sympy import functions as sympy_functions
 
 from passes.errors import Unremovable
 from passes.symbols import expression_of, is_symbol
+from passes.widths import limit_of
 
 if TYPE_CHECKING:
     from passes.rewriter import Rewriter
@@ -92,6 +93,8 @@ class Scalars:
             if expression not in self._symbols:
                 raise self._missing(f"nothing in the graph holds the value of {expression}")
             return self._zero_dim(self._symbols[expression])
+        if isinstance(expression, _GROWING):
+            self._stay_within(expression)
         special = _SPECIAL.get(type(expression))
         if special is not None:
             return special(self, expression)
@@ -112,6 +115,22 @@ class Scalars:
         for value in values[1:]:
             total = self._combined(type(expression), packet, total, value)
         return total
+
+    def _stay_within(self, expression: sympy.Basic) -> None:
+        """Assume of the numbers of a product or power that it has 64 bits, unless that is certain."""
+        symbols = expression.free_symbols
+        if not all(symbol.is_integer for symbol in symbols):
+            return
+        try:
+            limit = limit_of(expression, self._rewriter.bounds.of)
+        except OverflowError as error:
+            raise self._missing(str(error)) from error
+        if limit is None:
+            return
+        for symbol in sorted(symbols, key=str):
+            bound = self._rewriter.bounds.of(symbol)
+            if bound is None or bound > limit:
+                self._rewriter.assume(sympy.And(symbol <= limit, symbol >= -limit))
 
     def _flag(self, symbol: sympy.Basic, value: sympy.Basic) -> Node | None:
         """The tensor behind ``symbol == 1``, if it is one of flags."""
@@ -274,6 +293,7 @@ _OPERATIONS: dict[type, Any] = {
     sympy.Or: aten.logical_or,
     sympy.Not: aten.logical_not,
 }
+_GROWING = (sympy.Mul, sympy.Pow, sympy_functions.PowByNatural)
 _LONG = (sympy.Add, sympy.And, sympy.Or)
 _DIVISIONS = (aten.floor_divide, aten.remainder)
 """Operators that divide: by zero Python raises, a CPU ends the run, and a GPU returns anything."""

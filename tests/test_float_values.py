@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 
 import graphs
+from passes.widths import limit_of
 
 STEPS = {
     "nan guard": lambda f: f != f,
@@ -67,3 +69,35 @@ def test_buffers_picked_by_a_number_are_written_once(mode: Any) -> None:
         for k in range(7):
             assert torch.equal(step(torch.full((3,), k + 1.0)), eager(torch.full((3,), k + 1.0)))
     assert captured.place == eager.place
+
+
+WHOLE = {
+    "hash": lambda n: (n * 2654435761) % 2**32 % 7,
+    "power": lambda n: n**5 % 1000003,
+    "branch": lambda n: 1 if n * n * n * n * n > 10**18 else 0,
+    "fraction": lambda n: float(n * n * n * n * n),
+    "shift": lambda n: (n << 40) % 97,
+    "wide": lambda n: (n * 6364136223846793005 + 1442695040888963407) % 2**64 >> 33,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_do_not_wrap_at_64_bits(name: str, mode: Any) -> None:
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x + WHOLE[name](int(t))
+
+    step, x = graphs.capture(model), torch.zeros(3, dtype=torch.float64)
+    with mode():
+        for value in (1, 2, 3, 12345, 1000003, -7, 999999937, 3):
+            assert torch.equal(step(x, torch.tensor(value)), model(x, torch.tensor(value)))
+
+
+def test_only_numbers_that_can_leave_64_bits_get_a_limit() -> None:
+    n, m = sympy.symbols("n m", integer=True)
+    assert limit_of((n * 4096 + 3) * 2, lambda symbol: None) is None
+    assert limit_of(n * m * 4096, lambda symbol: 100_000) is None
+    assert limit_of(n**5, lambda symbol: None) == 2**12
+    assert limit_of(sympy.Integer(2) ** n, lambda symbol: None) == 61
+    with pytest.raises(OverflowError, match="64 bits"):
+        limit_of(n * 2**63, lambda symbol: None)
