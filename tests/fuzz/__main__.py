@@ -29,6 +29,7 @@ from tests.fuzz.shrink import shrink
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 120
 """Seconds that a program may take; a worker ends itself after that."""
+_TOLD = 500  # programs after which a line says how far it is
 _SHOWN = 2  # programs of each kind that are made smaller and printed
 
 
@@ -131,6 +132,8 @@ def _worker(options: argparse.Namespace, index: int, workers: int, results: list
 def _progress(told: dict[str, Any], done: int) -> None:
     if told["kind"] in ("wrong", "crashed"):
         print(f"[{done}] seed {told['seed']} {told['kind']}: {told['detail']}", flush=True)
+    elif done % _TOLD == 0:
+        print(f"[{done}] up to about seed {told['seed']}", flush=True)
 
 
 def _print_failures(failed: list[dict[str, Any]], options: argparse.Namespace) -> None:
