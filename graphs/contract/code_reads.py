@@ -289,6 +289,8 @@ def _is_layers_code(code: types.CodeType, module: str) -> bool:
 
 def is_collecting(frame: types.FrameType | None) -> bool:
     """Whether a frame belongs to what the garbage collector calls, which is no part of the step."""
+    if not gc.callbacks:
+        return False
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in codes:
