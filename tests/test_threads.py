@@ -252,3 +252,53 @@ def test_a_step_that_another_thread_works_for_is_eager_by_name(
     finally:
         end()
     assert {refusal.reason for refusal in captured.report().refusals} == {"side-effect"}
+
+
+class _Worker:
+    """A thread that adds one to a tensor whenever it is woken by a lock, and wakes whoever waits by another."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(3)
+        self.wake, self.done = threading.Lock(), threading.Lock()
+        self.wake.acquire()
+        self.done.acquire()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while self.wake.acquire(timeout=LIMIT):
+            self.total += 1
+            self.done.release()
+
+
+def test_a_worker_that_is_woken_by_a_lock_works_once_in_each_call() -> None:
+    worker = _Worker()
+
+    def step(x: Tensor) -> Tensor:
+        worker.wake.release()
+        assert worker.done.acquire(timeout=LIMIT)
+        return x * 2
+
+    captured = graphs.capture(step)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReplayed)
+        for index in range(3):
+            captured(torch.ones(3))
+            assert worker.total.tolist() == [index + 1] * 3
+    assert {refusal.reason for refusal in captured.report().refusals} == {"side-effect"}
+
+
+def test_a_lock_around_the_step_says_nothing() -> None:
+    lock = threading.Lock()
+
+    def step(x: Tensor) -> Tensor:
+        lock.acquire()
+        try:
+            return x * 2
+        finally:
+            lock.release()
+
+    captured = graphs.capture(step)
+    with torch.no_grad():
+        for _ in range(3):
+            captured(torch.ones(3))
+    assert captured.report().replays == 3

@@ -15,8 +15,10 @@ import gc
 import os
 import re
 import sys
+import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -43,7 +45,9 @@ BETWEEN_THREADS = {
 _OF_THE_KEY = ("grad", "inference", "autocast", "stack")  # modes, which belong to the key of a call
 _SETTINGS = ("get", "_get_", "are_deterministic_", "is_deterministic_", "isenabled")
 _CONTEXT = frozenset(("get", "set"))
-_NAMES = NAMES | _CONTEXT
+_HANDS = {"acquire": 1, "release": -1}
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_NAMES = NAMES | _CONTEXT | _HANDS.keys()
 _OF_REPR = ("dataclasses", "reprlib")
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
@@ -72,6 +76,7 @@ class CodeReads:
         refusals: calls that no replay can stand for.
         variables: context variables that were read or set, with what they held before.
         settings: functions of torch and of Python that told the step a setting, by name.
+        locks: how much more often each lock was taken than given back by the step's own lines.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
         before: called with the frame of each function that starts, the user's or a library's, before its first line runs.
@@ -81,6 +86,7 @@ class CodeReads:
     refusals: list[Refusal] = field(default_factory=list)
     variables: dict[ContextVar[Any], Any] = field(default_factory=dict)
     settings: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    locks: Counter[Any] = field(default_factory=Counter)
     environment: bool = False
     complete: bool = True
     before: Callable[[types.FrameType], None] | None = None
@@ -93,7 +99,9 @@ class CodeReads:
         return frozenset(found)
 
     def left_set(self) -> Iterator[Refusal]:
-        """Context variables that hold something else after the run than before."""
+        """Context variables that hold something else after the run than before, and locks, by which others are told something."""
+        if any(self.locks.values()):
+            yield SideEffect("the step takes or gives back a lock for another thread", operator="threading.Lock")
         for variable, before in self.variables.items():
             if variable.get(None) is not before:
                 yield SideEffect("the step leaves a context variable set", operator=f"ContextVar({variable.name!r})")
@@ -253,6 +261,10 @@ class Observer:
             return
         if name in _CONTEXT and isinstance(owner, ContextVar):
             self.reads.variables.setdefault(owner, owner.get(None))
+            return
+        if name in _HANDS:
+            if type(owner) in _LOCKS and origin_of(frame.f_code.co_filename) in ("user", "library"):
+                self.reads.locks[owner] += _HANDS[name]
             return
         if name == "get_ident" and frame.f_globals.get("__name__") in _OF_REPR:  # to see whether it is called by itself
             return
