@@ -58,6 +58,26 @@ class CellView:
             self._cell.cell_contents = content[""]
 
 
+class SpecialView:
+    """What of an object no dictionary holds, as a mapping: its class and the dictionary itself, the defaults of a function."""
+
+    def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
+        self._owner, self._names = owner, names
+
+    def read(self) -> dict[str, Any]:
+        """What it has of it, asked of no code of its own."""
+        return {name: self._now(name) for name in self._names}
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Put back what `read` gave, where it is another."""
+        for name, value in content.items():
+            if self._now(name) is not value:
+                object.__setattr__(self._owner, name, value)
+
+    def _now(self, name: str) -> Any:
+        return type(self._owner) if name == "__class__" else object.__getattribute__(self._owner, name)
+
+
 class AttributesView:
     """Some attributes of an object's slots or of a class, or some names of a namespace, as a mapping."""
 

@@ -43,6 +43,7 @@ from graphs.contract.places import (
     CellView,
     Difference,
     Place,
+    SpecialView,
     changed_entries,
     place_differences,
     read_set,
@@ -276,7 +277,14 @@ class PythonState:
             self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
         if origin_of_type(kind) == "user":
+            claimed = class_attribute(kind, "__class__") is not vars(object)["__class__"]
+            with_dict = attributes_of(value) is not None
+            self._special(path, value, (*(() if claimed else ("__class__",)), *(("__dict__",) if with_dict else ())))
             yield path, kind, None
+
+    def _special(self, path: str, value: Any, names: tuple[str, ...]) -> None:
+        view = SpecialView(value, names)
+        self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
 
     def _attributes(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         attributes, form = attributes_of(value), path + ".{}"
@@ -332,6 +340,9 @@ class PythonState:
             for item in view.read().values():
                 yield self._entry(name, view, "", item, None)
         if origin == "user":
+            self._special(function.__name__, function, ("__defaults__", "__kwdefaults__"))
+            if function.__kwdefaults__:
+                self._mapping(f"{function.__name__}'s default {{}}", function.__kwdefaults__)
             yield from self._names(Ran(function.__code__, function.__globals__))
 
     def _names(self, ran: Ran) -> Iterator[tuple[str, Any, Link | None]]:
