@@ -445,7 +445,8 @@ class _Conversions(Calls):
         frame, index = user_frame(sys._getframe(2)), len(watch.trace.operations)
         watch.trace.found(HostSync(f"{operator}() copies a tensor to the host", operator=operator, site=Site.at(frame)))
         if TO_HOST[func] in _LENDS and not watch.made(args[0]) and args[0].device.type == "cpu" and has_storage(args[0]):
-            watch.trace.lent.save(args[0])
+            with _disable_current_modes():  # what is looked at here is not done by the step
+                watch.trace.lent.save(args[0])
         watch.converting = True
         try:
             result = func(*args, **kwargs)
