@@ -548,7 +548,8 @@ def watch_step(
     for operator, frame, error in watch.raised:
         detail = f"the step catches the {type(error).__name__} that an operator raises with this call's data"
         trace.found(StepRaises(detail, operator=operator, site=Site.at(frame)))
-    written = trace.lent.changed(trace.written)
+    known = [trace.written, *([before.written] if before is not None else [])]
+    written = trace.lent.changed(known)
     trace.written.also(written)
     for tensor in written.tensors:
         detail = f"memory of a tensor{tuple(tensor.shape)} that NumPy was given is written, which no operator says"

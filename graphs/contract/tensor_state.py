@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -34,13 +34,13 @@ class TensorState:
             whole = _whole(tensor)
             self._saved[storage._cdata] = (whole, _copy(whole))
 
-    def changed(self, known: TensorState) -> TensorState:
+    def changed(self, known: Sequence[TensorState]) -> TensorState:
         """What is not as it was saved, and is not ``known`` to be written."""
         found = TensorState()
         found._saved = {
             key: (whole, copy)
             for key, (whole, copy) in self._saved.items()
-            if key not in known and not torch.equal(_bits(whole), _bits(copy))
+            if not any(key in state for state in known) and not torch.equal(_bits(whole), _bits(copy))
         }
         return found
 
