@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = zlib.crc32(family[0].nodeid.encode()) % len(family)
         left_out |= {item for index, item in enumerate(family) if index != kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = [item for item in items if item not in left_out]
+    kept_items = [item for item in items if item not in left_out]
+    items[:] = sorted(kept_items, key=lambda item: item.get_closest_marker("slow") is None)  # or they are waited for at the end
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from tests.parity import assert_same
 
 aten = torch.ops.aten
 CASES = [(name, None) for name in DECODERS] + [(name, "eager") for name in EAGER_EXPERTS]
+pytestmark = pytest.mark.slow
 
 
 class _Routing(TorchDispatchMode):
