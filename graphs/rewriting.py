@@ -153,6 +153,9 @@ class _Hole:
     def __hash__(self) -> int:
         return hash((_Hole, self.index))
 
+    def __repr__(self) -> str:
+        return f"result {self.index}"
+
 
 def _hole(leaf: Any, found: list[Any]) -> Any:
     if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):

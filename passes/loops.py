@@ -63,8 +63,8 @@ class Loops:
     """The loops of a step that is being traced.
 
     Args:
-        unroll: ``"bound"`` for as many trips as there can be, ``"hint"`` for those of the eager run, both as trips;
-            ``"no"`` to leave loops to Python.
+        unroll: ``"bound"`` for as many trips as there can be, ``"hint"`` for those of the eager run, or one less where that is
+            as many, both as trips; ``"no"`` to leave loops to Python.
 
     Attributes:
         trips: those that are running now, the outermost first, and the sides of branches among them.
@@ -88,7 +88,7 @@ class Loops:
         self.found += 1
         outer, loop = self.trips, self.found
         try:
-            for index in range(limit if self.unroll == "bound" else hint):
+            for index in range(limit if self.unroll == "bound" else min(hint, limit - 1)):
                 self.trips = (*outer, Trip(loop, index, count))
                 yield x.select(0, index)
         except GeneratorExit:

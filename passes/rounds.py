@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten
 
 from passes.errors import Unremovable
 from passes.exchange import Plan, Starts, Written, branch_in, functions_of, written
@@ -139,11 +140,19 @@ def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
             return unrolled
         if not loops.left and not loops.drawn and not leaks(unrolled):
             seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
-            if outside(seen) == outside(unrolled):
+            if outside(seen) == outside(unrolled) and _is_same(*(one.meta.get("structure") for one in (seen, unrolled))):
                 return unrolled
     except Unremovable:
         pass
     return trace_once(*arguments, **settings)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two traces of a step return the same numbers of Python in the same containers: none that counts trips."""
+    (leaves, spec), (others, other) = tree_flatten(first), tree_flatten(second)
+    return spec == other and all(
+        a is b or (type(a) is type(b) and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def _reads_of(step: Any, tensors: Any, reads: Sequence[Read] = (), *_: Any, **__: Any) -> Sequence[Read]:

@@ -120,3 +120,19 @@ def test_memory_that_numpy_was_given_is_written_once(step: Callable[[Tensor, Ten
                 left.append([called(x, held).tolist(), x.tolist(), held.tolist()])
     assert left[:3] == left[3:]
     assert "undeclared-write" in {refusal.reason for refusal in captured.report().refusals}
+
+
+@pytest.mark.parametrize("trips", [(3, 0, 1), (0, 3, 2), (1, 3, 0)])
+def test_a_number_that_counts_trips_is_of_this_call(trips: tuple[int, ...]) -> None:
+    def step(x: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+        weight = 1.0
+        for row in kept.nonzero()[:, 0]:
+            x[row].mul_(2)
+            weight = weight * 0.5
+        return x + 0, weight
+
+    captured = graphs.capture(step)
+    with torch.no_grad():
+        for count in trips:
+            kept = torch.arange(3) < count
+            assert captured(torch.ones(3, 2), kept)[1] == step(torch.ones(3, 2), kept)[1]
