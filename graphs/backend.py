@@ -3,7 +3,7 @@
 The entry point ``graphs`` of the group ``torch_dynamo_backends`` leads here, so nothing has to be imported for it. Each
 graph of Dynamo's becomes a `Piece`; a graph break ends one and begins another. Dynamo's guards have checked structure,
 shapes, strides, dtypes and devices before a piece is called, so what a call adds is one comparison of addresses and one
-graph launch.
+graph launch; where the graph writes, also a look that no copied input lies in that memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from graphs.modes import forced_by, forced_eager
 from graphs.piece import RecordedPiece, record_piece
 from graphs.record.step import Recorder, recorder_for, trial_lock
 from graphs.report import BackendReport, PieceReport
-from graphs.watch import Trace
 
 if TYPE_CHECKING:
     from graphs.compiled_graph import CompiledGraph
@@ -106,7 +105,6 @@ class Piece:
         self._refused: dict[tuple[Any, ...], Refusal] = {}
         self._moves: Counter[int] = Counter()
         self._overlaps: tuple[tuple[int, int, int], ...] | None = None
-        self._written: frozenset[int] | None = None
         self._dropped = 0
         self._ledger = Ledger()
         _pieces.add(self)
@@ -161,11 +159,8 @@ class Piece:
             self._overlaps = overlaps
         if not overlaps or overlaps != self._overlaps or self._graph.training:
             return bool(overlaps or self._overlaps)
-        if self._written is None:
-            from graphs.compiled_graph import tensors_of
-
-            self._written = frozenset(self._graph.watch(inputs, tensors_of(inputs), Trace()))
-        return any(a in self._written or b in self._written for a, b, _ in overlaps)
+        written = self._graph.written(inputs)
+        return any(a in written or b in written for a, b, _ in overlaps)
 
     def _run(self, inputs: Sequence[Any], why: Refusal, function: Callable[..., Any] | None = None) -> Any:
         """The compiled function, with the reason counted, or raised in strict mode."""

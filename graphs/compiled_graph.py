@@ -83,9 +83,12 @@ class CompiledGraph:
                 for mode in self.modes:
                     stack.enter_context(mode)
                 return self._run_as_operator(inputs)
-        if self._written is None:
-            self.watch(inputs, tensors_of(inputs), Trace())
+        self.written(inputs)
         return self.function(*inputs)
+
+    def written(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """Positions of the inputs in whose memory the graph writes, by one watched run with the first that are given."""
+        return self.watch(inputs, tensors_of(inputs), Trace()) if self._written is None else self._written
 
     def as_traced(self, *inputs: Any) -> Any:
         """Run the graph as Dynamo traced it, with effects in the order of the program whatever memory the inputs share."""

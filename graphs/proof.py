@@ -28,7 +28,7 @@ from graphs.forbidding import without_effects
 from graphs.rewriting import RewrittenStep
 from graphs.step import Checkpoint, Step
 from graphs.watch import Trace, watch_again
-from passes import Forced, Forcing, Inside, Place, strays, user_place, with_tensor
+from passes import Forced, Forcing, Place, inside, strays, user_place, with_tensor
 from passes.composites import taken_apart
 
 Tensor = torch.Tensor
@@ -77,9 +77,7 @@ class _Override(TorchDispatchMode):
         self.met: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "aten":
-            return self._run(func, args, kwargs)
-        with Inside():
+        with inside(func, args):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -153,14 +153,14 @@ class _Hole:
     def __hash__(self) -> int:
         return hash((_Hole, self.index))
 
-    def __repr__(self) -> str:
-        return f"result {self.index}"
+
+_hole_of = functools.cache(_Hole)  # one object for each position
 
 
 def _hole(leaf: Any, found: list[Any]) -> Any:
     if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         found.append(leaf)
-        return _Hole(len(found) - 1)
+        return _hole_of(len(found) - 1)
     parts = leaf if isinstance(leaf, torch.Size) else (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
     for part in parts:  # refused as the number itself is
         _hole(part, found)

@@ -53,9 +53,8 @@ from graphs.errors import (
 )
 from graphs.fast_paths import unnoticed
 from graphs.grad_questions import GRAD_PROPERTIES, GradWrites, grad_questions
-from passes import Inside, Place, user_place
+from passes import Place, inside, user_place
 from passes.composites import Calls, as_eager, called, run, taken_apart
-from passes.stopping import inside
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -188,9 +187,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = user_frame(sys._getframe(1))
-        if func.namespace != "aten":
-            return self._run(func, types, args, kwargs or {}, frame)
-        with Inside():
+        with inside(func, args):
             return self._run(func, types, args, kwargs or {}, frame)
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any, frame: tuple[str, int]) -> Any:

@@ -18,7 +18,7 @@ from passes.rounds import trace_step
 from passes.routing import Routes, Target, routing
 from passes.sites import Place, user_place
 from passes.skinny import skinny_products
-from passes.stopping import Inside, Stopping
+from passes.stopping import Stopping, inside
 from passes.tracing import Number
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Change",
     "Forced",
     "Forcing",
-    "Inside",
     "Number",
     "Pass",
     "Place",
@@ -40,6 +39,7 @@ __all__ = [
     "fewer_launches",
     "fuse_exact",
     "hoist_constants",
+    "inside",
     "lasting_writes",
     "one_query_attention",
     "register_decompositions",

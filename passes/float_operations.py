@@ -30,6 +30,7 @@ def _reversed(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 _DIVISIONS = {"floordiv": operator.floordiv, "mod": operator.mod}
+_DIVISORS = {**{f"__{name}__": 1 for name in _DIVISIONS}, **{f"__r{name}__": 0 for name in _DIVISIONS}}
 _ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, **_DIVISIONS}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -65,7 +66,7 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
         caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
         if trace is None or not fractions or not numbers or caller in ("torch", "sympy"):
             return original(self, other)
-        if name.removeprefix("__").removeprefix("r").removesuffix("__") in _DIVISIONS and (self if "__r" in name else other) == 0:
+        if name in _DIVISORS and (self, other)[_DIVISORS[name]] == 0:
             raise ZeroDivisionError("a fraction is divided by zero")  # as Python does; a branch of the step's line
         return _computed(_OPERATORS[name], self, other, *trace)
 

@@ -27,7 +27,7 @@ from passes.loops import LIMIT, Loops
 from passes.python_entry import traced_tensor
 from passes.reads import Read, Reads
 from passes.sites import Place, Site, place_of, user_frame, user_place, user_site
-from passes.stopping import Inside
+from passes.stopping import inside
 from passes.symbols import SYMBOLS, expression_of
 
 Tensor = torch.Tensor
@@ -113,9 +113,7 @@ class Follow(TorchDispatchMode):
         self.raised: Unremovable | None = None  # for the step's own lines may catch what tracing raises
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "aten":
-            return self._traced(func, args, kwargs)
-        with Inside():
+        with inside(func, args):
             return self._traced(func, args, kwargs)
 
     def _traced(self, func: Any, args: Any, kwargs: Any) -> Any:

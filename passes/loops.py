@@ -80,8 +80,10 @@ class Loops:
 
     def runs(self, target: Any) -> None:
         """Note what operator is come to."""
-        draws = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        self.drawn = self.drawn or (draws and any(isinstance(trip, Trip) for trip in self.trips))
+        if any(isinstance(trip, Trip) for trip in self.trips) and torch.Tag.nondeterministic_seeded in getattr(
+            target, "tags", ()
+        ):
+            self.drawn = True
 
     def rows(self, x: Tensor, count: sympy.Basic, limit: int, hint: int) -> Iterator[Tensor]:
         """The rows of ``x``, of which there are ``count``: ``limit`` at most, ``hint`` in the eager run."""

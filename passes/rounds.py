@@ -23,6 +23,7 @@ from passes.sites import Branch
 from passes.tracing import trace_once
 
 aten = torch.ops.aten
+_NUMBERS = frozenset((bool, int, float, complex, str, bytes, slice, torch.Size))
 
 
 def trace_step(
@@ -151,7 +152,7 @@ def _is_same(first: Any, second: Any) -> bool:
     """Whether two traces of a step return the same numbers of Python in the same containers: none that counts trips."""
     (leaves, spec), (others, other) = tree_flatten(first), tree_flatten(second)
     return spec == other and all(
-        a is b or (type(a) is type(b) and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)
+        a is b or (type(a) is type(b) and type(a) in _NUMBERS and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)
     )
 
 

@@ -121,14 +121,14 @@ class Scalars:
         symbols = expression.free_symbols
         if not all(symbol.is_integer for symbol in symbols):
             return
+        bounds = {symbol: self._rewriter.bounds.of(symbol) for symbol in sorted(symbols, key=str)}
         try:
-            limit = limit_of(expression, self._rewriter.bounds.of)
+            limit = limit_of(expression, bounds)
         except OverflowError as error:
             raise self._missing(str(error)) from error
         if limit is None:
             return
-        for symbol in sorted(symbols, key=str):
-            bound = self._rewriter.bounds.of(symbol)
+        for symbol, bound in bounds.items():
             if bound is None or bound > limit:
                 self._rewriter.assume(sympy.And(symbol <= limit, symbol >= -limit))
 

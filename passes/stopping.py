@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from torch._ops import OpOverload
+
 Hook = Callable[[FrameType, str, Any], None]
 """A profiling hook that raises where the step is about to act outside of itself, before it does. It is told of calls alone."""
 _PATIENT = 32
@@ -49,8 +51,10 @@ _OF_C = frozenset((types.BuiltinFunctionType, types.MethodDescriptorType, types.
 
 
 def inside(function: Any, arguments: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """`Inside` where a function that a function mode is shown is torch's own and is given nothing to call; else nothing."""
+    """`Inside` where what a mode is shown is torch's own and is given nothing to call; else nothing."""
     kind = type(function)
+    if kind is OpOverload:
+        return Inside() if function.namespace == "aten" else _SEEN
     if kind not in _OF_C and not (kind is types.FunctionType and function.__module__.startswith("torch")):
         return _SEEN
     for value in arguments:

@@ -8,7 +8,7 @@ assumes nothing; one of a hash or a large power assumes that its numbers are sma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import sympy
 from torch.utils._sympy import functions as sympy_functions
@@ -22,16 +22,15 @@ _REMAINDERS = (sympy_functions.Mod, sympy_functions.PythonMod, sympy.Mod)
 _POWERS = (sympy.Pow, sympy_functions.PowByNatural)
 
 
-def limit_of(expression: sympy.Basic, known: Callable[[sympy.Symbol], int | None]) -> int | None:
+def limit_of(expression: sympy.Basic, bounds: Mapping[sympy.Symbol, int | None]) -> int | None:
     """How large the symbols of ``expression`` may be so that it stays within 64 bits; None where they need no limit.
 
     Args:
-        known: the largest value of a symbol that is zero or more, as far as it is known.
+        bounds: the largest values of its symbols that are zero or more, as far as they are known.
 
     Raises:
         OverflowError: not even for numbers of zero and one.
     """
-    bounds = {symbol: known(symbol) for symbol in expression.free_symbols}
     for limit in _LIMITS:
         of = {symbol: limit if bound is None else min(bound, limit) for symbol, bound in bounds.items()}
         if _largest(expression, of) <= _LARGEST:

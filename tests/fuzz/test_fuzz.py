@@ -21,7 +21,7 @@ SHORT = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=30,
+    max_examples=50,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )
