@@ -59,7 +59,10 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
             reason = error
             break
         try:
-            made = RewrittenStep(module, structure, passes.run(module, pipeline_of(step, forced=True)), counters)
+            changes = passes.run(module, pipeline_of(step, forced=True))
+            if step.device.type != "cpu":
+                passes.refuse_host_results(module.graph)
+            made = RewrittenStep(module, structure, changes, counters)
         except passes.Unremovable as error:
             reason = error
         else:
@@ -377,16 +380,25 @@ class CheckedRecording:
 
     def settled(self) -> bool:
         """Whether the last replay counts: if so Python's numbers are advanced, else all that it did is undone."""
-        if self.held():
+        try:
+            held = self.held()
+        except RuntimeError:
+            self._undo()  # the replay came to its end: eager, which follows, starts from before it
+            raise
+        if held:
             self.store()
-            return True
+        else:
+            self._undo()
+        return held
+
+    def _undo(self) -> None:
+        """Take back all that the last replay did."""
         assert self._assumption is not None
         self._assumption.undo()
         if self._before is not None:
             self._before.restore()
         if self._counters is not None:
             self._counters.undone()
-        return False
 
     @property
     def pool_bytes(self) -> int:

@@ -166,6 +166,10 @@ class Checkpoint:
         """The states of the random generators now."""
         return self._random.states()
 
+    def host_has_drawn(self) -> bool:
+        """Whether random numbers were drawn from a generator of the host since."""
+        return self._random.host_has_drawn()
+
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
         """This checkpoint with the Python state of another."""
         mixed = copy.copy(self)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from graphs import verify
 from graphs.compiler import compile_rewritten, record_compiled
@@ -43,6 +44,7 @@ from graphs.errors import (
     MovedStaticTensor,
     Refusal,
     RowsInteract,
+    SideEffect,
     StepRaises,
     UnsupportedArgument,
     UnsupportedOperator,
@@ -60,7 +62,7 @@ from graphs.returned import adopt_returned, links_to, unobserved, unreturnable
 from graphs.rewriting import RewrittenStep, is_removable, rewrite
 from graphs.stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.step import Checkpoint, Step
-from graphs.watch import Trace, compare_traces, last_operation, watch_again, watch_step
+from graphs.watch import Operation, TensorUse, Trace, compare_traces, last_operation, watch_again, watch_step
 
 Tensor = torch.Tensor
 _RUNS_AGAIN = "a step is run a few times from one state before it is recorded: change what this line does in a later run"
@@ -175,6 +177,9 @@ def _examined(
         raise Deferred(output, caught.operator, origin.restore, caught)
     if trace.findings and not (step.passes and is_removable(trace.findings)):
         raise Refused(output, trace.findings, origin.restore)
+    drawn = _drawn_on_host(step, origin, trace)
+    if drawn is not None:
+        raise Refused(output, [drawn, *trace.findings], origin.restore)
     if reads.refusals:
         raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
     walk = GuardWalk(reads, step.roots())
@@ -490,6 +495,28 @@ def _bumped(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
         for storage, tensor in trace.externals.items()
         if storage in trace.written and storage not in given and not tensor.is_inference()
     ]
+
+
+def _drawn_on_host(step: Step, origin: Checkpoint, trace: Trace) -> SideEffect | None:
+    """The operator by which a step on a device draws from a generator of the host: a replay would not."""
+    if step.device.type == "cpu" or not origin.host_has_drawn():
+        return None
+    seeded = [one for one in trace.operations if torch.Tag.nondeterministic_seeded in one.func.tags]
+    found = next((one for one in seeded if not _is_on(step.device, one)), None)
+    detail = "the step draws random numbers on the host; a replay would neither draw them again nor advance the generator"
+    where = {"operator": str(found.func), "site": found.site} if found is not None else {"operator": "torch.get_rng_state"}
+    return SideEffect(detail, remedy="draw them on the device, or outside of the step, and pass them as arguments", **where)
+
+
+def _is_on(device: torch.device, operation: Operation) -> bool:
+    """Whether an operation names the device, or a tensor there."""
+    leaves = tree_leaves(operation.arguments, is_leaf=lambda value: isinstance(value, TensorUse))
+    kinds = [
+        leaf.device if isinstance(leaf, TensorUse) else leaf.type
+        for leaf in leaves
+        if isinstance(leaf, (TensorUse, torch.device))
+    ]
+    return device.type in kinds
 
 
 def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:

@@ -6,12 +6,13 @@ from passes.branches import Undo, undo
 from passes.constants import hoist_constants
 from passes.errors import Unremovable
 from passes.example_tracer import trace_with_inputs
-from passes.forcing import Forced, Forcing, with_tensor
+from passes.forced_run import Forced, OutOfRange, refuse_on_device
+from passes.forcing import Forcing, with_tensor
 from passes.fusion import fuse_exact
 from passes.host_values import remove_host_values
 from passes.launches import fewer_launches
-from passes.legal import strays
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
+from passes.on_host import refuse_host_results
 from passes.pipeline import DEFAULT, Change, Pass, run
 from passes.reads import Read
 from passes.rounds import trace_step
@@ -27,6 +28,7 @@ __all__ = [
     "Forced",
     "Forcing",
     "Number",
+    "OutOfRange",
     "Pass",
     "Place",
     "Read",
@@ -42,13 +44,14 @@ __all__ = [
     "inside",
     "lasting_writes",
     "one_query_attention",
+    "refuse_host_results",
+    "refuse_on_device",
     "register_decompositions",
     "remove_host_values",
     "routing",
     "run",
     "run_mlir",
     "skinny_products",
-    "strays",
     "to_mlir",
     "trace_step",
     "trace_with_inputs",

@@ -21,7 +21,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from passes.aliases import is_pure
 from passes.facts import Facts
@@ -104,7 +105,7 @@ def _tensor_at(args: tuple[Any, ...], position: int) -> Any:
 def symbols_of(node: Node, facts: Facts) -> list[sympy.Symbol]:
     """The symbols that a traced operator read in the eager run too."""
     found: dict[sympy.Symbol, None] = {}
-    for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+    for value in tree_leaves(node.meta.get("val")):
         for part in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 found |= dict.fromkeys(s for s in part.node.expr.free_symbols if s in facts.reads)
@@ -252,20 +253,6 @@ def _told(meta: dict[str, Any], change: Callable[[Node], Node]) -> dict[str, Any
     if meta.get("limits"):
         made["limits"] = {dim: change(limit) for dim, limit in meta["limits"].items()}
     return made
-
-
-class Forced(Interpreter):
-    """Runs a marked graph with another tensor in the place of one that host values are read from."""
-
-    def __init__(self, module: GraphModule, number: int, outcome: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(module)
-        self._number, self._outcome = number, outcome
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of a node."""
-        if target is read_here and args[1] == self._number:
-            return self._outcome(args[0])
-        return super().call_function(target, args, kwargs)
 
 
 def _first(tensor: Tensor) -> Tensor:

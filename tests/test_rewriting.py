@@ -67,6 +67,23 @@ def test_what_a_failed_replay_wrote_is_put_back() -> None:
     assert step.report().replays == 1
 
 
+def test_a_replay_that_never_says_whether_it_held_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin = Modes(), Modes()
+    step = graphs.capture(model, raise_internal=False)
+    calls = values(0, 0, 0)
+    for call, (x, mode) in enumerate(calls):
+        if call == 1:
+            monkeypatch.setattr(Assumption, "held", silent)
+        assert torch.equal(step(x, mode), twin(x, mode))
+        monkeypatch.undo()
+        assert torch.equal(model.total, twin.total) and torch.equal(model.rows[0], twin.rows[0])
+    assert "internal-error" in [refusal.reason for refusal in step.report().refusals]
+
+
+def silent(self: Assumption, run: int) -> bool:
+    raise RuntimeError("the device does not answer")
+
+
 def raising(x: Tensor, mode: Tensor) -> Tensor:
     raise RuntimeError("the way that raises")
 

@@ -109,8 +109,10 @@ class RandomState:
     """The states of the default generators of the CPU and of one device, and of generators that a step names."""
 
     def __init__(self, device: torch.device, named: dict[torch.Generator, Tensor] | None = None) -> None:
+        before = torch.get_rng_state()
         self._read: list[Callable[[], Tensor]] = [torch.get_rng_state]
-        self._restore: list[Callable[[], object]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+        self._restore: list[Callable[[], object]] = [functools.partial(torch.set_rng_state, before)]
+        self._on_host: list[tuple[Callable[[], Tensor], Tensor]] = [(torch.get_rng_state, before)]
         if device.type == "cuda":
             self._read.append(functools.partial(torch.cuda.get_rng_state, device))
             self._restore.append(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
@@ -128,4 +130,9 @@ class RandomState:
     def also(self, named: dict[torch.Generator, Tensor]) -> None:
         """Cover generators that were found later, with the states they had when they were found."""
         self._read += [generator.get_state for generator in named]
+        self._on_host += [(generator.get_state, state) for generator, state in named.items() if generator.device.type == "cpu"]
         self._restore += [functools.partial(generator.set_state, state) for generator, state in named.items()]
+
+    def host_has_drawn(self) -> bool:
+        """Whether a generator of the host is not where it was."""
+        return any(not torch.equal(state(), before) for state, before in self._on_host)

@@ -76,6 +76,17 @@ def _work(first: int, last: int, stride: int, device: str) -> None:
         except Exception as error:  # twins of other lengths, or a fault of this harness: never silently
             outcome = Outcome("crashed", f"harness: {error!r}")
         print(json.dumps({"seed": seed, **outcome.__dict__}), file=out, flush=True)
+        if device == "cuda" and not _is_alive():
+            return  # another process goes on with the next one
+
+
+def _is_alive() -> bool:
+    """Whether the device still answers: an operator that refuses a value there ends it for the process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _supervise(options: argparse.Namespace) -> int:

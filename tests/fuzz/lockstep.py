@@ -20,8 +20,8 @@ from graphs.verify import tolerance
 from tests.fuzz.program import Program
 
 Tensor = torch.Tensor
-INVALID = (NameError, SyntaxError)
-"""What a program that is none raises, eagerly: a statement is gone that it needs."""
+INVALID = (NameError, SyntaxError, getattr(torch, "AcceleratorError", SyntaxError))
+"""What a program that is none raises, eagerly: a statement is gone that it needs, or a device ends over a value."""
 
 
 FORM = ("type", "requires_grad", "strides")

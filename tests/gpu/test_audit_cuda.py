@@ -15,6 +15,7 @@ from tests.corpus.running import arguments
 OF_ONE_DEVICE = {
     "ALoopOverExpertsThatWereHit": "one_hot looks at the largest class on a CPU only",
     "a_host_copy_scales": "mixes devices",
+    "random_numbers_decide": "the generators of the two draw other numbers, and so take other sides",
     "a_host_scalar_in_a_device_operator": "mixes devices",
 }
 
