@@ -21,6 +21,7 @@ from passes.names import fresh_name
 
 aten = torch.ops.aten
 _MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
+_SAME = (aten.alias.default, aten.detach.default)
 
 _TRACED = ("_tensor_constant", "lifted_tensor_", "_hoisted_constant_")  # names given by make_fx, by export, and here
 
@@ -117,6 +118,8 @@ def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
     written since (``tensor._version``).
     """
     source, device = node.args[0], node.kwargs.get("device")
+    while isinstance(source, Node) and source.target in _SAME:
+        source = source.args[0]
     if not isinstance(source, Node) or source.op != "get_attr" or node.target is not aten._to_copy.default or device is None:
         return None
     value = getattr(module, str(source.target), None)

@@ -49,6 +49,20 @@ def test_a_table_that_the_step_computes_on_the_host_is_uploaded_once():
     assert [node.op for node in module.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
 
 
+def test_a_table_of_the_steps_own_is_uploaded_once_and_told_of():
+    table = torch.arange(2.0)
+
+    def step(x):
+        return x * torch.ops.aten.alias(table).to(x.device)
+
+    module = make_fx(step)(torch.ones(2, device="meta"))
+    (own,) = [node for node in module.graph.nodes if node.op == "get_attr"]
+    own.target, module.state_0 = "state_0", table
+    assert passes.run(module)
+    assert [node.op for node in module.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
+    assert [held is table for held in module.meta["uploaded"]] == [True]
+
+
 def test_a_tensor_that_a_step_makes_on_the_host_and_leaves_there_is_not_kept():
     module = make_fx(lambda x: x + torch.arange(2))(torch.ones(2))
     before = printed(module)
