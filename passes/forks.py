@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _KINDS: tuple[tuple[type, ...], ...] = ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat))
+TRACER = "_STARTS_STEPS"
+"""A global of the module that starts a step: frames from there on are not the step's."""
 LONG = 120
 """Parts of an expression above which it is given a name."""
 _CONSTANTS = (type(None), complex, str, bytes, torch.dtype, torch.device)
@@ -439,4 +441,4 @@ def _globals(frame: FrameType) -> dict[str, Any]:
 
 
 def _is_tracer(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")) == "passes.tracing"
+    return TRACER in frame.f_globals

@@ -45,6 +45,7 @@ from passes.symbols import expression_of
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_STARTS_STEPS = True  # see `passes.forks.TRACER`
 
 
 class _Tracing(threading.local):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -26,13 +27,13 @@ from graphs.ops.weights import PATHS
 
 SCHEMA = 1
 SOURCES = (
-    "kernels.py",
-    "split_k.py",
-    "hopper.py",
-    "warpgroup.py",
-    "clusters.py",
-    "tiles.py",
-    "wo_a.py",
+    "graphs.ops.kernels",
+    "graphs.ops.split_k",
+    "graphs.ops.hopper",
+    "graphs.ops.warpgroup",
+    "graphs.ops.clusters",
+    "graphs.ops.tiles",
+    "graphs.ops.wo_a",
 )  # a change in one of them outdates a measurement
 
 
@@ -138,5 +139,7 @@ def _triton_version() -> str:
 def _kernel_digest() -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()[:16]
