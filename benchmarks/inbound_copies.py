@@ -18,11 +18,11 @@ import statistics
 import torch
 
 import graphs
-from graphs.measure import time_call
-from graphs.record import copies, cuda
+from graphs.observation.timing import time_call
+from graphs.recording import copy_kernels, cuda_graph
 
 MODES = {"each": (1 << 30, 1 << 40), "fetched": (0, 1 << 40), "ahead": (1 << 30, -1)}  # copies.FEW, cuda.LARGE
-DEFAULT = copies.FEW, cuda.LARGE
+DEFAULT = copy_kernels.FEW, cuda_graph.LARGE
 CASES = [(count, 512) for count in (1, 2, 3, 4, 8, 16)] + [(1, 1 << power) for power in (3, 12, 13, 14, 16, 18, 20, 22, 24, 26)]
 CALLS = 40  # issued behind one pause of the device
 
@@ -34,7 +34,7 @@ def last_elements(*inputs: torch.Tensor) -> torch.Tensor:
 
 def captured(count: int, size: int, mode: str) -> tuple[graphs.CapturedModule, list[torch.Tensor]]:
     """A step recorded in this mode, and arguments for it; its outputs are checked."""
-    copies.FEW, cuda.LARGE = MODES[mode]
+    copy_kernels.FEW, cuda_graph.LARGE = MODES[mode]
     try:
         step = graphs.capture(last_elements)
         for turn in range(3):
@@ -42,17 +42,17 @@ def captured(count: int, size: int, mode: str) -> tuple[graphs.CapturedModule, l
             expected = torch.arange(10 * turn, 10 * turn + count, device="cuda")
             assert torch.equal(step(*inputs), expected), f"{count} x {size} bytes, {mode}, call {turn}"
     finally:
-        copies.FEW, cuda.LARGE = DEFAULT
+        copy_kernels.FEW, cuda_graph.LARGE = DEFAULT
     assert step.report().replays == 3, str(step.report())
     return step, inputs
 
 
 def by_itself(count: int, size: int) -> str:
     """The mode that a recording chooses."""
-    if size > cuda.LARGE:
+    if size > cuda_graph.LARGE:
         return "ahead"
-    programs = count * min(-(-size // (8 * copies._BLOCK)), 264)
-    return "each" if programs <= copies.FEW else "fetched"
+    programs = count * min(-(-size // (8 * copy_kernels._BLOCK)), 264)
+    return "each" if programs <= copy_kernels.FEW else "fetched"
 
 
 def main() -> None:

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 import graphs
-from graphs import verify
-from graphs.ambient import ambient_of
 from graphs.bench.llama import TOY, WIDE, Decoding, build_llama
 from graphs.contract.arguments import flatten_call
-from graphs.ledger import NotReplayed
-from graphs.modes import forced_eager
-from graphs.trial import compare_replay
+from graphs.contract.settings import ambient_of
+from graphs.dispatch.call_log import NotReplayed
+from graphs.eager_mode import forced_eager
+from graphs.first_call.record_key import compare_replay
+from graphs.numerics import tolerance
 
 Tensor = torch.Tensor
 FAULTS = ("visible row", "stale input", "missed write", "any row")
@@ -124,7 +124,7 @@ class Planted:
         self._recording, self._fault = recording, fault
 
     def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """Like `graphs.record.step.Recording.replay`, with the fault around it."""
+        """Like `graphs.recording.recorder.Recording.replay`, with the fault around it."""
         with self._fault(tensors) as given:
             return [out.clone() for out in self._recording.replay(given, rows)]
 
@@ -272,7 +272,7 @@ def main() -> None:
         for name in args.models.split(","):
             rows.append(measured(builders[name](args, device), args.starts, args.seconds))
             print(json.dumps(rows[-1], indent=1), flush=True)
-    print(f"tolerance without float64: {verify.OTHER_KERNELS} times the elementwise one")
+    print(f"tolerance without float64: {tolerance.OTHER_KERNELS} times the elementwise one")
     print(table(rows))
     if args.json:
         with open(args.json, "w") as file:

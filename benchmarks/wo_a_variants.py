@@ -23,7 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from graphs.ops import hopper, kernels, offline, reference, split_k, tiles, warpgroup
+from graphs.ops import offline
+from graphs.ops.wo_a import reference, tiles
+from graphs.ops.wo_a.kernels import hopper, portable, split_k, warpgroup
 
 N, K = 1024, 4096
 H200 = tiles.Arch("cuda", 9, 0)
@@ -82,7 +84,7 @@ def einsum(layer: Layer) -> None:
 
 def generic(layer: Layer, tile: tiles.Tile | None = None, pdl: bool = False) -> None:
     m, g, _ = layer.o.shape
-    kernels.launch_fused(layer.o, layer.w, layer.scale, layer.y, tile or tiles.fused(m, g, N, K, H200), overlap=pdl)
+    portable.launch_fused(layer.o, layer.w, layer.scale, layer.y, tile or tiles.fused(m, g, N, K, H200), overlap=pdl)
 
 
 def split(layer: Layer, tile: tiles.Tile, pdl: bool = False, bmm: bool = False) -> None:
@@ -94,9 +96,9 @@ def quantised(layer: Layer, path: str, tile: tiles.Tile | None = None, overlap: 
     m, g, _ = layer.o.shape
     tile = tile or tiles.quantised_gemm(path, m, g if path == "bmm" else 1, N, K, H200)
     if path == "bmm":
-        kernels.launch_bmm(layer.o, layer.w, layer.scale.flatten()[:1], layer.y, tile)
+        portable.launch_bmm(layer.o, layer.w, layer.scale.flatten()[:1], layer.y, tile)
     else:
-        kernels.launch_gloop(layer.o, layer.w, layer.scale, layer.y, tile, overlap)
+        portable.launch_gloop(layer.o, layer.w, layer.scale, layer.y, tile, overlap)
 
 
 def registers(layer: Layer, overlap: bool) -> None:

@@ -1,16 +1,16 @@
 """Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
 
-from graphs.audit import Audit, Finding, audit
-from graphs.backend import backend_report
-from graphs.capture import CapturedModule, capture
+from graphs.auditing.audit import Audit, Finding, audit
 from graphs.contract.padding import Padding, sentinel
+from graphs.custom_ops.capture_check import capture_check
+from graphs.custom_ops.register import register_op
+from graphs.dispatch.captured_module import CapturedModule, capture
+from graphs.dynamo.backend import backend_report
+from graphs.eager_mode import eager
 from graphs.errors import GraphsError, Refusal
-from graphs.modes import eager
-from graphs.operator_check import capture_check
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.parity import ParityReport, parity
-from graphs.register import register_op
 from graphs.report import BackendReport, CaptureReport
 from graphs.route import route
 from passes import register_decompositions

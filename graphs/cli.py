@@ -71,7 +71,7 @@ def audit(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List what keeps a step from being recorded, line by line, and what the passes do about it."""
-    from graphs.audit import audit as audit_step
+    from graphs.auditing.audit import audit as audit_step
     from graphs.factory import load_factory
 
     model, args, kwargs = load_factory(factory)

@@ -1,7 +1,7 @@
 """What ``compiler_options=`` says: which passes make a compiled step faster, and settings of Inductor.
 
 A recording is compiled once and replayed thousands of times with static shapes, so two rewrites are on that Inductor would
-have no use for in general, where they were measured to pay: see `graphs.ops.tiles.skinny` and `LONGEST`. Inductor's own
+have no use for in general, where they were measured to pay: see `graphs.ops.wo_a.tiles.skinny` and `LONGEST`. Inductor's own
 search (``max_autotune``) is not: on an H100 it took 56 s for two layers of a Llama and made their step slower, 294 us for 262.
 """
 
@@ -17,7 +17,8 @@ import torch
 
 import passes
 from graphs.errors import ConfigError
-from graphs.ops import skinny, tiles
+from graphs.ops.skinny import operator as skinny
+from graphs.ops.wo_a import tiles
 
 REWRITES = ("skinny_products", "one_query_attention")
 LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096

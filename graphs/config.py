@@ -111,7 +111,7 @@ def wo_a_path() -> str:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What ``torch.compile(backend="graphs", options={...})`` can be told; see `graphs.backend.graphs_backend`."""
+    """What ``torch.compile(backend="graphs", options={...})`` can be told; see `graphs.dynamo.backend.graphs_backend`."""
 
     compiler: str = "inductor"
     outputs: str = "owned"

@@ -14,20 +14,20 @@ import torch
 from torch.fx import GraphModule
 
 import passes
-from graphs.audit import step_of
-from graphs.backend import backend_report, graphs_backend
-from graphs.bench.launches import count_launches
-from graphs.capture import capture
-from graphs.compiler import CompiledModel, fusion_of
+from graphs.auditing.audit import step_of
 from graphs.compiler_options import CompilerOptions
 from graphs.config import PASSES
+from graphs.dispatch.captured_module import capture
+from graphs.dynamo.backend import backend_report, graphs_backend
+from graphs.eager_mode import forced_eager
 from graphs.errors import CompileFailed
-from graphs.modes import forced_eager
-from graphs.ops.routing import wo_a_routes
+from graphs.first_call.candidates import CompiledModel, fusion_of
+from graphs.observation.eager_trace import Trace, watch_step
+from graphs.observation.launches import count_launches
+from graphs.ops.wo_a.routes import wo_a_routes
+from graphs.rehearsal.step import Checkpoint, Step
 from graphs.report import CaptureReport, PieceReport
-from graphs.rewriting import pipeline_of, refusal_of, traced
-from graphs.step import Checkpoint, Step
-from graphs.watch import Trace, watch_step
+from graphs.rewriting.rewritten_step import pipeline_of, refusal_of, traced
 
 Tensor = torch.Tensor
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import passes
 from graphs.errors import ConfigError
-from graphs.ops.routing import WoARoutes, wo_a_routes
+from graphs.ops.wo_a.routes import WoARoutes, wo_a_routes
 
 
 @dataclass(frozen=True)

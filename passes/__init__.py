@@ -1,26 +1,26 @@
 """Rewrites of FX graphs that make a step recordable, and their lowering to MLIR. Imports torch and nothing of `graphs`."""
 
-from passes.aliases import lasting_writes
-from passes.attention import one_query_attention
-from passes.branches import Undo, undo
-from passes.constants import hoist_constants
+from passes.control_flow.stopping import Stopping, inside
+from passes.core.aliasing import lasting_writes
+from passes.core.host_reads import Read
+from passes.core.source_location import Place, user_place
 from passes.errors import Unremovable
-from passes.example_tracer import trace_with_inputs
-from passes.forced_run import Forced, OutOfRange, refuse_on_device
-from passes.forcing import Forcing, with_tensor
-from passes.fusion import fuse_exact
-from passes.host_values import remove_host_values
-from passes.launches import fewer_launches
+from passes.host_values.forced_run import Forced, OutOfRange, refuse_on_device
+from passes.host_values.forcing import Forcing, with_tensor
+from passes.host_values.on_host import refuse_host_results
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
-from passes.on_host import refuse_host_results
+from passes.optimize.fuse_exact import fuse_exact
+from passes.optimize.hoist_constants import hoist_constants
+from passes.optimize.one_query_attention import one_query_attention
+from passes.optimize.single_kernel import fewer_launches
+from passes.optimize.skinny_linear import skinny_products
 from passes.pipeline import DEFAULT, Change, Pass, run
-from passes.reads import Read
-from passes.rounds import trace_step
-from passes.routing import Routes, Target, routing
-from passes.sites import Place, user_place
-from passes.skinny import skinny_products
-from passes.stopping import Stopping, inside
-from passes.tracing import Number
+from passes.projections.example_tracer import trace_with_inputs
+from passes.projections.route import Routes, Target, routing
+from passes.remove_host_values import remove_host_values
+from passes.speculation.speculate import Undo, undo
+from passes.trace_step import trace_step
+from passes.tracing.trace import Number
 
 __all__ = [
     "DEFAULT",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from passes.constants import hoist_constants
+from passes.optimize.hoist_constants import hoist_constants
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 
 Tensor = torch.Tensor
 Between = Callable[[int, Any], None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,90 +43,111 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-MAIN_PATH = ["graphs.recordings", "graphs.capture"]
-TRIAL = ["graphs.trial", "graphs.probe", "graphs.watch", "graphs.verify", "graphs.judge"]
-AUDIT = ["graphs.audit", "graphs.findings"]
-ABOVE = [*MAIN_PATH, *AUDIT, "graphs.parity", "graphs.bench", "graphs.cli"]
-RULES = ["passes.addressing", "passes.arithmetic", "passes.bounded", "passes.branches"]
-REWRITING = ["passes.rewriter", "passes.aliases", "passes.scalars", "passes.bounds", "passes.host_values", *RULES]
-PASSES = [name for name in modules("passes") if name not in ("passes", "passes.composites")]  # which every dispatch mode shares
-FORBIDDEN = {
-    "graphs.errors": ["graphs", "passes", "torch"],
-    "graphs.report": ["graphs", "passes", "torch"],
-    "graphs.modes": ["graphs", "passes"],
-    "graphs.contract": ["graphs.record", "graphs.ops", "graphs.config", "passes", *TRIAL, *ABOVE],
-    "graphs.record": ["graphs.ledger", "graphs.ops", "graphs.config", *PASSES, *TRIAL, *ABOVE],
-    "graphs.ops": ["graphs.record", "graphs.contract", "passes", *TRIAL, *ABOVE],
-    "graphs.watch": ["graphs.trial", "graphs.record", *ABOVE],
-    "graphs.verify": ["graphs.trial", "graphs.record", *ABOVE],
-    "graphs.judge": ["graphs.trial", "graphs.probe", "graphs.entry", "graphs.record", "passes", *ABOVE],
-    "graphs.high_precision": ["graphs.judge", "graphs.verify", "graphs.trial", "graphs.record", "passes", *ABOVE],
-    "graphs.precise_operators": ["graphs"],
-    "graphs.ties": ["graphs"],
-    "graphs.trial": ["graphs.config", "graphs.ledger", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.parity": ["graphs.bench", "graphs.cli", "graphs.record", "graphs.trial"],
-    "graphs.parity.report": ["graphs.contract", "graphs.errors", "torch"],
-    "graphs.recordings": [
-        "graphs.capture",
-        "graphs.parity",
-        "graphs.bench",
-        "graphs.cli",
-        "graphs.record.cuda",
-        "graphs.record.tape",
+FLOORS = {
+    "graphs": [
+        ("errors", "report", "eager_mode"),
+        ("factory",),
+        ("objects",),
+        ("python_reads",),
+        ("state",),
+        ("contract",),
+        ("guards", "numerics", "ops"),
+        ("compiler_options", "route"),
+        ("config",),
+        ("observation",),
+        ("recording",),
+        ("rehearsal",),
+        ("rewriting",),
+        ("compile",),
+        ("first_call",),
+        ("auditing", "custom_ops"),
+        ("dispatch",),
+        ("dynamo", "parity"),
+        ("__init__",),
+        ("explain",),
+        ("bench",),
+        ("cli",),
+        ("__main__",),
     ],
-    "graphs.audit": [*MAIN_PATH, "graphs.config", "graphs.bench", "graphs.cli"],
-    "graphs.findings": [*MAIN_PATH, "graphs.audit", "graphs.config", "graphs.bench", "graphs.cli"],
-    "graphs.findings.report": ["graphs.watch", "graphs.contract", "torch"],
-    "graphs.findings.cures": ["graphs", "passes", "torch"],
-    "graphs.capture": ["graphs.bench", "graphs.cli"],
-    "graphs.compiled_graph": ["graphs.trial", "graphs.record", *ABOVE],
-    "graphs.compiler": ["graphs.trial", "graphs.record", "graphs.config", *ABOVE],
-    "graphs.piece": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.backend": ["graphs.trial", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.explain": ["graphs.cli"],
-    "graphs.operator_check": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.register": ["graphs.trial", "graphs.config", "graphs.record", *ABOVE],
-    "graphs.route": ["graphs.record", "graphs.contract", *TRIAL, *ABOVE],
-    "graphs.rewriting": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "graphs.entry": ["graphs.trial", "graphs.config", "graphs.record.cuda", "graphs.record.tape", *ABOVE],
-    "passes": ["graphs"],
-    "passes.composites": ["passes"],
-    "passes.errors": ["passes", "torch"],
-    "passes.sites": ["passes", "torch"],
-    "passes.symbols": ["passes"],
-    "passes.builtins": ["passes.tracing", *REWRITING],
-    "passes.python_entry": ["passes.tracing", *REWRITING],
-    "passes.facts": ["passes.tracing", "passes.following", *REWRITING],
-    "passes.following": ["passes.tracing", *REWRITING],
-    "passes.tracing": REWRITING,
-    "passes.rewriter": ["passes.host_values", *RULES],
-    "passes.scalars": ["passes.tracing", "passes.host_values", *RULES],
-    "passes.aliases": ["passes.tracing", "passes.host_values", *RULES],
-    "passes.bounds": ["passes.rewriter", "passes.host_values", *RULES],
-    "passes.addressing": ["passes.host_values", "passes.arithmetic", "passes.bounded", "passes.branches"],
-    "passes.arithmetic": ["passes.host_values", "passes.addressing", "passes.bounded", "passes.branches"],
-    "passes.bounded": ["passes.host_values", "passes.branches"],
-    "passes.branches": ["passes.host_values", "passes.addressing", "passes.arithmetic", "passes.bounded"],
+    "passes": [
+        ("errors",),
+        ("core",),
+        ("control_flow",),
+        ("host_values",),
+        ("mlir", "optimize", "projections", "speculation"),
+        ("pipeline", "remove_host_values"),
+        ("tracing",),
+        ("trace_step",),
+        ("__init__",),
+    ],
 }
+"""From the ground up. A file imports from its own folder, or from a lower floor."""
+INDEPENDENT = {
+    "graphs.report": ("torch",),
+    "graphs.errors": ("torch",),
+    "passes.errors": ("torch",),
+    "passes.core.source_location": ("torch",),
+}
+"""What these may not import besides."""
 
 
-def test_the_rules_name_what_exists() -> None:
-    names = set(modules("graphs", "passes"))
-    assert set(FORBIDDEN) <= names
-    assert {rule for rules in FORBIDDEN.values() for rule in rules} - {"torch"} <= names
+def place(name: str) -> tuple[str, int, str]:
+    """Package, floor and folder of a module."""
+    package, _, rest = name.partition(".")
+    folder = rest.partition(".")[0] or "__init__"
+    return package, next(number for number, floor in enumerate(FLOORS[package]) if folder in floor), folder
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_a_package_imports_nothing_above_it(package: str) -> None:
+def arrows() -> dict[str, set[str]]:
+    """What each module imports of both packages, anywhere in its file."""
+    files = modules("graphs", "passes")
+    return {name: {found for found in imports(path) if found in files} - {name} for name, path in files.items()}
+
+
+def test_every_folder_has_a_floor_and_every_floor_exists() -> None:
+    folders = {place(name)[::2] for name in modules("graphs", "passes")}
+    assert folders == {(package, folder) for package, floors in FLOORS.items() for floor in floors for folder in floor}
+
+
+def test_no_file_imports_upward() -> None:
+    found = []
+    for name, targets in arrows().items():
+        package, floor, folder = place(name)
+        for target in targets:
+            other, above, beside = place(target)
+            if other == package and beside != folder and above >= floor:
+                found.append(f"{name} imports {target}")
+    assert found == []
+
+
+def test_passes_never_names_graphs() -> None:
     found = [
-        f"{name} imports {imported}"
-        for name, path in modules("graphs", "passes").items()
-        if within(name, package)
-        for imported in imports(path)
-        for forbidden in FORBIDDEN[package]
-        if within(imported, forbidden)
+        f"{name}: {target}"
+        for name, targets in arrows().items()
+        for target in targets
+        if within(name, "passes") and within(target, "graphs")
     ]
     assert found == []
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    left = arrows()
+    while True:
+        done = {name for name, targets in left.items() if not targets & left.keys()}
+        if not done:
+            break
+        left = {name: targets for name, targets in left.items() if name not in done}
+    assert sorted(left) == []
+
+
+def test_no_folder_holds_more_than_twelve_files() -> None:
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in modules("graphs", "passes").values())
+    assert {folder: count for folder, count in counts.items() if count > 12} == {}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_a_module_can_be_imported_alone(name: str) -> None:
+    assert not any(within(found, other) for found in imports(modules("graphs", "passes")[name]) for other in INDEPENDENT[name])
 
 
 def test_only_the_configuration_reads_settings_from_the_environment() -> None:
@@ -136,7 +158,7 @@ def test_only_the_configuration_reads_settings_from_the_environment() -> None:
         if isinstance(node, (ast.Attribute, ast.Name))
         and (getattr(node, "attr", "") or getattr(node, "id", "")) in ("environ", "getenv")
     }
-    guards = {"graphs.contract.code_reads", "graphs.contract.guard_walk"}  # of what a user's step reads
+    guards = {"graphs.python_reads.code_reads", "graphs.guards.guard_walk"}  # of what a user's step reads
     assert readers == {"graphs.config", *guards}
 
 
@@ -145,16 +167,16 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
     allowed = {
         "triton": {
             "graphs.bench.read_floor",
-            "graphs.ops.hopper",
-            "graphs.ops.warpgroup",
-            "graphs.ops.kernels",
+            "graphs.ops.wo_a.kernels.hopper",
+            "graphs.ops.wo_a.kernels.warpgroup",
+            "graphs.ops.wo_a.kernels.portable",
             "graphs.ops.offline",
-            "graphs.ops.skinny_kernel",
-            "graphs.ops.split_k",
-            "graphs.record.copies",
-            "graphs.record.run_word",
+            "graphs.ops.skinny.kernel",
+            "graphs.ops.wo_a.kernels.split_k",
+            "graphs.recording.copy_kernels",
+            "graphs.recording.run_word",
         },
-        "aiter": {"graphs.ops.aiter_backend"},
+        "aiter": {"graphs.ops.wo_a.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
         "transformers": {"graphs.bench.llama"},
         "matplotlib": {"graphs.bench.plot"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import graphs
-from graphs.contract.host_values import OF_THE_OBJECT
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
+from graphs.observation.host_reads import OF_THE_OBJECT
 
 Tensor = torch.Tensor
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}

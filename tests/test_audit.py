@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.audit import Audit, Finding, audit
+from graphs.auditing.audit import Audit, Finding, audit
 from tests.corpus.collection import CASES
 from tests.parity import assert_same
 
@@ -416,7 +416,7 @@ def reshaped(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("model", "marker"), [(scaled, "times"), (reshaped, "reshaped")])
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_an_audit_promises_what_a_capture_keeps(model: Callable[..., Any], marker: str) -> None:
     x = torch.tensor([1.0, 5.0, 2.0])
     found = audit(model, x)

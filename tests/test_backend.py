@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphs
-from graphs.backend import backend_report, graphs_backend
+from graphs.dispatch.call_log import NotReplayed
+from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.errors import MovedStaticTensor, Refusal
-from graphs.ledger import NotReplayed
-from graphs.ops.routing import wo_a_routes
+from graphs.ops.wo_a.routes import wo_a_routes
 from graphs.report import PieceReport
 
 Tensor = torch.Tensor
@@ -151,7 +151,7 @@ def test_a_branch_on_a_tensor_is_told_as_one() -> None:
     assert pieces()[0].ends.startswith("a branch on a tensor (")
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_weights_that_move_are_recorded_anew() -> None:
     model, twin, step = pair()
     same(step(x := torch.randn(4, 8)), twin(x))
@@ -168,7 +168,7 @@ def test_weights_that_move_are_recorded_anew() -> None:
     assert reasons(piece) == {"moved-static-tensor": 2} and piece.replays == 4
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_is_written_and_moves_at_each_call_runs_compiled_and_is_counted() -> None:
     model, twin, step = pair()
     for _ in range(6):
@@ -179,7 +179,7 @@ def test_what_is_written_and_moves_at_each_call_runs_compiled_and_is_counted() -
     assert piece.compiled_calls == 3 and reasons(piece) == {"moved-static-tensor": 5}
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_is_only_read_and_moves_at_each_call_is_copied() -> None:
     model, twin, step = pair()
     for _ in range(8):
@@ -201,7 +201,7 @@ def test_a_written_argument_is_written_in_place() -> None:
     assert pieces()[0].replays == 3
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_gradients_run_the_compiled_function_and_are_counted() -> None:
     _, twin, step = pair()
     with torch.enable_grad():
@@ -214,7 +214,7 @@ def test_gradients_run_the_compiled_function_and_are_counted() -> None:
     assert (piece.recordings, piece.compiled_calls, reasons(piece)) == (0, 1, {"autograd": 1})
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_symbolic_sizes_are_recorded_per_value_up_to_a_limit() -> None:
     step = compiled(lambda x: (x * x.shape[0]).sum(0), dynamic=True, max_recordings=2)
     for rows in (2, 3, 2, 4, 3, 4):
@@ -251,7 +251,7 @@ def test_constants_of_the_step_are_hoisted_and_reported() -> None:
     assert piece.replays == 2 and "hoist_constants" in "".join(piece.rewrites)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_conditional_takes_both_ways(compiler: str) -> None:
     def choose(x: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ def _interleaved() -> tuple[Tensor, Tensor]:
     return memory[:, 0], memory[:, 1]
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("order", ["aoa", "oao", "ioi", "aio"])
 @pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_inputs_that_begin_or_cease_to_overlap(compiler: str, order: str) -> None:

@@ -61,7 +61,7 @@ VALUES = {factor: [1.0, 2.0, -1.0, 3.0, -2.0, 4.0], inverse: [1.0, 2.0, 0.0, 4.0
 
 @contexts
 @pytest.mark.parametrize("step", [factor, inverse, row])
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_the_step_catches_is_served_eagerly(step: Callable[[Tensor], Tensor], context: Any) -> None:
     captured = graphs.capture(step)
     values = VALUES[step]
@@ -73,7 +73,7 @@ def test_what_the_step_catches_is_served_eagerly(step: Callable[[Tensor], Tensor
 
 
 @contexts
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_a_replay_did_before_it_raised_is_undone(context: Any) -> None:
     model, reference = Counting(), Counting()
     captured = graphs.capture(model)
@@ -100,7 +100,7 @@ def divided(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("step", "values"), [(gathered, [9.0, 1.0, 2.0, 3.0, 9.0, 1.0]), (divided, [0.0, 1.0, 2.0, 0.0, 4.0, 1.0])]
 )
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_the_first_call_raises_is_no_part_of_a_recording(
     step: Callable[[Tensor], Tensor], values: list[float], context: Any
 ) -> None:
@@ -135,7 +135,7 @@ class Advancing(nn.Module):
 
 @contexts
 @pytest.mark.parametrize("catches", [True, False], ids=["caught", "raised"])
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_numbers_of_python_and_generators_are_where_eager_leaves_them(catches: bool, context: Any) -> None:
     model, twin = Advancing(catches), Advancing(catches)
     captured, seen = graphs.capture(model), list[Any]()

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import graphs
-from graphs import compiler
+from graphs.dispatch.call_log import NotReplayed
 from graphs.errors import CompileFailed, ConfigError
-from graphs.ledger import NotReplayed
+from graphs.first_call import candidates
 from tests.parity import parity
 
 Tensor = torch.Tensor
@@ -87,13 +87,13 @@ def test_auto_measures_both_and_keeps_the_faster(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_each_key_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Any] = []
-    original = compiler.CompiledModel
+    original = candidates.CompiledModel
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         built.append(original(*args, **kwargs))
         return built[-1]
 
-    monkeypatch.setattr(compiler, "CompiledModel", counted)
+    monkeypatch.setattr(candidates, "CompiledModel", counted)
     step = graphs.capture(lambda x: (x * 2 + 1).relu(), compiler="inductor")
     for rows in (1, 2, 1, 2, 3):
         x = torch.randn(rows, 3)
@@ -136,7 +136,7 @@ def test_what_the_compiler_raises_is_named_and_the_step_recorded_uncompiled(monk
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such compiler here")
 
-    monkeypatch.setattr("graphs.compiled_graph.compile_graph", broken)
+    monkeypatch.setattr("graphs.compile.compiled_graph.compile_graph", broken)
     model, twin = pair()
     step = graphs.capture(model, compiler="inductor")
     with pytest.warns(NotReplayed, match=r"recorded uncompiled: compile-failed(.|\n)*no such compiler here(.|\n)*Remedy"):
@@ -181,7 +181,7 @@ def test_a_compiled_step_that_differs_from_eager_is_not_used(worse: str, monkeyp
                 return output
             return {**output, "y": output["y"] * 1.01}
 
-    monkeypatch.setattr(compiler, "CompiledModel", Wrong)
+    monkeypatch.setattr(candidates, "CompiledModel", Wrong)
     model, twin = pair()
     step = graphs.capture(model, compiler="inductor")
     with pytest.warns(NotReplayed, match="recorded uncompiled: verify-mismatch"):

@@ -11,12 +11,12 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import graphs
-from graphs.backend import backend_report, graphs_backend
-from graphs.compiled_graph import name_of
+from graphs.compile.compiled_graph import name_of
 from graphs.compiler_options import CompilerOptions
 from graphs.config import BackendOptions
+from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.errors import ConfigError
-from graphs.ops import skinny
+from graphs.ops.skinny import operator
 from tests.models.one_query_attention import OneQueryAttention, pair_of
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
 
 @pytest.mark.slow
 def test_both_are_on_where_they_were_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skinny, "pays_on", lambda device: True)
+    monkeypatch.setattr(operator, "pays_on", lambda device: True)
     step = graphs.capture(OneQueryAttention(16).bfloat16(), compiler="inductor", compiler_options={"force_disable_caches": True})
     step(*inputs())
     assert step.report().keys[0].rewrites == {"one_query_attention": 1, "skinny_products": 3}
@@ -100,7 +100,7 @@ def test_a_setting_of_inductors_reaches_it() -> None:
 
 def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CompilerOptions().pipeline(CPU) == ()
-    monkeypatch.setattr(skinny, "pays_on", lambda device: True)
+    monkeypatch.setattr(operator, "pays_on", lambda device: True)
     assert len(CompilerOptions().pipeline(CPU)) == 2
     assert CompilerOptions(skinny_products=False, one_query_attention=False).pipeline(CPU) == ()
 
@@ -108,8 +108,8 @@ def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pyte
 def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     names = [name_of(one) for one in CompilerOptions(True, True).pipeline(CPU)]
     assert names == [
-        "passes.attention.one_query_attention(grouped=False, longest=4096)",
-        "passes.skinny.skinny_products(fits=graphs.ops.tiles.skinny, operator=graphs.skinny_linear.default)",
+        "passes.optimize.one_query_attention.one_query_attention(grouped=False, longest=4096)",
+        "passes.optimize.skinny_linear.skinny_products(fits=graphs.ops.wo_a.tiles.skinny, operator=graphs.skinny_linear.default)",
     ]
 
 

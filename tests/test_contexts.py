@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
-from graphs.ambient import ambient_of
-from graphs.watch import watch_step
+from graphs.contract.settings import ambient_of
+from graphs.observation.eager_trace import watch_step
 from tests.parity import assert_same
 
 Tensor = torch.Tensor
@@ -159,7 +159,7 @@ def test_a_recording_serves_the_mode_it_was_made_in() -> None:
     assert captured.report().recordings == 3
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize(
     ("model", "operator"),
     [
@@ -308,7 +308,7 @@ class Looking(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("mode", [Doubling, Renaming])
 def test_a_mode_of_the_caller_sees_the_step(mode: Any) -> None:
     step = graphs.capture(lambda x: torch.sin(x))

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.models.decoders import DECODERS, EAGER_EXPERTS, TOKENS, Decoded, Decoder, decode, tensors_of, with_positions
 from tests.parity import assert_same
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import graphs
 from graphs import errors
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.parity import parity
 
 Tensor = torch.Tensor
@@ -255,7 +255,7 @@ def test_every_reason_has_a_remedy_of_its_own() -> None:
     assert all(remedies) and len(set(remedies)) == len(remedies)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @over(EITHER_WAY)
 def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case, passes: str) -> None:
     step = graphs.capture(case.body, passes=passes)
@@ -269,7 +269,7 @@ def test_a_refusal_is_named_with_operator_line_and_remedy(case: Case, passes: st
 IMPURE = ("verify-mismatch", "undeclared-write", "changing-value", "capture-failed", "unsupported-output")
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @over([(case, passes) for case, passes in EITHER_WAY if case.reason not in IMPURE])
 def test_a_refused_step_is_the_eager_step(case: Case, passes: str) -> None:
     report = parity(lambda: Stateful(case.body), calls(3), passes=passes).report()
@@ -277,7 +277,7 @@ def test_a_refused_step_is_the_eager_step(case: Case, passes: str) -> None:
     assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [(case.reason, 3)]
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("body", REMOVED, ids=lambda body: body.__name__)
 def test_what_passes_remove_is_recorded(body: Body) -> None:
     report = parity(lambda: Stateful(body), calls(3)).report()
@@ -479,7 +479,7 @@ def line_of(function: Any, text: str) -> int:
     return start + next(index for index, line in enumerate(lines) if text in line)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_the_remedy_for_a_step_that_raises_when_it_runs_again_is_about_that() -> None:
     hidden.value = 0
     step = graphs.capture(failing_when_repeated)
@@ -489,10 +489,10 @@ def test_the_remedy_for_a_step_that_raises_when_it_runs_again_is_about_that() ->
     assert "second run" in refusal.detail and "a later run" in refusal.remedy and "driver" not in refusal.remedy
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("result", ["output", "state"])
 def test_a_mismatch_names_the_line_that_made_what_differs(monkeypatch: pytest.MonkeyPatch, result: str) -> None:
-    from graphs.record.tape import TapeRecording
+    from graphs.recording.cpu_tape import TapeRecording
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

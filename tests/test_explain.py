@@ -64,7 +64,7 @@ def windowed(x: Tensor, position: Tensor) -> Tensor:
 
 
 def test_on_a_gpu_what_is_fused_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.compiler._is_fused", lambda step: True)
+    monkeypatch.setattr("graphs.first_call.candidates._is_fused", lambda step: True)
     found = explain(windowed, (torch.randn(8, 3), torch.tensor(2)), fuse=False)
     effects = {effect.name: effect for effect in found.effects}
     assert effects["fuse_exact"].changes == 1 and "exact_0" in effects["fuse_exact"].diff
@@ -84,7 +84,7 @@ def test_launches_pieces_and_the_recording_are_shown() -> None:
         assert title in printed
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_step_that_cannot_be_recorded_says_why() -> None:
     found = explain(lambda x: x * x.new_tensor(x.numpy().sum().item()), (torch.ones(3),), fuse=False)
     assert "recorded" not in found.launches

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import graphs
-from graphs import trial
-from graphs.contract import outputs
-from graphs.contract.tensor_state import TensorState
+from graphs.contract.outputs import template
+from graphs.dispatch.call_log import NotReplayed
+from graphs.dispatch.dispatcher import Recordings
 from graphs.errors import InternalError
-from graphs.ledger import NotReplayed
-from graphs.record import tape
-from graphs.recordings import Recordings
+from graphs.first_call import record_key
+from graphs.recording import cpu_tape
+from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
 contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
@@ -140,7 +140,7 @@ class Items(collections.abc.MutableMapping[str, int]):
 
 
 @pytest.mark.usefixtures("_survived")
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @contexts
 @pytest.mark.parametrize("kind", [Attributes, Equality, Text, Items])
 @pytest.mark.parametrize("where", ["model", "argument", "in a list", "in a dict"])
@@ -167,23 +167,23 @@ _fails = _raising(ZeroDivisionError("a fault"))
 
 
 PLACES = [
-    ("graphs.recordings.flatten_call", Recordings),
-    ("graphs.recordings.device_of", Recordings),
-    ("graphs.recordings.leaf_names", Recordings),
-    ("graphs.trial.Checkpoint", trial),
-    ("graphs.trial.compare_traces", trial),
-    ("graphs.trial.make_contract", trial),
-    ("graphs.trial.StaticTensors", trial),
-    ("graphs.trial.guards_of", trial),
-    ("graphs.trial.time_call", trial),
-    ("graphs.step.output_template", outputs),
-    ("graphs.trial.verify.run_difference", trial),
-    ("graphs.watch.finding", trial),
-    ("graphs.watch.values_read", trial),
-    ("graphs.watch._checksum", trial),
-    ("graphs.record.tape._functional_call", tape),
-    ("graphs.record.tape.TapeRecording.poison", tape),
-    ("graphs.recordings.LastCall.of", Recordings),
+    ("graphs.dispatch.dispatcher.flatten_call", Recordings),
+    ("graphs.dispatch.dispatcher.device_of", Recordings),
+    ("graphs.dispatch.dispatcher.leaf_names", Recordings),
+    ("graphs.first_call.record_key.Checkpoint", record_key),
+    ("graphs.first_call.record_key.compare_traces", record_key),
+    ("graphs.first_call.record_key.make_contract", record_key),
+    ("graphs.first_call.record_key.StaticTensors", record_key),
+    ("graphs.first_call.record_key.guards_of", record_key),
+    ("graphs.first_call.record_key.time_call", record_key),
+    ("graphs.rehearsal.step.output_template", template),
+    ("graphs.first_call.record_key.tolerance.run_difference", record_key),
+    ("graphs.observation.eager_trace.finding", record_key),
+    ("graphs.observation.eager_trace.values_read", record_key),
+    ("graphs.observation.eager_trace._checksum", record_key),
+    ("graphs.recording.cpu_tape._functional_call", cpu_tape),
+    ("graphs.recording.cpu_tape.TapeRecording.poison", cpu_tape),
+    ("graphs.dispatch.dispatcher.LastCall.of", Recordings),
 ]
 
 
@@ -212,14 +212,14 @@ def test_a_fault_anywhere_is_a_counted_eager_call(place: str, context: Any, monk
 def test_strict_raises_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Stateful()
     step = graphs.capture(model, strict=True)
-    monkeypatch.setattr("graphs.trial.make_contract", _fails)
+    monkeypatch.setattr("graphs.first_call.record_key.make_contract", _fails)
     with pytest.raises(InternalError, match="a fault"), torch.no_grad():
         step(torch.ones(2))
     assert float(model.total) == 0
 
 
 def test_in_tests_a_fault_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("graphs.trial.make_contract", "graphs.recordings.flatten_call"):
+    for place in ("graphs.first_call.record_key.make_contract", "graphs.dispatch.dispatcher.flatten_call"):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="a fault"), torch.no_grad():
             patch.setattr(place, _fails)
             graphs.capture(Stateful())(torch.ones(2))
@@ -341,7 +341,12 @@ def test_what_only_a_later_run_of_the_first_call_raises_does_not_reach_the_calle
 
 
 @pytest.mark.parametrize(
-    "place", ["graphs.trial.make_contract", "graphs.trial.compare_traces", "graphs.trial.verify.run_difference"]
+    "place",
+    [
+        "graphs.first_call.record_key.make_contract",
+        "graphs.first_call.record_key.compare_traces",
+        "graphs.first_call.record_key.tolerance.run_difference",
+    ],
 )
 def test_an_interrupt_between_the_runs_leaves_what_was_before(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = Stateful(), Stateful()
@@ -393,7 +398,7 @@ def test_an_interrupt_right_after_the_first_run_takes_it_back(monkeypatch: pytes
     model = Counting()
     step = graphs.capture(model)
     with monkeypatch.context() as patched:
-        patched.setattr("graphs.trial.adopt_returned", interrupted)
+        patched.setattr("graphs.first_call.record_key.adopt_returned", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(torch.ones(1))
     assert model.steps.item() == 0

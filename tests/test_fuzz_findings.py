@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphs
 
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 

@@ -14,25 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphs
-from graphs import recordings
 from graphs.contract.arguments import changeable, flatten_call
-from graphs.contract.keys import constant_key
+from graphs.dispatch import dispatcher
+from graphs.objects.keys import constant_key
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One for each step that was tried."""
     made: list[Any] = []
-    run = recordings.run_trial
+    run = dispatcher.run_trial
 
     def counted(step: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(step)
         return run(step, *args, **kwargs)
 
-    monkeypatch.setattr(recordings, "run_trial", counted)
+    monkeypatch.setattr(dispatcher, "run_trial", counted)
     return made
 
 

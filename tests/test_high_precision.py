@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphs.high_precision import HighPrecision
+from graphs.numerics.high_precision import HighPrecision
 
 Tensor = torch.Tensor
 BF16, F64 = torch.bfloat16, torch.float64

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import graphs
-from graphs import host_arguments
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import flatten_call
 from graphs.contract.slots import make_contract
+from graphs.dispatch.dispatcher import Recordings
 from graphs.errors import MixedDevices
-from graphs.recordings import Recordings
-from graphs.stand_ins import compare_with_stand_ins
-from graphs.watch import Operation, TensorUse, Trace
+from graphs.first_call import host_arguments
+from graphs.observation.eager_trace import Operation, TensorUse, Trace
+from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def small_arguments_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     def positions(call: Any) -> tuple[int, ...]:
         return tuple(index for index, tensor in enumerate(call.tensors) if tensor.numel() < 4)
 
-    monkeypatch.setattr("graphs.recordings.host_arguments", positions)
+    monkeypatch.setattr("graphs.dispatch.dispatcher.host_arguments", positions)
 
 
 def branch(x: Tensor, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.parity import assert_same
 
 Tensor = torch.Tensor

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphs
-from graphs import compiler, verify
-from graphs.contract.tensor_state import TensorState
-from graphs.judge import Rerun, candidate_difference, difference, measure
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
+from graphs.first_call import candidates
+from graphs.numerics import tolerance
+from graphs.numerics.judge import Rerun, candidate_difference, difference, measure
+from graphs.state.tensor_state import TensorState
 from tests.models.rounding import CACHE, FAULTS, VOCABULARY, Decoder, Reordered, unrounded
 
 Tensor = torch.Tensor
@@ -100,8 +101,8 @@ def test_a_fault_that_the_tolerance_lets_pass_is_refused() -> None:
     FAULTS["mask"](wrong)
     with torch.no_grad():
         logits = wrong(*case.arguments)
-    slack = verify.OTHER_KERNELS
-    assert verify.run_difference(case.expected, [logits], case.state, [wrong.cache], slack=slack) is None
+    slack = tolerance.OTHER_KERNELS
+    assert tolerance.run_difference(case.expected, [logits], case.state, [wrong.cache], slack=slack) is None
     refused = case.verdict(lambda: (logits, wrong.cache))
     assert refused is not None and "against a run in float64" in refused[1]
 
@@ -284,7 +285,7 @@ def test_a_substitute_is_judged_by_eager_s_own_error(context: Any, fault: bool, 
                 y[:, 77] = y[:, 78]
             return y
 
-    monkeypatch.setattr(compiler, "CompiledModel", Unrounded)
+    monkeypatch.setattr(candidates, "CompiledModel", Unrounded)
     torch.manual_seed(0)
     model, x = Deep(), torch.randn(4, 64).to(BF16)
     if context is autocast:

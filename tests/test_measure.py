@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphs.measure import time_call
+from graphs.observation.timing import time_call
 
 CPU = torch.device("cpu")
 

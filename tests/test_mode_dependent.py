@@ -61,7 +61,7 @@ def _tangent(step: Callable[[Tensor], Tensor], x: Tensor) -> Any:
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("warm", [0, 3])
 @pytest.mark.parametrize("name", TRANSFORMED)
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_call_inside_a_transform_is_eager_by_name(name: str, warm: int, grad: bool) -> None:
     def step(x: Tensor) -> Tensor:
         return x * x

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import graphs
 from graphs import errors
-from graphs.record.tape import TapeRecorder
+from graphs.recording.cpu_tape import TapeRecorder
 
 MEMORY = ctypes.c_int(0)
 ADDRESS = ctypes.addressof(MEMORY)

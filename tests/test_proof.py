@@ -1,4 +1,4 @@
-"""`graphs.proof`: a wrong rewriting is refused although the data of the call does not show it."""
+"""`graphs.rewriting.proof`: a wrong rewriting is refused although the data of the call does not show it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import graphs
-from graphs.ledger import NotReplayed
-from passes.forks import Fork
-from passes.rewriter import Rewriter
+from graphs.dispatch.call_log import NotReplayed
+from passes.control_flow.branches import Fork
+from passes.host_values.rewriter import Rewriter
 
 
 def branching(x: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ def test_a_mask_that_is_dropped_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_write_without_its_condition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Cache()
-    monkeypatch.setattr("passes.rewriter.conditional_write", lambda rw, target, args, kwargs: rw.plain(target, *args, **kwargs))
+    monkeypatch.setattr(
+        "passes.host_values.rewriter.conditional_write", lambda rw, target, args, kwargs: rw.plain(target, *args, **kwargs)
+    )
     report = first_report(step, torch.ones(3), torch.tensor(0))
     assert refused_line(report)[0] == "verify-mismatch"
     assert torch.equal(step.rows, torch.ones(3) * torch.tensor([[2.0], [0.0], [1.0], [1.0]]))

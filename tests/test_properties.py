@@ -14,7 +14,7 @@ from torch import nn
 
 import graphs
 from graphs.contract.buckets import batch_size, bucket_for, inferred_batch_dims, resized
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.parity import assert_same, copied, state_of
 
 Tensor = torch.Tensor

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import graphs
+from graphs.dispatch.call_log import NotReplayed
 from graphs.errors import ConfigError, VerifyMismatch
-from graphs.ledger import NotReplayed
-from graphs.record.tape import TapeRecorder, TapeRecording
+from graphs.recording.cpu_tape import TapeRecorder, TapeRecording
 from tests.parity import batches, parity
 
 Tensor = torch.Tensor
@@ -42,7 +42,7 @@ DISTINCT = [
 ]
 
 
-@pytest.mark.filterwarnings("error::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("error::graphs.dispatch.call_log.NotReplayed")
 def test_constants_are_told_apart_by_type_and_value() -> None:
     step = graphs.capture(described, max_recordings=len(DISTINCT))
     for _ in range(2):
@@ -253,7 +253,7 @@ def test_two_sizes_that_change_at_once_prove_no_batch() -> None:
     assert [key.rows for key in step.report().keys] == [None] * 3
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_batch_above_the_largest_bucket_runs_eagerly_and_the_next_replays() -> None:
     step = parity(lambda: lambda x: x * 2, batches((3, 2), (9, 2), (9, 2), (4, 2)), buckets=[4], batch_dims={"x": 0})
     report = step.report()
@@ -289,7 +289,7 @@ def test_state_written_only_by_a_smaller_batch_is_untouched() -> None:
     parity(Step, batches((4, 2), (4, 2)), buckets=[4], batch_dims={"x": 0})
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_an_argument_written_only_by_a_smaller_batch_is_untouched() -> None:
     def model(x: Tensor) -> Tensor:
         x.t().contiguous().add_(1)  # a copy, except of a single row

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import graphs
 from graphs import capture_check
+from graphs.dispatch.call_log import NotReplayed
 from graphs.errors import ConfigError
-from graphs.ledger import NotReplayed
 
 history: list[Tensor] = []
 
@@ -52,7 +52,7 @@ def step_of(op: Any) -> Any:
     return lambda x: op(x) + 1
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_an_operator_declared_unsafe_is_refused_by_name_and_line() -> None:
     op = graphs.register_op(lambda_of(), name="register_tests::unsafe", graph_safe=False)
     step = graphs.capture(step_of(op))
@@ -80,7 +80,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(str(op))
         capture_check(op, *rest)
 
-    monkeypatch.setattr("graphs.register.capture_check", check)
+    monkeypatch.setattr("graphs.custom_ops.register.capture_check", check)
     return seen
 
 
@@ -102,7 +102,7 @@ def test_by_default_an_operator_is_checked_once_before_it_is_recorded(checked: l
     assert checked == ["register_tests.checked.default"]
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_the_check_finds_is_the_reason_from_then_on() -> None:
     history.clear()
     op = graphs.register_op(keeping, name="register_tests::keeping")

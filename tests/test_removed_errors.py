@@ -13,7 +13,7 @@ from torch import nn
 import graphs
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 CONTEXTS = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 X = torch.arange(6.0)
 

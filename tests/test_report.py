@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import graphs
-from graphs.ledger import Ledger, NotReplayed
-from graphs.measure import CallTime
-from graphs.proof import Proof
+from graphs.dispatch.call_log import Ledger, NotReplayed
+from graphs.observation.timing import CallTime
 from graphs.report import CaptureReport, KeyReport, RefusalCount
+from graphs.rewriting.proof import Proof
 from tests.parity import batches
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import graphs
+from graphs.dispatch.call_log import NotReplayed
+from graphs.dispatch.dispatcher import _MAX_WAYS, _PATIENCE
 from graphs.errors import HostSync, ManyWays
-from graphs.ledger import NotReplayed
-from graphs.recordings import _MAX_WAYS, _PATIENCE
-from graphs.rewriting import Assumption
+from graphs.rewriting.rewritten_step import Assumption
 from tests.parity import parity
 
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 
 
 def values(*numbers: float) -> list[tuple[Tensor, Tensor]]:
@@ -344,9 +344,9 @@ class WritesWhatItIsGiven(nn.Module):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_an_argument_may_lie_in_memory_that_the_step_writes(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.compiler._is_fused", lambda step: fused)
-    monkeypatch.setattr("graphs.compiler.CompiledRegion", lambda body: body)
-    monkeypatch.setattr("passes.fusion.WORTH", 1)
+    monkeypatch.setattr("graphs.first_call.candidates._is_fused", lambda step: fused)
+    monkeypatch.setattr("graphs.first_call.candidates.CompiledRegion", lambda body: body)
+    monkeypatch.setattr("passes.optimize.fuse_exact.WORTH", 1)
     model, reference = WritesWhatItIsGiven(), WritesWhatItIsGiven()
     step = graphs.capture(model, static=["given"], strict=True)
     for position in (0, 2, 1, 4, 0):

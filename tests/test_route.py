@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
 from graphs.errors import ConfigError, WeightError
-from graphs.ops import path_bytes, reference
+from graphs.ops import path_bytes
+from graphs.ops.wo_a import reference
 
 G, N, K = 2, 128, 256
 TOLERANCE = {"einsum": 0.003, "auto": 0.003, "bmm": 0.05, "gloop": 0.05, "fused": 0.05}

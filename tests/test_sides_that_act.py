@@ -15,7 +15,7 @@ import graphs
 
 Tensor = torch.Tensor
 Step = Callable[[Tensor, Tensor], Tensor]
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 log: list[str] = []
 mode = 0
 file = Path()

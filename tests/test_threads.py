@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 
 Tensor = torch.Tensor
 LIMIT = 60  # seconds
@@ -240,7 +240,7 @@ def _pool() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
 
 
 @pytest.mark.parametrize("made", [_queues, _condition, _pool], ids=lambda made: made.__name__.strip("_"))
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_step_that_another_thread_works_for_is_eager_by_name(
     made: Callable[[], tuple[Callable[[Tensor], Tensor], Callable[[], None]]],
 ) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graphs.verify import difference
+from graphs.numerics.tolerance import difference
 
 
 @pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min, 3e38])

@@ -12,7 +12,7 @@ from torch import nn
 import graphs
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.watch import Trace, watch_step
+from graphs.observation.eager_trace import Trace, watch_step
 from tests.parity import batches, parity
 
 Tensor = torch.Tensor

@@ -50,7 +50,7 @@ class Table(Remembering):
 
 @contexts
 @pytest.mark.parametrize("kind", [Remembering, RememberingTheNumber, Table], ids=lambda kind: kind.__name__)
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_step_knows_its_argument_again(kind: Callable[[], Any], context: Any) -> None:
     model = kind()
     step, first, second = graphs.capture(model), torch.ones(3), torch.ones(3)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 
 Tensor = torch.Tensor
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}

@@ -12,7 +12,6 @@ import torch
 
 from graphs.bench.decode import measure_decode
 from graphs.bench.inductor import measure_compilers
-from graphs.bench.launches import count_launches
 from graphs.bench.llama import size_for
 from graphs.bench.machine import describe_machine
 from graphs.bench.overhead import measure_bars
@@ -26,6 +25,7 @@ from graphs.bench.wo_a import measure_wo_a, selection_for
 from graphs.bench.wo_a_paths import absent
 from graphs.bench.wo_a_table import projection_bars_table, projections_table
 from graphs.config import choice
+from graphs.observation.launches import count_launches
 
 
 def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any = None) -> Results:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.backend import backend_report, graphs_backend
 from graphs.bench.bare import OTHER_KERNELS, bare_step, same_output
 from graphs.bench.llama import WIDE, Decoding, LlamaSize, build_llama
 from graphs.bench.machine import describe_machine
@@ -18,8 +17,9 @@ from graphs.bench.progress import Progress
 from graphs.bench.rows import BarRow, WrongResult
 from graphs.bench.sampling import Spread, Variant, ratios, wall_variants
 from graphs.bench.settings import BenchSettings
-from graphs.compiler import CompiledModel
+from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.errors import ConfigError
+from graphs.first_call.candidates import CompiledModel
 
 BATCH = 4
 STEPS = 16  # steps of one measurement, each waited for, as a loop does that looks at every token

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graphs.measure import time_call
+from graphs.observation.timing import time_call
 
 Tick = Callable[[], None]
 

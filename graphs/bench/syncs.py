@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.bench.launches import count_launches
 from graphs.bench.machine import describe_machine
 from graphs.bench.progress import Progress
 from graphs.bench.rows import BarRow, WrongResult
 from graphs.bench.sampling import Spread, Variant, ratios, time_variants, wall_variants
 from graphs.bench.settings import BenchSettings
 from graphs.bench.sync_patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern, SyncSizes
+from graphs.observation.launches import count_launches
 
 Tensor = torch.Tensor
 DEVICE_LIMIT = 1.15

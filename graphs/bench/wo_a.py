@@ -23,7 +23,8 @@ from graphs.bench.settings import BenchSettings
 from graphs.bench.wo_a_bars import FLOOR, bars_of
 from graphs.bench.wo_a_paths import OURS, PATHS, PEERS, TOLERANCE, absent
 from graphs.bench.wo_a_record import ProjectionStack, Recorded, read_floors, record
-from graphs.ops import GroupedWeight, reference, weights
+from graphs.ops import GroupedWeight
+from graphs.ops.wo_a import reference, weights
 
 Tensor = torch.Tensor
 CASE_SECONDS = 2.5  # one G and M is measured no longer than this, with fewer runs where it has to be

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from graphs.errors import MissingDependency
-from graphs.ops import GroupedProjection, GroupedWeight, aiter_backend, weights, wo_a
+from graphs.ops import GroupedProjection, GroupedWeight
+from graphs.ops.wo_a import aiter_backend, operators, weights
 
 Tensor = torch.Tensor
 OURS = ("einsum", "bmm", "gloop", "fused", "auto")
@@ -73,7 +74,7 @@ class DeepGemmProjection(torch.nn.Module):
 
     def forward(self, o: Tensor) -> Tensor:
         """``o [M, G, K]`` gives ``[M, G, N]``."""
-        q, scale = wo_a.kernels().quantise(o.transpose(0, 1), self.data.dtype)  # group by token, as theirs wants it
+        q, scale = operators.kernels().quantise(o.transpose(0, 1), self.data.dtype)  # group by token, as theirs wants it
         y = o.new_empty((o.shape[0], o.shape[1], self.data.shape[1]))
         self._einsum("bhr,hdr->bhd", (q, scale), (self.data, self.scale), y, recipe=(1, 128, 128))
         return y

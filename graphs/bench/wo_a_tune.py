@@ -12,7 +12,7 @@ from graphs.bench.settings import BenchSettings
 from graphs.bench.wo_a import measure_wo_a, selection_for
 from graphs.config import choice
 from graphs.errors import ConfigError
-from graphs.ops import auto, tuned
+from graphs.ops.wo_a import auto_path, tuned_path
 
 OPERATORS = ("wo_a",)
 
@@ -28,16 +28,16 @@ def tune(operator: str, settings: BenchSettings, console: Any = None) -> Path:
         OSError: the file cannot be written.
     """
     choice("operator", operator, OPERATORS)
-    if not set(settings.paths) <= set(auto.EXACT):
-        raise ConfigError("--paths", ",".join(settings.paths), f"some of {', '.join(auto.EXACT)}: auto takes no other")
+    if not set(settings.paths) <= set(auto_path.EXACT):
+        raise ConfigError("--paths", ",".join(settings.paths), f"some of {', '.join(auto_path.EXACT)}: auto takes no other")
     console = console or make_console()
-    paths = settings.paths or auto.EXACT
+    paths = settings.paths or auto_path.EXACT
     selection = selection_for(dataclasses.replace(settings, paths=paths))
     cases = measure_wo_a(settings, Progress(console), selection).cases
     rows = [row for case in cases for row in case.rows if row.mode == "graph" and row.case in paths]
-    rules = tuned.rules_from(times_of(rows))
+    rules = tuned_path.rules_from(times_of(rows))
     measured = [{"groups": row.groups, "tokens": row.rows, "path": row.case, "us": round(row.call_us, 3)} for row in rows]
-    path = tuned.write(settings.device, rules, measured)
+    path = tuned_path.write(settings.device, rules, measured)
     for groups, limits in rules.items():
         console.print(f"G={groups}: " + ", ".join(f"{name} up to M={limit}" for limit, name in limits) + " and beyond")
     console.print(f"{selection.describe()}\nWritten to {path}", soft_wrap=True)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
-from graphs.contract.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
-from graphs.contract.raw_access import attributes_of, class_attribute, elements_of, filled_slots, of_type, slots_of
+from graphs.objects.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
+from graphs.objects.raw_access import attributes_of, class_attribute, elements_of, filled_slots, of_type, slots_of
 
 Tensor = torch.Tensor
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))

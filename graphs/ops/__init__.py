@@ -1,9 +1,9 @@
 """The grouped output projection ``wo_a``: weights, paths, operators, one module. Importing it touches no device."""
 
-from graphs.ops import skinny as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
-from graphs.ops import wo_a as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
-from graphs.ops.projection import LEGAL_PATHS, GroupedProjection
-from graphs.ops.weights import (
+from graphs.ops.skinny import operator as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
+from graphs.ops.wo_a import operators as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
+from graphs.ops.wo_a.module import LEGAL_PATHS, GroupedProjection
+from graphs.ops.wo_a.weights import (
     PATHS,
     GroupedWeight,
     PreparedWeight,

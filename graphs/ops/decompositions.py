@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from graphs.ops import skinny, wo_a
+from graphs.ops.skinny import operator
+from graphs.ops.wo_a import operators
 
 DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {
-    getattr(torch.ops.graphs, name).default: cpu for name, (cpu, _, _) in wo_a.IMPLEMENTATIONS.items()
-} | {torch.ops.graphs.skinny_linear.default: skinny.products}
+    getattr(torch.ops.graphs, name).default: cpu for name, (cpu, _, _) in operators.IMPLEMENTATIONS.items()
+} | {torch.ops.graphs.skinny_linear.default: operator.products}

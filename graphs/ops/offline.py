@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from graphs.ops import tiles
-from graphs.ops.skinny import skinny_kernel
-from graphs.ops.wo_a import hopper, kernels, split_k, warpgroup
+from graphs.ops.skinny.operator import skinny_kernel
+from graphs.ops.wo_a import tiles
+from graphs.ops.wo_a.operators import hopper, kernels, split_k, warpgroup
 
 TARGETS = {  # name -> (Triton back end, its architecture, warp width, arch for the tile choice, FP8 type)
     "gfx942": ("hip", "gfx942", 64, tiles.Arch("hip", 9, 4), "fp8e4b8"),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from graphs.numerics.tolerance import difference
 from graphs.parity.twins import Called
-from graphs.verify import difference
 
 Tensor = torch.Tensor
 

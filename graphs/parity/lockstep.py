@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from graphs.admission import device_of
 from graphs.contract.arguments import flatten_call
+from graphs.contract.eligibility import device_of
 from graphs.errors import ConfigError, FactoryError, Site
 from graphs.parity.compare import call_difference
 from graphs.parity.data import Arguments, arguments, layouts_of

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from graphs.capture import capture
+from graphs.dispatch.call_log import NotReplayed
+from graphs.dispatch.captured_module import capture
 from graphs.errors import ConfigError, FactoryError
 from graphs.factory import checked
-from graphs.ledger import NotReplayed
 from graphs.parity.data import Arguments
 from graphs.parity.walk import Reached, reached
 

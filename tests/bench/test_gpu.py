@@ -10,11 +10,11 @@ from graphs.bench.bare import bare_step
 from graphs.bench.compiled import host_bar, wall_bar
 from graphs.bench.decode import compare_tokens
 from graphs.bench.inductor import BACKEND, CAPTURED, REDUCED, measure_compilers
-from graphs.bench.launches import count_launches
 from graphs.bench.llama import Decoding, LlamaSize, build_llama
 from graphs.bench.overhead import call_bar, device_bar, small_arguments, small_step
 from graphs.bench.progress import Progress
 from graphs.bench.settings import BenchSettings
+from graphs.observation.launches import count_launches
 
 pytestmark = [
     pytest.mark.gpu,

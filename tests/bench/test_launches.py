@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from graphs.bench.launches import count_launches, submissions
+from graphs.observation.launches import count_launches, submissions
 
 
 def test_operators_are_counted_on_the_cpu() -> None:

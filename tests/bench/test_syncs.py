@@ -24,7 +24,7 @@ def test_each_pattern_is_recorded_once_and_equals_the_original(pattern: Pattern,
 
 
 def test_every_pattern_makes_the_host_wait_and_no_twin_does() -> None:
-    from graphs.watch import watch_step
+    from graphs.observation.eager_trace import watch_step
 
     generator = torch.Generator().manual_seed(0)
     for pattern in PATTERNS:

@@ -19,7 +19,7 @@ from graphs.bench.wo_a_paths import OURS, PEERS, absent, build
 from graphs.bench.wo_a_record import ProjectionStack, record
 from graphs.bench.wo_a_table import gap_removed, projection_bars_table, projections_table
 from graphs.errors import ConfigError, MissingDependency
-from graphs.ops import tuned
+from graphs.ops.wo_a import tuned_path
 
 TINY = Selection("tiny", (2,), 128, 128, (1, 3), OURS, lambda groups: 2)
 CPU = torch.device("cpu")
@@ -177,13 +177,13 @@ def test_tuning_keeps_rules_that_projections_follow(
     monkeypatch.setenv("GRAPHS_CACHE", str(tmp_path))
     monkeypatch.setattr(wo_a, "SMALL", TINY)
     path = tune("wo_a", settings, make_console(quiet=True))
-    rules = tuned.read(CPU)
-    assert rules is not None and path == tuned.file_of(CPU)
+    rules = tuned_path.read(CPU)
+    assert rules is not None and path == tuned_path.file_of(CPU)
     measured = json.loads(path.read_text())["measured"]
     assert [(found["groups"], found["tokens"], found["path"]) for found in measured] == [
         (2, m, name) for m in (1, 3) for name in ("einsum", "fused")
     ]
-    assert rules == tuned.rules_from(
+    assert rules == tuned_path.rules_from(
         {(2, m): {found["path"]: found["us"] for found in measured if found["tokens"] == m} for m in (1, 3)}
     )
 

@@ -12,7 +12,7 @@ import torch
 import graphs
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 settings = types.ModuleType("settings_of_a_test")
 weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 

@@ -14,8 +14,8 @@ from torch.utils import _pytree
 
 import graphs
 from graphs.contract.arguments import flatten_call, map_children
+from graphs.dispatch.call_log import NotReplayed
 from graphs.errors import UnsupportedOutput
-from graphs.ledger import NotReplayed
 
 Tensor = torch.Tensor
 pytestmark = pytest.mark.filterwarnings(f"ignore::{NotReplayed.__module__}.{NotReplayed.__name__}")

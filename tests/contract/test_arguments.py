@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_equal_constants_share_a_recording(constant: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in a list"])
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_a_subclass_is_asked_nothing_but_what_the_step_asks(wrapped: bool) -> None:
     asked: list[str] = []
 

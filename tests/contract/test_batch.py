@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.parity import assert_same, batches, parity
 
 

@@ -1,4 +1,4 @@
-"""`graphs.contract.counters`: numbers of Python that a step advances are found, and kept in step with the device."""
+"""`graphs.state.counters`: numbers of Python that a step advances are found, and kept in step with the device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.contract.counters import Counter, Counters, find_counters
-from graphs.contract.python_state import PythonState
+from graphs.state.counters import Counter, Counters, find_counters
+from graphs.state.python_state import PythonState
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import graphs
-from graphs.contract.python_state import PythonState
+from graphs.state.python_state import PythonState
 
 Tensor = torch.Tensor
 contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])

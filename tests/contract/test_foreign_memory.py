@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.contract.static import StaticTensors
+from graphs.contract.static_tensors import StaticTensors
 
 Tensor = torch.Tensor
 

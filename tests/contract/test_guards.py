@@ -27,14 +27,14 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.contract.dict_watch import shared_watch
-from graphs.contract.guards import Guards, MappingGuard, SequenceGuard
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
+from graphs.guards.python_guards import Guards, MappingGuard, SequenceGuard
+from graphs.objects.dict_watch import shared_watch
 
 Tensor = torch.Tensor
 Step = Callable[[Tensor], Any]
 Change = Callable[[], object]
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed", "ignore::DeprecationWarning")
 
 
 class Value(NamedTuple):
@@ -635,7 +635,7 @@ def test_a_warning_names_the_value() -> None:
 
 
 @pytest.mark.parametrize("with_context", [True, False], ids=["ctx", "setup_context"])
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_the_forward_of_an_autograd_function_is_guarded(with_context: bool) -> None:
     class Scaled(torch.autograd.Function):
         if with_context:

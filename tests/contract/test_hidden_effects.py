@@ -13,7 +13,7 @@ import torch
 import graphs
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 own = random.Random(1)
 
 

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 
 import graphs
 from graphs.contract.arguments import flatten_call
-from graphs.contract.keys import NOT_CONSTANT, constant_key
+from graphs.objects.keys import NOT_CONSTANT, constant_key
 
 
 class Rounded(float):
@@ -236,7 +236,7 @@ def _member(scale: Any) -> Wide:
 
 @pytest.mark.parametrize("where", ["context", "argument"])
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_is_given_beside_tensors_is_seen_as_it_is(name: str, where: str) -> None:
     make, change = CONTEXTS[name]
     in_context = graphs.capture(lambda box: box.tensor * box.settings.scale)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 
 Tensor = torch.Tensor
 contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
@@ -195,7 +195,7 @@ REFUSED = [
 
 @contexts
 @pytest.mark.parametrize(("step", "reason"), REFUSED)
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_what_no_replay_can_hand_out_is_refused_by_name(step: Callable[[Tensor], Any], reason: str, context: Any) -> None:
     captured = graphs.capture(step)
     with context():

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.contract.code_reads import _computes_names
-from graphs.contract.python_state import PythonState
+from graphs.python_reads.code_reads import _computes_names
+from graphs.state.python_state import PythonState
 
 Tensor = torch.Tensor
 contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 LIBRARY = """
 COUNT, SCALE, STATE, ITEMS, LAST = 0, 1.0, {"n": 0}, [], None
 

@@ -11,7 +11,7 @@ import torch
 import graphs
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 
 
 class Plain:

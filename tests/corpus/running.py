@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.corpus.case import RECORDED, STEPS, Case
 from tests.parity import assert_same, copied, state_of
 

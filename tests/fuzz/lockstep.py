@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.verify import tolerance
+from graphs.numerics.tolerance import tolerance
 from tests.fuzz.program import Program
 
 Tensor = torch.Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.ops import GroupedProjection, aiter_backend, reference, weights
+from graphs.ops import GroupedProjection
+from graphs.ops.wo_a import aiter_backend, reference, weights
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)

@@ -54,7 +54,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_gives_and_writes_what_eager_does(name: str, mode: str, device: torch.device) -> None:
@@ -128,7 +128,7 @@ def test_host_tensors_are_refreshed_at_each_call(name: str, mode: str, device: t
     assert step.report().replays == 8, str(step.report())
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_an_output_made_of_host_tensors_alone_stays_on_the_host(device: torch.device) -> None:
     step = graphs.capture(lambda x, t: (x * t, t * 2))
     with torch.no_grad():

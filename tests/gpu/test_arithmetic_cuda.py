@@ -1,4 +1,4 @@
-"""`passes.arithmetic` against eager on a GPU, bit for bit: its kernels take numbers in other precisions than a CPU's."""
+"""`arithmetic` against eager on a GPU, bit for bit: its kernels take numbers in other precisions than a CPU's."""
 
 from __future__ import annotations
 

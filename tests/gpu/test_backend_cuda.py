@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import graphs
-from graphs.backend import backend_report, graphs_backend
-from graphs.bench.launches import count_launches
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
+from graphs.dynamo.backend import backend_report, graphs_backend
+from graphs.observation.launches import count_launches
 
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
@@ -83,7 +83,7 @@ def test_strides_that_dynamo_guarded_are_kept(device: torch.device) -> None:
             torch.testing.assert_close(step(x), twin(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 def test_weights_that_move_are_never_read_where_they_were(device: torch.device) -> None:
     model, twin = pair(device)
     step = torch.compile(model, backend=graphs_backend)

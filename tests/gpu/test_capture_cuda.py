@@ -13,7 +13,7 @@ from graphs.errors import CaptureFailed, HostSync, MixedDevices, MovedStaticTens
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language", reason="Triton is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore::graphs.ledger.NotReplayed")
+pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
 
 
 class Block(torch.nn.Module):
@@ -159,7 +159,7 @@ def test_padding_in_a_middle_dimension(device):
 @pytest.mark.parametrize("limit", [1 << 10, 1 << 26], ids=["ahead of the graph", "inside the graph"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_large_inputs_are_copied(device, dim, limit, monkeypatch):
-    monkeypatch.setattr("graphs.record.cuda.LARGE", limit)
+    monkeypatch.setattr("graphs.recording.cuda_graph.LARGE", limit)
     step = graphs.capture(lambda x, y: (x.float().sum(-1), y * 2), buckets=(8,), batch_dims={"x": dim, "y": 0})
     for rows in (5, 8, 1):
         shape = (rows, 3, 40000) if dim == 0 else (3, rows, 40000)
@@ -419,7 +419,7 @@ def test_llama_decode_equals_eager(device):
         return torch.cat(generated, 1)
 
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", graphs.ledger.NotReplayed)
+        warnings.simplefilter("error", graphs.dispatch.call_log.NotReplayed)
         assert torch.equal(decode(model), decode(step))
         assert torch.equal(decode(model, 20), decode(step, 20))  # another cache: another key
     assert step.report().replays == 60

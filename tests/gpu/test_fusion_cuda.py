@@ -1,4 +1,4 @@
-"""Operators that `passes.fusion` calls exact give the same bits when Inductor compiles them for the GPU."""
+"""Operators that `passes.optimize.fuse_exact` calls exact give the same bits when Inductor compiles them for the GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphs.compiled_region import CompiledRegion
+from graphs.compile.fused_region import CompiledRegion
 
 aten = torch.ops.aten
 ROWS = 2048

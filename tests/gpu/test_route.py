@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import graphs
-from graphs.bench.launches import count_launches
-from graphs.ops import path_bytes, reference
+from graphs.observation.launches import count_launches
+from graphs.ops import path_bytes
+from graphs.ops.wo_a import reference
 
 G, N, K = 2, 1024, 4096
 TOLERANCE = {"einsum": 0.003, "bmm": 0.05, "gloop": 0.05, "fused": 0.05}  # a bfloat16 weight is quantised, einsum's is not

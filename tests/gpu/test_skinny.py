@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import graphs
-from graphs.backend import backend_report, graphs_backend
-from graphs.bench.launches import count_launches
-from graphs.ops import skinny
+from graphs.dynamo.backend import backend_report, graphs_backend
+from graphs.observation.launches import count_launches
+from graphs.ops.skinny import operator
 from tests.models.one_query_attention import OneQueryAttention, pair_of
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -86,7 +86,7 @@ def test_compiled_steps_are_rewritten_and_agree_with_eager(way: str, device: tor
 
 
 def test_both_are_on_where_they_were_measured(device: torch.device) -> None:
-    if not skinny.pays_on(device):
+    if not operator.pays_on(device):
         pytest.skip(f"compute capability {torch.cuda.get_device_capability(device)}, measured on (9, 0)")
     model, _ = pair(device)
     step = graphs.capture(model, compiler="inductor", compiler_options={"force_disable_caches": True})

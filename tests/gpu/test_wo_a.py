@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from graphs.errors import WeightError
-from graphs.ops import GroupedProjection, reference, tiles, weights, wo_a
+from graphs.ops import GroupedProjection
+from graphs.ops.wo_a import operators, reference, tiles, weights
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)
@@ -188,7 +189,7 @@ def test_the_kernel_that_splits_k_is_right_in_every_tile(m: int, layout: str, co
     for overlap in (False, True) if torch.version.hip is None else (False,):
         y = torch.full((m, 3, N), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         tile = tiles.Tile(rows, columns, 4, 2)
-        wo_a.split_k().launch_split(o, module.weight_blocks, module.scale_blocks, y, tile, overlap=overlap)
+        operators.split_k().launch_split(o, module.weight_blocks, module.scale_blocks, y, tile, overlap=overlap)
         assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
 
 
@@ -203,7 +204,7 @@ CLUSTERS = sorted({shape for *_, shape in tiles.WARPGROUP} | {tiles.Cluster(16, 
 def test_the_warpgroup_kernel_is_right_in_every_shape(shape: tiles.Cluster, m: int, k: int) -> None:
     """Parts of K that are no multiple of the cluster, tokens that are no multiple of a block's; dispatch may prefer another."""
     module, exact_weight = projection("fused", 3, N, k)
-    special = wo_a.warpgroup()
+    special = operators.warpgroup()
     assert special is not None, "this triton has what the kernel is written with"
     for layout in ("contiguous", "transposed", "sliced"):
         o = tokens(m, 3, layout, k)
@@ -231,7 +232,7 @@ def test_the_warpgroup_kernel_keeps_odd_values_in_their_row(value: float) -> Non
 def test_rows_that_cannot_be_copied_in_16_bytes_go_to_another_kernel() -> None:
     module, exact_weight = projection("fused", 16)
     o = torch.randn(64, 16, K + 1, device=DEVICE).bfloat16()[..., 1:]
-    special = wo_a.warpgroup()
+    special = operators.warpgroup()
     assert special is None or not special.suits(o)
     assert reference.relative_error(module(o), reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
 
@@ -242,8 +243,8 @@ def test_the_portable_kernel_is_right_here_too(m: int) -> None:
     module, exact_weight = projection("fused", 2)
     o = tokens(m, 2, "transposed")
     y = torch.full((m, 2, N), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    arch = wo_a.arch_of(DEVICE.index, "fused", module.weight_blocks.dtype)
-    wo_a.kernels().launch_fused(o, module.weight_blocks, module.scale_blocks, y, tiles.fused(m, 2, N, K, arch))
+    arch = operators.arch_of(DEVICE.index, "fused", module.weight_blocks.dtype)
+    operators.kernels().launch_fused(o, module.weight_blocks, module.scale_blocks, y, tiles.fused(m, 2, N, K, arch))
     assert reference.relative_error(y, reference.project_fp64(o, exact_weight)) <= TOLERANCE["fused"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from graphs.parity.compare import call_difference
 from graphs.parity.twins import Called, entered
 from graphs.parity.walk import reached

@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import nn
 
-from graphs.backend import graphs_backend
+from graphs.dynamo.backend import graphs_backend
 from tests.hazards.case import INFERENCE, NO_GRAD, Run, hazard, noise, steps
 
 Tensor = torch.Tensor

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 import graphs
-from graphs.ledger import NotReplayed
+from graphs.dispatch.call_log import NotReplayed
 from tests.models.deepseek_v4_skeleton import DeepseekV4Skeleton, Sizes, schedule
 from tests.parity import assert_same
 

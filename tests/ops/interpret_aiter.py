@@ -15,7 +15,8 @@ import sys
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from graphs.ops import GroupedProjection, aiter_backend, reference
+from graphs.ops import GroupedProjection
+from graphs.ops.wo_a import aiter_backend, reference
 
 InterpreterBuilder.create_assume = lambda self, condition: None
 CASES = {"1": (1, 1, 128, 128), "5": (5, 2, 128, 256), "17": (17, 2, 256, 384)}  # name -> M, G, N, K

@@ -11,8 +11,9 @@ import sys
 
 import torch
 
-from graphs.ops import kernels, reference, split_k
-from graphs.ops.tiles import Tile
+from graphs.ops.wo_a import reference
+from graphs.ops.wo_a.kernels import portable, split_k
+from graphs.ops.wo_a.tiles import Tile
 
 GROUPS, N = 2, 128
 FEATURES = {"split": 1024}  # of a group: two steps of this kernel, four of the others (512)
@@ -40,7 +41,7 @@ def run(path: str, o: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -
     kernel, *options = path.split()
     extra = {"fp8": True} if {"fp8", "bmm"} & set(options) else {}
     extra |= {"positions": POSITIONS[:m], "table": TABLE} if "rotary" in options else {}
-    module = split_k if kernel == "split" else kernels
+    module = split_k if kernel == "split" else portable
     getattr(module, f"launch_{kernel}")(o, weight, scale, y[:m], TILE.get(kernel, Tile(16, 128, 4, 2)), **extra)
     assert y[m].isnan().all(), "the kernel wrote beyond its rows"
     return y[:m]

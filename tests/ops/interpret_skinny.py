@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from graphs.ops import tiles
-from graphs.ops.skinny_kernel import launch_skinny
+from graphs.ops.skinny.kernel import launch_skinny
+from graphs.ops.wo_a import tiles
 
 CASES = ((1, (32,), 256), (5, (48, 16), 512), (8, (16, 32, 16), 1024), (13, (16, 16, 64), 2048))  # M, N of each weight, K
 

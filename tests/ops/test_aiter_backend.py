@@ -16,7 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphs.errors import MissingDependency, WeightError
-from graphs.ops import GroupedProjection, aiter_backend, reference
+from graphs.ops import GroupedProjection
+from graphs.ops.wo_a import aiter_backend, reference
 
 SCRIPT = Path(__file__).with_name("interpret_aiter.py")
 NAMES = {path: wanted.name for path, wanted in aiter_backend.FUNCTIONS.items()}

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted or compiled")
 
-from graphs.ops import offline, tiles, wo_a
+from graphs.ops import offline
+from graphs.ops.wo_a import operators, tiles
 
 OPTIONS = ("", " fp8", " rotary", " fp8 rotary")
 SCRIPT = Path(__file__).with_name("interpret_kernels.py")
@@ -126,7 +127,7 @@ def test_the_warpgroup_kernel_runs_where_it_was_measured_to_be_faster() -> None:
 
 
 def test_a_cluster_of_more_blocks_than_there_are_steps_for_is_refused() -> None:
-    special = wo_a.warpgroup()
+    special = operators.warpgroup()
     assert special is not None
     with pytest.raises(ValueError, match="K = 1024 is too little for a cluster of 8 blocks"):
         special.constants(1024, tiles.Cluster(64, 64, 8, 3))

@@ -10,7 +10,8 @@ import torch
 
 import graphs
 from graphs.errors import ConfigError, WeightError
-from graphs.ops import GroupedProjection, auto, load, path_bytes, reference, weights
+from graphs.ops import GroupedProjection, load, path_bytes
+from graphs.ops.wo_a import auto_path, reference, weights
 
 G, N, K = 2, 128, 256
 
@@ -97,7 +98,7 @@ def test_auto_gives_odd_sizes_to_einsum() -> None:
 
 
 def test_auto_follows_the_rules_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(auto.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
+    monkeypatch.setitem(auto_path.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
     module = GroupedProjection(*fp8(), path="auto")
     assert module.paths == ("fused", "einsum")
     assert [module.choice(m) for m in (1, 16, 17, 4096)] == ["fused", "fused", "einsum", "einsum"]
@@ -112,7 +113,7 @@ def test_auto_follows_the_rules_of_its_device(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("seed", range(3))
 def test_auto_never_holds_two_forms_and_gives_the_bits_of_the_path_it_takes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setitem(auto.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
+    monkeypatch.setitem(auto_path.TABLE, "cpu", {2: ((16, "fused"), (64, "einsum"))})
     weight = torch.randn(G, 256, 384, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 1)
     blocks = reference.quantise_blocks(weight)
     module, o = GroupedProjection(*blocks, path="auto"), torch.randn(40, G, 384).bfloat16()
@@ -154,4 +155,4 @@ def test_paths_that_share_a_weight_hold_it_once() -> None:
 
 
 def test_device_key_of_the_host_touches_no_device() -> None:
-    assert auto.device_key("cpu") == "cpu"
+    assert auto_path.device_key("cpu") == "cpu"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.ops import reference
-from graphs.ops.reference import AMAX_FLOOR, BLOCK, FP8_MAX
+from graphs.ops.wo_a import reference
+from graphs.ops.wo_a.reference import AMAX_FLOOR, BLOCK, FP8_MAX
 
 FORMATS = list(FP8_MAX)
 E4M3 = torch.arange(256, dtype=torch.uint8)

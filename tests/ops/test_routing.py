@@ -9,8 +9,9 @@ import torch
 
 import passes
 from graphs.errors import ConfigError, WeightError
-from graphs.ops import path_bytes, reference
-from graphs.ops.routing import wo_a_routes
+from graphs.ops import path_bytes
+from graphs.ops.wo_a import reference
+from graphs.ops.wo_a.routes import wo_a_routes
 
 G, N, K = 2, 128, 256
 OPERATORS = {path: getattr(torch.ops.graphs, f"wo_a_{path}").default for path in ("einsum", "bmm", "gloop", "fused")}

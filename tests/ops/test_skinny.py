@@ -13,7 +13,8 @@ import torch
 
 import passes
 from graphs.errors import WeightError
-from graphs.ops import skinny, tiles
+from graphs.ops.skinny import operator
+from graphs.ops.wo_a import tiles
 
 SCRIPT = Path(__file__).with_name("interpret_skinny.py")
 linear = torch.ops.graphs.skinny_linear
@@ -63,7 +64,7 @@ def test_a_tile_divides_the_problem(m: int, n: int, k: int) -> None:
 
 
 def test_it_is_used_on_the_devices_it_was_measured_on_only() -> None:
-    assert not skinny.pays_on(torch.device("cpu"))
+    assert not operator.pays_on(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphs.errors import ConfigError, WeightError
-from graphs.ops import reference, weights
+from graphs.ops.wo_a import reference, weights
 
 G, N, K = 2, 256, 384
 FP8 = torch.float8_e4m3fn

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphs.errors import MissingDependency, WeightError
-from graphs.ops import reference, wo_a
+from graphs.ops.wo_a import operators, reference
 
 G, N, K = 2, 128, 256
 OPERATORS = ("einsum", "bmm", "gloop", "fused")
@@ -143,7 +143,7 @@ def test_bad_operands_are_named_before_anything_runs(case: str) -> None:
             with pytest.raises(WeightError, match=rf"wo_a_{path}: .*{message}"):
                 operator(path)(*arguments)
         with pytest.raises(WeightError, match=message):
-            wo_a.check(path, arguments[0], arguments[1], arguments[2] if len(arguments) > 2 else None)
+            operators.check(path, arguments[0], arguments[1], arguments[2] if len(arguments) > 2 else None)
 
 
 @pytest.mark.parametrize("path", OPERATORS)
@@ -165,21 +165,21 @@ def test_sizes_that_are_no_multiple_of_128_are_named(path: str) -> None:
 
 def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "graphs.ops.kernels", raising=False)
-    monkeypatch.delattr("graphs.ops.kernels", raising=False)
-    wo_a.kernels.cache_clear()
+    monkeypatch.delitem(sys.modules, "graphs.ops.wo_a.kernels.portable", raising=False)
+    monkeypatch.delattr("graphs.ops.wo_a.kernels.portable", raising=False)
+    operators.kernels.cache_clear()
     with pytest.raises(MissingDependency, match="pip install triton"):
-        wo_a.kernels()
-    wo_a.kernels.cache_clear()
+        operators.kernels()
+    operators.kernels.cache_clear()
 
 
 def test_without_gluon_the_portable_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
-    monkeypatch.delitem(sys.modules, "graphs.ops.hopper", raising=False)
-    monkeypatch.delattr("graphs.ops.hopper", raising=False)
-    wo_a.hopper.cache_clear()
-    assert wo_a.hopper() is None
-    wo_a.hopper.cache_clear()
+    monkeypatch.delitem(sys.modules, "graphs.ops.wo_a.kernels.hopper", raising=False)
+    monkeypatch.delattr("graphs.ops.wo_a.kernels.hopper", raising=False)
+    operators.hopper.cache_clear()
+    assert operators.hopper() is None
+    operators.hopper.cache_clear()
 
 
 def test_overlap_changes_no_result() -> None:
@@ -222,7 +222,7 @@ BAD_OPTIONS = {
 def test_bad_options_of_fused_are_named(case: str) -> None:
     options, message = BAD_OPTIONS[case]
     with pytest.raises(WeightError, match=message):
-        wo_a.check_activations(fused_with_heads()[0], *options)
+        operators.check_activations(fused_with_heads()[0], *options)
     if case != "device":
         with pytest.raises(WeightError, match=message):
             operator("fused")(*fused_with_heads(), False, *options)
@@ -236,7 +236,7 @@ def test_rotary_needs_whole_heads() -> None:
 def test_a_device_that_cannot_multiply_the_format_names_the_path_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    wo_a.arch_of.cache_clear()
+    operators.arch_of.cache_clear()
     with pytest.raises(WeightError, match=r"capability 8\.0 does not multiply .*use path 'einsum'"):
-        wo_a.arch_of(0, "bmm", torch.float8_e4m3fn)
-    wo_a.arch_of.cache_clear()
+        operators.arch_of(0, "bmm", torch.float8_e4m3fn)
+    operators.arch_of.cache_clear()

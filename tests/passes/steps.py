@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import passes
-from graphs.contract.python_state import PythonState
-from graphs.watch import watch_step
-from passes.host_values import TABLES
+from graphs.observation.eager_trace import watch_step
+from graphs.state.python_state import PythonState
+from passes.remove_host_values import TABLES
 
 Step = Callable[..., Any]
 ALL = (*TABLES, "branches")

@@ -1,4 +1,4 @@
-"""`passes.addressing`: golden graphs, one-row writes, and random programs of views and writes at places the device knows."""
+"""`addressing`: golden graphs, one-row writes, and random programs of views and writes at places the device knows."""
 
 from __future__ import annotations
 

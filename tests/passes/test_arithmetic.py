@@ -1,4 +1,4 @@
-"""`passes.arithmetic` against eager, bit for bit: every operator, dtype and value, in Python and on tensors."""
+"""`passes.host_values.rules.arithmetic` against eager, bit for bit: every operator, dtype and value, in Python and on tensors."""
 
 from __future__ import annotations
 

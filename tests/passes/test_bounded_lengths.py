@@ -1,4 +1,4 @@
-"""The rules of `passes.bounded` against eager: prefixes of every length, with NaN where nothing may look."""
+"""The rules of `passes.host_values.rules` against eager: prefixes of every length, with NaN where nothing may look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`passes.bounded` against eager: lists whose length a mask decides, with NaN where nothing may look."""
+"""`passes.host_values.rules` against eager: lists whose length a mask decides, with NaN where nothing may look."""
 
 from __future__ import annotations
 

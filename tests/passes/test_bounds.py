@@ -1,4 +1,4 @@
-"""`passes.bounds`: where upper bounds come from, what is promised by name, and what is said where there is none."""
+"""`upper_bounds`: where upper bounds come from, what is promised by name, and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import passes
-from passes.bounds import Bounds
-from passes.facts import Facts
+from passes.core.facts import Facts
+from passes.host_values.upper_bounds import Bounds
 from tests.passes.steps import check, rewritten
 
 U, V = sympy.Symbol("u", integer=True), sympy.Symbol("v", integer=True)

@@ -1,4 +1,4 @@
-"""`passes.branches`: golden graphs of assumptions, flags that tell when they fail, writes that are taken back."""
+"""`passes.speculation.speculate`: golden graphs of assumptions, flags that tell when they fail, writes that are taken back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`passes.builtins`: Python's number builtins with ordinary arguments, with symbols, and put back afterwards."""
+"""`passes.tracing.number_builtins`: Python's number builtins with ordinary arguments, with symbols, and put back afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import passes
-from passes.builtins import SYMBOLIC, symbolic_builtins
+from passes.tracing.number_builtins import SYMBOLIC, symbolic_builtins
 from tests.passes.steps import check, rewritten, traced
 
 numbers = st.integers(-99, 99) | st.floats(-99, 99) | st.booleans()

@@ -1,4 +1,4 @@
-"""`passes.duplicates`: what is merged, and what only looks alike."""
+"""`passes.optimize.cse`: what is merged, and what only looks alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`passes.exchange` and `passes.fork_source`: what a function does with other code, and that it gets its own back."""
+"""`code_patching` and `source_transform`: what a function does with other code, and that it gets its own back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from passes.exchange import ENTRY, branch_in, forked, functions_of, rewritten, written
-from passes.sites import Place
+from passes.control_flow.code_patching import ENTRY, branch_in, forked, functions_of, rewritten, written
+from passes.core.source_location import Place
 
 
 def branches_of(function: Callable[..., Any]) -> frozenset[tuple[int, int]]:

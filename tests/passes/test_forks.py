@@ -1,4 +1,4 @@
-"""`passes.forks` and `passes.sides`: both sides of a branch in one graph, for every outcome what eager does."""
+"""`branches` and `legality`: both sides of a branch in one graph, for every outcome what eager does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import passes
-from graphs.contract.python_state import PythonState
-from passes.loops import trips_of
+from graphs.state.python_state import PythonState
+from passes.core.predicates import trips_of
 from tests.passes.steps import Rewritten, check, printed, rewritten, traced
 
 Step = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""`passes.fusion`: what is gathered, what stays where it is, and that nothing is computed differently."""
+"""`passes.optimize.fuse_exact`: what is gathered, what stays where it is, and that nothing is computed differently."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import graphs.compiler
+import graphs.first_call.candidates
 import passes
-from graphs.compiled_region import CompiledRegion
-from passes import exact, fusion
+from graphs.compile.fused_region import CompiledRegion
+from passes.optimize import bit_exact, fuse_exact
 from tests.corpus import combined, experts, selection
 from tests.corpus.case import RECORDED, Case
 from tests.corpus.collection import CASES
@@ -46,7 +46,7 @@ def graph_of(step: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small graphs are worth it."""
-    monkeypatch.setattr(fusion, "WORTH", 2)
+    monkeypatch.setattr(fuse_exact, "WORTH", 2)
 
 
 AFTER = """\
@@ -72,7 +72,7 @@ return [value_3, value_5]"""
 
 
 def test_places_masks_and_conditions_become_one_region(any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "LARGEST", 8)
+    monkeypatch.setattr(bit_exact, "LARGEST", 8)
     module = rewritten(lambda x, t: x[: int(t) + 1].sum(0), torch.randn(8, 3), torch.tensor(4)).module
     assert fused(module) == [REGION]
     assert printed(module) == AFTER
@@ -153,8 +153,8 @@ def test_views_of_results_are_views_of_the_regions_results(any_size: None) -> No
     "case", [c for c in CASES if c.expect == RECORDED and c.step.__module__ in HOMES], ids=lambda case: case.name
 )
 def test_a_fused_step_of_the_corpus_equals_eager(case: Case, any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs.compiler, "_is_fused", lambda step: True)
-    monkeypatch.setattr(graphs.compiler, "CompiledRegion", lambda body: body)
+    monkeypatch.setattr(graphs.first_call.candidates, "_is_fused", lambda step: True)
+    monkeypatch.setattr(graphs.first_call.candidates, "CompiledRegion", lambda body: body)
     check(case, "cpu")
 
 

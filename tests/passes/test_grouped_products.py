@@ -8,8 +8,8 @@ from torch import Tensor
 
 import passes
 from passes import host_values
-from passes.bounded import grouped_products
-from passes.fakes import StepFakes
+from passes.host_values.rules import grouped_products
+from passes.tracing.fake_kernels import StepFakes
 from tests.passes.steps import printed, rewritten
 
 ROWS, GROUPS, K, N = 6, 4, 8, 16

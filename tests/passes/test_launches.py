@@ -1,4 +1,4 @@
-"""`passes.launches`: the same results from operators that launch less."""
+"""`passes.optimize.single_kernel`: the same results from operators that launch less."""
 
 from __future__ import annotations
 

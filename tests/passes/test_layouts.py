@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.layouts import Digit, Layout, aligned, compose, identity, layout_of, materialise, progression, tiles
+from passes.projections.layouts import Digit, Layout, aligned, compose, identity, layout_of, materialise, progression, tiles
 
 Tensor = torch.Tensor
 SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)

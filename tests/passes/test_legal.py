@@ -1,4 +1,4 @@
-"""`passes.legal`: a graph that runs on a way which the step does not take raises nowhere, and its flag says what was wrong."""
+"""`legal_operands`: a graph that runs on a way which the step does not take raises nowhere, and its flag says what was wrong."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytest.importorskip("torch_mlir", reason="torch-mlir is not installed")
 
 import graphs
 import passes
-from graphs.ops import reference
+from graphs.ops.wo_a import reference
 from passes.errors import IndexOutOfRange, OptionError
 from passes.mlir import DIALECTS
 from passes.mlir.lower import run_pipeline

@@ -1,4 +1,4 @@
-"""`passes.on_host`: what a recording of a device would not compute is refused by its line."""
+"""`passes.host_values.on_host`: what a recording of a device would not compute is refused by its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`passes.reads`: host reads and branches are told apart by their place in the code, several of them in one line too."""
+"""`host_reads`: host reads and branches are told apart by their place in the code, several of them in one line too."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import passes
-from passes.reads import Read, Reads
-from passes.sites import Place, user_place
+from passes.core.host_reads import Read, Reads
+from passes.core.source_location import Place, user_place
 from tests.passes.steps import Step, check, rewritten, traced
 
 ITEM = "aten._local_scalar_dense.default"

@@ -10,9 +10,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import passes
-from passes.builtins import symbolic_builtins
-from passes.symbol_methods import value_methods
-from passes.symbols import SYMBOLS
+from passes.core.symbols import SYMBOLS
+from passes.tracing.number_builtins import symbolic_builtins
+from passes.tracing.symbol_methods import value_methods
 
 NAMES = ("__format__", "__hash__", "__str__", "__repr__")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import passes
-from passes.sites import user_site
+from passes.core.source_location import user_site
 from tests.passes.steps import check, printed, rewritten, traced
 
 aten = torch.ops.aten

@@ -17,9 +17,9 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from graphs.contract.padding import Padding, pad_rows
-from graphs.record import copies
-from graphs.record.copies import RING, Copier, Move, load_kernels
-from graphs.record.run_word import count_run
+from graphs.recording import copy_kernels
+from graphs.recording.copy_kernels import RING, Copier, Move, load_kernels
+from graphs.recording.run_word import count_run
 
 Tensor = torch.Tensor
 POLICIES = (Padding("repeat"), Padding("zero"), Padding("keep"), Padding("sentinel", 3))
@@ -31,7 +31,7 @@ SHAPES = ("r", "r,3", "r,7,1", "2,r,3", "3,5,r", "r,129", "2,r,4,8")  # r stands
 BATCHES = ((1, 4), (3, 4), (4, 4), (5, 8))  # real rows, recorded rows
 MANY = 1000  # more programs than any of these copies takes
 MARGIN = 16  # elements on either side of a tensor that nobody may write
-copies._BLOCK = 64  # so that toy tensors take several blocks, the last of them ragged
+copy_kernels._BLOCK = 64  # so that toy tensors take several blocks, the last of them ragged
 
 
 def _splat_keeping_flags(builder: InterpreterBuilder, ret_ty: Any, arg: Any) -> Any:
@@ -115,7 +115,7 @@ def run(cases: list[Case], real: int, rows: int, turn: int, few: int) -> dict[st
 
     ``few``: programs up to which each reads the row itself.
     """
-    copies.FEW = few
+    copy_kernels.FEW = few
     wrong: dict[str, list[str]] = {"inbound": [], "outbound": [], "guards": [], "turn": []}
     sources = [case.values(real, 2 * i, guard=0) for i, case in enumerate(cases)]
     slots = [replace(case, displaced=case.displaced // 2).values(rows, 2 * i + 1) for i, case in enumerate(cases)]
@@ -162,13 +162,13 @@ def launched(table: Any) -> list[str]:
 
             return launch
 
-    kernels = copies.fetch_row, copies.move_rows
-    copies.fetch_row, copies.move_rows = map(Spy, kernels)
+    kernels = copy_kernels.fetch_row, copy_kernels.move_rows
+    copy_kernels.fetch_row, copy_kernels.move_rows = map(Spy, kernels)
     for programs in (1, 3):
         copier = Copier(1, table, 1, inbound=True)
-        copier.bind([Move(torch.zeros(programs * copies._BLOCK, dtype=torch.int64), None, POLICIES[0])])
+        copier.bind([Move(torch.zeros(programs * copy_kernels._BLOCK, dtype=torch.int64), None, POLICIES[0])])
         copier.launch()
-    copies.fetch_row, copies.move_rows = kernels
+    copy_kernels.fetch_row, copy_kernels.move_rows = kernels
     return found
 
 
@@ -184,7 +184,7 @@ def main() -> None:
                 for part, wrong in run(cases, real, rows, RING - 2 + index, few).items():
                     found[part] += [f"few={few}: {text}" for text in wrong]
         out[str(dtype).removeprefix("torch.")] = found
-    copies.FEW = 2
+    copy_kernels.FEW = 2
     none = make_table(0, 7)
     for inbound in (True, False):  # nothing to copy: the kernels carry the turn all the same
         copier = Copier(0, none, 1, inbound=inbound)  # type: ignore[arg-type]

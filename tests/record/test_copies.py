@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="triton is not installed, so its kernels ca
 from graphs.contract.padding import Padding
 from graphs.errors import ConfigError
 from graphs.ops import offline
-from graphs.record import copies, run_word
-from graphs.record.copies import Move, move_rows
+from graphs.recording import copy_kernels, run_word
+from graphs.recording.copy_kernels import Move, move_rows
 
 SCRIPT = Path(__file__).with_name("interpret_copies.py")
 ROOT = SCRIPT.parents[2]
@@ -76,22 +76,22 @@ def test_a_sentinel_for_elements_wider_than_a_word_is_refused() -> None:
 
 VARIANTS = {  # what `Copier` launches, and `count_run`: kernel, constants, warps
     "run word": (run_word._count_run, {}, 1),
-    "fetch": (copies.fetch_row, {}, 1),
+    "fetch": (copy_kernels.fetch_row, {}, 1),
     "few inputs": (move_rows, {"INBOUND": True, "FETCH": True, "HOST": False}, 1),
-    "many inputs": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": False}, copies._WARPS),
+    "many inputs": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": False}, copy_kernels._WARPS),
     "few inputs, some from the host": (move_rows, {"INBOUND": True, "FETCH": True, "HOST": True}, 1),
-    "many inputs, some from the host": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": True}, copies._WARPS),
-    "outputs": (move_rows, {"INBOUND": False, "FETCH": False, "HOST": False}, copies._WARPS),
+    "many inputs, some from the host": (move_rows, {"INBOUND": True, "FETCH": False, "HOST": True}, copy_kernels._WARPS),
+    "outputs": (move_rows, {"INBOUND": False, "FETCH": False, "HOST": False}, copy_kernels._WARPS),
 }
 
 
 def compiled(target: str, variant: str, width: int = 32) -> tuple[Any, str]:
     """A kernel compiled for a chip as it is launched there, and its assembly."""
-    triton = copies.triton
+    triton = copy_kernels.triton
     kernel, constants, warps = VARIANTS[variant]
     vendor, arch, warp, *_ = offline.TARGETS[target]
-    known = constants | {"WIDTH": width, "HEADER": copies._HEADER, "FIELDS": copies._FIELDS}
-    known["BLOCK"] = copies._BLOCK * warps // copies._WARPS
+    known = constants | {"WIDTH": width, "HEADER": copy_kernels._HEADER, "FIELDS": copy_kernels._FIELDS}
+    known["BLOCK"] = copy_kernels._BLOCK * warps // copy_kernels._WARPS
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in known else "*u8" if name == "broken" else "*i64" for name in kernel.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind == "*i64"}

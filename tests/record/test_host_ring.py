@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed, so the table of addresses cannot be imported")
 
 from graphs.contract.slots import Slot
-from graphs.record import copies
-from graphs.record.copies import HALF, RING, AddressTable
-from graphs.record.host_ring import HostRing
+from graphs.recording import copy_kernels
+from graphs.recording.copy_kernels import HALF, RING, AddressTable
+from graphs.recording.host_ring import HostRing
 
 
 def slot(index: int, tensor: torch.Tensor) -> Slot:
@@ -76,7 +76,7 @@ class Event:
 
 @pytest.mark.parametrize("staging", [False, True])
 def test_a_row_is_written_only_when_no_replay_reads_it(monkeypatch: pytest.MonkeyPatch, staging: bool) -> None:
-    monkeypatch.setattr(copies.torch.cuda, "Event", Event)
+    monkeypatch.setattr(copy_kernels.torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "waits", [])
     monkeypatch.setattr(Event, "made", 0)
     table: Any = object.__new__(AddressTable)

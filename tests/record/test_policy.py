@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from graphs.record.policy import CUDA, HIP, DevicePolicy, choose_policy, current_policy
+from graphs.recording.vendor import CUDA, HIP, DevicePolicy, choose_policy, current_policy
 
 
 def test_both_vendors_record_thread_locally() -> None:

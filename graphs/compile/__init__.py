@@ -1,0 +1,1 @@
+"""FX graphs compiled so that they can be recorded."""

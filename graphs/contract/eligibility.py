@@ -1,0 +1,73 @@
+"""What can be said about a call before anything runs: the names of its arguments, and reasons not to record it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphs.contract.arguments import Call, objects_on
+from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
+
+Tensor = torch.Tensor
+is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+
+def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Refusal | None:
+    """Reasons that need no run to be seen.
+
+    Args:
+        host: positions of host tensors that the recording will hold copies of; see `graphs.first_call.host_arguments`.
+    """
+    if isinstance(model, torch.nn.Module):
+        scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+        if scripted is not None:
+            return Scripted("what it keeps cannot be compared between steps", operator=scripted or "self")
+    devices = {tensor.device for index, tensor in enumerate(call.tensors) if index not in host}
+    if len(devices) > 1:
+        return MixedDevices(f"tensor arguments are on {sorted(map(str, devices))}", operator="arguments")
+    for tensor in call.tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            return UnsupportedArgument(f"a {type(tensor).__name__} with layout {tensor.layout}", operator="arguments")
+        if tensor.is_quantized:
+            return UnsupportedArgument("a quantised tensor, whose scale lies beside its memory", operator="arguments")
+        if tensor.device.type not in ("cpu", "cuda"):
+            return UnsupportedArgument(f"a tensor on {tensor.device}", operator="arguments")
+    if _stream_is_capturing(call):
+        return NestedCapture("the current stream is being recorded by somebody else", operator="record")
+    return None
+
+
+def carries_objects(call: Call) -> Refusal | None:
+    """The attribute of a tensor argument that no key can hold and no replay refresh, or None."""
+    for tensor in call.tensors:
+        for name in objects_on(tensor):
+            kind = type(tensor.__dict__[name]).__name__
+            detail = f"a {kind} hangs on a tensor argument, as its attribute {name!r}, where a replay does not look for it"
+            remedy = "pass it as an argument of its own, or with the tensor in a tuple or dict"
+            return UnsupportedArgument(detail, operator=name, remedy=remedy)
+    return None
+
+
+def _stream_is_capturing(call: Call) -> bool:
+    return any(tensor.is_cuda for tensor in call.tensors) and is_capturing()
+
+
+def device_of(call: Call, model: Any) -> torch.device:
+    """The device of a call: of its arguments, a GPU if any is there; else of the model."""
+    if call.tensors:
+        return next((tensor.device for tensor in call.tensors if tensor.is_cuda), call.tensors[0].device)
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def parameter_names(model: Any) -> list[str]:
+    """Names of the parameters of the model's call, as arguments are named by."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature: arguments are named by position
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

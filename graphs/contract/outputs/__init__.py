@@ -1,0 +1,1 @@
+"""The output of a step, from template to tensors."""

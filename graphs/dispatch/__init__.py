@@ -1,0 +1,1 @@
+"""Every call: recognise, check, replay; else record; else run the model."""

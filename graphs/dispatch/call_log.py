@@ -1,0 +1,106 @@
+"""Counting what happened to calls, and warning once per reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+import warnings
+
+from graphs.errors import InternalError, Refusal
+from graphs.first_call.recorded_step import Entry
+from graphs.report import CaptureReport, KeyReport, RefusalCount
+
+
+class NotReplayed(UserWarning):
+    """A call ran eagerly although graph mode was asked for."""
+
+
+def _frames_of_our_own() -> int:
+    """The stack level of the caller's line: a warning shows where the step was called, also through Dynamo."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("graphs.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+class Ledger:
+    """Counts of one captured module."""
+
+    def __init__(self) -> None:
+        self.eager_calls = 0
+        self._replays_dropped = 0
+        self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
+
+    def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
+        """Count a refusal; warn the first time its reason, operator and line are seen.
+
+        Args:
+            calls: 0 for what was found beside the reason that the call is counted under.
+            warn: False where something else tells the caller.
+        """
+        known = self._refusals.get(refusal.signature)
+        if known is None:
+            site = refusal.site
+            where, what = (site.file, site.line), (refusal.detail, refusal.remedy)
+            known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
+            if warn:
+                warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
+        self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
+
+    @property
+    def refusals(self) -> tuple[RefusalCount, ...]:
+        """Every reason so far, in the order of first sight."""
+        return tuple(self._refusals.values())
+
+    def dropped(self, entry: Entry) -> None:
+        """Keep the replays of a recording that is being dropped."""
+        self._replays_dropped += entry.replays
+
+    def report(self, device: str, mode: str, entries: list[Entry]) -> CaptureReport:
+        """The report of everything counted so far."""
+        return CaptureReport(
+            device=device,
+            mode=mode,
+            recordings=len(entries),
+            replays=self._replays_dropped + sum(entry.replays for entry in entries),
+            eager_calls=self.eager_calls,
+            refusals=self.refusals,
+            keys=tuple(_key_report(entry) for entry in entries),
+        )
+
+
+def _traceback(refusal: Refusal) -> str:
+    error = refusal.error if isinstance(refusal, InternalError) else None
+    return "".join(traceback.format_exception(error)) if error is not None else ""
+
+
+def _key_report(entry: Entry) -> KeyReport:
+    eager, replay, rows = entry.eager, entry.replay, entry.contract.rows
+    saved = _cost(eager) - _cost(replay) if eager is not None and replay is not None else 0.0
+    return KeyReport(
+        key=entry.key,
+        rows=rows,
+        replays=entry.replays,
+        eager_host_us=eager.host_us if eager is not None else None,
+        eager_device_us=eager.device_us if eager is not None else None,
+        replay_host_us=replay.host_us if replay is not None else None,
+        replay_device_us=replay.device_us if replay is not None else None,
+        capture_seconds=entry.capture_seconds,
+        pool_bytes=entry.recording.pool_bytes,
+        device_free_delta=entry.device_free_delta,
+        padding_waste=1 - entry.real_rows / (rows * entry.replays) if rows is not None and entry.replays else 0.0,
+        break_even_calls=int(entry.capture_seconds * 1e6 / saved) + 1 if saved > 0 else None,
+        compiler=entry.compiler,
+        compile_seconds=entry.compile_seconds,
+        rewrites=dict(entry.rewrites),
+        proved=dict(+entry.proof.proved),
+        unproved=dict(+entry.proof.unproved),
+        capped=entry.proof.capped,
+        compiler_us=dict(entry.candidates),
+    )
+
+
+def _cost(time: object) -> float:
+    """What one call takes: the longer of host and device time, microseconds."""
+    return max(getattr(time, "host_us", 0.0), getattr(time, "device_us", None) or 0.0)

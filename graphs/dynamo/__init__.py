@@ -1,0 +1,1 @@
+"""``torch.compile(backend="graphs")``: one recording for each graph of Dynamo's."""

@@ -1,0 +1,267 @@
+"""Recording one compiled graph of Dynamo's, and replaying it.
+
+What has to be static is known without asking: parameters, buffers and marked addresses by Dynamo, and what the graph
+writes by one watched run of the graph as it was before it was compiled. All other inputs are copied at each call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphs.contract.arguments import Call
+from graphs.contract.eligibility import inadmissible
+from graphs.contract.slots import Contract, Slot
+from graphs.errors import (
+    CaptureFailed,
+    HostConstant,
+    MixedDevices,
+    Refusal,
+    UnsupportedArgument,
+    UnsupportedOperator,
+    UnsupportedOutput,
+    VerifyMismatch,
+)
+from graphs.numerics import tolerance
+from graphs.observation.eager_trace import Trace
+from graphs.recording.recorder import Recorder, Recording
+from graphs.state.storage import storage_id
+from graphs.state.tensor_state import RandomState
+
+if TYPE_CHECKING:
+    from graphs.compile.compiled_graph import CompiledGraph
+
+Tensor = torch.Tensor
+_equal_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA: 1 us for 200 tensors
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An output that a replay produces, by its position among those."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """An output that is an input again, or a view of one.
+
+    ``source`` is the position of the input, or a tensor of the graph's own.
+    """
+
+    source: int | Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, inputs: Sequence[Any]) -> Tensor:
+        """The view, of the inputs of this call."""
+        base: Tensor = inputs[self.source] if isinstance(self.source, int) else self.source
+        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
+
+
+class RecordedPiece:
+    """A recording of a compiled graph, with where its static inputs have to be and how its outputs are put together.
+
+    Attributes:
+        written: positions of the inputs in whose memory the graph writes.
+        replays: calls served.
+        seconds: what recording took.
+    """
+
+    def __init__(self, recording: Recording, trial: _Trial, static: Sequence[int], outputs: list[Any]) -> None:
+        inputs = trial.inputs
+        self.recording, self.written = recording, trial.written
+        self.replays, self.seconds = 0, 0.0
+        self._static = list(static)
+        self._static_addresses = [inputs[index].data_ptr() for index in static]
+        known = dict(zip(static, self._static_addresses, strict=True))
+        self._addresses = [known.get(index) for index in range(len(inputs))]
+        self._outputs = outputs
+        self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
+        self._memory = frozenset(storage_id(inputs[index]) for index in trial.written)
+        self._copied = (
+            [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and i not in known] if self._memory else []
+        )
+
+    def fits(self, inputs: Sequence[Any]) -> bool:
+        """Whether everything that is read in place is where it was, and no other input lies in the memory that is written."""
+        if self._copied and not self._memory.isdisjoint([storage_id(inputs[index]) for index in self._copied]):
+            return False
+        if _equal_addresses is not None:
+            return bool(_equal_addresses(list(inputs), self._addresses, self._static))
+        return list(map(Tensor.data_ptr, map(inputs.__getitem__, self._static))) == self._static_addresses
+
+    def moved(self, inputs: Sequence[Any]) -> list[int]:
+        """Positions of the static inputs that are not where they were."""
+        return [index for index in self._static if inputs[index].data_ptr() != self._addresses[index]]
+
+    def replay(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run the recording and return the outputs of the graph."""
+        produced = self.recording.replay(inputs, 1)
+        return produced if self._as_produced else self.filled(produced, inputs)
+
+    def filled(self, produced: Sequence[Tensor], inputs: Sequence[Any]) -> list[Any]:
+        """The outputs of the graph, of which ``produced`` are new."""
+        return [
+            produced[out.index] if isinstance(out, _Made) else out.of(inputs) if isinstance(out, _View) else out
+            for out in self._outputs
+        ]
+
+
+def record_piece(
+    graph: CompiledGraph,
+    inputs: Sequence[Any],
+    recorder: Recorder,
+    copied: Collection[int],
+    *,
+    owned: bool,
+    check: bool,
+) -> tuple[RecordedPiece, list[Any]]:
+    """Record ``graph`` and run the call as the first replay.
+
+    Args:
+        inputs: of this call: tensors, and ints for symbolic sizes.
+        copied: positions to copy although Dynamo calls them static: they have moved before.
+
+    Returns:
+        The recording, and the outputs of this call.
+
+    Raises:
+        Refusal: the graph cannot be recorded. Nothing has run, as far as tensors and generators show.
+    """
+    started = time.perf_counter()
+    trial = _Trial(graph, inputs)
+    memory = {storage_id(inputs[index]) for index in trial.written}
+    within = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and storage_id(value) in memory}
+    static = sorted(({*graph.static} - {*copied}) | within)
+    try:
+        piece, made = _record(trial, static, recorder, owned=owned, check=check)
+    except Refusal:
+        trial.undo()
+        raise
+    except Exception as error:  # whatever a recording meets, the compiled function still runs
+        trial.undo()
+        raise CaptureFailed(f"recording raised {type(error).__name__}: {error}", operator=graph.name) from error
+    trial.trace.written.release()
+    piece.seconds = time.perf_counter() - started
+    return piece, piece.filled(made, inputs)
+
+
+class _Trial:
+    """The watched run of a graph, undone: what it writes, and how to take back what later runs do."""
+
+    def __init__(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        refusal = inadmissible(Call(tensors, [], ()))
+        if refusal is not None:
+            raise refusal
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            raise UnsupportedArgument("an input is to be read conjugated or negated", operator=graph.name)
+        if any(tensor.device != graph.device for tensor in tensors):
+            raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
+        self.graph, self.inputs = graph, inputs
+        self.trace, self._random = Trace(), RandomState(graph.device)
+        aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]  # for operators like t_()
+        given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
+        try:
+            self.written = graph.watch(aliases, given, self.trace)
+        except Exception as error:
+            raise CaptureFailed(f"an eager run raised {type(error).__name__}: {error}", operator=graph.name) from error
+        reshaped = any(isinstance(a, Tensor) and a.stride() != b.stride() for a, b in zip(aliases, inputs, strict=True))
+        findings = [found for found in self.trace.findings if not isinstance(found, HostConstant)]  # the passes hoist those
+        if reshaped:
+            findings.append(UnsupportedOperator("it changes the shape or strides of an input", operator=graph.name))
+        if findings:
+            raise findings[0]
+
+    def undo(self) -> None:
+        """Put back the tensors that were written, and the generators."""
+        self.trace.written.restore()
+        self._random.restore()
+
+
+def _record(
+    trial: _Trial, static: Sequence[int], recorder: Recorder, *, owned: bool, check: bool
+) -> tuple[RecordedPiece, list[Tensor]]:
+    """Warm up, record, replay and verify; returns what the first replay produced, its effects in place."""
+    graph, inputs, trace = trial.graph, trial.inputs, trial.trace
+    reference = graph(*inputs)  # on the caller's stream: what kernels allocate to tune themselves stays out of the pool
+    state = trace.written.copies()
+    outputs, positions = _describe(reference, inputs, graph)
+    trial.undo()
+    recorder.run(lambda: graph(*inputs))
+    trial.undo()
+    slots = [
+        Slot(graph.names[i], i, tuple(value.shape), value.dtype, value.device)
+        for i, value in enumerate(inputs)
+        if isinstance(value, Tensor) and i not in static
+    ]
+    contract = Contract(tuple(slots), tuple(static), None, (None,) * len(positions))
+
+    def body(arranged: Sequence[Any]) -> list[Tensor]:
+        values = list(arranged)
+        for slot in slots:
+            values[slot.index] = _strided_like(inputs[slot.index], arranged[slot.index])
+        made = graph(*values)
+        return [made[position] for position in positions]
+
+    recording = recorder.record(body, contract, inputs, owned=owned, generators=tuple(trace.generators))
+    trial.undo()
+    piece = RecordedPiece(recording, trial, static, outputs)
+    made = recording.replay(inputs, 1)
+    if check:
+        found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.tensors)
+        if found is not None:
+            raise VerifyMismatch(found[1].replace("eager", "the compiled graph"), operator=found[0])
+    return piece, made
+
+
+def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGraph) -> tuple[list[Any], list[int]]:
+    """How each output is put together, and the positions of those that a replay produces.
+
+    Raises:
+        UnsupportedOutput: an output is on another device, or no plain tensor.
+    """
+    outputs: list[Any] = []
+    positions: list[int] = []
+    for position, value in enumerate(reference):
+        if not isinstance(value, Tensor):
+            outputs.append(value)
+            continue
+        if value.device != graph.device or type(value) is not Tensor:
+            kind = f"a {type(value).__name__} on {value.device}"
+            raise UnsupportedOutput(f"output {position} of the graph is {kind}", operator=graph.name)
+        if value.is_conj() or value.is_neg():
+            raise UnsupportedOutput(f"output {position} of the graph is to be read conjugated or negated", operator=graph.name)
+        view = _view_of(value, inputs, graph.owned)
+        if view is None:
+            view = _Made(len(positions))
+            positions.append(position)
+        outputs.append(view)
+    return outputs, positions
+
+
+def _view_of(value: Tensor, inputs: Sequence[Any], owned: Sequence[Tensor]) -> Any:
+    candidates: list[tuple[int | Tensor, Any]] = [*enumerate(inputs), *((tensor, tensor) for tensor in owned)]
+    for source, base in candidates:
+        if isinstance(base, Tensor) and value.numel() and storage_id(base) == storage_id(value):
+            if base.dtype != value.dtype:
+                raise UnsupportedOutput(f"an output is an input seen as {value.dtype}", operator="view")
+            return _View(source, value.shape, value.stride(), int(value.storage_offset() - base.storage_offset()))
+    return None
+
+
+def _strided_like(like: Tensor, dense: Tensor) -> Tensor:
+    """``dense`` in the strides that the compiled graph was promised; itself where those are dense as well."""
+    if like.is_contiguous():
+        return dense
+    for dim, stride in enumerate(like.stride()):
+        if stride == 0 and like.shape[dim] > 1:
+            dense = dense.narrow(dim, 0, 1)
+    strided = torch.empty_strided(dense.shape, like.stride(), dtype=dense.dtype, device=dense.device)
+    return strided.copy_(dense).expand(like.shape)

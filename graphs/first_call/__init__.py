@@ -1,0 +1,1 @@
+"""The first call of a signature: observe, record, verify, measure."""

@@ -1,0 +1,1 @@
+"""Values that the recorded run read, compared at every call."""

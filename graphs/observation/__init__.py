@@ -1,0 +1,1 @@
+"""An eager run looked at: operators, host reads, times."""

@@ -1,0 +1,1 @@
+"""The grouped output projection: weights, paths, operators, one module."""

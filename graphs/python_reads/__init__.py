@@ -1,0 +1,1 @@
+"""What the Python of a run asks for: functions, names, calls that nobody can guard."""

@@ -1,0 +1,84 @@
+"""What every recorder produces, and the choice between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from graphs.contract.slots import Contract
+
+Tensor = torch.Tensor
+Body = Callable[[Sequence[Tensor]], list[Tensor]]
+"""A step bound to its constants: tensor leaves in, produced output tensors out."""
+
+trial_lock = threading.RLock()
+"""One trial at a time in a process: a capture shares the state of allocators and generators."""
+
+
+class ReplayRaised(Exception):
+    """An operator of the step raised ``error`` in a replay, as it does in eager; those before it have run."""
+
+    def __init__(self, error: Exception, operator: str = "") -> None:
+        super().__init__(error)
+        self.error, self.operator = error, operator
+
+
+class Recording(Protocol):
+    """A step that runs without the model's Python.
+
+    Attributes:
+        outputs: the static output tensors, at recorded sizes (None for owned outputs of a device graph, whose memory is
+            shared with the other recordings of the module).
+    """
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """Copy the slots of ``tensors`` in, run, and return the outputs with ``rows`` real rows."""
+        ...
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory that this recording added to its module's pool, in bytes."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records steps on one device."""
+
+    def run(self, fn: Callable[[], object]) -> object:
+        """Run ``fn`` where recording happens: the warm-up of libraries, handles and kernels."""
+        ...
+
+    def refuses(self, operator: str) -> str | None:
+        """Why an operator cannot be recorded on this device, or None."""
+        ...
+
+    def record(
+        self,
+        body: Body,
+        contract: Contract,
+        tensors: Sequence[Tensor],
+        *,
+        owned: bool,
+        generators: Sequence[torch.Generator] = (),
+    ) -> Recording:
+        """Record ``body`` at the sizes of ``contract``, with the slots filled from ``tensors``.
+
+        Args:
+            owned: whether replays return tensors of the caller's own, or the static outputs themselves.
+            generators: generators that operators name explicitly.
+        """
+        ...
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    """The recorder of a device: the tape on a CPU, a graph on CUDA and HIP."""
+    if device.type == "cuda":
+        from graphs.recording.cuda_graph import CudaRecorder
+
+        return CudaRecorder(device)
+    from graphs.recording.cpu_tape import TapeRecorder
+
+    return TapeRecorder()

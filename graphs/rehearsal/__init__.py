@@ -1,0 +1,1 @@
+"""A run of a step from one state, undone afterwards, and what is learned from it."""

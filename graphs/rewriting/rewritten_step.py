@@ -1,0 +1,406 @@
+"""Taking host values out of a step before it is recorded: `passes` at work inside `graphs.capture`.
+
+The rewritten graph is a substitute for the model, as a compiled one is: the trial watches the model itself, and the
+warm-up and the recording run the graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+import passes
+from graphs.contract.arguments import flatten_call, replace_tensors
+from graphs.contract.outputs.template import map_output
+from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
+from graphs.observation.eager_trace import MODELS, Trace, watch_again
+from graphs.recording.failures import raised_refusal
+from graphs.recording.recorder import Recording
+from graphs.rehearsal.step import Checkpoint, Step
+from graphs.rewriting.forbidding import forbidding
+from graphs.rewriting.python_stores import Stored, Stores
+from graphs.state.counters import Counters
+from graphs.state.python_state import PythonState
+from graphs.state.storage import storage_id
+from graphs.state.tensor_state import RandomState
+
+Tensor = torch.Tensor
+_SINGULAR: type[Exception] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  # named by no stub
+REMOVABLE = (HostSync, DataDependentShape, HostConstant, MixedDevices)
+"""What the passes can take out of a step."""
+
+
+def is_removable(findings: Iterable[Refusal]) -> bool:
+    """Whether everything that stands in the way of a recording is a matter of passes."""
+    return all(isinstance(finding, REMOVABLE) for finding in findings)
+
+
+def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None) -> RewrittenStep:
+    """The step as a graph without host values.
+
+    Args:
+        trace: of an eager run with ``tensors`` for its tensor leaves, whose reads are the hints.
+        counters: numbers of Python that the step advances.
+
+    Raises:
+        Refusal: a host value cannot be removed; of the kind that was found at its line.
+    """
+    attempts = (True, False) if "branches" in step.passes and passes.Stopping.is_possible() else (False,)
+    for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
+        try:
+            module, structure = traced(step, trace, tensors, counters, merge=merge)
+        except passes.Unremovable as error:  # of the step as it goes, which another attempt would trace again
+            reason = error
+            break
+        try:
+            changes = passes.run(module, pipeline_of(step, forced=True))
+            if step.device.type != "cpu":
+                passes.refuse_host_results(module.graph)
+            made = RewrittenStep(module, structure, changes, counters)
+        except passes.Unremovable as error:
+            reason = error
+        else:
+            if counters is not None:
+                made.also_writes(_written_by_the_next(step, trace, tensors), tensors)
+            return made
+        if not module.meta["merged"]:
+            break
+    raise refusal_of(reason, trace) from reason
+
+
+def _written_by_the_next(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the step after this one writes: a number that this one advances may pick another tensor of several.
+
+    Both run for real. What the second one writes is put back, all else is the caller's to restore, as for ``trace``.
+    """
+    before = Checkpoint(step)
+    try:
+        step.run(tensors)
+        _, following = watch_again(lambda: step.run(tensors), list(tensors), trace)
+    finally:
+        before.restore()
+    return following.written.tensors
+
+
+def traced(
+    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
+) -> tuple[torch.fx.GraphModule, Any]:
+    """The step as a graph with its host values, and how the graph's flat results make the step's output.
+
+    Args:
+        merge: whether both sides of branches become part of the graph where they can.
+
+    Raises:
+        passes.Unremovable: the step does with a host value what no graph can do.
+    """
+    structure: list[Any] = []
+    before = Checkpoint(step)
+    places = counters.counters if counters is not None else []
+    advanced: list[Any] = []
+
+    def flat(leaves: Sequence[Tensor], symbols: Sequence[Any]) -> list[Any]:
+        for place, symbol in zip(places, symbols, strict=True):
+            place.container[place.key] = symbol
+        args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
+        stores = Stores(before, (args, kwargs), leaves, places)
+        output = step.model(*args, **kwargs)
+        stores.check()
+        advanced[:] = [place.container[place.key] for place in places]
+        found: list[Any] = []
+        structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
+        return found
+
+    reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
+    held = counters.tensors if counters is not None else []
+    numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
+    try:
+        module = passes.trace_step(
+            *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
+            structure=lambda: structure[0],
+            snapshot=functools.partial(PythonState, tensors=False) if merge else None,
+            forbidding=forbidding() if merge else None,
+            restore=before.restore_python,
+            unmerged=step.unmerged,
+        )
+    finally:  # another attempt starts from here
+        before.restore_python()
+    if counters is not None:
+        counters.advance = module.meta["advance"]
+    return module, module.meta["structure"]
+
+
+def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:
+    """The passes that a step is to go through, in order; ``forced`` as in `passes.remove_host_values`."""
+    names = [name for name in step.passes if name not in ("constants", "fusion")]
+    remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names, forced=forced)
+    return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
+
+
+class _Hole:
+    """A result of the graph, by position; no dataclass, whose instances are outputs with parts."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hole) and other.index == self.index
+
+    def __hash__(self) -> int:
+        return hash((_Hole, self.index))
+
+
+_hole_of = functools.cache(_Hole)  # one object for each position
+
+
+def _hole(leaf: Any, found: list[Any]) -> Any:
+    if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        found.append(leaf)
+        return _hole_of(len(found) - 1)
+    parts = leaf if isinstance(leaf, torch.Size) else (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
+    for part in parts:  # refused as the number itself is
+        _hole(part, found)
+    return leaf
+
+
+def _modules(step: Step, trace: Trace) -> list[str]:
+    """Names of the Python modules whose lines read values, and of those that define the model."""
+    files = {read.frame[0] for read in trace.reads}
+    names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in files]
+    model: Any = step.model
+    parts = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    names += [getattr(part, "__module__", None) or type(part).__module__ for part in parts]
+    return [name for name in dict.fromkeys(names) if _is_a_models(name)]
+
+
+def _is_a_models(name: str) -> bool:
+    """Whether a module may hold lines of a step: no library below the model does, and of this package the models."""
+    package, _, rest = name.partition(".")
+    return package not in ("torch", "passes", "builtins") and (package != "graphs" or rest.partition(".")[0] in MODELS)
+
+
+def refusal_of(reason: passes.Unremovable, trace: Trace) -> Refusal:
+    """The refusal for what a pass could not do: of the kind that was found at that line."""
+    if isinstance(reason, Stored):
+        site = trace.findings[0].site if trace.findings else None
+        return ChangingValue(reason.detail, operator=reason.operator, site=site)
+    at = [finding for finding in trace.findings if (finding.site.file, finding.site.line) == reason.site]
+    kind = type((at or trace.findings)[0]) if trace.findings else HostSync
+    site = Site.at(reason.site) if reason.site[0] else (at or trace.findings)[0].site
+    return kind(reason.detail, operator=reason.operator, site=site, remedy=reason.remedy or None)
+
+
+class RewrittenStep:
+    """A rewritten graph, called as the model is.
+
+    Attributes:
+        changes: what the passes did.
+        assumption: what the graph assumes of host values; None where it holds for any.
+        written: positions of the arguments that the graph writes, be it under a condition.
+        held, held_written: tensors of the step that it reads and writes in place, or that the step writes the next time.
+        decided_at: file and line of what it assumes.
+        forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
+    """
+
+    def __init__(
+        self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change], counters: Counters | None
+    ) -> None:
+        self.counters = counters
+        self.module: Callable[..., Any] = module
+        self.traced = module
+        self.changes = changes
+        self._structure = structure
+        self.forced: tuple[torch.fx.GraphModule, list[passes.Forcing]] | None = module.meta.pop("forced", None)
+        self.written, written = passes.lasting_writes(module)
+        read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+        held = {name: module.get_buffer(name) for name in read if name.startswith("state_")}  # not the passes' own
+        self.held: list[Tensor] = list(held.values())
+        self.held_written: list[Tensor] = [held[name] for name in written if name in held]
+        self._results: int = module.meta.get("results", sys.maxsize)
+        facts = module.meta.get("facts")
+        self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
+        self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
+
+    def also_writes(self, written: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Note what another run of the step writes: whoever runs it and takes that back has to save it before."""
+        places = {storage_id(tensor): index for index, tensor in enumerate(arguments)}
+        self.written = sorted({*self.written, *(places[key] for key in map(storage_id, written) if key in places)})
+        known = {storage_id(tensor) for tensor in self.held_written} | {*places}
+        self.held_written += [tensor for tensor in written if storage_id(tensor) not in known]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the tensor leaves of a call. Python's numbers stay what they are.
+
+        Raises:
+            StepRaises: an operator refuses what it is given. Of the step that is known not to reach the caller.
+        """
+        try:
+            made = self.module(*flatten_call(args, kwargs).tensors)
+        except (IndexError, ValueError, _SINGULAR) as error:
+            raise raised_refusal(error) from error
+        results = made[: self._results]
+        if self.assumption is not None:
+            self.assumption.ran(made[self._results], made[self._results + 1 :])
+        return self._output(results)
+
+    def _output(self, results: Sequence[Any]) -> Any:
+        return map_output(self._structure, lambda leaf: results[leaf.index] if isinstance(leaf, _Hole) else leaf)
+
+    def forced_run(self, run: passes.Forced, step: Step, tensors: Sequence[Tensor]) -> tuple[Any, bool]:
+        """The output of a run of the graph `forced`, and whether what it assumes was broken."""
+        args, kwargs = replace_tensors((step.args, step.kwargs), iter(tensors))
+        with torch.no_grad():
+            made = run.run(*flatten_call(args, kwargs).tensors)
+        return self._output(made[: self._results]), len(made) > self._results and bool(made[self._results])
+
+    def prepare(self) -> None:
+        """Make the device hold Python's numbers, before the graph is run outside a recording."""
+        if self.counters is not None:
+            self.counters.unknown()
+            self.counters.load()
+
+    def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedRecording | None:
+        """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""
+        if self.assumption is None and self.counters is None:
+            return None
+        if self.counters is not None:
+            self.counters.unknown()
+        return CheckedRecording(recording, self.assumption, self.counters, random)
+
+
+class Assumption:
+    """Whether the host values of a run were as its graph assumes, and how to undo it if not.
+
+    The graph counts its runs and leaves ``2 * runs + broken`` in host memory (pinned, where there is a device). The host
+    waits for its own run's number to appear there: as long as the device needs for the part of the step that the values
+    depend on, and for nothing behind it.
+    """
+
+    def __init__(self, plan: Sequence[passes.Undo]) -> None:
+        self._plan = plan
+        self._runs: Tensor | None = None
+        self._word = torch.zeros((), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self._memory = ctypes.c_int64.from_address(self._word.data_ptr())
+        self._saved: Sequence[Tensor] = ()
+
+    def ran(self, broken: Tensor, saved: Sequence[Tensor]) -> None:
+        """Called by each run, eager or recorded, with what its graph computed."""
+        if self._runs is None:
+            self._runs = torch.zeros((), dtype=torch.int64, device=broken.device)
+        if broken.device.type == "cpu":
+            self._runs.add_(2)
+            self._word.copy_(self._runs + broken)
+        else:
+            from graphs.recording.run_word import count_run
+
+            count_run(self._runs, broken, self._word)
+        self._saved = saved
+
+    def runs(self) -> int:
+        """How many runs there were. Waits for the device."""
+        assert self._runs is not None
+        return int(self._runs.item()) // 2
+
+    def held(self, run: int) -> bool:
+        """Whether the assumption held in a run, the last one launched. Waits until the device knows.
+
+        Raises:
+            RuntimeError: the device failed before it could say.
+        """
+        spins = 0
+        while self._memory.value >> 1 != run:
+            spins += 1
+            if spins % 4096 == 0 and torch.cuda.current_stream().query() and self._memory.value >> 1 != run:
+                raise RuntimeError(f"run {run} of a recorded step ended without saying whether its assumptions held")
+            if spins > 64:
+                time.sleep(0)  # lets another thread have the interpreter
+        return not self._memory.value & 1
+
+    def undo(self) -> None:
+        """Take back what the last run wrote."""
+        with torch.no_grad():
+            passes.undo(self._plan, self._saved)
+
+
+class CheckedRecording:
+    """A recording of a rewritten step: it knows whether its last replay was right, and keeps Python's numbers.
+
+    Args:
+        recording: what replays the graph.
+        assumption: what the graph assumes of host values, if anything.
+        counters: numbers that the step advances, if any.
+        random: saves the random generators, for steps that draw from them.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        assumption: Assumption | None,
+        counters: Counters | None,
+        random: Callable[[], RandomState] | None,
+    ) -> None:
+        self._recording, self._assumption, self._counters = recording, assumption, counters
+        self._random = random if assumption is not None else None
+        self._before: RandomState | None = None
+        self._run = assumption.runs() if assumption is not None else 0
+        self.outputs = recording.outputs  # type: ignore[attr-defined]
+
+    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        """Replay; `settled` tells whether the results can be used."""
+        if self._random is not None:
+            self._before = self._random()
+        if self._counters is not None:
+            self._counters.load()
+        produced = self._recording.replay(tensors, rows)
+        self._run += 1
+        if self._counters is not None:
+            self._counters.ran()
+        return produced
+
+    def abandoned(self) -> None:
+        """Note that the last replay did not come to its end, and was undone by others."""
+        if self._counters is not None:
+            self._counters.unknown()
+
+    def held(self) -> bool:
+        """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
+        return self._assumption is None or self._assumption.held(self._run)
+
+    def store(self) -> None:
+        """Give Python the numbers that the last replay advanced."""
+        if self._counters is not None:
+            self._counters.store()
+
+    def settled(self) -> bool:
+        """Whether the last replay counts: if so Python's numbers are advanced, else all that it did is undone."""
+        try:
+            held = self.held()
+        except RuntimeError:
+            self._undo()  # the replay came to its end: eager, which follows, starts from before it
+            raise
+        if held:
+            self.store()
+        else:
+            self._undo()
+        return held
+
+    def _undo(self) -> None:
+        """Take back all that the last replay did."""
+        assert self._assumption is not None
+        self._assumption.undo()
+        if self._before is not None:
+            self._before.restore()
+        if self._counters is not None:
+            self._counters.undone()
+
+    @property
+    def pool_bytes(self) -> int:
+        """See `graphs.recording.recorder.Recording`."""
+        return self._recording.pool_bytes

@@ -1,0 +1,1 @@
+"""What a step may change: tensors, Python objects, random generators, numbers that it advances."""

@@ -1,0 +1,223 @@
+"""State inside objects written in C that no attribute shows: memory, files in memory, dictionaries of threads, queues.
+
+Each kind that can be read without running code of the user's gets a `Place`. What can be read and not put back (a queue,
+a digest) is a place whose changes are *lasting*: a step that changes it is never run a second time.
+"""
+
+from __future__ import annotations
+
+import _thread
+import array
+import contextvars
+import ctypes
+import functools
+import gc
+import io
+import mmap
+import pickle
+import re
+import types
+from collections.abc import Callable
+from typing import Any
+
+from graphs.objects.cells import Place
+from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute
+
+IN_MEMORY = (io.StringIO, io.BytesIO)
+_LARGE = 1 << 26  # bytes; of more memory a copy is not kept, so that its changes are lasting
+_DATA: type[Any] = ctypes.c_int.__mro__[2]  # what all objects of ctypes are
+_VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_ARGUMENTS: Any = vars(BaseException)["args"]
+_PROBES = ("qsize", "digest")
+
+
+def place_inside(path: str, value: Any) -> Place | None:
+    """The place for what a C object holds beside its attributes; None where nothing is known to be there."""
+    kind, form = type(value), path + "{}"
+    if issubclass(kind, BaseException):
+        return _place(path + ".args", functools.partial(_ARGUMENTS.__get__, value), functools.partial(_ARGUMENTS.__set__, value))
+    if issubclass(kind, IN_MEMORY):
+        base = io.StringIO if issubclass(kind, io.StringIO) else io.BytesIO
+        return _place(form, functools.partial(_file, base, value), functools.partial(_write_file, base, value))
+    if issubclass(kind, memoryview):
+        read = functools.partial(_is_released, value)
+        return _memory(path, value) if _lends_nothing(value) else _place(form, read, None)
+    if _has_buffer(value):
+        return _memory(path, value)
+    for name in _PROBES:
+        method = class_attribute(kind, name)
+        if kind.__flags__ & IMMUTABLE_TYPE and isinstance(method, types.MethodDescriptorType):
+            try:
+                method(value)
+            except TypeError:  # a digest of a length that is asked for
+                continue
+            return _place(form, functools.partial(method, value), None)
+    return None
+
+
+def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any], draw: Callable[[], Any]) -> Place:
+    """A place whose content is compared by its pickle: the state of a random generator, from which ``draw`` draws."""
+
+    def reading() -> bytes:
+        return pickle.dumps(read())
+
+    return Place(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True, draw=draw)
+
+
+def numpy_place(path: str, value: Any) -> Place | None:
+    """The place for an array or random generator of NumPy; None for what nothing can be written to."""
+    if hasattr(value, "bit_generator"):
+        bits = value.bit_generator
+        return pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state), value.random)
+    if hasattr(value, "set_state"):
+        return pickled(path, value.get_state, value.set_state, value.random_sample)
+    if not hasattr(value, "tobytes") or getattr(value, "flags", None) is None or not value.flags.writeable:
+        return None
+    copy = value.copy()
+
+    def read() -> tuple[Any, ...]:
+        return value.shape, value.dtype.str, value.tobytes()
+
+    def write(_: tuple[Any, ...]) -> None:
+        if value.dtype != copy.dtype:
+            value.dtype = copy.dtype
+        if value.shape != copy.shape:
+            value.shape = copy.shape
+        value[...] = copy
+
+    return Place(path + "{}", read(), read, write)
+
+
+def held_inside(value: Any) -> list[tuple[str, Any]]:
+    """What a C object leads to that no attribute of it holds, with what to append to its path."""
+    kind = type(value)
+    if issubclass(kind, _thread._local):
+        return [("", _thread._local.__getattribute__(value, "__dict__"))]  # of this thread, which has it made if need be
+    if kind is slice:
+        return [(".start", value.start), (".stop", value.stop), (".step", value.step)]
+    if issubclass(kind, BaseException):
+        return [(".args", _ARGUMENTS.__get__(value))]
+    if kind in (types.BuiltinMethodType, types.MethodWrapperType):
+        return [(".__self__", value.__self__)]
+    if issubclass(kind, _VIEWS) or kind is types.MappingProxyType:
+        return [("", item) for item in gc.get_referents(value)]
+    if issubclass(kind, memoryview) and not _is_released(value):
+        return [(".obj", value.obj)]
+    return []
+
+
+def partial_content(value: functools.partial[Any]) -> tuple[Any, Any, Any]:
+    """The function, arguments and keywords of a partial."""
+    func, args, keywords = (class_attribute(functools.partial, name).__get__(value) for name in ("func", "args", "keywords"))
+    return func, args, keywords
+
+
+def write_partial(value: functools.partial[Any], content: tuple[Any, Any, Any]) -> None:
+    """Put back what `partial_content` gave."""
+    functools.partial.__setstate__(value, (*content, attributes_of(value)))  # type: ignore[attr-defined]
+
+
+def variable_content(variable: contextvars.ContextVar[Any]) -> Any:
+    """What a context variable holds, its default included; None where that is nothing."""
+    try:
+        return variable.get()
+    except LookupError:
+        return None
+
+
+def _place(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Place:
+    return Place(form, read(), read, write or _nothing, lasting=write is None)
+
+
+def _nothing(_: Any) -> None:
+    """What is put back of what cannot be."""
+
+
+def _file(base: Any, value: Any) -> tuple[Any, ...] | None:
+    """Content, newline and position; None of a closed file, whose content is gone."""
+    try:
+        return tuple(base.__getstate__(value)[:-1])
+    except ValueError:
+        return None
+
+
+def _write_file(base: Any, value: Any, content: tuple[Any, ...] | None) -> None:
+    if content is None:
+        base.close(value)
+        return
+    if _file(base, value) is None:
+        base.__init__(value, content[0])
+    base.__setstate__(value, (*content, None))
+
+
+def _has_buffer(value: Any) -> bool:
+    """Whether an object lends writable memory, by code written in C: a class in Python may answer for itself (3.12)."""
+    if isinstance(class_attribute(type(value), "__buffer__"), types.FunctionType):
+        return False
+    try:
+        with memoryview(value) as view:
+            return not view.readonly
+    except (TypeError, ValueError, BufferError):
+        return False
+
+
+def _is_released(view: memoryview) -> bool:
+    try:
+        return view.nbytes < 0
+    except ValueError:
+        return True
+
+
+def _lends_nothing(view: memoryview) -> bool:
+    """Whether a view is of memory that no object stands for, so that only the view leads there."""
+    return not _is_released(view) and view.obj is None and not view.readonly and view.c_contiguous
+
+
+def _memory(path: str, value: Any) -> Place:
+    """The place for the memory of a C object."""
+    kind = type(value)
+    with memoryview(value) as view:
+        large, form = view.nbytes > _LARGE, view.format
+    read = functools.partial(_summary if large else _content, value)
+    if large or (issubclass(kind, _DATA) and _points(form)):
+        return _place(path + "{}", read, None)
+    return _place(path + "{}", read, functools.partial(_write_memory, value))
+
+
+def _points(form: str) -> bool:
+    """Whether memory of ctypes holds addresses: of objects it owns, which bytes alone would not keep alive."""
+    return not set(re.sub(r":[^:]*:", "", form).replace("T{", "{")).isdisjoint("OPzZ&X")
+
+
+def _position(value: Any) -> int | None:
+    return mmap.mmap.tell(value) if issubclass(type(value), mmap.mmap) else None
+
+
+def _content(value: Any) -> tuple[Any, ...] | None:
+    """The bytes of an object's memory, with the position of a mapped file; None if there is no memory any more."""
+    try:
+        with memoryview(value) as view:
+            return view.tobytes(), _position(value)
+    except ValueError:
+        return None
+
+
+def _summary(value: Any) -> tuple[Any, ...] | None:
+    content = _content(value)
+    return None if content is None else (hash(content[0]), len(content[0]), content[1])
+
+
+def _write_memory(value: Any, content: tuple[Any, ...] | None) -> None:
+    now = _content(value)
+    if content is None or now is None:
+        return  # closed, which nothing undoes
+    size = len(content[0])
+    if len(now[0]) == size:
+        ctypes.memmove((ctypes.c_char * size).from_buffer(value), content[0], size)
+    elif issubclass(type(value), array.array):
+        array.array.__delitem__(value, slice(None))
+        array.array.frombytes(value, content[0])
+    elif issubclass(type(value), bytearray):
+        bytearray.__setitem__(value, slice(None), content[0])
+    if content[1] is not None:
+        mmap.mmap.seek(value, content[1])

@@ -1,0 +1,1 @@
+"""Branches of which both sides become part of a graph."""

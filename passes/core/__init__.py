@@ -1,0 +1,1 @@
+"""What all passes share: aliasing, facts about symbols, names, places in the user's code."""

@@ -1,0 +1,85 @@
+"""Where in the user's program something happens: a line, to be told, and a place, to be recognised."""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+Site = tuple[str, int]
+"""File and line; the file is empty where no Python frame is known."""
+Branch = tuple[str, int, int]
+"""File, line and column at which an ``if`` or a conditional expression begins."""
+_LIBRARIES = frozenset(("torch", "triton", "sympy", "passes", "contextlib", "functools"))
+_MODELS = frozenset(("bench", "models", "ops"))  # where the package above has lines that a step may consist of
+
+
+class Place(NamedTuple):
+    """A place in the code: the text that an instruction was compiled from.
+
+    Two expressions of one line are two places, and one expression is one place in every code that is compiled from it:
+    in that of a function, and in what `passes.control_flow.source_transform` makes of it. Before Python 3.11 a place is a line.
+    """
+
+    file: str
+    line: int
+    column: int = -1
+    last_line: int = -1
+    last_column: int = -1
+
+    @property
+    def site(self) -> Site:
+        """File and line."""
+        return self.file, self.line
+
+
+def user_site() -> Site:
+    """File and line of the innermost frame that belongs to no library below the model."""
+    frame = user_frame()
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def user_place() -> Place:
+    """The place that the innermost frame which belongs to no library below the model is at."""
+    frame = user_frame()
+    return place_of(frame) if frame is not None else Place("", 0)
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame that belongs to no library below the model."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_user(frame):
+        frame = frame.f_back
+    return frame
+
+
+def place_of(frame: FrameType) -> Place:
+    """The place that a frame is at."""
+    code, line = frame.f_code, frame.f_lineno
+    if sys.version_info >= (3, 11):
+        first, last, column, last_column = _positions(code)[frame.f_lasti // 2]
+        if first is not None and last is not None and column is not None and last_column is not None:
+            return Place(code.co_filename, first, column, last, last_column)
+    return Place(code.co_filename, line)
+
+
+_Positions = tuple[tuple[int | None, int | None, int | None, int | None], ...]
+_POSITIONS: dict[int, tuple[CodeType, _Positions]] = {}
+_LIMIT = 4096
+
+
+def _positions(code: CodeType) -> _Positions:
+    """The positions of the instructions of a code. Codes are told apart by identity: comparing them takes longer."""
+    found = _POSITIONS.get(id(code))
+    if found is None:
+        if len(_POSITIONS) >= _LIMIT:
+            _POSITIONS.clear()
+        found = _POSITIONS[id(code)] = (code, tuple(code.co_positions()))  # type: ignore[attr-defined, unused-ignore]
+    return found[1]
+
+
+def is_user(frame: FrameType) -> bool:
+    """Whether a frame belongs to no library below the model."""
+    package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in _MODELS)
+    return not library and not frame.f_code.co_filename.startswith("<")

@@ -1,0 +1,1 @@
+"""Host values as tensors: the rewriter and what it needs."""

@@ -1,0 +1,145 @@
+"""Host constants are uploaded once.
+
+Before::
+
+    %c : get_attr[target=_tensor_constant0]               # made from host data by the step
+    %d : call_function[target=aten._to_copy.default](args = (%c,), kwargs = {device: cuda:0})
+
+After::
+
+    %_hoisted_constant_0 : get_attr[target=_hoisted_constant_0]   # on the device already
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.core.names import fresh_name
+
+aten = torch.ops.aten
+_MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
+_SAME = (aten.alias.default, aten.detach.default)
+
+_TRACED = ("_tensor_constant", "lifted_tensor_", "_hoisted_constant_")  # names given by make_fx, by export, and here
+
+
+def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
+    """Evaluate copies, casts and uploads of constant tensors now, and keep the result as a buffer.
+
+    Parameters and buffers are left alone, since they may be updated, and so is a constant that the step writes to: each
+    call needs its fresh copy.
+    """
+    changes = []
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or _is_written(node):
+            continue
+        folded = _folded(module, node)
+        if folded is not None:
+            changes.append(folded)
+            continue
+        if node.target not in _MOVES:
+            continue
+        constant = _constant(module, node.args[0])
+        if constant is None:
+            constant = _host_table(module, node)
+        if constant is None:
+            continue
+        before = node.format_node() or str(node)
+        name = fresh_name(module, "_hoisted_constant_")
+        with torch.no_grad():
+            module.register_buffer(name, node.target(constant, *node.args[1:], **node.kwargs), persistent=False)
+        with module.graph.inserting_before(node):
+            hoisted = module.graph.get_attr(name)
+        hoisted.meta = dict(node.meta)
+        node.replace_all_uses_with(hoisted)
+        module.graph.erase_node(node)
+        changes.append((before, hoisted.format_node() or str(hoisted)))
+    return changes
+
+
+def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
+    """The tensor behind a ``get_attr`` node that a tracer made for host data; None for a model's own tensors."""
+    if not isinstance(node, Node) or node.op != "get_attr" or _is_written(node):
+        return None
+    *path, name = str(node.target).split(".")
+    if not name.startswith(_TRACED):
+        return None
+    owner: object = module
+    for part in path:
+        owner = getattr(owner, part)
+    value = getattr(owner, name)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Replace an operator on constants of the host, whose result is on the host too, by its result."""
+    target: Any = node.target
+    pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+    if not pure or target in _MOVES or torch.Tag.nondeterministic_seeded in target.tags or len(target._schema.returns) != 1:
+        return None
+    inputs = {n: _constant(module, n) for n in node.all_input_nodes}
+    if not (inputs or _is_moved(node)) or any(value is None or value.device.type != "cpu" for value in inputs.values()):
+        return None
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)  # type: ignore[arg-type]
+    with torch.no_grad():
+        value = target(*args, **kwargs)
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return None
+    name, before = fresh_name(module, "_hoisted_constant_"), node.format_node() or str(node)
+    module.register_buffer(name, value.clone(), persistent=False)
+    with module.graph.inserting_before(node):
+        hoisted = module.graph.get_attr(name)
+    hoisted.meta = dict(node.meta)
+    node.replace_all_uses_with(hoisted)
+    module.graph.erase_node(node)
+    return before, hoisted.format_node() or str(hoisted)
+
+
+def _is_moved(node: Node) -> bool:
+    """Whether a tensor of the host, or what is made of it, is brought to a device."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        value = waiting.pop()
+        made = value.meta.get("val")
+        if isinstance(made, torch.Tensor) and made.device.type != "cpu":
+            return value is not node
+        waiting += [user for user in value.users if user not in seen]
+        seen.update(value.users)
+    return False
+
+
+def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
+    """A tensor of the step's own that lives on the host and is uploaded by ``node``.
+
+    Its content is taken as it is now: `module.meta["uploaded"]` lists such tensors, for the caller to notice that one was
+    written since (``tensor._version``).
+    """
+    source, device = node.args[0], node.kwargs.get("device")
+    while isinstance(source, Node) and source.target in _SAME:
+        source = source.args[0]
+    if not isinstance(source, Node) or source.op != "get_attr" or node.target is not aten._to_copy.default or device is None:
+        return None
+    value = getattr(module, str(source.target), None)
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or torch.device(str(device)).type == "cpu":
+        return None
+    same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source.target]
+    if any(_is_written(n) for n in same):
+        return None
+    module.meta.setdefault("uploaded", []).append(value)
+    return value
+
+
+def _is_written(node: Node) -> bool:
+    """Whether a user of ``node``, or of a view of it, writes to it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        for position, argument in enumerate(schema.arguments):
+            value = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
+            if value is node and argument.alias_info is not None and (argument.alias_info.is_write or _is_written(user)):
+                return True
+    return False

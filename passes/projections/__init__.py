@@ -1,0 +1,1 @@
+"""Grouped projections found in a graph, and routed to operators."""

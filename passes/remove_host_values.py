@@ -1,0 +1,160 @@
+"""All host values out of one step: addressing, arithmetic, bounded lengths, and what has to be assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from passes.core.aliasing import written
+from passes.errors import Unremovable
+from passes.host_values import rules as bounded
+from passes.host_values.forcing import Forcing, Marks, chosen, copied, unmark
+from passes.host_values.rewriter import BY_INDEX, ITEM, NoRule, Rewriter, Rule, symbolic_sizes
+from passes.host_values.rules import addressing, arithmetic
+from passes.host_values.rules.grouped_products import GROUPED, needs_offsets
+from passes.optimize.cse import merge_duplicates
+from passes.speculation import speculate
+
+_FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
+TABLES: dict[str, Mapping[Any, Rule]] = {
+    "addressing": addressing.RULES,
+    "arithmetic": arithmetic.RULES,
+    "bounded": bounded.RULES,
+}
+
+
+def remove_host_values(
+    module: GraphModule,
+    bounds: Mapping[str, int] | None = None,
+    only: Sequence[str] = (*TABLES, "branches"),
+    *,
+    forced: bool = False,
+) -> list[tuple[str, str]]:
+    """Rewrite ``module`` (from `passes.trace_step`) in place, so that it runs without the host reading a value.
+
+    Lengths for which some operator has no rule are taken at the value of the traced run, as an assumption. If the graph
+    assumes anything its results are followed by a flag and what `passes.speculation.speculate.undo` needs; see there.
+
+    Args:
+        bounds: largest values of lengths that nothing else bounds; see `passes.host_values.upper_bounds.Bounds`.
+        only: the passes to apply, of ``addressing``, ``arithmetic``, ``bounded`` and ``branches``.
+        forced: whether to leave a graph in ``meta["forced"]`` in which outcomes of host values can be forced, with what those
+            are; see `passes.host_values.forcing`.
+
+    Raises:
+        Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
+    """
+    facts = module.meta.get("facts")
+    sized = any(_needs_host(node) or symbolic_sizes(node) for node in module.graph.nodes)  # a length may have no hint
+    if facts is None or not (facts.hints or facts.decisions or sized):
+        return []
+    rules: dict[Any, Rule] = {}
+    for table in (TABLES[name] for name in TABLES if name in only):
+        for target, rule in table.items():
+            rules[target] = _either(rules[target], rule) if target in rules else rule
+    exact: frozenset[sympy.Symbol] = frozenset()
+    guarded = False
+    before = len(facts.decisions), dict(facts.definitions)
+    while True:
+        default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
+        checked = "branches" in only
+        finish = speculate.flag if checked else _certain
+        rewriter = Rewriter(module, rules, default, bounds, exact, finish, guarded, checked, Marks(module) if forced else None)
+        guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
+        try:
+            graph = rewriter.run()
+            if guarded or not rewriter.trusted or _results(graph) == _results(module.graph):
+                break
+            guarded = True  # there is a flag, and a run must get as far as that
+        except NoRule as missing:
+            known = {s for s in missing.symbols if s in facts.hints}
+            if not known - exact:
+                raise Unremovable(missing.detail, missing.operator, missing.site) from missing
+            exact |= known
+        facts.forget(*before)
+    count = _results(module.graph)
+    if rewriter.marks is not None:
+        module.meta["forced"] = _forced(module, rewriter, rewriter.marks, count)
+        unmark(graph)
+    module.graph = graph
+    needed = speculate.conditions(module)
+    module.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
+    changes = [*rewriter.changes, *speculate.guard(module, count)]
+    module.graph.eliminate_dead_code(_has_effect)
+    assumes = _results(graph) > count
+    if assumes:
+        changes += speculate.make_undoable(module)
+    changes += merge_duplicates(module)
+    module.meta["results"], module.meta["assumes"] = count, assumes
+    left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
+    if left is not None:
+        raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
+    return changes
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether a node matters though nobody uses its result."""
+    return node.is_impure() or bool(written(node))
+
+
+def _forced(module: GraphModule, rewriter: Rewriter, marks: Marks, count: int) -> tuple[GraphModule, list[Forcing]]:
+    """A copy of the graph with the tensors marked that host values are read from, and the outcomes to force."""
+    made = GraphModule(module, copied(rewriter.graph))
+    needed = speculate.conditions(made)
+    made.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
+    speculate.guard(made, count)
+    made.graph.eliminate_dead_code(_has_effect)
+    made.recompile()
+    return made, chosen(marks, rewriter.graph, rewriter.bounds.of)
+
+
+def _plain(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operators without a rule of their own, where lengths are not bounded."""
+    made = arithmetic.pointwise(rw, node, args, kwargs)
+    return made if made is not None else _unpadded(rw, node, args, kwargs)
+
+
+def _unpadded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Operators that no pass touches must not meet padding."""
+    if any(rw.lengths(value) for value in tree_leaves((args, kwargs))):
+        rw.no_rule("a length that only the device knows, which the pass bounded is for", node)
+
+
+def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
+    """The results of a graph that may assume nothing."""
+    for decision in rw.facts.decisions:
+        condition = rw.facts.resolve(decision.holds)
+        if not rw.bounds.certain(condition):
+            remedy = 'Add "branches" to the passes, which check this in every run'
+            raise Unremovable(f"the graph would assume that {condition}", "branch", decision.site, remedy)
+    return results
+
+
+def _needs_host(node: Node) -> bool:
+    """Whether an operator has the host wait, be it without giving it a value: one that takes masks as indices does."""
+    if node.target is GROUPED and needs_offsets(node):
+        return True
+    if node.target is ITEM or (node.target in _FILLS and isinstance(node.args[2], Node)):
+        return True
+    indices = node.args[1] if node.target in BY_INDEX else ()
+    return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
+
+
+def _results(graph: Graph) -> int:
+    """How many results a graph has."""
+    return len(next(node for node in graph.nodes if node.op == "output").args[0])  # type: ignore[arg-type]
+
+
+def _either(first: Rule, second: Rule) -> Rule:
+    """The rule that applies: tables may name the same operator for different reasons."""
+
+    def rule(rw: Rewriter, node: Any, args: Any, kwargs: Any) -> Any:
+        made = first(rw, node, args, kwargs)
+        return made if made is not None else second(rw, node, args, kwargs)
+
+    return rule

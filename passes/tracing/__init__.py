@@ -1,0 +1,1 @@
+"""A step as an ATen graph, host values as hinted symbols."""
