@@ -1,5 +1,6 @@
 """Record decode steps once and replay them: CUDA graphs, HIP graphs, and an operator tape on the CPU."""
 
+from graphs._version import __version__
 from graphs.auditing.audit import Audit, Finding, audit
 from graphs.contract.padding import Padding, sentinel
 from graphs.custom_ops.capture_check import capture_check
@@ -10,9 +11,9 @@ from graphs.eager_mode import eager
 from graphs.errors import GraphsError, Refusal
 from graphs.ops import GroupedProjection
 from graphs.ops.decompositions import DECOMPOSITIONS
+from graphs.ops.route import route
 from graphs.parity import ParityReport, parity
 from graphs.report import BackendReport, CaptureReport
-from graphs.route import route
 from passes import register_decompositions
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Padding",
     "ParityReport",
     "Refusal",
+    "__version__",
     "audit",
     "backend_report",
     "capture",
@@ -36,6 +38,4 @@ __all__ = [
     "route",
     "sentinel",
 ]
-__version__ = "0.1.0"
-
 register_decompositions(DECOMPOSITIONS)  # so that passes.to_mlir lowers the operators of graphs

@@ -1,4 +1,4 @@
-"""Frozen settings of a capture, and the only reader of ``GRAPHS_*`` variables.
+"""Frozen settings of a capture.
 
 An argument beats the environment, the environment beats the default. Every bad value raises `ConfigError` with the
 legal ones listed, before any device work.
@@ -6,14 +6,13 @@ legal ones listed, before any device work.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, as_padding
+from graphs.environment import SIZES, choice, chosen, env_choice, env_count, env_flag, env_sizes, require
 from graphs.errors import ConfigError
 
 MODES = ("graph", "eager")
@@ -23,54 +22,14 @@ COMPILERS = ("none", "inductor", "auto")
 PASSES = ("constants", "addressing", "arithmetic", "bounded", "branches", "fusion")
 BACKEND_COMPILERS = ("inductor", "aten")
 BACKEND_VERIFY = ("capture", "off")
-WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``legal``, else raise `ConfigError`."""
-    if value not in legal:
-        raise ConfigError(name, value, legal)
-    return str(value)
-
-
-def _require(legal: bool, name: str, value: object, what: str) -> None:
-    if not legal:
-        raise ConfigError(name, value, what)
-
-
-def _env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
-    return choice(variable, os.environ.get(variable, default), legal)
-
-
-def _chosen(name: str, value: object, variable: str, default: str, legal: tuple[str, ...]) -> str:
-    return choice(name, value, legal) if value is not None else _env_choice(variable, default, legal)
-
-
-def _env_flag(variable: str, default: bool) -> bool:
-    text = os.environ.get(variable)
-    if text is None:
-        return default
-    if text.lower() not in _TRUE + _FALSE:
-        raise ConfigError(variable, text, _TRUE + _FALSE)
-    return text.lower() in _TRUE
-
-
-def _env_buckets(variable: str) -> tuple[int, ...] | None:
-    text = os.environ.get(variable)
-    if not text:
-        return None
+def _env_buckets() -> tuple[int, ...] | None:
+    sizes = env_sizes("GRAPHS_BUCKETS")
     try:
-        return as_buckets([int(part) for part in text.split(",")])
-    except ValueError as error:
-        raise ConfigError(variable, text, "positive integers separated by commas, for example 1,2,4,8") from error
-
-
-def _env_count(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(variable, text, "a positive integer")
-    return int(text)
+        return as_buckets(sizes)
+    except ConfigError as error:
+        raise ConfigError("GRAPHS_BUCKETS", sizes, SIZES) from error
 
 
 def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
@@ -92,21 +51,8 @@ def as_passes(passes: str | Iterable[str]) -> tuple[str, ...]:
         if passes not in ("auto", "off"):
             raise ConfigError("passes", passes, ("auto", "off", *PASSES))
         return PASSES if passes == "auto" else ()
-    _require(isinstance(passes, Iterable), "passes", passes, "'auto', 'off' or a sequence of names of passes")
+    require(isinstance(passes, Iterable), "passes", passes, "'auto', 'off' or a sequence of names of passes")
     return tuple(choice("passes", name, PASSES) for name in passes)
-
-
-def cache_directory() -> Path:
-    """Where measurements are kept: ``GRAPHS_CACHE``, else ``stepgraphs`` in the user's cache directory."""
-    given = os.environ.get("GRAPHS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stepgraphs"
-
-
-def wo_a_path() -> str:
-    """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
-    return _env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
 
 
 @dataclass(frozen=True)
@@ -135,10 +81,10 @@ class BackendOptions:
         choice("compiler", made.compiler, BACKEND_COMPILERS)
         choice("outputs", made.outputs, OUTPUTS)
         choice("verify", made.verify, BACKEND_VERIFY)
-        _require(isinstance(made.strict, bool), "strict", made.strict, "True or False")
+        require(isinstance(made.strict, bool), "strict", made.strict, "True or False")
         positive = type(made.max_recordings) is int and made.max_recordings > 0
-        _require(positive, "max_recordings", made.max_recordings, "a positive integer")
-        _require(made.routes is None or callable(made.routes), "routes", made.routes, "a table for passes.routing")
+        require(positive, "max_recordings", made.max_recordings, "a positive integer")
+        require(made.routes is None or callable(made.routes), "routes", made.routes, "a table for passes.routing")
         return replace(made, compiler_options=CompilerOptions.resolve(made.compiler_options))
 
 
@@ -181,30 +127,30 @@ class CaptureConfig:
         bounds: Mapping[str, int] | None = None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
-        _require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
-        _require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
+        require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
+        require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
         dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()
         legal_dims = all(type(dim) is int and dim >= 0 for dim in dims)
-        _require(legal_dims, "batch_dims", batch_dims, "a mapping from argument names to dimensions, 0 or more")
-        _require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
+        require(legal_dims, "batch_dims", batch_dims, "a mapping from argument names to dimensions, 0 or more")
+        require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
         positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
-        _require(positive, "max_recordings", max_recordings, "a positive integer")
+        require(positive, "max_recordings", max_recordings, "a positive integer")
         limits = dict(bounds) if isinstance(bounds, Mapping) else {"": 0} if bounds is not None else {}
         legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
-        _require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
+        require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
         return cls(
-            passes=as_passes(passes if passes is not None else _env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
+            passes=as_passes(passes if passes is not None else env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
             bounds=limits,
-            raise_internal=_env_flag("GRAPHS_RAISE_INTERNAL", False),
-            mode=_chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
-            buckets=as_buckets(buckets) if buckets is not None else _env_buckets("GRAPHS_BUCKETS"),
+            raise_internal=env_flag("GRAPHS_RAISE_INTERNAL", False),
+            mode=chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
+            buckets=as_buckets(buckets) if buckets is not None else _env_buckets(),
             batch_dims=dict(batch_dims) if batch_dims is not None else None,
             static=tuple(static),
             padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},
             outputs=choice("outputs", outputs, OUTPUTS),
-            verify=_chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
-            strict=strict if strict is not None else _env_flag("GRAPHS_STRICT", False),
-            max_recordings=max_recordings if max_recordings is not None else _env_count("GRAPHS_MAX_RECORDINGS", 64),
+            verify=chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
+            strict=strict if strict is not None else env_flag("GRAPHS_STRICT", False),
+            max_recordings=max_recordings if max_recordings is not None else env_count("GRAPHS_MAX_RECORDINGS", 64),
             compiler_options=CompilerOptions.resolve(compiler_options),
-            compiler=_chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
+            compiler=chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
         )

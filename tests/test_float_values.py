@@ -9,7 +9,7 @@ import sympy
 import torch
 
 import graphs
-from passes.core.integer_widths import limit_of
+from passes.host_values.integer_widths import limit_of
 
 STEPS = {
     "nan guard": lambda f: f != f,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graphs
-from graphs.config import wo_a_path
+from graphs.environment import wo_a_path
 from graphs.errors import ConfigError
 
 X = torch.ones(3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from graphs.auditing.finding import Finding
 from graphs.auditing.observe import Observation
 from graphs.auditing.remedies import HOST_CONSTANT
-from graphs.auditing.report import Finding
 from graphs.errors import Refusal
 from graphs.rehearsal.step import Checkpoint
 from graphs.rewriting.rewritten_step import is_removable, rewrite

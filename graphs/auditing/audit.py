@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from graphs.auditing.diagnose import diagnose
+from graphs.auditing.finding import Finding
 from graphs.auditing.observe import observe
-from graphs.auditing.report import Audit, Finding
+from graphs.auditing.report import Audit
 from graphs.contract.arguments import flatten_call, leaf_names
 from graphs.contract.eligibility import device_of, inadmissible, parameter_names
 from graphs.contract.settings import ambient_of

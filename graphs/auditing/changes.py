@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from graphs.auditing.compare_steps import Change, differences
+from graphs.auditing.finding import Finding, finding
 from graphs.auditing.observe import Observation, Run
 from graphs.auditing.remedies import CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE
-from graphs.auditing.report import Finding, finding
 from graphs.errors import Site
 from graphs.objects.cells import Difference
 from graphs.observation.eager_trace import TensorUse

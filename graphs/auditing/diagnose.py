@@ -7,9 +7,10 @@ from typing import Any
 
 from graphs.auditing.asked import kept_promises
 from graphs.auditing.changes import change_findings, changed_reads
+from graphs.auditing.finding import Finding, finding
 from graphs.auditing.observe import Observation, Run
 from graphs.auditing.remedies import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE, UNKNOWN, UNSUPPORTED
-from graphs.auditing.report import Audit, Finding, finding
+from graphs.auditing.report import Audit
 from graphs.auditing.source.value_uses import uses_of
 from graphs.contract.arguments import map_leaves
 from graphs.contract.eligibility import inadmissible

@@ -11,15 +11,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from graphs.auditing.finding import Finding, Findings
 from graphs.auditing.remedies import CURES
-from graphs.auditing.report import Audit, Finding
 
 _NARROWEST = 100
 _NAMED = 6  # lines named in the summary
 _SPELLED = {"__getitem__": "x[i]", "__setitem__": "x[i] =", "__contains__": "in"}
 
 
-def as_text(audit: Audit) -> str:
+def as_text(audit: Findings) -> str:
     """The table as plain text, as wide as the terminal, and not so narrow that nothing can be read."""
     out = io.StringIO()
     width = max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns)
@@ -27,7 +27,7 @@ def as_text(audit: Audit) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def as_table(audit: Audit) -> Group:
+def as_table(audit: Findings) -> Group:
     """A table of the findings that stand for themselves, and below it what the passes do and what else was found."""
     head = Text(f"Audit of a step on {audit.device}: {audit.operators} operators, {audit.steps} steps compared", "bold")
     shown = [one for one in audit.findings if not one.follows and not one.once]
@@ -76,7 +76,7 @@ def _passes(shown: list[Finding]) -> list[str]:
     return [f"{cure.by}: {cure.does}" for cure in CURES.values() if cure.by in named]
 
 
-def _summary(audit: Audit, shown: list[Finding]) -> list[str]:
+def _summary(audit: Findings, shown: list[Finding]) -> list[str]:
     if not audit.findings:
         return ["Nothing found: the step can be recorded as it is."]
     lines = [_totals(audit, shown) if shown else "Nothing found in a step that has settled: it can be recorded as it is."]
@@ -89,7 +89,7 @@ def _summary(audit: Audit, shown: list[Finding]) -> list[str]:
     return lines
 
 
-def _totals(audit: Audit, shown: list[Finding]) -> str:
+def _totals(audit: Findings, shown: list[Finding]) -> str:
     cured = sum(bool(one.passes) for one in shown)
     waits = sum(one.cost_us or 0 for one in shown)
     left = f"; {len(shown) - cured} need the remedy named" if cured < len(shown) else ""

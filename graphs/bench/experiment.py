@@ -24,7 +24,7 @@ from graphs.bench.table import bars_table, results_table
 from graphs.bench.wo_a import measure_wo_a, selection_for
 from graphs.bench.wo_a_paths import absent
 from graphs.bench.wo_a_table import projection_bars_table, projections_table
-from graphs.config import choice
+from graphs.environment import choice
 from graphs.observation.launches import count_launches
 
 

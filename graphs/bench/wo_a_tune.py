@@ -10,7 +10,7 @@ from graphs.bench.progress import Progress, make_console
 from graphs.bench.rows import BenchRow
 from graphs.bench.settings import BenchSettings
 from graphs.bench.wo_a import measure_wo_a, selection_for
-from graphs.config import choice
+from graphs.environment import choice
 from graphs.errors import ConfigError
 from graphs.ops.wo_a import auto_path, tuned_path
 

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-import graphs
 import passes
+from graphs._version import __version__
 from graphs.errors import Site
 from graphs.observation.eager_trace import Trace, watch_step
 from graphs.state.storage import storage_id, tensors_in
@@ -205,7 +205,7 @@ def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Chan
             other = before.uuid() if isinstance(before, CustomGraphPass) else None
             if before is not None and other is None:
                 return None  # it has no name that a cache could trust
-            return ("passes", graphs.__version__, *map(name_of, pipeline), other)
+            return ("passes", __version__, *map(name_of, pipeline), other)
 
     return {"post_grad_custom_pre_pass": Pipeline()}
 

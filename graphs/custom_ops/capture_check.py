@@ -32,7 +32,7 @@ from graphs.errors import (
 from graphs.numerics import tolerance
 from graphs.observation.eager_trace import Operation, TensorUse, Trace, compare_traces, watch_step
 from graphs.observation.host_reads import host_finding
-from graphs.recording.recorder import recorder_for
+from graphs.recording.choose import recorder_for
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
 from graphs.state.storage import tensors_in

@@ -10,10 +10,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from graphs.config import MODES, CaptureConfig, choice
+from graphs.config import MODES, CaptureConfig
 from graphs.contract.padding import Padding
 from graphs.dispatch.dispatcher import Recordings
 from graphs.eager_mode import forced_by
+from graphs.environment import choice
 from graphs.errors import ConfigError
 from graphs.ops.wo_a.module import bytes_by_path
 from graphs.report import CaptureReport

@@ -39,8 +39,9 @@ from graphs.first_call.padding_proof import compare_padded
 from graphs.first_call.record_key import Deferred, Refused, compare_replay, run_trial
 from graphs.first_call.recorded_step import Entry, reference_to
 from graphs.objects.cells import Difference
+from graphs.recording.choose import recorder_for
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
-from graphs.recording.recorder import Recorder, ReplayRaised, recorder_for, trial_lock
+from graphs.recording.recorder import Recorder, ReplayRaised, trial_lock
 from graphs.rehearsal.step import Step
 from graphs.report import CaptureReport
 from graphs.state.tensor_state import RandomState

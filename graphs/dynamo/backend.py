@@ -36,7 +36,8 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.recording.recorder import Recorder, recorder_for, trial_lock
+from graphs.recording.choose import recorder_for
+from graphs.recording.recorder import Recorder, trial_lock
 from graphs.report import BackendReport, PieceReport
 from graphs.state.storage import storage_id
 

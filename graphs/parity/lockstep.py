@@ -14,7 +14,8 @@ from graphs.errors import ConfigError, FactoryError, Site
 from graphs.parity.compare import call_difference
 from graphs.parity.data import Arguments, arguments, layouts_of
 from graphs.parity.lines import output_line, value_line
-from graphs.parity.report import ParityDifference, ParityReport, ParityRow
+from graphs.parity.report import ParityReport
+from graphs.parity.rows import ParityDifference, ParityRow
 from graphs.parity.toggles import KINDS, Toggle, Undo, toggles
 from graphs.parity.twins import Factory, Twin, context_parts, made_alike, random_states, set_random_states
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphs.parity.report import ParityDifference, ParityReport, ParityRow
+from graphs.parity.rows import ParityDifference, ParityRow, Rows
 
 _WIDTH = 80
 
 
-def as_text(report: ParityReport) -> str:
+def as_text(report: Rows) -> str:
     """The conclusion in one sentence, a row for each context and variation, and the first difference."""
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH)
@@ -26,7 +26,7 @@ def as_text(report: ParityReport) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def conclusion(report: ParityReport) -> str:
+def conclusion(report: Rows) -> str:
     """What came out, in one sentence."""
     calls, replays = sum(row.calls for row in report.rows), sum(row.replays for row in report.rows)
     wrong = sum(row.differences for row in report.rows)
@@ -34,7 +34,7 @@ def conclusion(report: ParityReport) -> str:
     return f"{told}: {'all the same.' if report.ok else f'{wrong} DIFFER.'}"
 
 
-def _table(report: ParityReport) -> Table:
+def _table(report: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=_WIDTH)
     table.add_column("variation", ratio=1)
     for name in ("tried", "calls", "replays", "eager", "differ"):

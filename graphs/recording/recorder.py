@@ -1,4 +1,4 @@
-"""What every recorder produces, and the choice between them."""
+"""What every recorder produces."""
 
 from __future__ import annotations
 
@@ -71,14 +71,3 @@ class Recorder(Protocol):
             generators: generators that operators name explicitly.
         """
         ...
-
-
-def recorder_for(device: torch.device) -> Recorder:
-    """The recorder of a device: the tape on a CPU, a graph on CUDA and HIP."""
-    if device.type == "cuda":
-        from graphs.recording.cuda_graph import CudaRecorder
-
-        return CudaRecorder(device)
-    from graphs.recording.cpu_tape import TapeRecorder
-
-    return TapeRecorder()

@@ -10,14 +10,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
-
-if TYPE_CHECKING:
-    from passes.host_values.rewriter import Rewriter
-
 
 _BATCH_NORMS = frozenset(
     f"aten::{name}"
@@ -91,23 +87,39 @@ def lasting_writes(module: GraphModule) -> tuple[list[int], list[str]]:
     return sorted(places[root] for root in roots if root in places), [str(root.target) for root in roots if root.op == "get_attr"]
 
 
-@dataclass(frozen=True)
+class Builder(Protocol):
+    """What builds a graph out of that of ``module``."""
+
+    @property
+    def module(self) -> GraphModule:
+        """The traced graph."""
+        ...
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new node, with its fake value."""
+        ...
+
+
+@dataclass
 class _Finished:
     """A graph that nothing is added to."""
 
     module: GraphModule
 
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("nothing is added to a finished graph")
+
 
 class Aliases:
-    """Which nodes share memory, in the graph that a `Rewriter` builds."""
+    """Which nodes share memory, in the graph that ``builder`` makes."""
 
-    def __init__(self, rewriter: Rewriter) -> None:
-        self._rewriter = rewriter
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
         self._parents: dict[Node, Node] = {}
         self._gathered: dict[Node, Gathered] = {}
         self._stale: set[Node] = set()
         self._renewed: dict[Node, Node] = {}
-        module = rewriter.module
+        module = builder.module
         old = module.graph.nodes
         self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
         self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
@@ -115,7 +127,7 @@ class Aliases:
     @classmethod
     def of(cls, module: GraphModule) -> Aliases:
         """Those of a finished graph, up to its last node."""
-        aliases = cls(_Finished(module))  # type: ignore[arg-type]  # nothing of a rewriter's is used but its module
+        aliases = cls(_Finished(module))
         for node in module.graph.nodes:
             aliases.made(node)
         return aliases
@@ -146,12 +158,12 @@ class Aliases:
             else:
                 break
         if node.op == "get_attr":
-            value: Any = self._rewriter.module
+            value: Any = self._builder.module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
         if node.op == "placeholder":
-            storage = self._rewriter.module.meta.get("storages", {}).get(node.target)
+            storage = self._builder.module.meta.get("storages", {}).get(node.target)
             return node.name if storage is None else ("storage", storage)
         return node
 
@@ -200,7 +212,7 @@ class Aliases:
                 return node
             if written(node):  # an in-place operator returns the tensor that it was given
                 return base
-            made = self._rewriter.call(node.target, base, *node.args[1:], **node.kwargs)
+            made = self._builder.call(node.target, base, *node.args[1:], **node.kwargs)
         made.meta.update({key: node.meta[key] for key in ("lengths",) if key in node.meta})
         self._renewed[node] = made
         return made

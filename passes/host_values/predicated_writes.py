@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from passes.errors import Unremovable
-
-if TYPE_CHECKING:
-    from passes.host_values.rewriter import Rewriter
+from passes.host_values.emitter import Emitter
 
 aten = torch.ops.aten
 _ADDING = (aten.index_add_.default, aten.scatter_add_.default)
 _FILLING = (aten.zero_.default, aten.fill_.Scalar)
 
 
-def conditional_write(rw: Rewriter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+def conditional_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``target(*args)`` if the trip of the loop takes place, nothing else.
 
     What is added becomes zero (below zero, which leaves zeros of either sign as they are), what is written becomes what is
@@ -59,7 +57,7 @@ def _alike(x: Node, y: Node) -> bool:
     return bool((a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device))
 
 
-def _nothing_else(rw: Rewriter, values: Node, runs: Node) -> Node:
+def _nothing_else(rw: Emitter, values: Node, runs: Node) -> Node:
     """What to add: ``values``, or nothing."""
     nothing = -0.0 if values.meta["val"].dtype.is_floating_point else 0
     return rw.plain(aten.masked_fill.Scalar, values, rw.plain(aten.logical_not.default, runs), nothing)

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 from torch.utils._sympy import functions as sympy_functions
 
-from passes.core.integer_widths import limit_of
 from passes.core.symbols import expression_of, is_symbol
 from passes.errors import Unremovable
-
-if TYPE_CHECKING:
-    from passes.host_values.rewriter import Rewriter
+from passes.host_values.emitter import Emitter
+from passes.host_values.integer_widths import limit_of
 
 aten = torch.ops.aten
 
 
 class Scalars:
-    """The 0-d tensors of the graph that a `Rewriter` builds; each expression is computed once."""
+    """The 0-d tensors of the graph that an `Emitter` builds; each expression is computed once."""
 
-    def __init__(self, rewriter: Rewriter) -> None:
-        self._rewriter = rewriter
+    def __init__(self, emitter: Emitter) -> None:
+        self._emitter = emitter
         self._symbols: dict[sympy.Symbol, Node] = {}
         self._made: dict[Any, Any] = {}
 
@@ -47,15 +45,15 @@ class Scalars:
         Of a split, the last size is taken for what the others leave.
         """
         for symbol, tensor in self._symbols.items():
-            definition = self._rewriter.facts.definitions.get(symbol)
+            definition = self._emitter.facts.definitions.get(symbol)
             if definition is None:
                 continue
-            facts, expected = self._rewriter.facts, self.number(definition)
+            facts, expected = self._emitter.facts, self.number(definition)
             held = self._zero_dim(tensor)
             if symbol in facts.hints and facts.hint(sympy.Eq(facts.hints[symbol], definition)) == sympy.false:
                 raise self._missing(f"the step itself does not keep to {symbol} == {definition}")
             compare = aten.eq.Tensor if isinstance(expected, Node) else aten.eq.Scalar
-            self._rewriter.require(self._call(compare, held, expected))
+            self._emitter.require(self._call(compare, held, expected))
 
     def of(self, value: Any) -> Any:
         """A number as it is, or the 0-d tensor (int64, float64 or bool) that stands for a symbol."""
@@ -71,7 +69,7 @@ class Scalars:
         Raises:
             Unremovable: no operator computes it.
         """
-        expression = self._rewriter.facts.resolve(expression)
+        expression = self._emitter.facts.resolve(expression)
         if expression.is_Integer:
             return int(expression)
         if expression in (sympy.true, sympy.false):
@@ -83,10 +81,10 @@ class Scalars:
         return self._made[expression]
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return self._rewriter.call(target, *args, **kwargs)
+        return self._emitter.call(target, *args, **kwargs)
 
     def _missing(self, detail: str) -> Unremovable:
-        return Unremovable(detail, "scalar", self._rewriter.site)
+        return Unremovable(detail, "scalar", self._emitter.site)
 
     def _emit(self, expression: sympy.Basic) -> Any:
         if isinstance(expression, sympy.Symbol):
@@ -108,7 +106,7 @@ class Scalars:
             return self._combined(type(expression), packet, first, self.number(expression.args[-1]))
         values = [self.number(part) for part in expression.args]
         if packet in _DIVISIONS and isinstance(values[1], Node):
-            self._rewriter.assume(sympy.Ne(expression.args[1], 0))
+            self._emitter.assume(sympy.Ne(expression.args[1], 0))
         if len(values) == 1:
             return self._call(packet.default, *values)
         total = values[0]
@@ -121,7 +119,7 @@ class Scalars:
         symbols = expression.free_symbols
         if not all(symbol.is_integer for symbol in symbols):
             return
-        bounds = {symbol: self._rewriter.bounds.of(symbol) for symbol in sorted(symbols, key=str)}
+        bounds = {symbol: self._emitter.bounds.of(symbol) for symbol in sorted(symbols, key=str)}
         try:
             limit = limit_of(expression, bounds)
         except OverflowError as error:
@@ -130,7 +128,7 @@ class Scalars:
             return
         for symbol, bound in bounds.items():
             if bound is None or bound > limit:
-                self._rewriter.assume(sympy.And(symbol <= limit, symbol >= -limit))
+                self._emitter.assume(sympy.And(symbol <= limit, symbol >= -limit))
 
     def _flag(self, symbol: sympy.Basic, value: sympy.Basic) -> Node | None:
         """The tensor behind ``symbol == 1``, if it is one of flags."""
@@ -198,17 +196,17 @@ class Scalars:
             return self._finite(self._computed(_PYTHON[node.target], [self.of(argument) for argument in node.args]))
         if node.target in _PYTHON:
             return self._computed(_PYTHON[node.target], [self.of(argument) for argument in node.args])
-        raise Unremovable("no operator computes this from a value on the device", str(node.target), self._rewriter.site)
+        raise Unremovable("no operator computes this from a value on the device", str(node.target), self._emitter.site)
 
     def _not_zero(self, divisor: Any) -> None:
         """Python raises where a tensor is infinite: a number divided by zero."""
         value = self.of(divisor)
         if isinstance(value, Node):
-            self._rewriter.require(self._call(aten.ne.Scalar, value, 0), sympy.Ne(expression_of(divisor), 0))
+            self._emitter.require(self._call(aten.ne.Scalar, value, 0), sympy.Ne(expression_of(divisor), 0))
 
     def _finite(self, value: Node, below: float = float("inf")) -> Node:
         """``value``, of which Python has none that is not finite: it raises, or gives a complex number."""
-        self._rewriter.require(self._call(aten.lt.Scalar, self._call(aten.abs.default, value), below))
+        self._emitter.require(self._call(aten.lt.Scalar, self._call(aten.abs.default, value), below))
         return value
 
     def _computed(self, function: Any, values: list[Any]) -> Node:
@@ -238,7 +236,7 @@ class Scalars:
         """A true division of integers or floats, in float64 as Python does it."""
         a, b = (self.number(part) for part in expression.args)
         if isinstance(b, Node):
-            self._rewriter.require(self._call(aten.ne.Scalar, b, 0), sympy.Ne(expression.args[1], 0))
+            self._emitter.require(self._call(aten.ne.Scalar, b, 0), sympy.Ne(expression.args[1], 0))
         return self._call(aten.div.Tensor, *self.doubles([a, b]))
 
     def chosen(self, expression: sympy.Basic) -> Any:
@@ -257,7 +255,7 @@ class Scalars:
         if not isinstance(exponent, Node) and exponent < 0:
             raise self._missing("a power below zero is no whole number")
         if isinstance(exponent, Node):
-            self._rewriter.require(self._call(aten.ge.Scalar, exponent, 0), sympy.Ge(expression.args[1], 0))
+            self._emitter.require(self._call(aten.ge.Scalar, exponent, 0), sympy.Ge(expression.args[1], 0))
         if isinstance(base, Node) and not isinstance(exponent, Node):
             return self._call(aten.pow.Tensor_Scalar, base, exponent)
         return self._call(aten.pow.Tensor_Tensor if isinstance(base, Node) else aten.pow.Scalar, base, exponent)

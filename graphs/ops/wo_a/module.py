@@ -71,7 +71,7 @@ class GroupedProjection(nn.Module):
     ) -> None:
         super().__init__()
         if path is None:
-            from graphs.config import wo_a_path
+            from graphs.environment import wo_a_path
 
             path = wo_a_path()
         if path not in LEGAL_PATHS:

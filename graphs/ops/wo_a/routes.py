@@ -76,7 +76,7 @@ def wo_a_routes(path: str | None = None, *, only: str | Iterable[str] = "*") -> 
         ConfigError: no such path.
     """
     if path is None:
-        from graphs.config import wo_a_path
+        from graphs.environment import wo_a_path
 
         path = wo_a_path()
     if path not in LEGAL_PATHS:

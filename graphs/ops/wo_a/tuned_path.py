@@ -55,7 +55,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
 def file_of(device: torch.device) -> Path:
     """Where the rules of ``device`` are kept; the file need not exist."""
-    from graphs.config import cache_directory
+    from graphs.environment import cache_directory
 
     known = identity(device)
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]

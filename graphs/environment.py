@@ -1,0 +1,80 @@
+"""The only reader of ``GRAPHS_*`` variables.
+
+Every bad value raises `ConfigError` with the legal ones listed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from graphs.errors import ConfigError
+
+WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
+SIZES = "positive integers separated by commas, for example 1,2,4,8"
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``legal``, else raise `ConfigError`."""
+    if value not in legal:
+        raise ConfigError(name, value, legal)
+    return str(value)
+
+
+def require(legal: bool, name: str, value: object, what: str) -> None:
+    """Raise `ConfigError` for ``value`` unless it is ``legal``; ``what`` says what is."""
+    if not legal:
+        raise ConfigError(name, value, what)
+
+
+def env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
+    """A variable that is one of ``legal``."""
+    return choice(variable, os.environ.get(variable, default), legal)
+
+
+def chosen(name: str, value: object, variable: str, default: str, legal: tuple[str, ...]) -> str:
+    """An argument where one was given, else the variable."""
+    return choice(name, value, legal) if value is not None else env_choice(variable, default, legal)
+
+
+def env_flag(variable: str, default: bool) -> bool:
+    """A variable that is on or off."""
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if text.lower() not in _TRUE + _FALSE:
+        raise ConfigError(variable, text, _TRUE + _FALSE)
+    return text.lower() in _TRUE
+
+
+def env_sizes(variable: str) -> tuple[int, ...] | None:
+    """A variable that lists integers; None where it is unset or empty."""
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(variable, text, SIZES) from error
+
+
+def env_count(variable: str, default: int) -> int:
+    """A variable that is a positive integer."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(variable, text, "a positive integer")
+    return int(text)
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept: ``GRAPHS_CACHE``, else ``stepgraphs`` in the user's cache directory."""
+    given = os.environ.get("GRAPHS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stepgraphs"
+
+
+def wo_a_path() -> str:
+    """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
+    return env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
