@@ -178,7 +178,7 @@ def verdict(subject: Subject, ids: Tensor, fault: Any) -> Any:
     recordings = subject.step._graphs_recordings
     call = flatten_call(args, kwargs, ambient_of(subject.model))
     entry, rows = recordings.routes[call.signature]
-    for way in entry.group.ways:
+    for way in entry.group.variants:
         original = way.recording
         way.recording = Planted(original, fault(way))
         try:

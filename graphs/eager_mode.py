@@ -1,4 +1,4 @@
-"""Running captured modules eagerly for a while: on the caller's wish, or inside the trial of another module."""
+"""Running captured modules eagerly for a while: on the caller's wish, or inside the first call of another module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 _forced_eager: ContextVar[str] = ContextVar("graphs_forced_eager", default="")
 forced_by = _forced_eager.get
-"""Who forces eager mode in this thread or task: ``"caller"``, ``"trial"`` or nobody."""
+"""Who forces eager mode in this thread or task: ``"caller"``, ``"first call"`` or nobody."""
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.eager_mode import forced_eager
 from graphs.errors import CompileFailed
 from graphs.first_call.candidates import CompiledModel, fusion_of
-from graphs.observation.eager_trace import Trace, watch_step
+from graphs.observation.eager_trace import EagerTrace, trace_eager
 from graphs.observation.launches import count_launches
 from graphs.ops.wo_a.routes import wo_a_routes
 from graphs.rehearsal.step import Checkpoint, Step
@@ -131,8 +131,8 @@ def explain(
     """
     step = dataclasses.replace(step_of(model, args, kwargs or {}), passes=PASSES)
     start = Checkpoint(step)
-    with forced_eager("trial"):
-        _, trace = watch_step(step.run, step.call.tensors)
+    with forced_eager("first call"):
+        _, trace = trace_eager(step.run, step.call.tensors)
         start.covers(trace)
         start.restore()
         graph, untraced, effects, assumed = _passes(step, trace)
@@ -146,7 +146,7 @@ def explain(
     return Explanation(str(step.device), graph, untraced, effects, fusion, launches, pieces, report, assumed)
 
 
-def _passes(step: Step, trace: Trace) -> tuple[str, str, tuple[PassEffect, ...], dict[str, str]]:
+def _passes(step: Step, trace: EagerTrace) -> tuple[str, str, tuple[PassEffect, ...], dict[str, str]]:
     """The printed graph, why there is none, what the passes do to it, and which branches it assumes."""
     try:
         module, _ = traced(step, trace, step.call.tensors, merge=True)
@@ -162,7 +162,7 @@ def _routing(module: GraphModule) -> list[tuple[str, str]]:
     return passes.routing(module, wo_a_routes())
 
 
-def _effect(module: GraphModule, one: passes.Pass, trace: Trace) -> PassEffect:
+def _effect(module: GraphModule, one: passes.Pass, trace: EagerTrace) -> PassEffect:
     name = str(getattr(getattr(one, "func", one), "__name__", one)).lstrip("_")
     before = str(module.graph).splitlines()
     try:
@@ -185,7 +185,7 @@ def _fusion(step: Step) -> Fusion:
     compiled = CompiledModel(step.model, step.device, options=CompilerOptions.resolve(options))
     metrics.reset()
     try:
-        step.with_substitute(compiled).run()
+        step.with_candidate(compiled).run()
     except CompileFailed as refusal:
         return Fusion(refusal=str(refusal))
     rewrites = dict(Counter(change.by for change in compiled.changes))
@@ -207,13 +207,13 @@ def _pieces(step: Step) -> tuple[PieceReport, ...]:
     known = {piece.index for piece in backend_report().pieces}
     compiled = torch.compile(step.model, backend=graphs_backend, options={"compiler": "aten"})
     for _ in range(2):
-        step.with_substitute(compiled).run()
+        step.with_candidate(compiled).run()
     return tuple(piece for piece in backend_report().pieces if piece.index not in known)
 
 
 def _launches(step: Step) -> tuple[dict[str, int | None], CaptureReport]:
     captured = capture(step.model)
-    recorded = step.with_substitute(captured)
+    recorded = step.with_candidate(captured)
     for _ in range(3):
         recorded.run()
     launches = {"eager": count_launches(step.run, step.device)}

@@ -59,7 +59,7 @@ def remove_host_values(
             rules[target] = _either(rules[target], rule) if target in rules else rule
     exact: frozenset[sympy.Symbol] = frozenset()
     guarded = False
-    before = len(facts.decisions), dict(facts.definitions)
+    before = len(facts.decisions), dict(facts.replacements)
     while True:
         default = bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
         checked = "branches" in only
@@ -128,7 +128,7 @@ def _unpadded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
 def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
     """The results of a graph that may assume nothing."""
     for decision in rw.facts.decisions:
-        condition = rw.facts.resolve(decision.holds)
+        condition = rw.facts.resolve(decision.condition)
         if not rw.bounds.certain(condition):
             remedy = 'Add "branches" to the passes, which check this in every run'
             raise Unremovable(f"the graph would assume that {condition}", "branch", decision.site, remedy)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from passes.control_flow.branches import Snapshot, Unmergeable
 from passes.control_flow.code_patching import Plan, Starts, Written, branch_in, functions_of, written
-from passes.control_flow.legality import check
+from passes.control_flow.legality import check_predicable
 from passes.core.host_reads import Read
 from passes.core.predicates import leaks, outside
 from passes.core.source_location import Branch
@@ -111,7 +111,7 @@ class _Merger:
                 wider[place] = wider.get(place, frozenset()) | {(start[0], start[1])}
             try:
                 made = self.trace(wider, snapshot)
-                check(made)
+                check_predicable(made)
                 return wider, made
             except Unmergeable as reason:
                 blamed, detail = reason.site, str(reason)

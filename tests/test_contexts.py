@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
 from graphs.contract.settings import ambient_of
-from graphs.observation.eager_trace import watch_step
+from graphs.observation.eager_trace import trace_eager
 from tests.parity import assert_same
 
 Tensor = torch.Tensor
@@ -141,7 +141,7 @@ def test_the_operators_that_are_watched_do_not_depend_on_inference_mode(model: A
 
     def seen(context: Context, tensor: Tensor) -> list[str]:
         with context():
-            return [str(operation.func) for operation in watch_step(lambda: model(tensor), [tensor])[1].operations]
+            return [str(operation.func) for operation in trace_eager(lambda: model(tensor), [tensor])[1].operations]
 
     expected = seen(torch.no_grad, x)
     assert seen(torch.inference_mode, given) == expected

@@ -16,7 +16,7 @@ from torch import nn
 import graphs
 from graphs.contract.outputs import template
 from graphs.dispatch.call_log import NotReplayed
-from graphs.dispatch.dispatcher import Recordings
+from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import InternalError
 from graphs.first_call import record_key
 from graphs.recording import cpu_tape
@@ -167,9 +167,9 @@ _fails = _raising(ZeroDivisionError("a fault"))
 
 
 PLACES = [
-    ("graphs.dispatch.dispatcher.flatten_call", Recordings),
-    ("graphs.dispatch.dispatcher.device_of", Recordings),
-    ("graphs.dispatch.dispatcher.leaf_names", Recordings),
+    ("graphs.dispatch.dispatcher.flatten_call", Dispatcher),
+    ("graphs.dispatch.dispatcher.device_of", Dispatcher),
+    ("graphs.dispatch.dispatcher.leaf_names", Dispatcher),
     ("graphs.first_call.record_key.Checkpoint", record_key),
     ("graphs.first_call.record_key.compare_traces", record_key),
     ("graphs.first_call.record_key.make_contract", record_key),
@@ -183,7 +183,7 @@ PLACES = [
     ("graphs.observation.eager_trace._checksum", record_key),
     ("graphs.recording.cpu_tape._functional_call", cpu_tape),
     ("graphs.recording.cpu_tape.TapeRecording.poison", cpu_tape),
-    ("graphs.dispatch.dispatcher.LastCall.of", Recordings),
+    ("graphs.dispatch.dispatcher.FastPath.of", Dispatcher),
 ]
 
 
@@ -199,7 +199,7 @@ def test_a_fault_anywhere_is_a_counted_eager_call(place: str, context: Any, monk
     report = step.report()
     assert len(warned) == 1
     (refusal,) = report.refusals
-    assert (refusal.reason, report.replays) == ("internal-error", 0) or place.endswith("LastCall.of")
+    assert (refusal.reason, report.replays) == ("internal-error", 0) or place.endswith("FastPath.of")
     assert "ZeroDivisionError: a fault" in refusal.traceback and refusal.traceback.splitlines()[-1] in refusal.detail
     assert "a fault" in str(report)
     step.invalidate()

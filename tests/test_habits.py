@@ -26,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotRep
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One for each step that was tried."""
     made: list[Any] = []
-    run = dispatcher.run_trial
+    run = dispatcher.record_key
 
     def counted(step: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(step)
         return run(step, *args, **kwargs)
 
-    monkeypatch.setattr(dispatcher, "run_trial", counted)
+    monkeypatch.setattr(dispatcher, "record_key", counted)
     return made
 
 

@@ -12,10 +12,10 @@ import graphs
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import flatten_call
 from graphs.contract.slots import make_contract
-from graphs.dispatch.dispatcher import Recordings
+from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import MixedDevices
 from graphs.first_call import host_arguments
-from graphs.observation.eager_trace import Operation, TensorUse, Trace
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
 
 Tensor = torch.Tensor
@@ -126,7 +126,7 @@ def test_a_step_that_looks_at_the_tensor_itself_is_refused() -> None:
 
 def test_buckets_and_host_arguments_do_not_go_together() -> None:
     call = flatten_call((torch.ones(3, 2), torch.tensor(1.0)), {})
-    padded, exact = (Recordings(abs, CaptureConfig(buckets=buckets)) for buckets in ((4, 8), None))
+    padded, exact = (Dispatcher(abs, CaptureConfig(buckets=buckets)) for buckets in ((4, 8), None))
     assert (padded._host(call), exact._host(call)) == ((), (1,))
 
 
@@ -164,8 +164,8 @@ def use(device: str, kind: str, which: int, dtype: torch.dtype = torch.float32) 
     return TensorUse((2,), (1,), dtype, device, (kind, which))
 
 
-def trace(*operations: tuple[Any, tuple[Any, ...]]) -> Trace:
-    return Trace(operations=[Operation(func, arguments, ("model.py", 1)) for func, arguments in operations])
+def trace(*operations: tuple[Any, tuple[Any, ...]]) -> EagerTrace:
+    return EagerTrace(operations=[Operation(func, arguments, ("model.py", 1)) for func, arguments in operations])
 
 
 def test_runs_are_compared_but_for_devices_and_moves() -> None:

@@ -101,8 +101,8 @@ def test_a_fault_that_the_tolerance_lets_pass_is_refused() -> None:
     FAULTS["mask"](wrong)
     with torch.no_grad():
         logits = wrong(*case.arguments)
-    slack = tolerance.OTHER_KERNELS
-    assert tolerance.run_difference(case.expected, [logits], case.state, [wrong.cache], slack=slack) is None
+    tolerance_factor = tolerance.OTHER_KERNELS
+    assert tolerance.run_difference(case.expected, [logits], case.state, [wrong.cache], tolerance_factor=tolerance_factor) is None
     refused = case.verdict(lambda: (logits, wrong.cache))
     assert refused is not None and "against a run in float64" in refused[1]
 

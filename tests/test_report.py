@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import graphs
-from graphs.dispatch.call_log import Ledger, NotReplayed
+from graphs.dispatch.call_log import CallLog, NotReplayed
 from graphs.observation.timing import CallTime
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 from graphs.rewriting.proof import Proof
@@ -142,7 +142,7 @@ def timed(eager: CallTime, replay: CallTime) -> Any:
 
 def test_break_even_is_capture_time_over_what_a_replay_saves() -> None:
     """The longer of host and device time counts: 100 us eager, 50 us replayed."""
-    report = Ledger().report("cuda:0", "graph", [timed(CallTime(100.0, 60.0), CallTime(20.0, 50.0))])
+    report = CallLog().report("cuda:0", "graph", [timed(CallTime(100.0, 60.0), CallTime(20.0, 50.0))])
     assert report.keys[0].break_even_calls == 10_001
-    report = Ledger().report("cuda:0", "graph", [timed(CallTime(100.0, 60.0), CallTime(20.0, 110.0))])
+    report = CallLog().report("cuda:0", "graph", [timed(CallTime(100.0, 60.0), CallTime(20.0, 110.0))])
     assert report.keys[0].break_even_calls is None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.dispatch.dispatcher import _MAX_WAYS, _PATIENCE
+from graphs.dispatch.dispatcher import _MAX_VARIANTS, _PATIENCE
 from graphs.errors import HostSync, ManyWays
-from graphs.rewriting.rewritten_step import Assumption
+from graphs.rewriting.rewritten_step import Speculation
 from tests.parity import parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
@@ -74,14 +74,14 @@ def test_a_replay_that_never_says_whether_it_held_is_put_back(monkeypatch: pytes
     calls = values(0, 0, 0)
     for call, (x, mode) in enumerate(calls):
         if call == 1:
-            monkeypatch.setattr(Assumption, "held", silent)
+            monkeypatch.setattr(Speculation, "valid", silent)
         assert torch.equal(step(x, mode), twin(x, mode))
         monkeypatch.undo()
         assert torch.equal(model.total, twin.total) and torch.equal(model.rows[0], twin.rows[0])
     assert "internal-error" in [refusal.reason for refusal in step.report().refusals]
 
 
-def silent(self: Assumption, run: int) -> bool:
+def silent(self: Speculation, run: int) -> bool:
     raise RuntimeError("the device does not answer")
 
 
@@ -173,28 +173,28 @@ def many(x: Tensor, mode: Tensor) -> Tensor:
 
 
 def test_ways_are_limited_and_the_rest_runs_eagerly_by_name() -> None:
-    calls = values(*range(_MAX_WAYS + 3), *range(4))
+    calls = values(*range(_MAX_VARIANTS + 3), *range(4))
     report = parity(lambda: many, calls).report()
-    assert report.recordings == _MAX_WAYS and report.replays == _MAX_WAYS + 4 and report.eager_calls == 3
+    assert report.recordings == _MAX_VARIANTS and report.replays == _MAX_VARIANTS + 4 and report.eager_calls == 3
     (refusal,) = report.refusals
     assert (refusal.reason, refusal.operator, refusal.count) == ("many-ways", "branch", 3)
-    assert f"{_MAX_WAYS} ways" in refusal.detail
+    assert f"{_MAX_VARIANTS} ways" in refusal.detail
     assert refusal.file == __file__ and "return x * {0: 1.0}" in Path(__file__).read_text().splitlines()[refusal.line - 1]
 
 
 def test_too_many_ways_are_raised_in_strict_mode() -> None:
     step = graphs.capture(many, strict=True)
-    for x, mode in values(*range(_MAX_WAYS)):
+    for x, mode in values(*range(_MAX_VARIANTS)):
         step(x, mode)
     with pytest.raises(ManyWays, match="pass what decides as an argument"):
-        step(*values(_MAX_WAYS)[0])
+        step(*values(_MAX_VARIANTS)[0])
     assert step(*values(3)[0]).tolist() == [3, 3, 3]  # ways that are recorded are served
 
 
 def test_a_step_that_goes_another_way_in_most_calls_is_not_replayed_in_vain() -> None:
-    ways = _MAX_WAYS + _PATIENCE + 2
+    ways = _MAX_VARIANTS + _PATIENCE + 2
     report = parity(lambda: many, values(*range(ways), 0, 0, 0)).report()
-    assert report.replays == _MAX_WAYS and report.eager_calls == ways + 3 - _MAX_WAYS  # even if its way was recorded once
+    assert report.replays == _MAX_VARIANTS and report.eager_calls == ways + 3 - _MAX_VARIANTS  # even if its way was recorded once
 
 
 def partly(x: Tensor, mode: Tensor) -> Tensor:
@@ -281,10 +281,10 @@ def test_a_replay_leaves_no_trace_of_ways_that_were_tried_first() -> None:
 
 
 def test_an_assumption_tells_of_each_run_whether_it_held() -> None:
-    assumption = Assumption([])
+    assumption = Speculation([])
     for run, broken in enumerate([False, True, True, False], start=1):
         assumption.ran(torch.tensor(broken), [])
-        assert assumption.runs() == run and assumption.held(run) is not broken
+        assert assumption.runs() == run and assumption.valid(run) is not broken
 
 
 def test_dropping_a_recording_leaves_the_other_ways() -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.observation.eager_trace import Trace, watch_step
+from graphs.observation.eager_trace import EagerTrace, trace_eager
 from tests.parity import batches, parity
 
 Tensor = torch.Tensor
 
 
-def watched(step: Callable[[Tensor], Any], x: Tensor) -> Trace:
-    return watch_step(lambda: step(x), [x])[1]
+def watched(step: Callable[[Tensor], Any], x: Tensor) -> EagerTrace:
+    return trace_eager(lambda: step(x), [x])[1]
 
 
 def test_a_value_that_leaves_through_dlpack_is_not_frozen() -> None:

@@ -46,7 +46,7 @@ def audit(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audit:
     torch.clear_autocast_cache()  # a weight cast in the first step only would look like a change
     torch.set_autocast_cache_enabled(False)
     try:
-        with forced_eager("trial"):
+        with forced_eager("first call"):
             return diagnose(observe(step))
     finally:
         torch.set_autocast_cache_enabled(cached)

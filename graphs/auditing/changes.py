@@ -155,7 +155,7 @@ def _attribute_finding(differing: Sequence[Difference], stores: dict[str, Site],
     if len(differing) > 1:
         detail += f"; and {len(differing) - 1} more like it"
     evenly = all(_advance(d) is not None for d in differing)
-    why = NO_CURE["lasting"] if one.lasting else "" if evenly else NO_CURE["attribute"]
+    why = NO_CURE["lasting"] if one.irreversible else "" if evenly else NO_CURE["attribute"]
     if before.startswith("tensor") and after.startswith("tensor"):
         why = NO_CURE["address" if before == after else "shape"]
     return finding(

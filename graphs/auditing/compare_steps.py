@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphs.objects.cells import same
-from graphs.observation.eager_trace import Operation, TensorUse, Trace
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
 
 _TOO_LONG = 4_000_000  # pairs of operators that alignment may look at
 
@@ -38,7 +38,7 @@ class Change:
     follows: bool = False
 
 
-def differences(first: Trace, second: Trace) -> list[Change]:
+def differences(first: EagerTrace, second: EagerTrace) -> list[Change]:
     """Every change between the operators of two steps, in the order of the second."""
     rows = list(_aligned(first.operations, second.operations))
     moved = {i: j for a, b, c, d, equal in rows if equal for i, j in zip(range(a, b), range(c, d), strict=True)}

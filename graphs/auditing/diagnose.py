@@ -25,7 +25,7 @@ from graphs.errors import (
     UnsupportedOperator,
     UnsupportedOutput,
 )
-from graphs.observation.eager_trace import Trace
+from graphs.observation.eager_trace import EagerTrace
 from graphs.observation.host_reads import FILLS, HostRead
 from graphs.recording.vendor import current_policy
 from graphs.state.storage import RESIZING
@@ -100,7 +100,7 @@ def _settled(seen: Observation) -> bool:
     return len(seen.runs) == 3 and seen.runs[-1].error is None and not changed_reads(*seen.runs[:2])
 
 
-def _kind_of(read: HostRead, trace: Trace, output: Any) -> tuple[str, set[str], str]:
+def _kind_of(read: HostRead, trace: EagerTrace, output: Any) -> tuple[str, set[str], str]:
     """Kind, classes, and why no pass applies."""
     if (DataDependentShape.reason, read.operator, *read.frame) in trace.counts:
         return DataDependentShape.reason, {BOUND}, ""

@@ -12,7 +12,7 @@ from graphs.auditing.source.assignment_sites import executed_code, line_that_set
 from graphs.auditing.source.line_timing import Place, time_places
 from graphs.errors import Site
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import Trace, is_users, watch_step
+from graphs.observation.eager_trace import EagerTrace, is_users, trace_eager
 from graphs.rehearsal.step import Checkpoint, Step
 
 _COST_RUNS = 5
@@ -29,7 +29,7 @@ class Run:
         error, raised_at: what it raised, and the user's line.
     """
 
-    trace: Trace
+    trace: EagerTrace
     output: Any
     changed: list[Difference]
     error: Exception | None = None
@@ -64,7 +64,7 @@ def observe(step: Step) -> Observation:
     Raises:
         Exception: what the first run raises. A later run that raises ends the observation, and is part of it.
     """
-    seen, first, origin = Observation(step), Trace(), Checkpoint(step)
+    seen, first, origin = Observation(step), EagerTrace(), Checkpoint(step)
     seen.complete = origin.python.complete
     try:
         _watch(seen, first)
@@ -80,10 +80,10 @@ def observe(step: Step) -> Observation:
     return seen
 
 
-def _watch(seen: Observation, first: Trace) -> None:
+def _watch(seen: Observation, first: EagerTrace) -> None:
     """Run until two consecutive steps are alike, three at most: the first may have initialised something."""
     while len(seen.runs) < 3:
-        trace = first if not seen.runs else Trace(written=first.written, generators=first.generators)
+        trace = first if not seen.runs else EagerTrace(written=first.written, generators=first.generators)
         run = _run(seen.step, trace, may_raise=not seen.runs)
         seen.runs.append(run)
         if run.error is not None or _lasting(run):
@@ -92,10 +92,10 @@ def _watch(seen: Observation, first: Trace) -> None:
             return
 
 
-def _run(step: Step, trace: Trace, *, may_raise: bool) -> Run:
+def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
     before = Checkpoint(step)
     try:
-        output, _ = watch_step(step.run, step.call.tensors, into=trace)
+        output, _ = trace_eager(step.run, step.call.tensors, into=trace)
     except Exception as error:
         if may_raise:
             raise
@@ -110,7 +110,7 @@ def _repeats(seen: Observation) -> bool:
 
 
 def _lasting(run: Run) -> bool:
-    return any(change.lasting for change in run.changed)
+    return any(change.irreversible for change in run.changed)
 
 
 def _measure(seen: Observation, origin: Checkpoint) -> None:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 import passes
 from graphs._version import __version__
 from graphs.errors import Site
-from graphs.observation.eager_trace import Trace, watch_step
+from graphs.observation.eager_trace import EagerTrace, trace_eager
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.node_calls import writes
@@ -88,13 +88,13 @@ class CompiledGraph:
 
     def written(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """Positions of the inputs in whose memory the graph writes, by one watched run with the first that are given."""
-        return self.watch(inputs, tensors_of(inputs), Trace()) if self._written is None else self._written
+        return self.watch(inputs, tensors_of(inputs), EagerTrace()) if self._written is None else self._written
 
     def as_traced(self, *inputs: Any) -> Any:
         """Run the graph as Dynamo traced it, with effects in the order of the program whatever memory the inputs share."""
         return self._original(*inputs)
 
-    def watch(self, inputs: Sequence[Any], given: Sequence[Tensor], trace: Trace) -> tuple[int, ...]:
+    def watch(self, inputs: Sequence[Any], given: Sequence[Tensor], trace: EagerTrace) -> tuple[int, ...]:
         """Run the graph as it was before it was compiled, watched, and undo it.
 
         Args:
@@ -107,7 +107,7 @@ class CompiledGraph:
         random = RandomState(self.device)
         try:
             located = _Located(self._original, trace, {storage_id(tensor) for tensor in tensors_of(inputs)})
-            output, _ = watch_step(lambda: located.run(*inputs), list(given), into=trace)
+            output, _ = trace_eager(lambda: located.run(*inputs), list(given), into=trace)
         finally:
             trace.written.restore()
             random.restore()
@@ -233,7 +233,7 @@ class _Located(Interpreter):
             and dispatch modes do not see into it: what it is given of them counts as written.
     """
 
-    def __init__(self, module: GraphModule, trace: Trace, inputs: set[int]) -> None:
+    def __init__(self, module: GraphModule, trace: EagerTrace, inputs: set[int]) -> None:
         super().__init__(module)
         self._trace, self._inputs = trace, inputs
 

@@ -30,7 +30,7 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import Operation, TensorUse, Trace, compare_traces, watch_step
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, compare_traces, trace_eager
 from graphs.observation.host_reads import host_finding
 from graphs.recording.choose import recorder_for
 from graphs.state.op_registry import overload_of, registered
@@ -156,14 +156,14 @@ def _check(subject: _Subject, datasets: list[list[Tensor]], random: RandomState)
     _check_replays(subject, random, [*runs, runs[0]], trace)
 
 
-def _check_inside(subject: _Subject) -> Trace:
+def _check_inside(subject: _Subject) -> EagerTrace:
     """Watch the kernel itself: what it asks of the host, what it changes that is not an argument, what it writes."""
     own = host_finding(subject.func, *subject.bound(subject.tensors), subject.tensors, [])
     if own is not None:
         raise own(operator=str(subject.func))
     tensors, python = _copies(subject.tensors), PythonState([("op", subject.function)])
     states = _random_states(subject.device)
-    _, trace = watch_step(lambda: subject.run_inside(tensors), tensors)
+    _, trace = trace_eager(lambda: subject.run_inside(tensors), tensors)
     kept = _externals_written(subject)
     try:
         findings = [found for found in trace.findings if not isinstance(found, _ITS_OWN_AFFAIR)]
@@ -208,14 +208,16 @@ def _check_repeats(
         raise subject.error(HiddenState, f"{detail}: it keeps an address or a tensor of an earlier call")
 
 
-def _check_other_data(subject: _Subject, trace: Trace, reference: list[Tensor], data: list[Tensor], result: list[Tensor]) -> None:
+def _check_other_data(
+    subject: _Subject, trace: EagerTrace, reference: list[Tensor], data: list[Tensor], result: list[Tensor]
+) -> None:
     """Other data must give results of the same shapes, by the same operators."""
     for index, (one, other) in enumerate(zip(reference, result, strict=True)):
         if one.shape != other.shape:
             detail = f"output {index} has shape {tuple(one.shape)}, and {tuple(other.shape)} with other data"
             raise subject.error(DataDependentShape, detail)
     tensors = _copies(data)
-    _, second = watch_step(lambda: subject.run_inside(tensors), tensors)
+    _, second = trace_eager(lambda: subject.run_inside(tensors), tensors)
     second.written.restore()
     found = compare_traces(_comparable(trace), _comparable(second))
     if found is not None:
@@ -225,7 +227,7 @@ def _check_other_data(subject: _Subject, trace: Trace, reference: list[Tensor], 
 
 
 def _check_replays(
-    subject: _Subject, random: RandomState, runs: Sequence[tuple[str, list[Tensor], list[Tensor]]], trace: Trace
+    subject: _Subject, random: RandomState, runs: Sequence[tuple[str, list[Tensor], list[Tensor]]], trace: EagerTrace
 ) -> None:
     """Record the operator, and replay it on every data set, each time at new addresses."""
     recorder, operator = recorder_for(subject.device), str(subject.func)
@@ -255,7 +257,7 @@ def _check_replays(
 def _externals_written(subject: _Subject) -> set[int]:
     """The storages that another run writes and neither makes nor is given, as far as they are visible."""
     tensors = _copies(subject.tensors)
-    _, trace = watch_step(lambda: subject.run_inside(tensors), tensors)
+    _, trace = trace_eager(lambda: subject.run_inside(tensors), tensors)
     trace.written.restore()
     return {storage for operation in trace.operations for storage in _written_by(operation)}
 
@@ -269,7 +271,7 @@ def _written_by(operation: Operation) -> Iterator[int]:
             yield int(value.origin[1])
 
 
-def _comparable(trace: Trace) -> Trace:
+def _comparable(trace: EagerTrace) -> EagerTrace:
     """The operations without the identity of memory: kernels in C++ allocate some of it out of sight."""
 
     def placeless(value: Any) -> Any:
@@ -278,7 +280,7 @@ def _comparable(trace: Trace) -> Trace:
         return tuple(map(placeless, value)) if type(value) is tuple else value
 
     operations = [dataclasses.replace(o, arguments=placeless(o.arguments)) for o in trace.operations]
-    return Trace(operations=operations)
+    return EagerTrace(operations=operations)
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

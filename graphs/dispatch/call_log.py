@@ -8,7 +8,7 @@ import traceback
 import warnings
 
 from graphs.errors import InternalError, Refusal
-from graphs.first_call.recorded_step import Entry
+from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 
 
@@ -24,7 +24,7 @@ def _frames_of_our_own() -> int:
     return level
 
 
-class Ledger:
+class CallLog:
     """Counts of one captured module."""
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class Ledger:
         """Every reason so far, in the order of first sight."""
         return tuple(self._refusals.values())
 
-    def dropped(self, entry: Entry) -> None:
+    def dropped(self, entry: RecordedStep) -> None:
         """Keep the replays of a recording that is being dropped."""
         self._replays_dropped += entry.replays
 
-    def report(self, device: str, mode: str, entries: list[Entry]) -> CaptureReport:
+    def report(self, device: str, mode: str, entries: list[RecordedStep]) -> CaptureReport:
         """The report of everything counted so far."""
         return CaptureReport(
             device=device,
@@ -75,7 +75,7 @@ def _traceback(refusal: Refusal) -> str:
     return "".join(traceback.format_exception(error)) if error is not None else ""
 
 
-def _key_report(entry: Entry) -> KeyReport:
+def _key_report(entry: RecordedStep) -> KeyReport:
     eager, replay, rows = entry.eager, entry.replay, entry.contract.rows
     saved = _cost(eager) - _cost(replay) if eager is not None and replay is not None else 0.0
     return KeyReport(

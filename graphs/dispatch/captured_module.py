@@ -12,7 +12,7 @@ import torch
 
 from graphs.config import MODES, CaptureConfig
 from graphs.contract.padding import Padding
-from graphs.dispatch.dispatcher import Recordings
+from graphs.dispatch.dispatcher import Dispatcher
 from graphs.eager_mode import forced_by
 from graphs.environment import choice
 from graphs.errors import ConfigError
@@ -113,7 +113,7 @@ class CapturedModule(Generic[Model]):
     def __init__(self, model: Model, config: CaptureConfig) -> None:
         object.__setattr__(self, "_graphs_model", model)
         object.__setattr__(self, "_graphs_mode", config.mode)
-        object.__setattr__(self, "_graphs_recordings", Recordings(model, config))
+        object.__setattr__(self, "_graphs_recordings", Dispatcher(model, config))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
@@ -125,7 +125,7 @@ class CapturedModule(Generic[Model]):
 
     @property
     def mode(self) -> str:
-        """``"graph"`` or ``"eager"``; may be set at run time. Recordings are kept while eager."""
+        """``"graph"`` or ``"eager"``; may be set at run time. Dispatcher are kept while eager."""
         return str(self._graphs_mode)
 
     @mode.setter

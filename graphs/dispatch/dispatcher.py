@@ -14,8 +14,8 @@ from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, leaf_na
 from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import carries_objects, device_of, inadmissible, is_capturing, parameter_names
 from graphs.contract.settings import active_mode, ambient_of
-from graphs.dispatch.call_log import Ledger
-from graphs.dispatch.fast_path import LastCall
+from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
 from graphs.eager_mode import forced_by, forced_eager
 from graphs.errors import (
@@ -34,24 +34,24 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.first_call.host_arguments import host_arguments, run_trial_on_device
+from graphs.first_call.host_arguments import host_arguments, record_key_on_device
 from graphs.first_call.padding_proof import compare_padded
-from graphs.first_call.record_key import Deferred, Refused, compare_replay, run_trial
-from graphs.first_call.recorded_step import Entry, reference_to
+from graphs.first_call.record_key import Deferred, Refused, compare_replay, record_key
+from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.objects.cells import Difference
 from graphs.recording.choose import recorder_for
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
-from graphs.recording.recorder import Recorder, ReplayRaised, trial_lock
+from graphs.recording.recorder import Recorder, ReplayRaised, first_call_lock
 from graphs.rehearsal.step import Step
 from graphs.report import CaptureReport
 from graphs.state.tensor_state import RandomState
 
-_recording = trial_lock
+_recording = first_call_lock
 _increment_version: Callable[[Any], None] = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 _MAX_DEFERRALS = 3
-_MAX_WAYS = 16  # recordings of one key, by the outcomes of what the step decides by host values
-_PATIENCE = 4 * _MAX_WAYS  # calls that none of them could serve, before a step that mostly goes other ways is given up
-_SHOWN = 4  # lines that a refusal for too many ways names
+_MAX_VARIANTS = 16  # recordings of one key, by the outcomes of what the step decides by host values
+_PATIENCE = 4 * _MAX_VARIANTS  # calls that none of them could serve, before a step that mostly goes other variants is given up
+_SHOWN = 4  # lines that a refusal for too many variants names
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -65,7 +65,7 @@ class _Refused(NamedTuple):
         return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
 
 
-Route = tuple[Entry, int] | _Refused
+Route = tuple[RecordedStep, int] | _Refused
 """Where a signature leads: a recording and the rows of the call, or the reasons why not."""
 
 
@@ -91,16 +91,16 @@ class _Outdated(NamedTuple):
         return kind(f"{path} was {before} when recorded and is {after} now", operator=path)
 
 
-def _many_ways(ways: list[Entry]) -> ManyWays:
-    """The refusal for a call that takes none of the recorded ways; it names the lines that decide."""
-    lines = list(dict.fromkeys(line for way in ways for line in getattr(way.substitute, "decided_at", ())))
+def _many_variants(variants: list[RecordedStep]) -> ManyWays:
+    """The refusal for a call that takes none of the recorded variants; it names the lines that decide."""
+    lines = list(dict.fromkeys(line for variant in variants for line in getattr(variant.candidate, "decided_at", ())))
     also = ", ".join(f"{file.rpartition('/')[2]}:{line}" for file, line in lines[1:_SHOWN])
-    detail = f"{len(ways)} ways through the step are recorded, and this call takes another"
+    detail = f"{len(variants)} variants through the step are recorded, and this call takes another"
     detail += f"; {also} and others decide too" if len(lines) > _SHOWN else f"; {also} decides too" if also else ""
     return ManyWays(detail, operator="branch", site=Site.at(lines[0]) if lines else None)
 
 
-class Recordings:
+class Dispatcher:
     """What was recorded and refused for one module, and the decision what a call gets.
 
     `call` is the main path: recognise the call, check the contract, replay; else try to record, else run the model.
@@ -108,14 +108,14 @@ class Recordings:
 
     def __init__(self, model: Callable[..., Any], config: CaptureConfig) -> None:
         self.model, self.config = model, config
-        # verifying a replay is a trial of its own, so it needs the lock of trials, and from the start of the call
+        # verifying a replay runs the step as a first call does, so it needs their lock, and from the start of the call
         self.verifies_always = config.verify == "always"
         self.lock = _recording if self.verifies_always else threading.RLock()
-        self.ledger = Ledger()
+        self.call_log = CallLog()
         self.routes: dict[tuple[Any, ...], Route] = {}
-        self.entries: dict[tuple[Any, ...], Entry] = {}
+        self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.recorders: dict[torch.device, Recorder] = {}
-        self.last: tuple[LastCall, Entry, int] | None = None
+        self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.batch = BatchRule()
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}  # positions of arguments that are elsewhere at each call
@@ -168,8 +168,8 @@ class Recordings:
 
     def _raised(self, error: BaseException) -> None:
         """Count a call that ended in what the step itself raises; no warning tells more than that does."""
-        self.ledger.refused(raised_refusal(error), warn=False)
-        self.ledger.eager_calls += 1
+        self.call_log.refused(raised_refusal(error), warn=False)
+        self.call_log.eager_calls += 1
 
     def _remember_if_possible(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run calls like this one eagerly from now on; a call that cannot be flattened has no key to remember it by."""
@@ -213,13 +213,13 @@ class Recordings:
             return self._unknown(call, args, kwargs)
         if isinstance(route, _Refused):
             return self._refuse(route.refusals, args, kwargs) if route.serves(call) else self._unknown(call, args, kwargs)
-        like_this = LastCall.of(args, kwargs, ambient, call)
+        like_this = FastPath.of(args, kwargs, ambient, call)
         with self.lock:  # unless another thread has just dropped the route
             if self.routes.get(call.signature) is route:
                 self.last = (like_this, *route) if like_this is not None else None
         return self._replay(route[0], route[1], call, args, kwargs)
 
-    def _replay(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _replay(self, entry: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check the contract, replay, and put the output together."""
         with self.lock:
             stale = self._stale(entry, call)
@@ -227,12 +227,12 @@ class Recordings:
                 if self.verifies_always:
                     self._verify(entry, rows, call, args, kwargs)
                 produced = self._replayed(entry, rows, call)
-                if entry.checked is None or entry.checked.settled():
+                if entry.checked is None or entry.checked.commit_or_rollback():
                     entry.replays += 1
                     entry.real_rows += rows
                     return self._filled(entry, produced, call)
         if stale is None:
-            return self._another_way(entry, rows, call, args, kwargs)
+            return self._another_variant(entry, rows, call, args, kwargs)
         if isinstance(stale, _Outdated):
             return self._outdated(entry, stale, call, args, kwargs)
         if isinstance(stale, MovedStaticTensor) and self._releases(entry, stale, call):
@@ -240,7 +240,7 @@ class Recordings:
         return self._refuse([stale], args, kwargs)
 
     @staticmethod
-    def _replayed(entry: Entry, rows: int, call: Call) -> list[torch.Tensor]:
+    def _replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
         """What a replay produces.
 
         Raises:
@@ -268,7 +268,7 @@ class Recordings:
         return produced
 
     @staticmethod
-    def _filled(entry: Entry, produced: list[torch.Tensor], call: Call) -> Any:
+    def _filled(entry: RecordedStep, produced: list[torch.Tensor], call: Call) -> Any:
         """The output of a replay. It was put together once at capture, so what raises is a class of the user's that now does."""
         try:
             return entry.template.fill(produced, call.tensors, call.opaques)
@@ -277,7 +277,7 @@ class Recordings:
                 raise StepRaised(error) from None
             raise
 
-    def _stale(self, entry: Entry, call: Call) -> Refusal | _Outdated | None:
+    def _stale(self, entry: RecordedStep, call: Call) -> Refusal | _Outdated | None:
         """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
         tensors = call.tensors
         for position, opaque in enumerate(call.opaques):
@@ -293,7 +293,7 @@ class Recordings:
             return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
         return None
 
-    def _releases(self, entry: Entry, moved: MovedStaticTensor, call: Call) -> bool:
+    def _releases(self, entry: RecordedStep, moved: MovedStaticTensor, call: Call) -> bool:
         """Whether a recording was dropped since arguments that it writes in place are elsewhere.
 
         One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
@@ -306,45 +306,45 @@ class Recordings:
             return False
         with _recording, self.lock:
             if entry in self.entries.values():
-                self.ledger.refused(moved, outcome="the step is recorded anew")
+                self.call_log.refused(moved, outcome="the step is recorded anew")
                 self._drop(entry)
                 if entry.replays < _OFTEN:
                     self.moving[call.signature] = known | positions
         return True
 
-    def _another_way(self, broken: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a way recorded before,
+    def _another_variant(self, broken: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a variant recorded before,
         or by a new one.
         """
         with _recording, self.lock:
-            ways = broken.group.ways
-            for entry in [other for other in ways if other is not broken]:
+            variants = broken.group.variants
+            for entry in [other for other in variants if other is not broken]:
                 if self._stale(entry, call) is not None:
                     continue
                 produced = self._replayed(entry, rows, call)
-                if entry.checked is None or entry.checked.settled():
-                    ways.remove(entry)
-                    ways.insert(0, entry)
+                if entry.checked is None or entry.checked.commit_or_rollback():
+                    variants.remove(entry)
+                    variants.insert(0, entry)
                     self._lead(call, entry, rows)
                     entry.replays += 1
                     entry.real_rows += rows
                     return self._filled(entry, produced, call)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals, args, kwargs)
-            refusal = _many_ways(ways)
-            if len(ways) < _MAX_WAYS:
+            refusal = _many_variants(variants)
+            if len(variants) < _MAX_VARIANTS:
                 return self._unknown(call, args, kwargs, beside=broken)
             broken.group.broken += 1
-            if broken.group.broken > _PATIENCE and 2 * broken.group.broken > sum(way.replays for way in ways):
+            if broken.group.broken > _PATIENCE and 2 * broken.group.broken > sum(variant.replays for variant in variants):
                 self._remember(call, [refusal])
             return self._refuse([refusal], args, kwargs)
 
-    def _lead(self, call: Call, entry: Entry, rows: int) -> None:
+    def _lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
         self.last = None
         self.routes[call.signature] = (entry, rows)
 
-    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: Entry | None = None) -> Any:
+    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: RecordedStep | None = None) -> Any:
         """Try to record an unknown key; replay it, or return what the model gave, with the reason counted.
 
         Args:
@@ -362,7 +362,7 @@ class Recordings:
             if refusal is not None:
                 return self._refuse([refusal], args, kwargs)
             try:
-                found = self._record(call, args, kwargs) if beside is None else self._record_way(beside, call, args, kwargs)
+                found = self._record(call, args, kwargs) if beside is None else self._record_variant(beside, call, args, kwargs)
             except Deferred as deferred:
                 self.habits.tried(call, args, kwargs, None)
                 self.attempts[call.signature] += 1
@@ -373,8 +373,8 @@ class Recordings:
                     if self.config.strict:
                         deferred.undo()
                         raise deferred.refusal from None
-                    self.ledger.refused(deferred.refusal)
-                self.ledger.eager_calls += 1
+                    self.call_log.refused(deferred.refusal)
+                self.call_log.eager_calls += 1
                 return deferred.output
             except Refused as refused:
                 if beside is None:
@@ -399,14 +399,14 @@ class Recordings:
         for attempt in given_up:
             entry, route = attempt.entry(), self.routes.get(attempt.signature)
             if entry is not None:
-                for way in list(entry.group.ways):
-                    self._drop(way)
+                for variant in list(entry.group.variants):
+                    self._drop(variant)
             elif isinstance(route, _Refused):
                 del self.routes[attempt.signature]
         return refusals
 
     def _refused(self, refused: Refused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a trial that ended in a refusal; computed once more where autograd is to record it."""
+        """The output of a first call that ended in a refusal; computed once more where autograd is to record it."""
         if refused.undo is None:
             self._count(refused.refusals)
             return refused.output
@@ -432,7 +432,7 @@ class Recordings:
             if not (isinstance(route, _Refused) and any(reference() is None for reference in route.opaques))
         }
 
-    def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
+    def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RecordedStep, int]:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
         config = self.config
         step = self._step(call, args, kwargs)
@@ -445,46 +445,48 @@ class Recordings:
                     entry = self._try(step)
                     entry.group.unmerged = step.unmerged
                 except RowsInteract as reason:
-                    self.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
+                    self.call_log.refused(reason, outcome="the step is recorded at its exact sizes")
                     plan = self.batch.reject(plan, call, for_good=not reason.unproved)
                     continue
                 self.entries[plan.key] = entry
             elif plan.rows is not None and config.verify != "off" and self._stale(entry, call) is None:
                 step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
                 try:
-                    with forced_eager("trial"):
+                    with forced_eager("first call"):
                         compare_padded(step, entry, plan.real)
                 except RowsInteract as reason:
-                    self.ledger.refused(reason, outcome="the step is recorded at its exact sizes")
+                    self.call_log.refused(reason, outcome="the step is recorded at its exact sizes")
                     plan = self.batch.reject(plan, call, for_good=True)
                     continue
             self.routes[call.signature] = (entry, plan.real)
             return entry, plan.real
 
-    def _record_way(self, beside: Entry, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, int]:
+    def _record_variant(
+        self, beside: RecordedStep, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[RecordedStep, int]:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
         step = self._step(call, args, kwargs)
         step.unmerged = beside.group.unmerged
         entry = self._try(step)
         entry.group = beside.group
-        entry.group.ways.insert(0, entry)
-        self.entries[(call.signature, "way", id(entry))] = entry
+        entry.group.variants.insert(0, entry)
+        self.entries[(call.signature, "variant", id(entry))] = entry
         self._lead(call, entry, 1)
         return entry, 1
 
-    def _try(self, step: Step) -> Entry:
+    def _try(self, step: Step) -> RecordedStep:
         owned, check = self.config.outputs == "owned", self.config.verify != "off"
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with forced_eager("trial"):  # a captured module inside this one is recorded as a part of it
-                trial = run_trial_on_device if step.host else run_trial
-                entry = trial(step, self._recorder(step.device), owned=owned, check=check)
+            with forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
+                record = record_key_on_device if step.host else record_key
+                entry = record(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
-            self.ledger.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+            self.call_log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
 
     def _step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
@@ -529,7 +531,7 @@ class Recordings:
         """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
         return host_arguments(call) if self.config.buckets is None else ()
 
-    def _outdated(self, entry: Entry, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outdated(self, entry: RecordedStep, why: _Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
         with _recording, self.lock:
             self._drop(entry)
@@ -539,20 +541,20 @@ class Recordings:
                 if self.attempts[call.signature] > 1:
                     self._remember(call, [refusal])  # which this call is counted under
                 else:
-                    self.ledger.refused(refusal, outcome="the step is recorded anew")
+                    self.call_log.refused(refusal, outcome="the step is recorded anew")
         return self._serve(args, kwargs)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: RecordedStep) -> None:
         self.last = None
         self.habits.dropped(entry)
-        entry.group.ways.remove(entry)
+        entry.group.variants.remove(entry)
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         self.routes = {s: r for s, r in self.routes.items() if isinstance(r, _Refused) or r[0] is not entry}
-        self.ledger.dropped(entry)
+        self.call_log.dropped(entry)
 
-    def _verify(self, entry: Entry, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _verify(self, entry: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._step(call, args, kwargs)
-        with forced_eager("trial"):
+        with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
             self._drop(entry)
@@ -566,8 +568,8 @@ class Recordings:
         if self.config.strict:
             raise refusals[0]
         for index, refusal in enumerate(refusals):
-            self.ledger.refused(refusal, calls=int(index == 0))
-        self.ledger.eager_calls += 1
+            self.call_log.refused(refusal, calls=int(index == 0))
+        self.call_log.eager_calls += 1
 
     def _refuse(self, refusals: list[Refusal], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         """Have `call` run the model."""
@@ -575,16 +577,16 @@ class Recordings:
         raise Eagerly
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model, because the caller asked for it, or a trial of a module around this one did."""
-        if forced_by() != "trial":
-            self.ledger.eager_calls += 1
+        """Call the model, because the caller asked for it, or the first call of a module around this one did."""
+        if forced_by() != "first call":
+            self.call_log.eager_calls += 1
         return self.model(*args, **kwargs)
 
     def report(self, mode: str) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:
             devices = ", ".join(sorted(map(str, self.recorders))) or "no device"
-            return self.ledger.report(devices, mode, list(self.entries.values()))
+            return self.call_log.report(devices, mode, list(self.entries.values()))
 
     def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.
@@ -621,6 +623,6 @@ class Recordings:
         """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""
         with _recording, self.lock:
             for entry in list(self.entries.values()):
-                self.ledger.dropped(entry)
+                self.call_log.dropped(entry)
             self.entries, self.routes, self.attempts, self.last = {}, {}, Counter(), None
             self.batch, self.moving, self.habits = BatchRule(), {}, Habits(self.parameters, self.config.max_recordings)

@@ -27,7 +27,7 @@ _call = partial(tuple.__new__, Call)  # a third of the time of Call(...)
 _attributes_of: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 
 
-class LastCall:
+class FastPath:
     """The last call: its tensor guards, and its other arguments by value or identity."""
 
     def __init__(
@@ -45,7 +45,7 @@ class LastCall:
         self._opaques = [(i, id(leaf)) for i, leaf in enumerate(leaves) if not is_constant(leaf) and not of_type(leaf, Tensor)]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...], call: Call) -> LastCall | None:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...], call: Call) -> FastPath | None:
         """The guard of a call, or None for calls that only the long way understands.
 
         Those are calls with containers, floats, values that something hangs on, or one tensor given twice.

@@ -16,7 +16,7 @@ from typing import Any
 
 from graphs.contract.arguments import Argument, Call, changeable
 from graphs.errors import ChangingValue, Refusal
-from graphs.first_call.recorded_step import Entry
+from graphs.first_call.recorded_step import RecordedStep
 
 _FEW = 4  # attempts in vain before a value has to come up again; from then on as many as recordings are kept
 _PLACES = 256
@@ -33,7 +33,7 @@ class Attempt:
     """
 
     signature: tuple[Any, ...]
-    entry: Callable[[], Entry | None]
+    entry: Callable[[], RecordedStep | None]
     replays: int = 0
     refusals: Sequence[Refusal] = ()
 
@@ -41,7 +41,7 @@ class Attempt:
     def in_vain(self) -> bool:
         """Whether nobody but the call that it was made for was served."""
         entry = self.entry()
-        return (self.replays if entry is None else sum(way.replays for way in entry.group.ways)) <= 1
+        return (self.replays if entry is None else sum(variant.replays for variant in entry.group.variants)) <= 1
 
 
 @dataclass(eq=False)
@@ -106,7 +106,12 @@ class Habits:
         return [], []
 
     def tried(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry | None, refusals: Sequence[Refusal] = ()
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        entry: RecordedStep | None,
+        refusals: Sequence[Refusal] = (),
     ) -> None:
         """Note an attempt to record a signature, and what came of it."""
         attempt = Attempt(call.signature, weakref.ref(entry) if entry is not None else lambda: None, refusals=refusals)
@@ -121,12 +126,12 @@ class Habits:
             if len(self._habits) > _PLACES:
                 self._habits.popitem(last=False)
 
-    def dropped(self, entry: Entry) -> None:
+    def dropped(self, entry: RecordedStep) -> None:
         """Keep how many calls a recording has served that is being dropped."""
         for habit in self._habits.values():
             for attempt in habit.attempts:
                 if attempt.entry() is entry:
-                    attempt.replays = sum(way.replays for way in entry.group.ways)
+                    attempt.replays = sum(variant.replays for variant in entry.group.variants)
                     attempt.entry = lambda: None
 
 

@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="graphs")``: what Dynamo traces is compiled, recorded and replayed.
 
 The entry point ``graphs`` of the group ``torch_dynamo_backends`` leads here, so nothing has to be imported for it. Each
-graph of Dynamo's becomes a `Piece`; a graph break ends one and begins another. Dynamo's guards have checked structure,
-shapes, strides, dtypes and devices before a piece is called, so what a call adds is one comparison of addresses and one
+graph of Dynamo's becomes a `Subgraph`; a graph break ends one and begins another. Dynamo's guards have checked structure,
+shapes, strides, dtypes and devices before a subgraph is called, so what a call adds is one comparison of addresses and one
 graph launch; where the graph writes, also a look that no copied input lies in that memory.
 """
 
@@ -23,8 +23,8 @@ from torch._C._dynamo.guards import compute_overlapping_tensors
 import passes
 from graphs.config import BackendOptions
 from graphs.contract.eligibility import is_capturing
-from graphs.dispatch.call_log import Ledger
-from graphs.dynamo.subgraph import RecordedPiece, record_piece
+from graphs.dispatch.call_log import CallLog
+from graphs.dynamo.subgraph import RecordedSubgraph, record_piece
 from graphs.eager_mode import forced_by, forced_eager
 from graphs.errors import (
     AutogradInput,
@@ -37,7 +37,7 @@ from graphs.errors import (
     UnsupportedArgument,
 )
 from graphs.recording.choose import recorder_for
-from graphs.recording.recorder import Recorder, trial_lock
+from graphs.recording.recorder import Recorder, first_call_lock
 from graphs.report import BackendReport, PieceReport
 from graphs.state.storage import storage_id
 
@@ -52,7 +52,7 @@ _count = itertools.count()
 
 def graphs_backend(
     module: torch.fx.GraphModule, inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
-) -> Piece:
+) -> Subgraph:
     """Compile one graph of Dynamo's and return what replays it. Called by ``torch.compile``, not by users.
 
     Args:
@@ -77,7 +77,7 @@ def graphs_backend(
         pipeline = ()
     graph = compile_graph(module, inputs, settings.compiler, pipeline, settings.compiler_options.inductor)
     graph.changes[:0] = routed.changes
-    return Piece(graph, settings, ending, routed)
+    return Subgraph(graph, settings, ending, routed)
 
 
 def backend_report() -> BackendReport:
@@ -85,10 +85,10 @@ def backend_report() -> BackendReport:
 
     Those that ``torch.compiler.reset()`` or the end of their model dropped are not in it.
     """
-    return BackendReport(tuple(piece.report() for piece in sorted(_pieces, key=lambda piece: piece.index)))
+    return BackendReport(tuple(subgraph.report() for subgraph in sorted(_pieces, key=lambda subgraph: subgraph.index)))
 
 
-class Piece:
+class Subgraph:
     """One graph of Dynamo's: a compiled function, and a recording of it for each value of its symbolic sizes.
 
     Attributes:
@@ -102,12 +102,12 @@ class Piece:
         self._lock = self._place.lock
         self._on_device = graph.device.type == "cuda"
         self._varying = [i for i in range(len(graph.names)) if i not in graph.static] if graph.sizes else []
-        self._recorded: dict[tuple[Any, ...], RecordedPiece] = {}
+        self._recorded: dict[tuple[Any, ...], RecordedSubgraph] = {}
         self._refused: dict[tuple[Any, ...], Refusal] = {}
         self._moves: Counter[int] = Counter()
         self._overlaps: tuple[tuple[int, int, int], ...] | None = None
         self._dropped = 0
-        self._ledger = Ledger()
+        self._ledger = CallLog()
         _pieces.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -138,7 +138,7 @@ class Piece:
             return self._run(inputs, AutogradInput("the graph was compiled to record gradients", operator=self._graph.name))
         if self._on_device and is_capturing():
             return self._run(inputs, NestedCapture("the current stream is being recorded by somebody else", operator="replay"))
-        with trial_lock, self._lock:
+        with first_call_lock, self._lock:
             key = self._key(inputs)
             recorded = self._recorded.get(key)
             if recorded is not None and recorded.fits(inputs):  # another thread was faster
@@ -177,13 +177,13 @@ class Piece:
             raise TooManyKeys(f"{limit} sizes are recorded (max_recordings={limit})", operator=self._graph.name)
         copied = [position for position, moves in self._moves.items() if moves > _MOVES]
         owned, check = self._options.outputs == "owned", self._options.verify != "off"
-        with forced_eager("trial"):
+        with forced_eager("first call"):
             recorded, outputs = record_piece(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
         self._recorded[key] = recorded
         recorded.replays += 1
         return outputs
 
-    def _drop(self, key: tuple[Any, ...], recorded: RecordedPiece, inputs: Sequence[Any]) -> None:
+    def _drop(self, key: tuple[Any, ...], recorded: RecordedSubgraph, inputs: Sequence[Any]) -> None:
         """Give up a recording whose static tensors moved; one that is written and moves again and again is refused."""
         del self._recorded[key]
         self._dropped += recorded.replays
@@ -197,7 +197,7 @@ class Piece:
             self._ledger.refused(refusal, outcome="the graph is recorded anew")
 
     def report(self) -> PieceReport:
-        """What this piece is and what its calls got."""
+        """What this subgraph is and what its calls got."""
         graph, recorded = self._graph, list(self._recorded.values())
         return PieceReport(
             index=self.index,
@@ -220,14 +220,14 @@ class Piece:
 
 @dataclass
 class _Place:
-    """What the pieces on one device share: a recorder with its stream and pool, and the order of their replays."""
+    """What the subgraphs on one device share: a recorder with its stream and pool, and the order of their replays."""
 
     recorder: Recorder
     lock: threading.RLock  # type: ignore[valid-type]
 
     @classmethod
     def of(cls, device: torch.device) -> _Place:
-        """The place of a device; it lives as long as some piece there."""
+        """The place of a device; it lives as long as some subgraph there."""
         place = _places.get(device)
         if place is None:
             place = _places[device] = cls(recorder_for(device), threading.RLock())
@@ -236,7 +236,7 @@ class _Place:
     __hash__ = object.__hash__
 
 
-_pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
+_pieces: weakref.WeakSet[Subgraph] = weakref.WeakSet()
 _places: weakref.WeakValueDictionary[torch.device, _Place] = weakref.WeakValueDictionary()
 
 

@@ -27,7 +27,7 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import Trace
+from graphs.observation.eager_trace import EagerTrace
 from graphs.recording.recorder import Recorder, Recording
 from graphs.state.storage import storage_id
 from graphs.state.tensor_state import RandomState
@@ -64,7 +64,7 @@ class _View:
         return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
 
 
-class RecordedPiece:
+class RecordedSubgraph:
     """A recording of a compiled graph, with where its static inputs have to be and how its outputs are put together.
 
     Attributes:
@@ -73,9 +73,9 @@ class RecordedPiece:
         seconds: what recording took.
     """
 
-    def __init__(self, recording: Recording, trial: _Trial, static: Sequence[int], outputs: list[Any]) -> None:
-        inputs = trial.inputs
-        self.recording, self.written = recording, trial.written
+    def __init__(self, recording: Recording, first: _FirstCall, static: Sequence[int], outputs: list[Any]) -> None:
+        inputs = first.inputs
+        self.recording, self.written = recording, first.written
         self.replays, self.seconds = 0, 0.0
         self._static = list(static)
         self._static_addresses = [inputs[index].data_ptr() for index in static]
@@ -83,7 +83,7 @@ class RecordedPiece:
         self._addresses = [known.get(index) for index in range(len(inputs))]
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
-        self._memory = frozenset(storage_id(inputs[index]) for index in trial.written)
+        self._memory = frozenset(storage_id(inputs[index]) for index in first.written)
         self._copied = (
             [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and i not in known] if self._memory else []
         )
@@ -121,7 +121,7 @@ def record_piece(
     *,
     owned: bool,
     check: bool,
-) -> tuple[RecordedPiece, list[Any]]:
+) -> tuple[RecordedSubgraph, list[Any]]:
     """Record ``graph`` and run the call as the first replay.
 
     Args:
@@ -135,24 +135,24 @@ def record_piece(
         Refusal: the graph cannot be recorded. Nothing has run, as far as tensors and generators show.
     """
     started = time.perf_counter()
-    trial = _Trial(graph, inputs)
-    memory = {storage_id(inputs[index]) for index in trial.written}
+    first = _FirstCall(graph, inputs)
+    memory = {storage_id(inputs[index]) for index in first.written}
     within = {i for i, value in enumerate(inputs) if isinstance(value, Tensor) and storage_id(value) in memory}
     static = sorted(({*graph.static} - {*copied}) | within)
     try:
-        piece, made = _record(trial, static, recorder, owned=owned, check=check)
+        subgraph, made = _record(first, static, recorder, owned=owned, check=check)
     except Refusal:
-        trial.undo()
+        first.undo()
         raise
     except Exception as error:  # whatever a recording meets, the compiled function still runs
-        trial.undo()
+        first.undo()
         raise CaptureFailed(f"recording raised {type(error).__name__}: {error}", operator=graph.name) from error
-    trial.trace.written.release()
-    piece.seconds = time.perf_counter() - started
-    return piece, piece.filled(made, inputs)
+    first.trace.written.release()
+    subgraph.seconds = time.perf_counter() - started
+    return subgraph, subgraph.filled(made, inputs)
 
 
-class _Trial:
+class _FirstCall:
     """The watched run of a graph, undone: what it writes, and how to take back what later runs do."""
 
     def __init__(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
@@ -165,7 +165,7 @@ class _Trial:
         if any(tensor.device != graph.device for tensor in tensors):
             raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
         self.graph, self.inputs = graph, inputs
-        self.trace, self._random = Trace(), RandomState(graph.device)
+        self.trace, self._random = EagerTrace(), RandomState(graph.device)
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]  # for operators like t_()
         given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
         try:
@@ -186,16 +186,16 @@ class _Trial:
 
 
 def _record(
-    trial: _Trial, static: Sequence[int], recorder: Recorder, *, owned: bool, check: bool
-) -> tuple[RecordedPiece, list[Tensor]]:
+    first: _FirstCall, static: Sequence[int], recorder: Recorder, *, owned: bool, check: bool
+) -> tuple[RecordedSubgraph, list[Tensor]]:
     """Warm up, record, replay and verify; returns what the first replay produced, its effects in place."""
-    graph, inputs, trace = trial.graph, trial.inputs, trial.trace
+    graph, inputs, trace = first.graph, first.inputs, first.trace
     reference = graph(*inputs)  # on the caller's stream: what kernels allocate to tune themselves stays out of the pool
     state = trace.written.copies()
     outputs, positions = _describe(reference, inputs, graph)
-    trial.undo()
+    first.undo()
     recorder.run(lambda: graph(*inputs))
-    trial.undo()
+    first.undo()
     slots = [
         Slot(graph.names[i], i, tuple(value.shape), value.dtype, value.device)
         for i, value in enumerate(inputs)
@@ -211,14 +211,14 @@ def _record(
         return [made[position] for position in positions]
 
     recording = recorder.record(body, contract, inputs, owned=owned, generators=tuple(trace.generators))
-    trial.undo()
-    piece = RecordedPiece(recording, trial, static, outputs)
+    first.undo()
+    subgraph = RecordedSubgraph(recording, first, static, outputs)
     made = recording.replay(inputs, 1)
     if check:
         found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.tensors)
         if found is not None:
             raise VerifyMismatch(found[1].replace("eager", "the compiled graph"), operator=found[0])
-    return piece, made
+    return subgraph, made
 
 
 def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGraph) -> tuple[list[Any], list[int]]:

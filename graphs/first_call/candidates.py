@@ -1,6 +1,6 @@
 """Recording a step that is compiled first: ``graphs.capture(compiler="inductor" | "auto")``.
 
-The compiled step is a substitute for the model: the trial watches the model itself, and only the warm-up and the
+The compiled step is a candidate for the model: the first call watches the model itself, and only the warm-up and the
 recording run what ``torch.compile`` made of it. A replay touches neither Dynamo's guards nor Inductor's wrappers.
 """
 
@@ -20,15 +20,15 @@ import passes
 from graphs.compile.fused_region import CompiledRegion
 from graphs.compiler_options import CompilerOptions
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
-from graphs.first_call.recorded_step import Entry
-from graphs.observation.eager_trace import Trace
+from graphs.first_call.recorded_step import RecordedStep
+from graphs.observation.eager_trace import EagerTrace
 from graphs.observation.timing import CallTime
 from graphs.rehearsal.step import Step
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes.core.composites import suspended_calls
 
 
-def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -> Entry:
+def record_compiled(step: Step, trace: EagerTrace, record: Callable[[Step], RecordedStep]) -> RecordedStep:
     """The recording of a step by its compiler; with ``"auto"`` the faster of both, uncompiled where compiling fails.
 
     Args:
@@ -40,17 +40,17 @@ def record_compiled(step: Step, trace: Trace, record: Callable[[Step], Entry]) -
     """
     if step.compiler == "none":
         return record(step)
-    substitute = CompiledModel(step.model, step.device, random=_draws(trace), options=step.compiler_options)
+    candidate = CompiledModel(step.model, step.device, random=_draws(trace), options=step.compiler_options)
     try:
-        compiled = record(step.with_substitute(substitute))
+        compiled = record(step.with_candidate(candidate))
     except RowsInteract:
         raise
     except Refusal as refusal:
         entry = record(step)
         entry.not_compiled = refusal
         return entry
-    compiled.compiler, compiled.compile_seconds = "inductor", substitute.seconds
-    compiled.rewrites = dict(Counter(change.by for change in substitute.changes))
+    compiled.compiler, compiled.compile_seconds = "inductor", candidate.seconds
+    compiled.rewrites = dict(Counter(change.by for change in candidate.changes))
     if step.compiler == "inductor":
         return compiled
     plain = record(step)
@@ -65,7 +65,7 @@ def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
         rewritten.module = step.model
     else:
         rewritten.changes += passes.run(rewritten.traced, fusion_of(step))
-    return step.with_substitute(rewritten)
+    return step.with_candidate(rewritten)
 
 
 def fusion_of(step: Step) -> list[passes.Pass]:
@@ -82,7 +82,7 @@ def _cost(replay: CallTime | None) -> float:
     return max(replay.host_us, replay.device_us or 0.0) if replay is not None else float("inf")
 
 
-def _draws(trace: Trace) -> bool:
+def _draws(trace: EagerTrace) -> bool:
     """Whether a step draws random numbers: Inductor's own would not be those that eager draws."""
     return any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
 

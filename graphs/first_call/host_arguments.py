@@ -2,7 +2,7 @@
 
 In eager the host reads them, or copies them to the device. A recording gives each a slot on the device, which a replay fills from
 pinned memory (`graphs.recording.host_ring`). So what is recorded is the step on *device copies* of them, and it has to be shown
-that it does the same there. Before the trial, from one state and undone:
+that it does the same there. Before the first call's runs, from one state and undone:
 
     A   watched, on the arguments as they are
     S   watched, on the device copies: the same operators on the same numbers, but for copies to the device, which have
@@ -23,9 +23,9 @@ import torch
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.slots import Traits, is_dense, physical
 from graphs.errors import MixedDevices, Refusal, UnsupportedOutput
-from graphs.first_call.record_key import Deferred, Refused, compare_replay, first_run, lasting_change, run_trial
-from graphs.first_call.recorded_step import Entry
-from graphs.observation.eager_trace import Operation, TensorUse, Trace, watch_again
+from graphs.first_call.record_key import Deferred, Refused, compare_replay, first_run, lasting_change, record_key
+from graphs.first_call.recorded_step import RecordedStep
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, trace_again
 from graphs.python_reads.code_reads import CodeReads
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
@@ -68,8 +68,8 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
     return traits.given_to(memory)
 
 
-def run_trial_on_device(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> Entry:
-    """`run_trial` for a step with host arguments. On return the state is the one before the call.
+def record_key_on_device(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
+    """`record_key` for a step with host arguments. On return the state is the one before the call.
 
     Raises:
         Deferred, Refused: as there; the call ran for real on the arguments as they are.
@@ -93,10 +93,10 @@ def run_trial_on_device(step: Step, recorder: Recorder, *, owned: bool, check: b
     raise Refused(step.run(), [refusal], origin.restore)
 
 
-def _recorded(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, *, owned: bool, check: bool) -> Entry:
-    """The trial on device copies; where that ran the step for real, it is undone and runs on the arguments as they are."""
+def _recorded(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, *, owned: bool, check: bool) -> RecordedStep:
+    """The first call on device copies; where that ran the step for real, it is undone and runs on the arguments as they are."""
     try:
-        entry = run_trial(copied, recorder, owned=owned, check=check)
+        entry = record_key(copied, recorder, owned=owned, check=check)
     except Refused as refused:
         if refused.undo is None:
             raise
@@ -112,7 +112,7 @@ def _recorded(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, 
     return entry
 
 
-def _in_place(step: Step, trace: Trace) -> MixedDevices | None:
+def _in_place(step: Step, trace: EagerTrace) -> MixedDevices | None:
     """A host argument that is to be used in place, which a recording on the device cannot."""
     for index in step.host:
         if index in step.static:
@@ -122,12 +122,12 @@ def _in_place(step: Step, trace: Trace) -> MixedDevices | None:
     return None
 
 
-def _compare(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, first: Trace, output: Any) -> Refusal | None:
+def _compare(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, first: EagerTrace, output: Any) -> Refusal | None:
     """Run S, and what it does otherwise than run A, as a refusal."""
     origin.restore()
     names = ", ".join(step.names[index] for index in step.host)
     try:
-        ran: Any = recorder.run(lambda: watch_again(copied.run, copied.call.tensors, first))
+        ran: Any = recorder.run(lambda: trace_again(copied.run, copied.call.tensors, first))
     except Exception as error:  # an operator that takes host tensors only
         detail = f"the step raises on a device copy of it: {type(error).__name__}: {error}".splitlines()[0]
         return MixedDevices(detail, operator=names)
@@ -141,7 +141,7 @@ def _compare(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, f
     return _on_other_devices(_made(step, output, first), _made(copied, result, second))
 
 
-def _made(step: Step, output: Any, trace: Trace) -> list[Tensor]:
+def _made(step: Step, output: Any, trace: EagerTrace) -> list[Tensor]:
     return step.template(output, step.call.tensors, list(trace.externals.values()))[1]
 
 
@@ -155,7 +155,7 @@ def _on_other_devices(expected: Sequence[Tensor], produced: Sequence[Tensor]) ->
     return None
 
 
-def _without_devices(trace: Trace) -> Trace:
+def _without_devices(trace: EagerTrace) -> EagerTrace:
     """The trace as it reads wherever the tensors are: without copies of host tensors to a device, and without devices."""
     origins: dict[int, tuple[str, int]] = {}
     kept: list[Operation] = []

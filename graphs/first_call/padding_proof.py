@@ -9,23 +9,23 @@ import torch
 from graphs.contract.outputs.template import compare_templates
 from graphs.contract.slots import Contract
 from graphs.errors import RowsInteract
-from graphs.first_call.recorded_step import Entry, sliced
+from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
-from graphs.observation.eager_trace import Trace, watch_again
+from graphs.observation.eager_trace import EagerTrace, trace_again
 from graphs.recording.recorder import ReplayRaised
 from graphs.rehearsal.step import Checkpoint, Step
 
 Tensor = torch.Tensor
 
 
-class Probe:
+class PaddingProof:
     """P: the same step with at least one row fewer than the bucket, run eagerly at its exact size.
 
     It tells which output dimensions are the batch, and what the real rows have to be whatever the padding holds.
     """
 
-    def __init__(self, step: Step, contract: Contract, start: Checkpoint, trace: Trace, externals: list[Tensor]) -> None:
+    def __init__(self, step: Step, contract: Contract, start: Checkpoint, trace: EagerTrace, externals: list[Tensor]) -> None:
         assert step.rows is not None
         self.rows, self._bucket, self._start = min(step.real, max(step.rows - 1, 1)), step.rows, start
         self._tensors = sliced(step.call.tensors, step.batch_dims, self.rows)
@@ -34,7 +34,7 @@ class Probe:
         )
         start.restore()
         try:
-            output, watched = watch_again(lambda: step.run(self._tensors), self._tensors, trace)
+            output, watched = trace_again(lambda: step.run(self._tensors), self._tensors, trace)
             shares = step.shares_memory(output, self._tensors, externals)
             self._expected = [out.clone() for out in step.template(output, self._tensors, externals)[1]]
         except Exception as error:  # for example a cache made for another batch size
@@ -61,7 +61,7 @@ class Probe:
             dims.append(changed[0] if changed else None)
         return tuple(dims)
 
-    def prove(self, entry: Entry) -> None:
+    def prove(self, entry: RecordedStep) -> None:
         """Replay with padding and with poison; raises `RowsInteract` unless the real rows and the state stay what they are."""
         if self.rows == self._bucket:
             return
@@ -82,18 +82,23 @@ class Probe:
             self._compare(entry, padded, state, outputs, "with poisoned padding")
 
     def _compare(
-        self, entry: Entry, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
+        self, entry: RecordedStep, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
     ) -> None:
         """Raise unless a replay gave what it has to: ``expected``, or what eager gives but for rounding."""
         found = tolerance.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels)
         if found is not None:
             found = candidate_difference(
-                self._expected, outputs, self._state, self._rerun, sentinels=entry.sentinels, slack=entry.slack
+                self._expected,
+                outputs,
+                self._state,
+                self._rerun,
+                sentinels=entry.sentinels,
+                tolerance_factor=entry.tolerance_factor,
             )
         if found is not None:
             raise RowsInteract(f"{when}, {found[0]}: {found[1]}")
 
-    def _replayed(self, entry: Entry, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    def _replayed(self, entry: RecordedStep, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
         self._start.restore()
         return [out.clone() for out in entry.recording.replay(tensors, rows)]
 
@@ -109,7 +114,7 @@ def _compare_random(expected: Sequence[Tensor], start: Checkpoint) -> None:
         raise RowsInteract("random numbers are drawn for padded rows too: those that come next would be others")
 
 
-def compare_padded(step: Step, entry: Entry, rows: int) -> None:
+def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
     """Compare the first padded replay at ``rows`` rows with eager at exact sizes; the state is as before.
 
     What a step makes of the number of rows (a branch, a shape, an error) is proved for the numbers that occur, each once.
@@ -118,12 +123,12 @@ def compare_padded(step: Step, entry: Entry, rows: int) -> None:
         RowsInteract: they differ.
         Exception: what the step raises at this size.
     """
-    trace, tensors = Trace(), step.call.tensors
+    trace, tensors = EagerTrace(), step.call.tensors
     for tensor in [*entry.written.tensors, *(tensors[index] for index in entry.contract.written)]:
         trace.written.save(tensor)
     start = Checkpoint(step, trace)
     try:
-        output, watched = watch_again(step.run, tensors, trace)
+        output, watched = trace_again(step.run, tensors, trace)
         state, random = trace.written.copies(), start.random_states()
         changed = start.differences()
         if watched.written.tensors or changed:
@@ -149,7 +154,9 @@ def compare_padded(step: Step, entry: Entry, rows: int) -> None:
         found = tolerance.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
         if found is not None:
             rerun = Rerun(start.restore, lambda: entry.template.tensors(step.run(tensors)), trace.written)
-            found = candidate_difference(expected, produced, state, rerun, sentinels=entry.sentinels, slack=entry.slack)
+            found = candidate_difference(
+                expected, produced, state, rerun, sentinels=entry.sentinels, tolerance_factor=entry.tolerance_factor
+            )
         if found is not None:
             raise RowsInteract(f"with {rows} rows, {found[0]}: {found[1]}")
     finally:

@@ -41,14 +41,22 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.first_call.candidates import compile_rewritten, record_compiled
-from graphs.first_call.padding_proof import Probe
-from graphs.first_call.recorded_step import Entry, reference_to, sliced
+from graphs.first_call.padding_proof import PaddingProof
+from graphs.first_call.recorded_step import RecordedStep, reference_to, sliced
 from graphs.guards.guard_walk import GuardWalk, guards_of
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
 from graphs.objects.cells import Difference
 from graphs.objects.libraries import origin_of_code
-from graphs.observation.eager_trace import Operation, TensorUse, Trace, compare_traces, last_operation, watch_again, watch_step
+from graphs.observation.eager_trace import (
+    EagerTrace,
+    Operation,
+    TensorUse,
+    compare_traces,
+    last_operation,
+    trace_again,
+    trace_eager,
+)
 from graphs.observation.timing import time_call
 from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.python_reads.named_state import Ran
@@ -91,7 +99,7 @@ class Refused(Exception):
         self.output, self.refusals, self.undo = output, list(refusals), undo
 
 
-def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> Entry:
+def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
     """Record one key. On return the state is the one before the call: the caller replays.
 
     Raises:
@@ -161,7 +169,7 @@ def run_trial(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> En
 
 
 def _examined(
-    step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: Trace
+    step: Step, origin: Checkpoint, reads: CodeReads, output: Any, trace: EagerTrace
 ) -> tuple[Checkpoint, list[Difference], list[Counter] | None, GuardWalk]:
     """What run A left: the state after it, what it changed of Python, which of that are advancing numbers, what it can have read.
 
@@ -169,7 +177,7 @@ def _examined(
         Deferred, Refused: what was seen of the run alone stands in the way of a recording.
     """
     changed, counters = origin.differences(), origin.counters()
-    lasting = next((change for change in changed if change.lasting), None)
+    lasting = next((change for change in changed if change.irreversible), None)
     if lasting is not None:
         raise Refused(output, [*trace.findings, _changing(lasting)], None)
     caught = next((finding for finding in trace.findings if isinstance(finding, StepRaises)), None)
@@ -198,7 +206,7 @@ def _examined(
     return after, changed, counters, walk
 
 
-def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Trace]:
+def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, EagerTrace]:
     """Run A, from ``origin``, which covers it then, with what its Python asks for. An exception it raises leaves no trace.
 
     Raises:
@@ -207,16 +215,16 @@ def first_run(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Tr
             that was the call.
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
-    trace = Trace()
+    trace = EagerTrace()
     reads.before = functools.partial(_take_named, origin)
     try:
-        output, _ = watch_step(observed(step.run, reads), step.call.tensors, into=trace)
+        output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
         origin.covers(trace)
         if is_interrupt(error):
             origin.restore()
             raise
-        if not isinstance(error, Exception) or any(change.lasting for change in origin.differences()):
+        if not isinstance(error, Exception) or any(change.irreversible for change in origin.differences()):
             raise StepRaised(error) from None
         origin.restore()
         raise RaisedWatched(error) from error
@@ -239,7 +247,7 @@ def _catches(reads: CodeReads) -> bool:
     return not reads.complete or any(getattr(code, "co_exceptiontable", True) for code in codes)
 
 
-def _unreturnable(step: Step, trace: Trace, output: Any, after: Checkpoint) -> Refusal | None:
+def _unreturnable(step: Step, trace: EagerTrace, output: Any, after: Checkpoint) -> Refusal | None:
     """Why no replay can hand out what run A returned; None where one can."""
     arguments = {id(value) for value in (*step.call.tensors, *step.call.opaques)}
 
@@ -255,7 +263,7 @@ def _unreturnable(step: Step, trace: Trace, output: Any, after: Checkpoint) -> R
 
 def lasting_change(origin: Checkpoint) -> ChangingValue | None:
     """What changed since ``origin`` and cannot be undone, an iterator that moved on; or None."""
-    lasting = next((change for change in origin.differences() if change.lasting), None)
+    lasting = next((change for change in origin.differences() if change.irreversible), None)
     return _changing(lasting) if lasting is not None else None
 
 
@@ -268,7 +276,7 @@ def _compare_consecutive(
     step: Step,
     recorder: Recorder,
     start: Checkpoint,
-    first: Trace,
+    first: EagerTrace,
     output: Any,
     changed: list[Difference],
     walk: GuardWalk,
@@ -307,13 +315,13 @@ def _compare_consecutive(
 
 
 def _again(
-    step: Step, recorder: Recorder, start: Checkpoint, first: Trace
-) -> tuple[Trace, list[Difference], BaseException | None, Any, list[Counter] | None]:
+    step: Step, recorder: Recorder, start: Checkpoint, first: EagerTrace
+) -> tuple[EagerTrace, list[Difference], BaseException | None, Any, list[Counter] | None]:
     start.restore()
     settled = start.python.shifted()
-    trace, result, error = Trace(), None, None
+    trace, result, error = EagerTrace(), None, None
     try:
-        result, trace = recorder.run(lambda: watch_again(step.run, step.call.tensors, first))  # type: ignore[misc]
+        result, trace = recorder.run(lambda: trace_again(step.run, step.call.tensors, first))  # type: ignore[misc]
     except BaseException as raised:  # the user's step may fail in its second run; the caller looks for the reason
         if is_interrupt(raised):
             raise
@@ -328,18 +336,18 @@ def _record(
     step: Step,
     recorder: Recorder,
     start: Checkpoint,
-    trace: Trace,
+    trace: EagerTrace,
     output: Any,
     *,
     owned: bool,
     check: bool,
     counters: Sequence[Counter] = (),
-) -> Entry:
+) -> RecordedStep:
     """C, R, the recording, V and P. Raises a `Refusal`; the caller restores the state.
 
-    Where the step has a substitute for its model, C and P still run the model, and R and the recording the substitute.
+    Where the step has a candidate for its model, C and P still run the model, and R and the recording the candidate.
     """
-    tensors, plain = step.call.tensors, step.without_substitute()
+    tensors, plain = step.call.tensors, step.without_candidate()
     in_place = {*step.static, *sharing(tensors, trace.written.tensors)}
     moving = (
         [index for index in in_place & step.moving if alone(index, tensors, _not_given(trace, tensors))]
@@ -359,12 +367,12 @@ def _record(
         externals = list(trace.externals.values())
     proof = Proof()
     if plain is not step:
-        template = _compare_substitute(step, start, trace, stand_ins, externals, check=check)
+        template = _compare_candidate(step, start, trace, stand_ins, externals, check=check)
         proof = prove(step, start, trace, stand_ins, template) if check else Proof()
         if unmerged(step, proof):
             return _record(plain, recorder, start, trace, output, owned=owned, check=check, counters=counters)
         step, plain = dataclasses.replace(step, form=template), dataclasses.replace(plain, form=template)
-    probe = Probe(plain, contract, start, trace, externals) if step.rows is not None else None
+    probe = PaddingProof(plain, contract, start, trace, externals) if step.rows is not None else None
     _reset(step, start)
     reference: list[Tensor] = _guarded(step, lambda: recorder.run(lambda: step.produced(stand_ins, externals)))
     contract.write_back(stand_ins, tensors)
@@ -376,7 +384,7 @@ def _record(
     recording = _recorded(step, recorder, contract, externals, start, trace, owned=owned)
     checked = step.model.checked(recording, _draws(step.device, trace)) if isinstance(step.model, RewrittenStep) else None
     recording = checked or recording
-    entry = Entry(
+    entry = RecordedStep(
         recording,
         contract,
         template,
@@ -386,7 +394,7 @@ def _record(
         trace.written,
         ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
         device_free_delta=free - _free_memory(step.device),
-        substitute=None if plain is step else step.model,
+        candidate=None if plain is step else step.model,
         checked=checked,
         uploads=_uploads(step),
         proof=proof,
@@ -413,19 +421,19 @@ def _stand_in_run(
     step: Step,
     recorder: Recorder,
     start: Checkpoint,
-    first: Trace,
+    first: EagerTrace,
     contract: Contract,
     stand_ins: list[Tensor],
     output: Any,
     counters: Sequence[Counter],
-) -> tuple[list[Tensor], OutputTemplate, Trace]:
+) -> tuple[list[Tensor], OutputTemplate, EagerTrace]:
     """Run C. Returns the tensors the recording reads in place, the template of its output, and what was seen.
 
     Only here is an argument told apart from the step's own tensor that it happens to be, and a padded batch from the
     call's: the same tensors must be written, and at exact sizes the same operators run on the same numbers and layouts.
     """
     start.restore()
-    result, trace = _guarded(step, lambda: recorder.run(lambda: watch_again(lambda: step.run(stand_ins), stand_ins, first)))
+    result, trace = _guarded(step, lambda: recorder.run(lambda: trace_again(lambda: step.run(stand_ins), stand_ins, first)))
     changed = start.differences() if start.counters() != list(counters) else []
     start.restore()
     adopt_returned(trace, result, start.python)
@@ -453,13 +461,13 @@ def _stand_in_run(
     return externals, template, trace
 
 
-def _not_given(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _not_given(trace: EagerTrace, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What a step reads in place and is not given."""
     given = {storage_id(tensor) for tensor in tensors}
     return [tensor for storage, tensor in trace.externals.items() if storage not in given]
 
 
-def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: Trace, start: Checkpoint) -> StaticTensors:
+def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: EagerTrace, start: Checkpoint) -> StaticTensors:
     tensors = step.call.tensors
     copied = {storage_id(tensors[index]) for index in contract.written}
     return StaticTensors(
@@ -475,7 +483,7 @@ def _statics(step: Step, contract: Contract, externals: list[Tensor], trace: Tra
 
 
 def _reset(step: Step, start: Checkpoint) -> None:
-    """The state before the call, for a run of the step or of its substitute."""
+    """The state before the call, for a run of the step or of its candidate."""
     start.restore()
     if isinstance(step.model, RewrittenStep):
         step.model.prepare()
@@ -487,7 +495,7 @@ def _uploads(step: Step) -> list[Tensor]:
     return module.meta.get("uploaded", []) if module is not None else []
 
 
-def _bumped(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _bumped(trace: EagerTrace, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of the step's own that it writes, as it has them: autograd counts their writes."""
     given = {storage_id(tensor) for tensor in tensors}
     return [
@@ -497,7 +505,7 @@ def _bumped(trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _drawn_on_host(step: Step, origin: Checkpoint, trace: Trace) -> SideEffect | None:
+def _drawn_on_host(step: Step, origin: Checkpoint, trace: EagerTrace) -> SideEffect | None:
     """The operator by which a step on a device draws from a generator of the host: a replay would not."""
     if step.device.type == "cpu" or not origin.host_has_drawn():
         return None
@@ -519,19 +527,19 @@ def _is_on(device: torch.device, operation: Operation) -> bool:
     return device.type in kinds
 
 
-def _draws(device: torch.device, trace: Trace) -> Callable[[], RandomState] | None:
+def _draws(device: torch.device, trace: EagerTrace) -> Callable[[], RandomState] | None:
     """What saves the random generators before a replay that may have to be undone; None where the step draws nothing."""
     seeded = any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in trace.operations)
     return (lambda: RandomState(device, {g: g.get_state() for g in trace.generators})) if seeded else None
 
 
 def _without_host_values(
-    step: Step, start: Checkpoint, watched: Trace, stand_ins: list[Tensor], counters: Sequence[Counter]
+    step: Step, start: Checkpoint, watched: EagerTrace, stand_ins: list[Tensor], counters: Sequence[Counter]
 ) -> Step:
     """The step with the graph that the passes make of it in the model's place."""
     start.restore()
     try:
-        substitute = rewrite(step.without_substitute(), watched, stand_ins, Counters(counters, step.device) if counters else None)
+        candidate = rewrite(step.without_candidate(), watched, stand_ins, Counters(counters, step.device) if counters else None)
     except Refusal:
         raise
     except Exception as error:
@@ -544,12 +552,12 @@ def _without_host_values(
         raise type(found)(detail, operator=found.operator, site=found.site) from error
     finally:
         start.restore()
-    if substitute.assumption is not None and step.rows is not None:
+    if candidate.assumption is not None and step.rows is not None:
         raise RowsInteract("the step depends on host values, which padded rows take part in")
-    return compile_rewritten(step, substitute)
+    return compile_rewritten(step, candidate)
 
 
-def _covers(trace: Trace, rewritten: Any, tensors: Sequence[Tensor]) -> bool:
+def _covers(trace: EagerTrace, rewritten: Any, tensors: Sequence[Tensor]) -> bool:
     """Have ``trace`` cover what a rewritten graph reaches that the eager run did not, on a side of a branch not taken.
 
     Returns whether it writes an argument that was not known to be written.
@@ -565,14 +573,14 @@ def _covers(trace: Trace, rewritten: Any, tensors: Sequence[Tensor]) -> bool:
     return bool(unknown)
 
 
-def _compare_substitute(
-    step: Step, start: Checkpoint, trace: Trace, stand_ins: list[Tensor], externals: list[Tensor], *, check: bool
+def _compare_candidate(
+    step: Step, start: Checkpoint, trace: EagerTrace, stand_ins: list[Tensor], externals: list[Tensor], *, check: bool
 ) -> OutputTemplate:
-    """Run the substitute for the first time, which may compile it, and compare it with the model.
+    """Run the candidate for the first time, which may compile it, and compare it with the model.
 
-    Returns the template of its output: what the model hands through on one side of a branch, the substitute makes.
+    Returns the template of its output: what the model hands through on one side of a branch, the candidate makes.
     """
-    plain = step.without_substitute()
+    plain = step.without_candidate()
     start.restore()
     returned = _guarded(plain, lambda: plain.run(stand_ins))
     exact = plain.template(returned, stand_ins, externals)[0]
@@ -585,7 +593,7 @@ def _compare_substitute(
     template, produced = step.template(step.run(stand_ins), stand_ins, externals)
     if template.identities != identities:
         raise VerifyMismatch(
-            "other parts of it are one object when a substitute runs in the place of the model", operator="output"
+            "other parts of it are one object when a candidate runs in the place of the model", operator="output"
         )
     expected, produced = template.tensors(output), template.seen(produced)
     fetched = [i for i, (a, b) in enumerate(zip(expected, produced, strict=True)) if a.device != b.device]
@@ -594,7 +602,7 @@ def _compare_substitute(
     rerun = Rerun(start.restore, lambda: template.tensors(plain.run(stand_ins)), trace.written)
     found = candidate_difference(expected, produced, state, rerun) if check else None
     if found is not None:
-        raise VerifyMismatch(f"{found[1]} when a substitute runs in the place of the model", operator=found[0])
+        raise VerifyMismatch(f"{found[1]} when a candidate runs in the place of the model", operator=found[0])
     return template
 
 
@@ -631,7 +639,7 @@ def _recorded(
     contract: Contract,
     externals: list[Tensor],
     start: Checkpoint,
-    trace: Trace,
+    trace: EagerTrace,
     *,
     owned: bool,
 ) -> Recording:
@@ -664,7 +672,7 @@ def _recorded(
 
 
 def _verify_first_replay(
-    entry: Entry, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
+    entry: RecordedStep, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
 ) -> None:
     seen = entry.template.seen
     expected = seen(sliced(reference, entry.contract.output_dims, rows))
@@ -674,7 +682,7 @@ def _verify_first_replay(
         raise VerifyMismatch(f"{found[1]} in the first replay of the recording", operator=found[0])
 
 
-def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_ins: list[Tensor]) -> None:
+def _verify_second_replay(plain: Step, entry: RecordedStep, start: Checkpoint, stand_ins: list[Tensor]) -> None:
     """Two steps in a row, eagerly and replayed: what Python advances has to reach the second one."""
     assert entry.checked is not None
     seen = entry.template.seen
@@ -688,18 +696,18 @@ def _verify_second_replay(plain: Step, entry: Entry, start: Checkpoint, stand_in
     state = entry.written.copies()
     start.restore()
     entry.recording.replay(stand_ins, plain.real)
-    entry.checked.store()
+    entry.checked.commit()
     produced = seen(entry.recording.replay(stand_ins, plain.real))
-    if entry.checked.held():  # else the second step goes another way
+    if entry.checked.valid():  # else the second step is another variant
         found = candidate_difference(expected, produced, state, Rerun(start.restore, twice, entry.written))
         if found is not None:
             raise VerifyMismatch(f"{found[1]} in the second of two steps", operator=found[0])
     start.restore()
 
 
-def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None:
+def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
-    trace = Trace()
+    trace = EagerTrace()
     for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
         trace.written.save(tensor)
     start = Checkpoint(step, trace)
@@ -708,9 +716,9 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         return entry.template.tensors(step.run(step.call.tensors))
 
     try:
-        if entry.checked is not None:  # an eager run of another way would write what this recording does not
+        if entry.checked is not None:  # an eager run of another variant would write what this recording does not
             entry.recording.replay(step.call.tensors, rows)
-            held = entry.checked.held()
+            held = entry.checked.valid()
             start.restore()
             if not held:
                 return None
@@ -721,7 +729,9 @@ def compare_replay(step: Step, entry: Entry, rows: int) -> VerifyMismatch | None
         found = tolerance.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
         if found is not None and entry.rounds_otherwise:
             rerun = Rerun(start.restore, run, trace.written)
-            found = candidate_difference(expected, produced, state, rerun, sentinels=entry.sentinels, slack=entry.slack)
+            found = candidate_difference(
+                expected, produced, state, rerun, sentinels=entry.sentinels, tolerance_factor=entry.tolerance_factor
+            )
         return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
     finally:
         start.restore()

@@ -18,31 +18,31 @@ from graphs.numerics.tolerance import OTHER_KERNELS
 from graphs.observation.timing import CallTime
 from graphs.recording.recorder import Recording
 from graphs.rewriting.proof import Proof
-from graphs.rewriting.rewritten_step import CheckedRecording
+from graphs.rewriting.rewritten_step import CheckedReplay
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
 
 
 @dataclass
-class Ways:
+class Variants:
     """The recordings of one key.
 
     Attributes:
         ways: each for other outcomes of what the step decides by host values; the last used first.
         broken: calls that none of them could serve, since there were as many as are recorded.
-        refusals: why another way cannot be recorded, once that was found.
+        refusals: why another variant cannot be recorded, once that was found.
         unmerged: branches that could not become part of the first recording; the others are spared the attempt.
     """
 
-    ways: list[Entry]
+    variants: list[RecordedStep]
     broken: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
 
 @dataclass
-class Entry:
+class RecordedStep:
     """A recording with everything a replay needs.
 
     Attributes:
@@ -52,7 +52,7 @@ class Entry:
         written: the tensors that the step writes in place.
         sentinels: padding rows that padded calls may write to.
         replays, real_rows: calls served and the rows they had.
-        substitute: what was recorded in the model's place; it owns constants that the recording reads.
+        candidate: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
         rewrites: how often each pass changed the graph that was compiled.
@@ -84,18 +84,18 @@ class Entry:
     capture_seconds: float = 0.0
     replays: int = 0
     real_rows: int = 0
-    substitute: Any = None
+    candidate: Any = None
     compiler: str = "none"
     compile_seconds: float = 0.0
     rewrites: dict[str, int] = field(default_factory=dict)
     candidates: dict[str, float] = field(default_factory=dict)
     catches: bool = False
     not_compiled: Refusal | None = None
-    checked: CheckedRecording | None = None
+    checked: CheckedReplay | None = None
     uploads: list[Tensor] = field(default_factory=list)
     guards: Guards = field(default_factory=lambda: Guards((), ()))
     proof: Proof = field(default_factory=Proof)
-    group: Ways = field(default_factory=lambda: Ways([]))
+    group: Variants = field(default_factory=lambda: Variants([]))
     on_device: bool = False
     generators: list[torch.Generator] | None = None
     bumped: list[Tensor] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Entry:
     from_host: bool = False
 
     def __post_init__(self) -> None:
-        self.group = Ways([self])
+        self.group = Variants([self])
 
     @property
     def rounds_otherwise(self) -> bool:
@@ -111,12 +111,12 @@ class Entry:
 
         A kernel takes the number in a 0-d host tensor as it is, and casts one on the device to the dtype that it computes in.
         """
-        return self.substitute is not None or self.contract.rows is not None or self.from_host
+        return self.candidate is not None or self.contract.rows is not None or self.from_host
 
     @property
-    def slack(self) -> float:
+    def tolerance_factor(self) -> float:
         """Factor on the tolerance between eager and a replay where no run in float64 can tell what rounding does."""
-        return OTHER_KERNELS if self.substitute is not None else 1.0
+        return OTHER_KERNELS if self.candidate is not None else 1.0
 
     @property
     def sentinels(self) -> list[int]:

@@ -99,7 +99,7 @@ def candidate_difference(
     rerun: Rerun,
     *,
     sentinels: Sequence[int] = (),
-    slack: float = tolerance.OTHER_KERNELS,
+    tolerance_factor: float = tolerance.OTHER_KERNELS,
 ) -> tuple[str, str] | None:
     """What a candidate's run gets wrong, and how; None where its error is of the size of eager's.
 
@@ -109,7 +109,7 @@ def candidate_difference(
         expected, state: outputs and written tensors of eager; produced: outputs of the candidate, just run.
         rerun: the step from the same state, and the tensors it writes, as the candidate left them.
         sentinels: rows of written tensors in which anything may stand.
-        slack: factor on the tolerance where no run in float64 is possible.
+        tolerance_factor: factor on the tolerance where no run in float64 is possible.
     """
     found = tolerance.run_difference(expected, produced, state, rerun.written.tensors, sentinels)
     if found is None:
@@ -126,7 +126,7 @@ def candidate_difference(
     if precise is not None and not why and (share := max(map(_share, precise.results), default=0.0)) > MEANINGLESS:
         why = f"rounding makes up {share:.0%} of what it computes"
     if precise is None or why:
-        found = tolerance.run_difference(expected, produced, state, left, sentinels, slack)
+        found = tolerance.run_difference(expected, produced, state, left, sentinels, tolerance_factor)
         return (found[0], f"{found[1]}; by tolerance, since {why}") if found is not None else None
     refused = _with_ties(precise, candidate, names, sentinels, rerun)
     if refused is None:

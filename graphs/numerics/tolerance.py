@@ -49,8 +49,8 @@ def _deviation(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     return error, limit * torch.maximum(magnitude, typical.double())
 
 
-def difference(expected: Tensor, actual: Tensor, slack: float = 1.0) -> str:
-    """How ``actual`` deviates from ``expected`` beyond ``slack`` times the tolerance, or an empty string.
+def difference(expected: Tensor, actual: Tensor, tolerance_factor: float = 1.0) -> str:
+    """How ``actual`` deviates from ``expected`` beyond ``tolerance_factor`` times the tolerance, or an empty string.
 
     Non-finite values must stand in the same places.
     """
@@ -61,17 +61,19 @@ def difference(expected: Tensor, actual: Tensor, slack: float = 1.0) -> str:
     if expected.dtype != actual.dtype:
         return f"has dtype {actual.dtype}, eager gave {expected.dtype}"
     error, limit = _deviation(expected, actual)
-    wrong = error > limit * slack
+    wrong = error > limit * tolerance_factor
     count = int(wrong.sum())
     if not count:
         return ""
     return f"differs from eager in {count} of {error.numel()} elements, by up to {float(error[wrong].max()):.3g}"
 
 
-def first_difference(expected: Sequence[Tensor], actual: Sequence[Tensor], slack: float = 1.0) -> tuple[int, str] | None:
+def first_difference(
+    expected: Sequence[Tensor], actual: Sequence[Tensor], tolerance_factor: float = 1.0
+) -> tuple[int, str] | None:
     """Position and description of the first tensor that deviates."""
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        text = difference(a, b, slack)
+        text = difference(a, b, tolerance_factor)
         if text:
             return index, text
     return None
@@ -140,7 +142,7 @@ def _rolled(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def state_difference(
-    expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int], slack: float = 1.0
+    expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int], tolerance_factor: float = 1.0
 ) -> tuple[int, str] | None:
     """Like `first_difference` for the tensors a step writes, where padded rows may write to the rows ``sentinels``.
 
@@ -148,8 +150,8 @@ def state_difference(
     """
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
         b = b.to(a.device)  # copies go to host memory where the device has no room
-        text = difference(a, b, slack)
-        if text and not any(_only_in_row(a, b, row, slack) for row in sentinels):
+        text = difference(a, b, tolerance_factor)
+        if text and not any(_only_in_row(a, b, row, tolerance_factor) for row in sentinels):
             return index, text
     return None
 
@@ -160,25 +162,25 @@ def run_difference(
     state: Sequence[Tensor],
     written: Sequence[Tensor],
     sentinels: Sequence[int] = (),
-    slack: float = 1.0,
+    tolerance_factor: float = 1.0,
 ) -> tuple[str, str] | None:
     """What deviates first in a run, and how: an output, else a tensor that the step writes.
 
     Args:
         outputs, state: what they have to be; produced, written: what the run gave and left.
         sentinels: see `state_difference`.
-        slack: factor on the tolerance; see `OTHER_KERNELS`.
+        tolerance_factor: factor on the tolerance; see `OTHER_KERNELS`.
     """
-    found = first_difference(outputs, produced, slack)
+    found = first_difference(outputs, produced, tolerance_factor)
     if found is not None:
         return f"output {found[0]}", found[1]
-    found = state_difference(state, written, sentinels, slack)
+    found = state_difference(state, written, sentinels, tolerance_factor)
     return (f"state written by the step, tensor {found[0]}", found[1]) if found is not None else None
 
 
-def _only_in_row(expected: Tensor, actual: Tensor, row: int, slack: float) -> bool:
+def _only_in_row(expected: Tensor, actual: Tensor, row: int, tolerance_factor: float) -> bool:
     error, limit = _deviation(expected, actual)
-    wrong = error > limit * slack
+    wrong = error > limit * tolerance_factor
     for dim, size in enumerate(expected.shape):
         if -size <= row < size:
             rest = wrong.clone()

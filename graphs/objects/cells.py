@@ -30,7 +30,7 @@ class Difference:
     path: str
     before: str
     after: str
-    lasting: bool = False
+    irreversible: bool = False
 
 
 class CellView:
@@ -142,7 +142,7 @@ def reference_to(value: Any) -> Callable[[], Any]:
 
 
 @dataclass(slots=True)
-class Place:
+class Cell:
     """A mutable thing with a copy of its content, and how to read and write it."""
 
     form: str  # path of an entry, with {} for its key
@@ -150,7 +150,7 @@ class Place:
     read: Callable[[], Any]
     write: Callable[[Any], None]
     transient: bool = False  # changes between calls are the caller's own affair
-    lasting: bool = False
+    irreversible: bool = False
     container: Any = None  # the dict or list itself, where it is one
     draw: Callable[[], Any] | None = None  # of a random generator
 
@@ -221,17 +221,17 @@ def text_of(value: Any) -> str:
     return repr(value) if kind in LEAVES or issubclass(kind, enum.Enum) else f"a {kind.__name__}"
 
 
-def place_differences(place: Place) -> list[Difference]:
+def place_differences(place: Cell) -> list[Difference]:
     """What changed in one place since it was read first."""
     before, after = place.content, place.read()
     if not isinstance(before, (dict, list)):
         if same(before, after) or (not isinstance(before, tuple) and before == after):
             return []
-        return [Difference(place.form.format(""), "in another state", "advanced", place.lasting)]
+        return [Difference(place.form.format(""), "in another state", "advanced", place.irreversible)]
     return [Difference(place.form.format(key), text_of(a), text_of(b)) for key, a, b in changed_entries(place)]
 
 
-def changed_entries(place: Place) -> list[tuple[Any, Any, Any]]:
+def changed_entries(place: Cell) -> list[tuple[Any, Any, Any]]:
     """Key, value before and value now of what changed in a mapping or list."""
     before, after = place.content, place.read()
     old = before if isinstance(before, dict) else dict(enumerate(before))

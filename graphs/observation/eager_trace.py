@@ -125,7 +125,7 @@ class Operation:
 
 
 @dataclass
-class Trace:
+class EagerTrace:
     """What one watched run did.
 
     Attributes:
@@ -166,12 +166,12 @@ class Trace:
         self.counts[refusal.signature] += 1
 
 
-class _Watch(TorchDispatchMode):
-    """Fills a `Trace` with what reaches the dispatcher."""
+class _Watching(TorchDispatchMode):
+    """Fills a `EagerTrace` with what reaches the dispatcher."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, trace: Trace, arguments: list[Tensor], before: Trace | None) -> None:
+    def __init__(self, trace: EagerTrace, arguments: list[Tensor], before: EagerTrace | None) -> None:
         super().__init__()
         self.trace = trace
         self.before = before
@@ -386,7 +386,7 @@ def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refu
 class _Conversions(Calls):
     """Reports conversions to host objects, and tells the dispatch mode which Python function is running."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: _Watching) -> None:
         super().__init__()
         self.watch = watch
         self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
@@ -484,7 +484,7 @@ def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def _raw_launches(watch: _Watch) -> Iterator[None]:
+def _raw_launches(watch: _Watching) -> Iterator[None]:
     """Report Triton kernels that are launched outside any operator: no schema says what they write."""
     triton = sys.modules.get("triton")
     if triton is None:
@@ -508,15 +508,15 @@ def _raw_launches(watch: _Watch) -> Iterator[None]:
         hooks.remove(launched)
 
 
-def watch_again(fn: Callable[[], Any], arguments: list[Tensor], before: Trace) -> tuple[Any, Trace]:
+def trace_again(fn: Callable[[], Any], arguments: list[Tensor], before: EagerTrace) -> tuple[Any, EagerTrace]:
     """Watch another run of a step; what it writes beyond what ``before`` saved is put back, also when it raises.
 
-    So are generators that it draws from and ``before`` did not. `Trace.written` tells what was written. What ``before`` saved
+    So are generators that it draws from and ``before`` did not. `EagerTrace.written` tells what was written. What ``before``
     is the caller's to restore.
     """
-    trace = Trace()
+    trace = EagerTrace()
     try:
-        return watch_step(fn, arguments, before, trace)
+        return trace_eager(fn, arguments, before, trace)
     finally:
         trace.written.restore()
         for generator, state in trace.generators.items():
@@ -524,20 +524,20 @@ def watch_again(fn: Callable[[], Any], arguments: list[Tensor], before: Trace) -
                 generator.set_state(state)
 
 
-def watch_step(
-    fn: Callable[[], Any], arguments: list[Tensor], before: Trace | None = None, into: Trace | None = None
-) -> tuple[Any, Trace]:
+def trace_eager(
+    fn: Callable[[], Any], arguments: list[Tensor], before: EagerTrace | None = None, into: EagerTrace | None = None
+) -> tuple[Any, EagerTrace]:
     """Run ``fn`` once, eagerly and for real, and return its output with the trace.
 
     Args:
         fn: the step with its arguments bound.
         arguments: the tensor arguments, so that they are not taken for externals.
-        before: the trace of an earlier run of the same step. What it saved is not saved again, so `Trace.written` holds
+        before: the trace of an earlier run of the same step. What it saved is not saved again, so `EagerTrace.written` holds
             only what is written in addition, and checksums are not taken.
         into: the trace to fill, for callers that need it when ``fn`` raises.
     """
-    trace = into if into is not None else Trace()
-    watch = _Watch(trace, arguments, before)
+    trace = into if into is not None else EagerTrace()
+    watch = _Watching(trace, arguments, before)
     conversions = _Conversions(watch)
     asking = grad_questions(conversions.asked_by, is_users) if conversions.grad_mode else contextlib.nullcontext()
     with torch.compiler.set_stance("force_eager"), _raw_launches(watch), unnoticed(), asking, conversions, watch:
@@ -560,7 +560,7 @@ def watch_step(
     return output, trace
 
 
-def _last_reader(trace: Trace, storage: int) -> Operation:
+def _last_reader(trace: EagerTrace, storage: int) -> Operation:
     """The operator that a write to an external is most likely to come from: the last that was given it, not ATen's."""
     readers = [o for o in trace.operations if _mentions(o.arguments, ("external", storage))]
     foreign = [o for o in readers if o.func.namespace != "aten"]
@@ -583,7 +583,7 @@ def _checksum(tensor: Tensor) -> Tensor:
         return torch.stack([(part * torch.arange(1, part.numel() + 1, device=part.device)).sum() for part in parts]).sum()
 
 
-def compare_traces(first: Trace, second: Trace) -> Refusal | None:
+def compare_traces(first: EagerTrace, second: EagerTrace) -> Refusal | None:
     """The first operator or value that differs between two consecutive steps, as a refusal, or None."""
     for index, (a, b) in enumerate(zip(first.operations, second.operations, strict=False)):
         if a.func is not b.func:

@@ -188,7 +188,7 @@ class CudaRecorder:
                 torch._C._cuda_releasePool(index, self.pool)
 
     def refuses(self, operator: str) -> str | None:
-        """Why an operator cannot be recorded here; see `DevicePolicy`."""
+        """Why an operator cannot be recorded here; see `Vendor`."""
         return self.policy.refuses(operator)
 
     @contextlib.contextmanager

@@ -14,8 +14,8 @@ Tensor = torch.Tensor
 Body = Callable[[Sequence[Tensor]], list[Tensor]]
 """A step bound to its constants: tensor leaves in, produced output tensors out."""
 
-trial_lock = threading.RLock()
-"""One trial at a time in a process: a capture shares the state of allocators and generators."""
+first_call_lock = threading.RLock()
+"""One first call at a time in a process: a capture shares the state of allocators and generators."""
 
 
 class ReplayRaised(Exception):

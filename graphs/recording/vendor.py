@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class DevicePolicy:
+class Vendor:
     """How a vendor's graphs are recorded.
 
     Attributes:
@@ -82,8 +82,8 @@ def _load(libraries: tuple[str, ...]) -> ctypes.CDLL:
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal, hipStreamCaptureModeThreadLocal
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, hipStreamNonBlocking
 
-CUDA = DevicePolicy("cuda")
-HIP = DevicePolicy(
+CUDA = Vendor("cuda")
+HIP = Vendor(
     "hip",
     poll_capture=True,
     libraries=("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"),
@@ -93,7 +93,7 @@ HIP = DevicePolicy(
 )
 
 
-def choose_policy(hip: str | None, has_faulting_topk: bool) -> DevicePolicy:
+def choose_policy(hip: str | None, has_faulting_topk: bool) -> Vendor:
     """The policy for a build of torch.
 
     Args:
@@ -106,7 +106,7 @@ def choose_policy(hip: str | None, has_faulting_topk: bool) -> DevicePolicy:
 
 
 @functools.cache
-def current_policy() -> DevicePolicy:
+def current_policy() -> Vendor:
     """The policy of this process. The faulting ``topk`` arrived with ``check_input_liveness``, which is probed for."""
     has_faulting_topk = "check_input_liveness" in (torch.cuda.CUDAGraph.capture_begin.__doc__ or "")
     return choose_policy(torch.version.hip, has_faulting_topk)

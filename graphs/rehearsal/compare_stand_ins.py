@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal, UnsupportedOperator
-from graphs.observation.eager_trace import Operation, TensorUse, Trace, compare_traces
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, compare_traces
 from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 _NO_OFFSET = "leave storage_offset out: it is then the argument's own; or narrow() the argument first"
 
 
-def compare_with_stand_ins(first: Trace, second: Trace, tensors: Sequence[Tensor], *, strides: bool) -> Refusal | None:
+def compare_with_stand_ins(first: EagerTrace, second: EagerTrace, tensors: Sequence[Tensor], *, strides: bool) -> Refusal | None:
     """The first difference between a run on ``tensors`` and one on stand-ins for them, or None.
 
     Where several arguments share memory, or one is a tensor of the step's own, the first run could not tell which of them an
@@ -49,11 +49,11 @@ def compare_with_stand_ins(first: Trace, second: Trace, tensors: Sequence[Tensor
     return type(refusal)(detail, operator=refusal.operator, site=refusal.site)
 
 
-def _each(trace: Trace, seen: Callable[[Any], Any]) -> list[Operation]:
+def _each(trace: EagerTrace, seen: Callable[[Any], Any]) -> list[Operation]:
     return [dataclasses.replace(operation, arguments=seen(operation.arguments)) for operation in trace.operations]
 
 
-def reads_by_layout(trace: Trace, scattered: Sequence[int]) -> UnsupportedOperator | None:
+def reads_by_layout(trace: EagerTrace, scattered: Sequence[int]) -> UnsupportedOperator | None:
     """A read of an argument's memory beyond its own elements, which a copy does not have; or None.
 
     Args:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import Refusal, Site, VerifyMismatch
-from graphs.observation.eager_trace import Operation, TensorUse, Trace
+from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
 
 
-def lines_of_results(trace: Trace, outputs: Sequence[Tensor], first: Trace) -> dict[str, Site]:
+def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerTrace) -> dict[str, Site]:
     """Lines by what `verify.run_difference` calls a result.
 
     Args:
@@ -39,7 +39,7 @@ def _writes(operation: Operation, origin: tuple[str, int] | None) -> bool:
     return any(isinstance(value, TensorUse) and value.origin == origin for value in written)
 
 
-def with_line(refusal: Refusal, trace: Trace) -> Refusal:
+def with_line(refusal: Refusal, trace: EagerTrace) -> Refusal:
     """A mismatch with the line of the result that differs, where it is known; another refusal as it is."""
     site = trace.made_at.get(refusal.operator)
     if not isinstance(refusal, VerifyMismatch) or refusal.site.file or site is None:

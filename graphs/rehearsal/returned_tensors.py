@@ -11,7 +11,7 @@ from graphs.contract.arguments import objects_on
 from graphs.contract.outputs.template import map_output, tensor_refusal
 from graphs.errors import AutogradInput, Refusal, UnsupportedOutput
 from graphs.objects.raw_access import of_type
-from graphs.observation.eager_trace import Trace
+from graphs.observation.eager_trace import EagerTrace
 from graphs.state.python_state import Link, PythonState
 from graphs.state.storage import storage_id
 
@@ -65,7 +65,7 @@ def _hanging(tensor: Tensor) -> Refusal | None:
     return None
 
 
-def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:
+def adopt_returned(trace: EagerTrace, output: Any, python: PythonState) -> None:
     """Count tensors that the step returns without reading them (a weight, a cache) among those it reads in place."""
     owned = {storage_id(owner.value): owner.value for owner in python.owners if owner.value.layout == torch.strided}
     for tensor in tensors_of(output):
@@ -75,7 +75,7 @@ def adopt_returned(trace: Trace, output: Any, python: PythonState) -> None:
             trace.origins[storage] = ("external", storage)
 
 
-def unobserved(trace: Trace, output: Any) -> UnsupportedOutput | None:
+def unobserved(trace: EagerTrace, output: Any) -> UnsupportedOutput | None:
     """The refusal for an output tensor that no operator of the step made, as far as it was watched; None where there is none.
 
     Another thread made it, or code below the dispatcher: a replay would hand out the one that it made while recording.

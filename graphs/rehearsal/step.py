@@ -1,4 +1,4 @@
-"""One step as a trial sees it: how to run it, and its state at one moment."""
+"""One step as its first call sees it: how to run it, and its state at one moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.outputs.template import Known, OutputTemplate, output_template
 from graphs.contract.slots import kept_strides
 from graphs.objects.cells import Difference, text_of, write_mapping
-from graphs.observation.eager_trace import Trace
+from graphs.observation.eager_trace import EagerTrace
 from graphs.state.counters import Counter, find_counters
 from graphs.state.python_state import PythonState
 from graphs.state.tensor_form import TensorForm, has_form
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Step:
-    """What a trial needs to know of the captured module and of one call.
+    """What a first call needs to know of the captured module and of one call.
 
     Attributes:
         model: the module or callable.
@@ -40,11 +40,11 @@ class Step:
         compiler, compiler_options: what compiles the step before it is recorded; see `graphs.first_call.candidates`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting.rewritten_step`.
         unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
-        form: the template of the output, where it is that of a substitute for the module.
+        form: the template of the output, where it is that of a candidate for the module.
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
         host: positions of host tensors among arguments on a device; see `graphs.first_call.host_arguments`.
-        held: whether an object hangs on the module or on an opaque argument; filled by the trial.
-        plain: the module itself, where ``model`` is a substitute for it (compiled, or rewritten); else None.
+        held: whether an object hangs on the module or on an opaque argument; filled by the first call.
+        plain: the module itself, where ``model`` is a candidate for it (compiled, or rewritten); else None.
     """
 
     model: Callable[..., Any]
@@ -70,11 +70,11 @@ class Step:
     host: tuple[int, ...] = ()
     held: Callable[[Any], bool] = lambda value: False
 
-    def with_substitute(self, model: Callable[..., Any]) -> Step:
+    def with_candidate(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
         return dataclasses.replace(self, model=model, plain=self.plain or self.model)
 
-    def without_substitute(self) -> Step:
+    def without_candidate(self) -> Step:
         """The same step of the module itself."""
         return self if self.plain is None else dataclasses.replace(self, model=self.plain, plain=None)
 
@@ -118,7 +118,7 @@ class Step:
 class Checkpoint:
     """Python, random and tensor state at one moment; tensors as far as ``written`` covers them."""
 
-    def __init__(self, step: Step, trace: Trace | None = None) -> None:
+    def __init__(self, step: Step, trace: EagerTrace | None = None) -> None:
         self.python = PythonState(step.roots())
         self._arguments = argument_state(step.args, step.kwargs, self.python)
         self.python.complete = self.python.complete and self._arguments.complete
@@ -128,12 +128,12 @@ class Checkpoint:
         self._written = trace.written if trace else None
         self._copies = trace.written.copies() if trace else None
 
-    def _generators(self, step: Step, trace: Trace | None) -> set[torch.Generator]:
+    def _generators(self, step: Step, trace: EagerTrace | None) -> set[torch.Generator]:
         """The generators that the step drew from, and those that it can reach: another way through it may draw from them."""
         given = [opaque for opaque in step.call.opaques if type(opaque) is torch.Generator]
         return {*given, *self.python.generators, *(trace.generators if trace is not None else ())}
 
-    def covers(self, trace: Trace) -> None:
+    def covers(self, trace: EagerTrace) -> None:
         """Take tensors and generators from ``trace``, which saved them before their first use."""
         self._written, self._copies = trace.written, None
         self._random.also(trace.generators)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import Trace, watch_again
+from graphs.observation.eager_trace import EagerTrace, trace_again
 from graphs.observation.host_reads import may_read
 from graphs.recording.failures import is_interrupt
 from graphs.rehearsal.step import Checkpoint, Step
@@ -103,7 +103,7 @@ class _Override(TorchDispatchMode):
         return self.met == self._reads
 
 
-def prove(step: Step, start: Checkpoint, trace: Trace, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
+def prove(step: Step, start: Checkpoint, trace: EagerTrace, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
     """Compare a rewritten step with the model for outcomes that are forced, each from the state of ``start``.
 
     Raises:
@@ -151,7 +151,7 @@ def _raised_as_written(error: BaseException) -> bool:
 def _compared(
     step: Step,
     start: Checkpoint,
-    trace: Trace,
+    trace: EagerTrace,
     stand_ins: Sequence[Tensor],
     template: OutputTemplate,
     module: Any,
@@ -159,7 +159,7 @@ def _compared(
     name: str,
 ) -> str:
     """What becomes of one outcome: eager and the graph agree, the graph assumes that it does not occur, or eager refuses it."""
-    outcome, plain = forcing.outcomes[name], step.without_substitute()
+    outcome, plain = forcing.outcomes[name], step.without_candidate()
     start.restore()
     override = _Override(forcing, outcome, 20 * len(trace.operations) + 1000)
 
@@ -167,9 +167,9 @@ def _compared(
         with override:
             return without_effects(lambda: plain.run(stand_ins))
 
-    more = Trace()
+    more = EagerTrace()
     try:
-        output, more = watch_again(forced, list(stand_ins), trace)
+        output, more = trace_again(forced, list(stand_ins), trace)
         expected = [leaf.clone() for leaf in template.select(output)]
     except BaseException as error:  # the step refuses an outcome that other data do not go with: nothing to compare
         if is_interrupt(error) and not _raised_as_written(error):
@@ -186,7 +186,7 @@ def _compared(
     if not override.done:  # the step goes another way before it comes to a read
         return _REFUSED
     produced = template.select(results)
-    found = tolerance.run_difference(expected, produced, state, trace.written.tensors, slack=tolerance.OTHER_KERNELS)
+    found = tolerance.run_difference(expected, produced, state, trace.written.tensors, tolerance_factor=tolerance.OTHER_KERNELS)
     if found is None and more.written.tensors:
         found = ("state", "a tensor is written by the step alone")
     if found is not None:

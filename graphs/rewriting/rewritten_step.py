@@ -1,6 +1,6 @@
 """Taking host values out of a step before it is recorded: `passes` at work inside `graphs.capture`.
 
-The rewritten graph is a substitute for the model, as a compiled one is: the trial watches the model itself, and the
+The rewritten graph is a candidate for the model, as a compiled one is: the first call watches the model itself, and the
 warm-up and the recording run the graph.
 """
 
@@ -19,7 +19,7 @@ import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.outputs.template import map_output
 from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
-from graphs.observation.eager_trace import MODELS, Trace, watch_again
+from graphs.observation.eager_trace import MODELS, EagerTrace, trace_again
 from graphs.recording.failures import raised_refusal
 from graphs.recording.recorder import Recording
 from graphs.rehearsal.step import Checkpoint, Step
@@ -41,7 +41,7 @@ def is_removable(findings: Iterable[Refusal]) -> bool:
     return all(isinstance(finding, REMOVABLE) for finding in findings)
 
 
-def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None) -> RewrittenStep:
+def rewrite(step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: Counters | None = None) -> RewrittenStep:
     """The step as a graph without host values.
 
     Args:
@@ -74,7 +74,7 @@ def rewrite(step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Count
     raise refusal_of(reason, trace) from reason
 
 
-def _written_by_the_next(step: Step, trace: Trace, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What the step after this one writes: a number that this one advances may pick another tensor of several.
 
     Both run for real. What the second one writes is put back, all else is the caller's to restore, as for ``trace``.
@@ -82,14 +82,14 @@ def _written_by_the_next(step: Step, trace: Trace, tensors: Sequence[Tensor]) ->
     before = Checkpoint(step)
     try:
         step.run(tensors)
-        _, following = watch_again(lambda: step.run(tensors), list(tensors), trace)
+        _, following = trace_again(lambda: step.run(tensors), list(tensors), trace)
     finally:
         before.restore()
     return following.written.tensors
 
 
 def traced(
-    step: Step, trace: Trace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
+    step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
 ) -> tuple[torch.fx.GraphModule, Any]:
     """The step as a graph with its host values, and how the graph's flat results make the step's output.
 
@@ -170,7 +170,7 @@ def _hole(leaf: Any, found: list[Any]) -> Any:
     return leaf
 
 
-def _modules(step: Step, trace: Trace) -> list[str]:
+def _modules(step: Step, trace: EagerTrace) -> list[str]:
     """Names of the Python modules whose lines read values, and of those that define the model."""
     files = {read.frame[0] for read in trace.reads}
     names = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in files]
@@ -186,7 +186,7 @@ def _is_a_models(name: str) -> bool:
     return package not in ("torch", "passes", "builtins") and (package != "graphs" or rest.partition(".")[0] in MODELS)
 
 
-def refusal_of(reason: passes.Unremovable, trace: Trace) -> Refusal:
+def refusal_of(reason: passes.Unremovable, trace: EagerTrace) -> Refusal:
     """The refusal for what a pass could not do: of the kind that was found at that line."""
     if isinstance(reason, Stored):
         site = trace.findings[0].site if trace.findings else None
@@ -226,7 +226,7 @@ class RewrittenStep:
         self._results: int = module.meta.get("results", sys.maxsize)
         facts = module.meta.get("facts")
         self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
-        self.assumption = Assumption(module.meta["undo"]) if module.meta.get("assumes") else None
+        self.assumption = Speculation(module.meta["undo"]) if module.meta.get("assumes") else None
 
     def also_writes(self, written: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
         """Note what another run of the step writes: whoever runs it and takes that back has to save it before."""
@@ -266,16 +266,16 @@ class RewrittenStep:
             self.counters.unknown()
             self.counters.load()
 
-    def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedRecording | None:
+    def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedReplay | None:
         """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""
         if self.assumption is None and self.counters is None:
             return None
         if self.counters is not None:
             self.counters.unknown()
-        return CheckedRecording(recording, self.assumption, self.counters, random)
+        return CheckedReplay(recording, self.assumption, self.counters, random)
 
 
-class Assumption:
+class Speculation:
     """Whether the host values of a run were as its graph assumes, and how to undo it if not.
 
     The graph counts its runs and leaves ``2 * runs + broken`` in host memory (pinned, where there is a device). The host
@@ -308,7 +308,7 @@ class Assumption:
         assert self._runs is not None
         return int(self._runs.item()) // 2
 
-    def held(self, run: int) -> bool:
+    def valid(self, run: int) -> bool:
         """Whether the assumption held in a run, the last one launched. Waits until the device knows.
 
         Raises:
@@ -329,7 +329,7 @@ class Assumption:
             passes.undo(self._plan, self._saved)
 
 
-class CheckedRecording:
+class CheckedReplay:
     """A recording of a rewritten step: it knows whether its last replay was right, and keeps Python's numbers.
 
     Args:
@@ -342,18 +342,18 @@ class CheckedRecording:
     def __init__(
         self,
         recording: Recording,
-        assumption: Assumption | None,
+        assumption: Speculation | None,
         counters: Counters | None,
         random: Callable[[], RandomState] | None,
     ) -> None:
-        self._recording, self._assumption, self._counters = recording, assumption, counters
+        self._recording, self._speculation, self._counters = recording, assumption, counters
         self._random = random if assumption is not None else None
         self._before: RandomState | None = None
         self._run = assumption.runs() if assumption is not None else 0
         self.outputs = recording.outputs  # type: ignore[attr-defined]
 
     def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """Replay; `settled` tells whether the results can be used."""
+        """Replay; `commit_or_rollback` tells whether the results can be used."""
         if self._random is not None:
             self._before = self._random()
         if self._counters is not None:
@@ -369,32 +369,32 @@ class CheckedRecording:
         if self._counters is not None:
             self._counters.unknown()
 
-    def held(self) -> bool:
+    def valid(self) -> bool:
         """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
-        return self._assumption is None or self._assumption.held(self._run)
+        return self._speculation is None or self._speculation.valid(self._run)
 
-    def store(self) -> None:
+    def commit(self) -> None:
         """Give Python the numbers that the last replay advanced."""
         if self._counters is not None:
             self._counters.store()
 
-    def settled(self) -> bool:
+    def commit_or_rollback(self) -> bool:
         """Whether the last replay counts: if so Python's numbers are advanced, else all that it did is undone."""
         try:
-            held = self.held()
+            held = self.valid()
         except RuntimeError:
             self._undo()  # the replay came to its end: eager, which follows, starts from before it
             raise
         if held:
-            self.store()
+            self.commit()
         else:
             self._undo()
         return held
 
     def _undo(self) -> None:
         """Take back all that the last replay did."""
-        assert self._assumption is not None
-        self._assumption.undo()
+        assert self._speculation is not None
+        self._speculation.undo()
         if self._before is not None:
             self._before.restore()
         if self._counters is not None:

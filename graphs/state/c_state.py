@@ -1,6 +1,6 @@
 """State inside objects written in C that no attribute shows: memory, files in memory, dictionaries of threads, queues.
 
-Each kind that can be read without running code of the user's gets a `Place`. What can be read and not put back (a queue,
+Each kind that can be read without running code of the user's gets a `Cell`. What can be read and not put back (a queue,
 a digest) is a place whose changes are *lasting*: a step that changes it is never run a second time.
 """
 
@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from graphs.objects.cells import Place
+from graphs.objects.cells import Cell
 from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute
 
 IN_MEMORY = (io.StringIO, io.BytesIO)
@@ -31,7 +31,7 @@ _ARGUMENTS: Any = vars(BaseException)["args"]
 _PROBES = ("qsize", "digest")
 
 
-def place_inside(path: str, value: Any) -> Place | None:
+def place_inside(path: str, value: Any) -> Cell | None:
     """The place for what a C object holds beside its attributes; None where nothing is known to be there."""
     kind, form = type(value), path + "{}"
     if issubclass(kind, BaseException):
@@ -55,16 +55,16 @@ def place_inside(path: str, value: Any) -> Place | None:
     return None
 
 
-def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any], draw: Callable[[], Any]) -> Place:
+def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any], draw: Callable[[], Any]) -> Cell:
     """A place whose content is compared by its pickle: the state of a random generator, from which ``draw`` draws."""
 
     def reading() -> bytes:
         return pickle.dumps(read())
 
-    return Place(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True, draw=draw)
+    return Cell(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True, draw=draw)
 
 
-def numpy_place(path: str, value: Any) -> Place | None:
+def numpy_place(path: str, value: Any) -> Cell | None:
     """The place for an array or random generator of NumPy; None for what nothing can be written to."""
     if hasattr(value, "bit_generator"):
         bits = value.bit_generator
@@ -85,7 +85,7 @@ def numpy_place(path: str, value: Any) -> Place | None:
             value.shape = copy.shape
         value[...] = copy
 
-    return Place(path + "{}", read(), read, write)
+    return Cell(path + "{}", read(), read, write)
 
 
 def held_inside(value: Any) -> list[tuple[str, Any]]:
@@ -125,8 +125,8 @@ def variable_content(variable: contextvars.ContextVar[Any]) -> Any:
         return None
 
 
-def _place(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Place:
-    return Place(form, read(), read, write or _nothing, lasting=write is None)
+def _place(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Cell:
+    return Cell(form, read(), read, write or _nothing, irreversible=write is None)
 
 
 def _nothing(_: Any) -> None:
@@ -173,7 +173,7 @@ def _lends_nothing(view: memoryview) -> bool:
     return not _is_released(view) and view.obj is None and not view.readonly and view.c_contiguous
 
 
-def _memory(path: str, value: Any) -> Place:
+def _memory(path: str, value: Any) -> Cell:
     """The place for the memory of a C object."""
     kind = type(value)
     with memoryview(value) as view:

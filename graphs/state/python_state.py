@@ -28,9 +28,9 @@ from graphs.objects.c_objects import elements_in
 from graphs.objects.cells import (
     LEAVES,
     AttributesView,
+    Cell,
     CellView,
     Difference,
-    Place,
     SpecialView,
     changed_entries,
     place_differences,
@@ -123,7 +123,7 @@ class PythonState:
         generators: bool = True,
         tensors: bool = True,
     ) -> None:
-        self._places: list[Place] = []
+        self._places: list[Cell] = []
         self._forms: list[TensorForm] = []
         self._keep: list[Any] = []  # so that no identity is reused while the snapshot lives
         self._seen: set[int] = set(known._seen) if known is not None else set()
@@ -134,7 +134,7 @@ class PythonState:
         named = list(roots)
         self._roots = {id(root) for _, root in named}
         self.ran: list[Ran] = []
-        self._named: dict[int, tuple[Place, NamesView]] = {}
+        self._named: dict[int, tuple[Cell, NamesView]] = {}
         if generators:
             self._random_modules()
         self._walk([(path, root, None) for path, root in named])
@@ -192,7 +192,7 @@ class PythonState:
             yield from self._function(path, value, link)
         elif issubclass(kind, functools.partial):
             read = functools.partial(partial_content, value)
-            self._places.append(Place(path + "{}", read(), read, functools.partial(write_partial, value)))
+            self._places.append(Cell(path + "{}", read(), read, functools.partial(write_partial, value)))
             yield from ((path, part, link) for part in read())
             yield from self._object(path, value, link)
         elif issubclass(kind, weakref.ref):
@@ -205,7 +205,7 @@ class PythonState:
         elif issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
             read, write = (functools.partial(getattr(random.Random, name), value) for name in ("getstate", "setstate"))
             draw = functools.partial(random.Random.random, value)
-            self._places.append(Place(path + "{}", read(), read, write, transient=True, draw=draw))
+            self._places.append(Cell(path + "{}", read(), read, write, transient=True, draw=draw))
         elif module_name(kind).partition(".")[0] == "numpy":
             self._places += filter(None, [numpy_place(path, value)])
             yield from ((f"{path}[{index}]", item, link) for index, item in enumerate(elements_in(value)))
@@ -213,7 +213,7 @@ class PythonState:
             kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None and not issubclass(kind, IN_MEMORY)
         ):
             read = functools.partial(_position, value)
-            self._places.append(Place(path + "{}", read(), read, lambda _: None, transient=True, lasting=True))
+            self._places.append(Cell(path + "{}", read(), read, lambda _: None, transient=True, irreversible=True))
         elif of_type(value, LEAVES):
             yield from self._object(path, value, link)
         else:
@@ -257,16 +257,16 @@ class PythonState:
         elif kind is not None:
             if kind in (list, deque):
                 read = functools.partial(elements_of, value)
-                self._places.append(Place(form, read(), read, functools.partial(write_sequence, value), container=value))
+                self._places.append(Cell(form, read(), read, functools.partial(write_sequence, value), container=value))
             elif kind is set:
                 items = functools.partial(read_set, value)
-                self._places.append(Place(path + "{}", items(), items, functools.partial(write_set, value)))
+                self._places.append(Cell(path + "{}", items(), items, functools.partial(write_set, value)))
             indexed = value if type(value) in (list, tuple, deque) else tuple(elements_of(value))
             yield from (self._entry(form.format(i), indexed, i, item, link) for i, item in enumerate(elements_of(value)))
 
     def _mapping(self, form: str, mapping: dict[Any, Any]) -> None:
         read = functools.partial(_copied, mapping)
-        self._places.append(Place(form, read(), read, functools.partial(write_mapping, mapping), container=mapping))
+        self._places.append(Cell(form, read(), read, functools.partial(write_mapping, mapping), container=mapping))
 
     def _object(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         kind = type(value)
@@ -274,7 +274,7 @@ class PythonState:
         slots = slots_of(kind)
         if slots:
             view = AttributesView(value, slots)
-            self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
+            self._places.append(Cell(path + ".{}", view.read(), view.read, view.write))
             yield from (self._entry(f"{path}.{name}", view, name, item, link) for name, item in view.read().items())
         if origin_of_type(kind) == "user":
             claimed = class_attribute(kind, "__class__") is not vars(object)["__class__"]
@@ -284,7 +284,7 @@ class PythonState:
 
     def _special(self, path: str, value: Any, names: tuple[str, ...]) -> None:
         view = SpecialView(value, names)
-        self._places.append(Place(path + ".{}", view.read(), view.read, view.write))
+        self._places.append(Cell(path + ".{}", view.read(), view.read, view.write))
 
     def _attributes(self, path: str, value: Any, link: Link | None) -> Iterator[tuple[str, Any, Link | None]]:
         attributes, form = attributes_of(value), path + ".{}"
@@ -315,7 +315,7 @@ class PythonState:
             self._seen.add(id(base))
             view = ClassView(base)
             content = view.read()
-            self._places.append(Place(base.__name__ + ".{}", content, view.read, view.write))
+            self._places.append(Cell(base.__name__ + ".{}", content, view.read, view.write))
             for name, item in content.items():
                 path = f"{base.__name__}.{name}"
                 if isinstance(item, property):
@@ -336,7 +336,7 @@ class PythonState:
             yield f"{function.__name__}'s attributes", function.__dict__, None
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             view = CellView(cell)
-            self._places.append(Place(name + "{}", view.read(), view.read, view.write))
+            self._places.append(Cell(name + "{}", view.read(), view.read, view.write))
             for item in view.read().values():
                 yield self._entry(name, view, "", item, None)
         if origin == "user":
@@ -351,7 +351,7 @@ class PythonState:
             known = self._named.get(id(owner))
             if known is None:
                 view = NamesView(owner)
-                known = self._named[id(owner)] = Place(form, {}, view.read, view.write), view
+                known = self._named[id(owner)] = Cell(form, {}, view.read, view.write), view
                 self._places.append(known[0])
             place, view = known
             added = set(view.add(names))

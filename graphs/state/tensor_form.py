@@ -37,7 +37,7 @@ class TensorForm:
             found.append(Difference(self.path, text_of(self._alias), text_of(tensor)))
         if tensor.requires_grad != self._requires_grad or tensor.is_leaf != self._leaf:
             before, after = (f"requires_grad={value}" for value in (self._requires_grad, tensor.requires_grad))
-            found.append(Difference(f"{self.path}.requires_grad", before, after, lasting=tensor.is_leaf != self._leaf))
+            found.append(Difference(f"{self.path}.requires_grad", before, after, irreversible=tensor.is_leaf != self._leaf))
         if gradient_of(tensor) is not self._gradient:
             found.append(Difference(f"{self.path}.grad", text_of(self._gradient), text_of(gradient_of(tensor))))
         return found

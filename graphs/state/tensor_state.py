@@ -97,7 +97,7 @@ def _copy(whole: Tensor) -> Tensor:
 
 
 def _has_room(whole: Tensor) -> bool:
-    """Whether the device can hold a copy and still run the step: a trial makes up to four, the step needs some too."""
+    """Whether the device can hold a copy and still run the step: a first call makes up to four, the step needs some too."""
     if not whole.is_cuda:
         return True
     free, _ = torch.cuda.mem_get_info(whole.device)

@@ -33,7 +33,7 @@ import torch
 
 from passes.control_flow.source_transform import FORK, Start
 from passes.control_flow.stopping import Hook, Stopping
-from passes.core.predicates import Arm, Loops
+from passes.core.predicates import BranchArm, Loops
 from passes.core.source_location import Branch, Place, is_user
 from passes.core.symbols import SYMBOLS, expression_of
 
@@ -110,13 +110,13 @@ class Forks:
         self._forbidding = forbidding
         self._watch = Stopping(self._seen)
         self.naming = False
-        self.joining: Arm | None = None
+        self.joining: BranchArm | None = None
         self.asked: Place | None = None
         self.failed: Unmergeable | None = None
         self.step: State | None = None
         self._count = itertools.count()
 
-    def fork(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
+    def if_stmt(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
         """The branch ``if test`` in the frame that calls.
 
         Args:
@@ -126,7 +126,7 @@ class Forks:
         """
         return Fork(self, self.truth(test), before, assigned, joined, sys._getframe(1), at)
 
-    def chosen(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], at: Start) -> Any:
+    def if_exp(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], at: Start) -> Any:
         """``first if test else second``."""
         fork = Fork(self, self.truth(test), {}, (), (), sys._getframe(1), at)
         if not fork.is_data:
@@ -174,14 +174,14 @@ class Forks:
             self.facts.hints[symbol] = int(bool(hint)) if flag else int(hint)  # type: ignore[call-overload]
         return made
 
-    def both(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
+    def and_(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         """``first and second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
             return self.truth(second()) if first else False
         return first & self._under(first, second, sys._getframe(1), at)
 
-    def either(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
+    def or_(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         """``first or second``, as a condition."""
         first = self.truth(first)
         if isinstance(first, bool):
@@ -221,7 +221,7 @@ class Forks:
         try:
             self._forbidding(frame, event, argument)
         except BaseException as found:
-            arms = [trip for trip in self.loops.trips if isinstance(trip, Arm)]
+            arms = [trip for trip in self.loops.trips if isinstance(trip, BranchArm)]
             raise Stopped(self.unmergeable(f"a side does what must not be done for nothing: {found}", arms[-1].site)) from None
 
     def unmergeable(self, detail: str, site: Branch) -> Unmergeable:
@@ -267,9 +267,9 @@ class Fork:
         self._within = loops.trips = (*loops.trips, self._arm(side))
         return True
 
-    def _arm(self, side: bool) -> Arm:
+    def _arm(self, side: bool) -> BranchArm:
         condition = self._forks.facts.resolve(self._condition.node.expr)
-        return Arm(self._number, condition if side else sympy.Not(condition), self._site)
+        return BranchArm(self._number, condition if side else sympy.Not(condition), self._site)
 
     def leave(self, local: Mapping[str, Any]) -> None:
         """The end of a side, with the local names as it leaves them.
@@ -280,7 +280,7 @@ class Fork:
         if not self.is_data:
             return
         loops = self._forks.loops
-        self._forks.watch(any(isinstance(trip, Arm) for trip in self._outer))
+        self._forks.watch(any(isinstance(trip, BranchArm) for trip in self._outer))
         if loops.trips != self._within:
             raise self._forks.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
         loops.trips = self._outer

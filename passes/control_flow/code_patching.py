@@ -51,22 +51,22 @@ class _Entry:
 class _Plain:
     """Branches as Python takes them."""
 
-    def fork(self, test: Any, *_: Any) -> PlainFork:
+    def if_stmt(self, test: Any, *_: Any) -> PlainFork:
         return PlainFork(bool(test))
 
     def truth(self, value: Any, *_: Any) -> bool:
         return bool(value)
 
-    def both(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
+    def and_(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         return first and second()
 
-    def either(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
+    def or_(self, first: Any, second: Callable[[], Any], at: Start) -> Any:
         return first or second()
 
     def opposite(self, value: Any) -> bool:
         return not value
 
-    def chosen(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], *_: Any) -> Any:
+    def if_exp(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], *_: Any) -> Any:
         return first() if test else second()
 
 

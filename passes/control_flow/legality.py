@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from passes.control_flow.branches import Unmergeable
 from passes.core.aliasing import parent_of, written
 from passes.core.node_calls import attribute
-from passes.core.predicates import Arm, trips_of
+from passes.core.predicates import BranchArm, trips_of
 
 aten = torch.ops.aten
 LIMIT = 64
@@ -24,7 +24,7 @@ _RAISING = (
 """What the names of operators begin with that may refuse values, besides those that `guard` keeps from it."""
 
 
-def check(module: GraphModule) -> None:
+def check_predicable(module: GraphModule) -> None:
     """That the sides of a traced graph may run whichever of them is taken.
 
     Raises:
@@ -33,9 +33,9 @@ def check(module: GraphModule) -> None:
     """
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     memory = {node: _memory(module, node) for node in order}
-    sizes: Counter[Arm] = Counter()
+    sizes: Counter[BranchArm] = Counter()
     for node in order:
-        arms = [trip for trip in trips_of(node) if isinstance(trip, Arm)]
+        arms = [trip for trip in trips_of(node) if isinstance(trip, BranchArm)]
         value = node.meta.get("val")
         if arms and node.op == "call_function":
             reason = _unconditional(node)
@@ -76,8 +76,8 @@ def _is_elsewhere(node: Node, user: Node) -> bool:
     own = trips_of(_origin(node))
     if trips_of(user)[: len(own)] == own:
         return False
-    joins: Arm | None = user.meta.get("joins")
-    fork = own[-1].fork if isinstance(own[-1], Arm) else None
+    joins: BranchArm | None = user.meta.get("joins")
+    fork = own[-1].fork if isinstance(own[-1], BranchArm) else None
     return joins is None or joins.fork != fork or trips_of(user)[: len(own) - 1] != own[:-1]
 
 

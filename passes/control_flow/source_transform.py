@@ -7,7 +7,7 @@ Before::
 
 After::
 
-    fork = ENTRY.fork(ENTRY.truth(n > 0, asked), locals(), ("keys",), ("keys",), start)
+    fork = ENTRY.if_stmt(ENTRY.truth(n > 0, asked), locals(), ("keys",), ("keys",), start)
     if fork.enter(True):
         keys = torch.cat([keys, more])
         fork.leave(locals())
@@ -17,7 +17,7 @@ After::
     if fork.joins("keys"): keys = fork.joined("keys")
 
 A body that ends in ``continue`` or ``return`` has what follows for its other side. ``a if c else b`` becomes
-``ENTRY.chosen(c, lambda: a, lambda: b, start)``. Lines and columns stay where they
+``ENTRY.if_exp(c, lambda: a, lambda: b, start)``. Lines and columns stay where they
 are; ``asked`` is what Python's own question for a truth is compiled from. Branches are left alone whose sides leave in other
 ways (``break``, ``raise``, ``yield``, ``del``), catch exceptions, or bind names that are not the function's own.
 """
@@ -335,7 +335,7 @@ class _Rewriter(ast.NodeTransformer):
             return made  # type: ignore[no-any-return]
         self.done.add(_start(node))
         test = self._condition(node.test, _start(node), _questions(node))
-        return _call(node, "chosen", test, _delayed(node.body), _delayed(node.orelse), _constant(_start(node)))
+        return _call(node, "if_exp", test, _delayed(node.body), _delayed(node.orelse), _constant(_start(node)))
 
     def _is_wanted(self, statement: ast.stmt) -> bool:
         if not isinstance(statement, ast.If) or id(statement) in self._made or _start(statement) not in self._starts:
@@ -378,7 +378,7 @@ class _Rewriter(ast.NodeTransformer):
         self._count += 1
         self.done.add(_start(branch))
         lines = [
-            f"{fork} = {PLACEHOLDER!r}.fork(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {_start(branch)!r})",
+            f"{fork} = {PLACEHOLDER!r}.if_stmt(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {_start(branch)!r})",
             f"if {fork}.enter(True):\n    pass\n    {fork}.leave(locals())",
             *(f"if {fork}.restarts({name!r}): {name} = {fork}.start({name!r})" for name in assigned),
             f"if {fork}.enter(False):\n    pass\n    {fork}.leave(locals())",
@@ -404,7 +404,7 @@ class _Rewriter(ast.NodeTransformer):
             first, *others = test.values
             made = self._condition(first, start, questions)
             for other in others:
-                name = "both" if isinstance(test.op, ast.And) else "either"
+                name = "and_" if isinstance(test.op, ast.And) else "or_"
                 made = _call(test, name, made, _delayed(self._condition(other, start, questions)), _constant(start))
             return made
         asked = _constant(questions.get(id(test)))

@@ -16,7 +16,7 @@ from passes.core.source_location import Branch, Place, Site
 
 
 @dataclass(frozen=True)
-class Decision:
+class Assumption:
     """A predicate over host values and the outcome that the traced way depends on."""
 
     predicate: sympy.Basic
@@ -24,7 +24,7 @@ class Decision:
     site: Site
 
     @property
-    def holds(self) -> sympy.Basic:
+    def condition(self) -> sympy.Basic:
         """The condition under which the graph is the step."""
         return self.predicate if self.outcome else sympy.Not(self.predicate)
 
@@ -55,7 +55,7 @@ class Facts:
 
     Attributes:
         hints: the value of each symbol in the eager run.
-        definitions: symbols that are functions of others (the length of a slice).
+        replacements: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
         computed: symbols that operators of the graph make of others, in order.
         checked: the lines of those that a run has to check.
@@ -72,9 +72,9 @@ class Facts:
 
     mode: FakeTensorMode
     hints: dict[sympy.Symbol, int | float] = field(default_factory=dict)
-    definitions: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
+    replacements: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     computed: dict[sympy.Symbol, Computed] = field(default_factory=dict)
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[Assumption] = field(default_factory=list)
     checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)
@@ -93,27 +93,27 @@ class Facts:
     _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _known: set[sympy.Basic] = field(default_factory=set)
 
-    def happened(self) -> bool:
+    def executed(self) -> bool:
         """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
         trips = self.loops.trips if self.loops is not None else ()
-        return all(self.hint(trip.runs) == sympy.true for trip in trips)
+        return all(self.hint(trip.predicate) == sympy.true for trip in trips)
 
     def resolve(self, expression: sympy.Basic) -> sympy.Basic:
         """``expression`` with defined symbols replaced by what they stand for."""
         made = self._resolved.get(expression)
         if made is None:
             made = expression.replace(sympy.ITE, _without_choice) if expression.has(sympy.ITE) else expression
-        while any(symbol in self.definitions for symbol in made.free_symbols):
-            made = made.xreplace(self.definitions)
+        while any(symbol in self.replacements for symbol in made.free_symbols):
+            made = made.xreplace(self.replacements)
         self._resolved[expression] = made
         return made
 
     def forget(self, decisions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
         """Go back to the first ``decisions``, and to these definitions."""
         del self.decisions[decisions:]
-        self.definitions = dict(definitions)
+        self.replacements = dict(definitions)
         self._resolved.clear()
-        self._known = {decision.holds for decision in self.decisions}
+        self._known = {decision.condition for decision in self.decisions}
 
     def hint(self, expression: sympy.Basic) -> sympy.Basic | None:
         """The value of ``expression`` in the eager run, or None."""
@@ -146,14 +146,14 @@ class Facts:
 
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site, place: Place | None = None) -> None:
         """Add an assumption, unless it is there. ``place`` is where Python asks for the truth of the predicate."""
-        decision = Decision(self.resolve(predicate), outcome, site)
+        decision = Assumption(self.resolve(predicate), outcome, site)
         if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
-            skipped = [sympy.Not(trip.runs) for trip in self.loops.trips]
-            if self.happened() and place is not None:
+            skipped = [sympy.Not(trip.predicate) for trip in self.loops.trips]
+            if self.executed() and place is not None:
                 self.outcomes[place] = bool(outcome)
-            decision = Decision(sympy.Or(*skipped, decision.holds), True, site)
-        if decision.holds not in self._known and decision.holds != sympy.true:
-            self._known.add(decision.holds)
+            decision = Assumption(sympy.Or(*skipped, decision.condition), True, site)
+        if decision.condition not in self._known and decision.condition != sympy.true:
+            self._known.add(decision.condition)
             self.decisions.append(decision)
 
 

@@ -37,7 +37,7 @@ LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Trip:
+class Iteration:
     """One run of the body of a loop: it takes place if ``index < count``."""
 
     loop: int
@@ -45,17 +45,17 @@ class Trip:
     count: sympy.Basic
 
     @property
-    def runs(self) -> sympy.Basic:
+    def predicate(self) -> sympy.Basic:
         """Whether it takes place."""
         return sympy.Lt(self.index, self.count)
 
 
 @dataclass(frozen=True)
-class Arm:
+class BranchArm:
     """One side of a branch of which both sides are traced; see `passes.control_flow.branches`."""
 
     fork: int
-    runs: sympy.Basic
+    predicate: sympy.Basic
     site: Branch
 
 
@@ -74,13 +74,13 @@ class Loops:
 
     def __init__(self, unroll: str = "no") -> None:
         self.unroll = unroll
-        self.trips: tuple[Trip | Arm, ...] = ()
+        self.trips: tuple[Iteration | BranchArm, ...] = ()
         self.left = self.drawn = False
         self.found = 0
 
     def runs(self, target: Any) -> None:
         """Note what operator is come to."""
-        if any(isinstance(trip, Trip) for trip in self.trips) and torch.Tag.nondeterministic_seeded in getattr(
+        if any(isinstance(trip, Iteration) for trip in self.trips) and torch.Tag.nondeterministic_seeded in getattr(
             target, "tags", ()
         ):
             self.drawn = True
@@ -91,7 +91,7 @@ class Loops:
         outer, loop = self.trips, self.found
         try:
             for index in range(limit if self.unroll == "bound" else min(hint, limit - 1)):
-                self.trips = (*outer, Trip(loop, index, count))
+                self.trips = (*outer, Iteration(loop, index, count))
                 yield x.select(0, index)
         except GeneratorExit:
             self.left = True
@@ -122,14 +122,14 @@ def _lasting(node: Node) -> Node:
     return node
 
 
-def trips_of(node: Node) -> tuple[Trip | Arm, ...]:
+def trips_of(node: Node) -> tuple[Iteration | BranchArm, ...]:
     """The conditions that a node of a traced graph stands under, the outermost first."""
     return tuple(node.meta.get("trips", ()))
 
 
-def loops_of(node: Node) -> tuple[Trip, ...]:
+def loops_of(node: Node) -> tuple[Iteration, ...]:
     """Those of them that are trips of loops."""
-    return tuple(trip for trip in trips_of(node) if isinstance(trip, Trip))
+    return tuple(trip for trip in trips_of(node) if isinstance(trip, Iteration))
 
 
 def outside(module: GraphModule) -> list[tuple[Any, ...]]:

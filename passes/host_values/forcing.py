@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from passes.core.aliasing import is_pure
 from passes.core.facts import Facts
 from passes.core.host_reads import Read
-from passes.core.predicates import Arm
+from passes.core.predicates import BranchArm
 from passes.core.source_location import Branch, Place, Site
 
 Tensor = torch.Tensor
@@ -159,14 +159,14 @@ class Marks:
 def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None]) -> list[Forcing]:
     """The forcings of a graph with the outcomes that are worth to be forced."""
     facts = marks.facts
-    arms = {arm.fork: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, Arm)}
+    arms = {arm.fork: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, BranchArm)}
     found = [forcing for forcing in marks.found.values() if forcing.reads]
     known = {(read.operator, read.place) for forcing in found for read in forcing.reads}
     for forcing in found:
         forcing.unread -= known  # type: ignore[operator]
         symbols = marks.symbols.get(forcing.number, [])
         following = {*symbols, *facts.depending_on(symbols)}
-        own = [arm for arm in arms.values() if facts.resolve(arm.runs).free_symbols & following]
+        own = [arm for arm in arms.values() if facts.resolve(arm.predicate).free_symbols & following]
         if symbols and forcing.reads[0].operator == str(ITEM):
             _scalar_outcomes(forcing, symbols, own, facts, bound)
         else:
@@ -176,14 +176,20 @@ def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None
 
 
 def _scalar_outcomes(
-    forcing: Forcing, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm], facts: Facts, bound: Callable[[sympy.Basic], Any]
+    forcing: Forcing,
+    symbols: Sequence[sympy.Symbol],
+    arms: Iterable[BranchArm],
+    facts: Facts,
+    bound: Callable[[sympy.Basic], Any],
 ) -> None:
     present = facts.hints[symbols[0]]
     if isinstance(forcing.reads[0].value, bool):
         candidates: list[float] = [1 - present]
     else:
         computed = facts.depending_on(symbols)
-        asked = [arm.runs for arm in arms] + [d.holds for d in facts.decisions if d.holds.free_symbols & {*symbols, *computed}]
+        asked = [arm.predicate for arm in arms] + [
+            d.condition for d in facts.decisions if d.condition.free_symbols & {*symbols, *computed}
+        ]
         asked += [operand for made in computed.values() for operand, _ in made.operands]
         limits = {float(n) if isinstance(present, float) else int(n) for c in asked for n in c.atoms(sympy.Number) if n.is_finite}
         candidates = [value for limit in sorted(limits) for value in (limit, limit + 1, limit - 1)] + [0, 1]
@@ -205,19 +211,19 @@ def _scalar_outcomes(
         forcing.branches[str(value)] = flips[value]
 
 
-def _flipped(value: float, symbols: Sequence[sympy.Symbol], arms: Iterable[Arm], facts: Facts) -> list[Branch]:
+def _flipped(value: float, symbols: Sequence[sympy.Symbol], arms: Iterable[BranchArm], facts: Facts) -> list[Branch]:
     """The branches that go the other way if the symbols are ``value``, others being as in the eager run."""
     found = []
     for arm in arms:
-        other = facts.resolve(arm.runs).xreplace(facts.values_if(dict.fromkeys(symbols, value)))
-        now, then = facts.hint(arm.runs), facts.hint(other)
+        other = facts.resolve(arm.predicate).xreplace(facts.values_if(dict.fromkeys(symbols, value)))
+        now, then = facts.hint(arm.predicate), facts.hint(other)
         if now is not None and then is not None and now != then:
             found.append(arm.site)
     return found
 
 
 def _is_size(symbols: Sequence[sympy.Symbol], facts: Facts) -> bool:
-    return any(set(symbols) & definition.free_symbols for definition in facts.definitions.values())
+    return any(set(symbols) & definition.free_symbols for definition in facts.replacements.values())
 
 
 def copied(graph: Graph) -> Graph:
@@ -248,8 +254,8 @@ def unmark(graph: Graph) -> None:
 def _told(meta: dict[str, Any], change: Callable[[Node], Node]) -> dict[str, Any]:
     """What is known of a node, with the nodes changed that it names."""
     made = dict(meta)
-    if isinstance(meta.get("runs"), Node):
-        made["runs"] = change(meta["runs"])
+    if isinstance(meta.get("predicate"), Node):
+        made["predicate"] = change(meta["predicate"])
     if meta.get("limits"):
         made["limits"] = {dim: change(limit) for dim, limit in meta["limits"].items()}
     return made

@@ -15,7 +15,7 @@ _ADDING = (aten.index_add_.default, aten.scatter_add_.default)
 _FILLING = (aten.zero_.default, aten.fill_.Scalar)
 
 
-def conditional_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+def predicated_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``target(*args)`` if the trip of the loop takes place, nothing else.
 
     What is added becomes zero (below zero, which leaves zeros of either sign as they are), what is written becomes what is

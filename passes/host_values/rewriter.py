@@ -20,14 +20,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy import functions as sympy_functions
 
 from passes.core.aliasing import Aliases, returns_view, silently_written
-from passes.core.facts import Decision, Facts
+from passes.core.facts import Assumption, Facts
 from passes.core.names import fresh_name
-from passes.core.predicates import Arm, Trip
+from passes.core.predicates import BranchArm, Iteration
 from passes.core.source_location import Site
 from passes.core.symbols import SYMBOLS, expression_of, is_symbol
 from passes.errors import Unremovable
 from passes.host_values.forcing import Marks, read_here, with_tensor
-from passes.host_values.predicated_writes import conditional_write
+from passes.host_values.predicated_writes import predicated_write
 from passes.host_values.scalars import Scalars
 from passes.host_values.upper_bounds import Bounds
 
@@ -104,7 +104,7 @@ class Rewriter:
         self.graph = Graph(owning_module=module)
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
-        self.trips: tuple[Trip | Arm, ...] = ()
+        self.trips: tuple[Iteration | BranchArm, ...] = ()
         self.guarded, self.trusted, self._checked = guarded, False, checked
         self.changes: list[tuple[str, str]] = []
         self.marks = marks
@@ -152,7 +152,7 @@ class Rewriter:
 
     def _marked(self, value: Any, number: int) -> Any:
         made = self.graph.call_function(read_here, (value, number))
-        made.meta = {key: item for key, item in value.meta.items() if key not in ("runs", "limits")}
+        made.meta = {key: item for key, item in value.meta.items() if key not in ("predicate", "limits")}
         return made
 
     def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,7 +223,7 @@ class Rewriter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value. A write inside a trip of a loop takes place if the trip does."""
         if self.trips and target._schema.is_mutable and not self._is_local(args[0]):
-            return conditional_write(self, target, args, kwargs)
+            return predicated_write(self, target, args, kwargs)
         return self.plain(target, *args, **kwargs)
 
     def _is_local(self, tensor: Node) -> bool:
@@ -233,13 +233,13 @@ class Rewriter:
 
     def running(self) -> Any:
         """Whether the trips and sides that the current node belongs to take place: a 0-d flag, or True where they must."""
-        return self.number(sympy.And(*[trip.runs for trip in self.trips]))
+        return self.number(sympy.And(*[trip.predicate for trip in self.trips]))
 
     def plain(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value. One that refuses some values says when that matters."""
         runs = self.running() if self.trips and target in PARTIAL else None
         node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(site=self.site, trips=self.trips, runs=runs)
+        node.meta.update(site=self.site, trips=self.trips, predicate=runs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         try:
             with self.facts.mode, torch.no_grad():
@@ -343,7 +343,7 @@ class Rewriter:
 
     def replaced(self, symbol: sympy.Symbol, value: int) -> None:
         """Take a symbol, whose tensor is known, for a number from here on: an assumption that the graph checks."""
-        self.facts.definitions[symbol] = sympy.Integer(value)
+        self.facts.replacements[symbol] = sympy.Integer(value)
 
     def fresh_length(self, node: Node) -> torch.SymInt:
         """A new symbol, for a count that the traced graph has no name for; its hint is not known."""
@@ -382,13 +382,13 @@ class Rewriter:
         """A size argument of an operator as a static number."""
         return self.bound(expression_of(value)) if is_symbol(value) else int(value)
 
-    def is_uncertain(self, decision: Decision) -> bool:
+    def is_uncertain(self, decision: Assumption) -> bool:
         """Whether the graph has to check what it assumes."""
-        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.holds)))
+        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.condition)))
 
     def assume(self, condition: sympy.Basic) -> None:
         """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
-        self.facts.decide(sympy.Or(*[sympy.Not(trip.runs) for trip in self.trips], condition), True, self.site)
+        self.facts.decide(sympy.Or(*[sympy.Not(trip.predicate) for trip in self.trips], condition), True, self.site)
 
     def require(self, holds: Node, expression: sympy.Basic | None = None, *, here: bool = False) -> None:
         """Raise the flag in runs where a 0-d flag is false: there eager raises, or goes a way of its own.

@@ -45,7 +45,7 @@ class Scalars:
         Of a split, the last size is taken for what the others leave.
         """
         for symbol, tensor in self._symbols.items():
-            definition = self._emitter.facts.definitions.get(symbol)
+            definition = self._emitter.facts.replacements.get(symbol)
             if definition is None:
                 continue
             facts, expected = self._emitter.facts, self.number(definition)

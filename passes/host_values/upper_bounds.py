@@ -45,10 +45,12 @@ class Bounds:
             if name is not None:
                 self.limit(symbol, self._promised[name])
                 facts.decide(symbol <= self._promised[name], True, ("", 0))
-        self._natural = {s for d in facts.decisions for part in _conjuncts(d.holds) if (s := _not_below_zero(part)) is not None}
+        self._natural = {
+            s for d in facts.decisions for part in _conjuncts(d.condition) if (s := _not_below_zero(part)) is not None
+        }
         for _ in range(2):  # an equality may carry a bound that was learned after it
             for condition in facts.decisions:
-                for part in _conjuncts(condition.holds):
+                for part in _conjuncts(condition.condition):
                     self._learn(self.simplified(part))
 
     def simplified(self, expression: sympy.Basic) -> sympy.Basic:

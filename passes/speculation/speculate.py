@@ -45,7 +45,7 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     for check in rw.checks:
         broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     for decision in rw.facts.decisions:
-        condition = rw.bounds.of_signs(rw.facts.resolve(decision.holds))
+        condition = rw.bounds.of_signs(rw.facts.resolve(decision.condition))
         if rw.bounds.certain(condition):
             continue
         if rw.facts.hint(condition) == sympy.false:
@@ -72,7 +72,7 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     everywhere, changes = broken is not None, []
     ranges = Ranges(module)
     for node in list(module.graph.nodes):
-        runs = node.meta.get("runs")
+        runs = node.meta.get("predicate")
         if everywhere and is_beyond_help(node):
             detail = "it may refuse what it is given on a way that the step does not take"
             raise Unremovable(detail, str(node.target), node.meta.get("site", ("", 0)))
@@ -101,7 +101,7 @@ def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
 
 def conditions(module: GraphModule) -> set[Node]:
     """The nodes that `guard` may need, besides those that the results do."""
-    needed = {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("runs"), Node)}
+    needed = {runs for node in module.graph.nodes if isinstance(runs := node.meta.get("predicate"), Node)}
     return needed | {limit for node in module.graph.nodes for limit in node.meta.get("limits", {}).values()}
 
 

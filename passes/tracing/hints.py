@@ -69,14 +69,14 @@ class HintedShapes(ShapeEnv):
         fallback = _FALLBACK.bind(self, orig_expr, *args, **kwargs).arguments.get("fallback_value")
         if fallback is not None:  # torch asks, and goes a way that is right for either answer
             return sympy.sympify(fallback)
-        value = self.facts.hint(expression) if self.facts.happened() else None
+        value = self.facts.hint(expression) if self.facts.executed() else None
         if value is None and _is_condition(expression):  # where the eager run did not come
             value = self.facts.outcomes.get(user_place())
         if value is None:
             value = self.facts.hint(expression)
-        if value is None and not self.facts.happened() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
+        if value is None and not self.facts.executed() and isinstance(expression, sympy.Ge) and expression.rhs == 0:
             value = sympy.true  # an index that is not known, which counts from the front
-        if value is None and not self.facts.happened() and _is_condition(expression):
+        if value is None and not self.facts.executed() and _is_condition(expression):
             value = sympy.false  # any way will do, until both are in the graph
         if value is None:
             raise Unremovable("a branch depends on a value that the eager run did not read", "branch", user_site())
@@ -102,7 +102,7 @@ class HintedShapes(ShapeEnv):
         return True
 
 
-class Follow(TorchDispatchMode):
+class HintMode(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
     def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
@@ -140,7 +140,7 @@ class Follow(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif not self.forks.naming and self.facts.happened():
+        elif not self.forks.naming and self.facts.executed():
             source = _source(args[0]) if func is aten._local_scalar_dense.default else None
             self._follow(str(func), result, place, source)
         elif not self.forks.naming and func is aten._local_scalar_dense.default:
@@ -178,7 +178,7 @@ class Follow(TorchDispatchMode):
 
     def drop(self, operator: str) -> None:
         """Forget a read of a whole tensor: the traced step knows its outcome."""
-        if self.facts.happened():
+        if self.facts.executed():
             self.reads.drop(operator, user_place())
 
     def _name(self, result: Any, reads: list[Read], site: Site) -> None:
@@ -204,7 +204,7 @@ class Follow(TorchDispatchMode):
         else:
             length = sympy.Max(0, sympy.Min(last, whole) - sympy.Min(first, whole))
             length = length if step == 1 else FloorDiv(length + step - 1, step)
-        facts.definitions[size.node.expr] = facts.resolve(length)
+        facts.replacements[size.node.expr] = facts.resolve(length)
 
     def _define_rest(self, x: Tensor, sizes: Sequence[Any], dim: int = 0) -> None:
         """The last part of a split is what the others leave: torch requires the sizes to add up."""
@@ -213,14 +213,14 @@ class Follow(TorchDispatchMode):
         last = lengths[-1]
         rest = facts.resolve(expression_of(x.shape[dim])) - sum(lengths[:-1])
         if isinstance(last, sympy.Symbol) and last not in rest.free_symbols:
-            facts.definitions[last] = rest
+            facts.replacements[last] = rest
 
     def _forget_offsets(self, result: Any, arguments: Any) -> None:
         """The place of a view in its storage may be a symbol of its own; nothing reads it."""
         offset = result.storage_offset() if isinstance(result, Tensor) and result.layout == torch.strided else 0
         if isinstance(offset, torch.SymInt):
             given = {symbol for leaf in tree_leaves(arguments) for symbol in _symbols_of(leaf)}
-            known = {*self.facts.hints, *self.facts.definitions, *given}
+            known = {*self.facts.hints, *self.facts.replacements, *given}
             self.facts.offsets |= {symbol for symbol in offset.node.expr.free_symbols if symbol not in known}
 
 
@@ -255,7 +255,7 @@ def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
         parts = value.shape if isinstance(value, Tensor) else (value,)
         for part in parts:
             if isinstance(part, SYMBOLS):
-                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.definitions]
+                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.replacements]
     return list(dict.fromkeys(found))
 
 

@@ -3,7 +3,7 @@
 The step's Python runs once on fake tensors (``make_fx``), so that nothing is computed and every line that runs is the
 user's own, Hugging Face caches and other opaque objects included. ``.item()``, ``nonzero`` and their like give
 *hinted* symbols: numbers without a value whose hint is what an eager run of the same step read at the same place. A
-branch on a symbol takes the way the hint takes, and the predicate becomes a `Decision` of the graph: an assumption that
+branch on a symbol takes the way the hint takes, and the predicate becomes a `Assumption` of the graph: an assumption that
 has to hold whenever the graph runs. In-place operators stay in place.
 
 Python turns symbols into plain numbers where it converts: ``int(t)``, ``range(n)``, ``min(a, b)``. In the modules whose
@@ -31,15 +31,15 @@ from torch.utils._sympy.printers import PythonPrinter
 from passes.control_flow.branches import Forks, Snapshot, Stopped, Unmergeable
 from passes.control_flow.code_patching import Plan, Written, forked
 from passes.control_flow.stopping import EndlessError, Hook
-from passes.core.facts import Decision, Facts
+from passes.core.facts import Assumption, Facts
 from passes.core.host_reads import Read
-from passes.core.predicates import Arm, Loops
+from passes.core.predicates import BranchArm, Loops
 from passes.core.source_location import user_site
 from passes.core.symbols import expression_of
 from passes.errors import Unremovable
 from passes.tracing.fake_kernels import StepFakes
 from passes.tracing.float_operations import opaque_floats
-from passes.tracing.hints import Follow, HintedShapes
+from passes.tracing.hints import HintedShapes, HintMode
 from passes.tracing.number_builtins import symbolic_builtins
 from passes.tracing.torch_functions import SymbolicEntry
 
@@ -92,7 +92,7 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
         assert forks.failed is not None
         raise forks.failed from None
     except Exception as error:
-        arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, Arm)), None)
+        arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, BranchArm)), None)
         if arm is None:
             raise
         text = str(error).partition("\n")[0]
@@ -105,7 +105,7 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
         forks.watch(False)
     if forks.failed is not None:
         raise forks.failed
-    left = next((trip for trip in forks.loops.trips if isinstance(trip, Arm)), None)
+    left = next((trip for trip in forks.loops.trips if isinstance(trip, BranchArm)), None)
     if left is not None:
         raise forks.unmergeable("a side raises an exception, which is caught elsewhere", left.site)
     return module
@@ -216,7 +216,7 @@ def trace_once(
         fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
     facts.loops = Loops(unroll)
     forks = Forks(facts, facts.loops, environment.static, snapshot, forbidding)
-    follow = Follow(facts, reads, facts.loops, forks)
+    follow = HintMode(facts, reads, facts.loops, forks)
     meta: dict[str, Any] = {}
 
     def followed(*arguments: Tensor) -> list[Any]:
@@ -239,9 +239,9 @@ def trace_once(
         module = _made(followed, fakes, forks)
     if follow.raised is not None:
         raise follow.raised
-    resolved = [Decision(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
+    resolved = [Assumption(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
-    facts.decisions = list({d.holds: d for d in reversed(kept)}.values())[::-1]
+    facts.decisions = list({d.condition: d for d in reversed(kept)}.values())[::-1]
     _hold(module, [number.tensor for number in numbers])
     _name_state(module)
     inputs = [node.target for node in module.graph.nodes if node.op == "placeholder"]

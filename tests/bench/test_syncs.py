@@ -24,14 +24,14 @@ def test_each_pattern_is_recorded_once_and_equals_the_original(pattern: Pattern,
 
 
 def test_every_pattern_makes_the_host_wait_and_no_twin_does() -> None:
-    from graphs.observation.eager_trace import watch_step
+    from graphs.observation.eager_trace import trace_eager
 
     generator = torch.Generator().manual_seed(0)
     for pattern in PATTERNS:
         arguments = pattern.arguments(TOY_SYNCS, generator, 0)
         for build, waits in ((pattern.written, True), (pattern.by_hand, False)):
             with torch.no_grad():
-                _, trace = watch_step(functools.partial(build(TOY_SYNCS), *arguments), arguments)
+                _, trace = trace_eager(functools.partial(build(TOY_SYNCS), *arguments), arguments)
             assert bool(trace.findings) == waits, (pattern.name, trace.findings)
 
 

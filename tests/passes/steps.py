@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import passes
-from graphs.observation.eager_trace import watch_step
+from graphs.observation.eager_trace import trace_eager
 from graphs.state.python_state import PythonState
 from passes.remove_host_values import TABLES
 
@@ -30,7 +30,7 @@ def traced(step: Step, *tensors: Tensor, merge: bool = False) -> GraphModule:
         merge: whether both sides of branches are traced.
     """
     arguments = [tensor.clone() for tensor in tensors]
-    _, trace = watch_step(lambda: step(*arguments), arguments)
+    _, trace = trace_eager(lambda: step(*arguments), arguments)
     trace.written.restore()
     reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
     modules = {read.site[0] for read in reads}

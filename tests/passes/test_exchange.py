@@ -111,7 +111,7 @@ class Recorder:
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
 
-    def fork(self, test: Any, before: Any, assigned: Any, joined: Any, start: tuple[int, int]) -> Any:
+    def if_stmt(self, test: Any, before: Any, assigned: Any, joined: Any, start: tuple[int, int]) -> Any:
         self.starts.append(start)
         return Always()
 
@@ -157,7 +157,7 @@ def test_code_is_put_back_whatever_happens() -> None:
     with pytest.raises(ZeroDivisionError), forked(PLAN, Recorder(), functions_of([PLACE])):
         assert simple.__code__ is not own
         raise ZeroDivisionError
-    assert simple.__code__ is own and ENTRY.fork(0).enter(False)
+    assert simple.__code__ is own and ENTRY.if_stmt(0).enter(False)
 
 
 def test_code_that_still_runs_when_its_function_has_its_own_again_asks_nobody() -> None:

@@ -62,7 +62,7 @@ def test_the_graphs_before_and_after() -> None:
     arguments = torch.ones(4, 3), torch.ones(3), torch.tensor(0)
     module = traced(reset_or_scale, *arguments, merge=True)
     assert "\n".join(line for line in printed(module).splitlines() if "function" not in line) == BEFORE
-    sides = {str(node): [str(arm.runs) for arm in trips_of(node)] for node in module.graph.nodes}
+    sides = {str(node): [str(arm.predicate) for arm in trips_of(node)] for node in module.graph.nodes}
     assert sides["zero_"] == sides["add"] == ["Eq(u0, 0)"] and sides["where"] == sides["add_1"] == []
     graph = merged(reset_or_scale, *arguments)
     assert printed(graph.module) == AFTER and not graph.assumes

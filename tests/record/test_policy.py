@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from graphs.recording.vendor import CUDA, HIP, DevicePolicy, choose_policy, current_policy
+from graphs.recording.vendor import CUDA, HIP, Vendor, choose_policy, current_policy
 
 
 def test_both_vendors_record_thread_locally() -> None:
@@ -57,13 +57,13 @@ C_LIBRARY = "libc.so.6"
 
 def test_a_driver_that_refuses_is_named_with_its_status() -> None:
     """``toupper`` stands in for the driver: an int function that gives its argument back."""
-    policy = DevicePolicy("test", libraries=("libnothing.so.1", C_LIBRARY), driver=("toupper", "toupper"))
+    policy = Vendor("test", libraries=("libnothing.so.1", C_LIBRARY), driver=("toupper", "toupper"))
     with pytest.raises(RuntimeError, match="toupper failed with status 7"):
         policy.begin_empty_capture(7)
     policy.begin_empty_capture(0)
 
 
 def test_a_driver_that_is_not_there_is_named_with_every_library_tried() -> None:
-    policy = DevicePolicy("test", libraries=("libnothing.so.1", "libnothing.so"), driver=("toupper", "toupper"))
+    policy = Vendor("test", libraries=("libnothing.so.1", "libnothing.so"), driver=("toupper", "toupper"))
     with pytest.raises(RuntimeError, match=r"cannot be loaded: libnothing\.so\.1.*; libnothing\.so:"):
         policy.create_stream()
