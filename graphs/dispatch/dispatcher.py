@@ -35,9 +35,11 @@ from graphs.errors import (
     UnsupportedArgument,
 )
 from graphs.first_call.host_arguments import host_arguments, record_key_on_device
+from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded
-from graphs.first_call.record_key import Deferred, Refused, compare_replay, record_key
+from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep, reference_to
+from graphs.first_call.verify_replay import compare_replay
 from graphs.objects.cells import Difference
 from graphs.recording.choose import recorder_for
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of

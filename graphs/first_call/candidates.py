@@ -7,6 +7,7 @@ recording run what ``torch.compile`` made of it. A replay touches neither Dynamo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import Counter
@@ -46,16 +47,14 @@ def record_compiled(step: Step, trace: EagerTrace, record: Callable[[Step], Reco
     except RowsInteract:
         raise
     except Refusal as refusal:
-        entry = record(step)
-        entry.not_compiled = refusal
-        return entry
-    compiled.compiler, compiled.compile_seconds = "inductor", candidate.seconds
-    compiled.rewrites = dict(Counter(change.by for change in candidate.changes))
+        return dataclasses.replace(record(step), not_compiled=refusal)
+    rewrites = dict(Counter(change.by for change in candidate.changes))
+    compiled = dataclasses.replace(compiled, compiler="inductor", compile_seconds=candidate.seconds, rewrites=rewrites)
     if step.compiler == "inductor":
         return compiled
     plain = record(step)
-    plain.candidates = compiled.candidates = {"none": _cost(plain.replay), "inductor": _cost(compiled.replay)}
-    return compiled if _cost(compiled.replay) < _cost(plain.replay) else plain
+    costs = {"none": _cost(plain.replay), "inductor": _cost(compiled.replay)}
+    return dataclasses.replace(compiled if costs["inductor"] < costs["none"] else plain, candidates=costs)
 
 
 def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
