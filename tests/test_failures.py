@@ -15,6 +15,7 @@ from torch import nn
 
 import graphs
 from graphs.contract.outputs import template
+from graphs.dispatch import key_recorder
 from graphs.dispatch.call_log import NotReplayed
 from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import InternalError
@@ -168,8 +169,8 @@ _fails = _raising(ZeroDivisionError("a fault"))
 
 PLACES = [
     ("graphs.dispatch.dispatcher.flatten_call", Dispatcher),
-    ("graphs.dispatch.dispatcher.device_of", Dispatcher),
-    ("graphs.dispatch.dispatcher.leaf_names", Dispatcher),
+    ("graphs.dispatch.key_recorder.device_of", key_recorder),
+    ("graphs.dispatch.key_recorder.leaf_names", key_recorder),
     ("graphs.first_call.record_key.Checkpoint", record_key),
     ("graphs.first_call.consecutive.compare_traces", record_key),
     ("graphs.first_call.record_key.make_contract", record_key),
