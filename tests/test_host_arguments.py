@@ -15,7 +15,7 @@ from graphs.contract.slots import make_contract
 from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import MixedDevices
 from graphs.first_call import host_arguments
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
 
 Tensor = torch.Tensor

@@ -12,8 +12,10 @@ from graphs.auditing.source.assignment_sites import executed_code, line_that_set
 from graphs.auditing.source.line_timing import Place, time_places
 from graphs.errors import Site
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import EagerTrace, is_users, trace_eager
+from graphs.observation.eager_trace import trace_eager
+from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.step import Checkpoint, Step
+from passes.core.source_location import is_user
 
 _COST_RUNS = 5
 
@@ -99,7 +101,7 @@ def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
     except Exception as error:
         if may_raise:
             raise
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_users(f)]
+        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_user(f)]
         return Run(trace, None, before.differences(), error, frames[-1] if frames else ("", 0))
     return Run(trace, output, before.differences())
 

@@ -12,7 +12,7 @@ from graphs.errors import ChangingValue, HostSync, Refusal, RowsInteract, Unsupp
 from graphs.first_call.candidates import compile_rewritten
 from graphs.first_call.outcomes import ran
 from graphs.numerics.judge import Rerun, candidate_difference
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Step
 from graphs.rewriting.rewritten_step import RewrittenStep, rewrite

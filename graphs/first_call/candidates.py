@@ -22,7 +22,7 @@ from graphs.compile.fused_region import CompiledRegion
 from graphs.compiler_options import CompilerOptions
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.observation.timing import CallTime
 from graphs.rehearsal.step import Step
 from graphs.rewriting.rewritten_step import RewrittenStep

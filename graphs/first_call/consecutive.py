@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from graphs.contract.outputs.template import compare_templates
 from graphs.first_call.observe import Examined, changing
 from graphs.first_call.outcomes import FirstCall, raised
-from graphs.observation.eager_trace import compare_traces
+from graphs.observation.compare_traces import compare_traces
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.rehearsal import Rehearsal, Rehearsed
 from graphs.state.counters import Counter

@@ -28,7 +28,8 @@ from graphs.first_call.outcomes import Deferred, FirstCall, Refused
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, trace_again
+from graphs.observation.eager_trace import trace_again
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins

@@ -14,7 +14,8 @@ from graphs.first_call.outcomes import FirstCall
 from graphs.guards.guard_walk import GuardWalk
 from graphs.objects.cells import Difference
 from graphs.objects.libraries import origin_of_code
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, trace_eager
+from graphs.observation.eager_trace import trace_eager
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.python_reads.named_state import Ran
 from graphs.recording.failures import RaisedWatched, StepRaised, is_interrupt

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from graphs.errors import CaptureFailed, Refusal, RowsInteract, VerifyMismatch
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import internal_error, is_interrupt, raised_at
 from graphs.recording.recorder import ReplayRaised
 from graphs.rehearsal.result_lines import with_line

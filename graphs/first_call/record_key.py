@@ -35,7 +35,7 @@ from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.first_call.stand_in_run import OnStandIns, run_on_stand_ins
 from graphs.first_call.verify_replay import verify_first_replay, verify_second_replay
 from graphs.guards.guard_walk import guards_of
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.observation.timing import time_call
 from graphs.python_reads.code_reads import CodeReads
 from graphs.recording.recorder import Recorder

@@ -11,7 +11,7 @@ from graphs.contract.outputs.template import OutputTemplate, compare_templates
 from graphs.contract.slots import Contract
 from graphs.errors import ChangingValue, Refusal, RowsInteract
 from graphs.first_call.outcomes import FirstCall, raised_again
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins, reads_by_layout
 from graphs.rehearsal.rehearsal import Rehearsal, Rehearsed

@@ -10,7 +10,7 @@ from graphs.errors import VerifyMismatch
 from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 

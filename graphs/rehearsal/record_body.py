@@ -8,7 +8,8 @@ import torch
 
 from graphs.contract.slots import Contract
 from graphs.errors import CaptureFailed, UnsupportedOperator
-from graphs.observation.eager_trace import EagerTrace, last_operation
+from graphs.observation.last_operator import last_operation
+from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Body, Recorder, Recording
 from graphs.rehearsal.rehearsal import Rehearsal
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import EagerTrace, trace_again
+from graphs.observation.eager_trace import trace_again
+from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import is_interrupt
 from graphs.rehearsal.step import Checkpoint
 from graphs.state.counters import Counter

@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import EagerTrace, trace_again
+from graphs.observation.eager_trace import trace_again
 from graphs.observation.host_reads import may_read
+from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import is_interrupt
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Step

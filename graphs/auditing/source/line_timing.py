@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from graphs.observation.eager_trace import user_frame
 from graphs.observation.fused_modules import unnoticed
 from passes.core.composites import Calls
+from passes.core.source_location import user_line
 
 Place = tuple[tuple[str, int], str]
 """A line, and the name of the function of torch that it calls."""
@@ -29,7 +29,7 @@ class _Stopwatch(Calls):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(getattr(func, "__name__", ""))
-        place = (user_frame(sys._getframe(1)) if name in self.names else ("", 0), name)
+        place = (user_line(sys._getframe(1)) if name in self.names else ("", 0), name)
         if place not in self.places:
             return func(*args, **(kwargs or {}))
         start = time.perf_counter()
