@@ -13,7 +13,7 @@ except ImportError as error:
     raise MissingDependency("typer", "the command line", "pip install stepgraphs") from error
 
 from graphs.bench.settings import DEVICES, EXPERIMENTS, MIN_RUNS, BenchSettings
-from graphs.bench.wo_a_paths import PATHS
+from graphs.bench.wo_a.paths import PATHS
 from passes.mlir import DIALECTS
 
 app = typer.Typer(

@@ -144,7 +144,7 @@ def test_only_the_configuration_reads_settings_from_the_environment() -> None:
 def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
     allowed = {
         "triton": {
-            "graphs.bench.read_floor",
+            "graphs.bench.wo_a.read_floor",
             "graphs.ops.hopper",
             "graphs.ops.warpgroup",
             "graphs.ops.kernels",
@@ -156,8 +156,8 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
         },
         "aiter": {"graphs.ops.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
-        "transformers": {"graphs.bench.llama"},
-        "matplotlib": {"graphs.bench.plot"},
+        "transformers": {"graphs.bench.decode.llama"},
+        "matplotlib": {"graphs.bench.wo_a.plot"},
     }
     found = {
         name for name, path in modules("graphs", "passes").items() if any(within(imported, package) for imported in imports(path))

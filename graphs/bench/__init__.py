@@ -2,6 +2,6 @@
 
 from graphs.bench.experiment import run_bench
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a_tune import tune
+from graphs.bench.wo_a.tune import tune
 
 __all__ = ["BenchSettings", "run_bench", "tune"]

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from graphs.bench.decode import measure_decode
-from graphs.bench.inductor import measure_compilers
+from graphs.bench.compile.inductor import measure_compilers
+from graphs.bench.decode.llama import size_for
+from graphs.bench.decode.measure import measure_decode
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.harness.rows import BenchRow, Case, Results
+from graphs.bench.harness.table import bars_table, results_table
 from graphs.bench.launches import count_launches
-from graphs.bench.llama import size_for
-from graphs.bench.machine import describe_machine
 from graphs.bench.overhead import measure_bars
-from graphs.bench.plot import draw_results
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.rows import BenchRow, Case, Results
 from graphs.bench.settings import EXPERIMENTS, BenchSettings
-from graphs.bench.syncs import measure_syncs
-from graphs.bench.table import bars_table, results_table
-from graphs.bench.wo_a import measure_wo_a, selection_for
-from graphs.bench.wo_a_paths import absent
-from graphs.bench.wo_a_table import projection_bars_table, projections_table
+from graphs.bench.syncs.measure import measure_syncs
+from graphs.bench.wo_a.measure import measure_wo_a, selection_for
+from graphs.bench.wo_a.paths import absent
+from graphs.bench.wo_a.plot import draw_results
+from graphs.bench.wo_a.table import projection_bars_table, projections_table
 from graphs.config import choice
 
 

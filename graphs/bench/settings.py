@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphs.bench.wo_a_paths import PATHS
+from graphs.bench.wo_a.paths import PATHS
 from graphs.config import choice
 from graphs.errors import ConfigError
 

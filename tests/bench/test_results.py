@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from graphs.bench.plot import draw_results
-from graphs.bench.rows import BarRow, BenchRow, Machine, Results, with_capture_cost
-from graphs.bench.sampling import Spread
-from graphs.bench.table import bars_table, launches, results_table
+from graphs.bench.harness.rows import BarRow, BenchRow, Machine, Results, with_capture_cost
+from graphs.bench.harness.sampling import Spread
+from graphs.bench.harness.table import bars_table, launches, results_table
+from graphs.bench.wo_a.plot import draw_results
 
 MACHINE = Machine("a GPU", "580", "2.11", "3.6", "5.17", "3.12", "Linux", 1, "2026-01-01T00:00:00+00:00")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.rows import BenchRow, Results
-from graphs.bench.table import pairs
-from graphs.bench.wo_a_paths import OURS
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.rows import BenchRow, Results
+from graphs.bench.harness.table import pairs
+from graphs.bench.wo_a.paths import OURS
 
 _COLOURS = {"eager": "#b0b7c3", "graph": "#2563a8"}
 _WIDTH = 0.38

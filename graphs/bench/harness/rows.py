@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphs.bench.sampling import Spread
+from graphs.bench.harness.sampling import Spread
 from graphs.errors import GraphsError
 
 SCHEMA = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from graphs.bench.rows import Machine
+from graphs.bench.harness.rows import Machine
 
 
 def describe_machine(device: torch.device) -> Machine:

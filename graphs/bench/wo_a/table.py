@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.rows import BarRow, BenchRow, Results
-from graphs.bench.table import caption, launches, microseconds, outcome, pairs
-from graphs.bench.wo_a_bars import FLOOR
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.rows import BarRow, BenchRow, Results
+from graphs.bench.harness.table import caption, launches, microseconds, outcome, pairs
+from graphs.bench.wo_a.bars import FLOOR
 
 BASE = "einsum"  # what the other paths are compared with
 _COLUMNS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.rows import BarRow, BenchRow, Results
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.rows import BarRow, BenchRow, Results
 
 _COLUMNS = ("workload", "rows", "mode", "host\nus", "device\nus", "launches", "tokens\nper s", "break-even\ncalls", "gain")
 

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.sampling import Tick
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.sampling import Tick
 
 
 def make_console(*, quiet: bool = False) -> Any:
