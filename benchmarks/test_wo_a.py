@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from graphs.bench.choices import PATHS
 from graphs.bench.settings import BenchSettings
 from graphs.bench.wo_a.measure import Selection, activations, check, exact_results, make_weights, selection_for
-from graphs.bench.wo_a.paths import PATHS, absent
+from graphs.bench.wo_a.paths import absent
 from graphs.bench.wo_a.record import ProjectionStack, record
 from graphs.ops import GroupedWeight
 
