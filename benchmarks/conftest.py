@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.bench.settings import DEVICES, BenchSettings
+from graphs.bench.choices import DEVICES
+from graphs.bench.settings import BenchSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROUNDS = 30

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import graphs
-from graphs.bench.decode import compare_tokens
-from graphs.bench.llama import Decoding, build_llama, size_for
+from graphs.bench.decode.llama import Decoding, build_llama, size_for
+from graphs.bench.decode.measure import compare_tokens
 
 Timer = Callable[..., None]
 Model = tuple[torch.nn.Module, Any]

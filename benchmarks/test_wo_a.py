@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from graphs.bench.choices import PATHS
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a import Selection, activations, check, exact_results, make_weights, selection_for
-from graphs.bench.wo_a_paths import PATHS, absent
-from graphs.bench.wo_a_record import ProjectionStack, record
+from graphs.bench.wo_a.measure import Selection, activations, check, exact_results, make_weights, selection_for
+from graphs.bench.wo_a.paths import absent
+from graphs.bench.wo_a.record import ProjectionStack, record
 from graphs.ops import GroupedWeight
 
 Timer = Callable[..., None]

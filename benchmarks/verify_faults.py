@@ -31,7 +31,7 @@ import torch
 import graphs
 from graphs import verify
 from graphs.ambient import ambient_of
-from graphs.bench.llama import TOY, WIDE, Decoding, build_llama
+from graphs.bench.decode.llama import TOY, WIDE, Decoding, build_llama
 from graphs.contract.arguments import flatten_call
 from graphs.ledger import NotReplayed
 from graphs.modes import forced_eager

@@ -6,6 +6,7 @@ legal ones listed, before any device work.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,18 @@ PASSES = ("constants", "addressing", "arithmetic", "bounded", "branches", "fusio
 BACKEND_COMPILERS = ("inductor", "aten")
 BACKEND_VERIFY = ("capture", "off")
 WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
+VARIABLES = (
+    "GRAPHS_BUCKETS",
+    "GRAPHS_CACHE",
+    "GRAPHS_COMPILER",
+    "GRAPHS_MAX_RECORDINGS",
+    "GRAPHS_MODE",
+    "GRAPHS_PASSES",
+    "GRAPHS_RAISE_INTERNAL",
+    "GRAPHS_STRICT",
+    "GRAPHS_VERIFY",
+    "GRAPHS_WO_A",
+)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -37,6 +50,18 @@ def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
 def _require(legal: bool, name: str, value: object, what: str) -> None:
     if not legal:
         raise ConfigError(name, value, what)
+
+
+def require_known_variables() -> None:
+    """Nothing in the environment that looks like a setting and is none: a misspelt one would be passed over in silence.
+
+    Raises:
+        ConfigError: a variable beginning with ``GRAPHS_`` is not in `VARIABLES`; the message names the nearest that is.
+    """
+    for name in sorted(set(os.environ) - set(VARIABLES)):
+        if name.startswith("GRAPHS_"):
+            nearest = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+            raise ConfigError(name, os.environ[name], f"unset: there is no such setting. The nearest is {nearest}")
 
 
 def _env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
@@ -106,6 +131,7 @@ def cache_directory() -> Path:
 
 def wo_a_path() -> str:
     """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
+    require_known_variables()
     return _env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)
 
 
@@ -180,7 +206,12 @@ class CaptureConfig:
         passes: str | Iterable[str] | None = None,
         bounds: Mapping[str, int] | None = None,
     ) -> CaptureConfig:
-        """Combine arguments with the environment and validate the result."""
+        """Combine arguments with the environment and validate the result.
+
+        Raises:
+            ConfigError: a value that is not legal, or an unknown ``GRAPHS_*`` variable.
+        """
+        require_known_variables()
         _require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
         _require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
         dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()

@@ -2,6 +2,7 @@
 
 from graphs.ops import skinny as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
 from graphs.ops import wo_a as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
+from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.ops.projection import LEGAL_PATHS, GroupedProjection
 from graphs.ops.weights import (
     PATHS,
@@ -14,6 +15,7 @@ from graphs.ops.weights import (
     path_bytes,
     prepare,
 )
+from passes import register_decompositions
 
 __all__ = [
     "LEGAL_PATHS",
@@ -28,3 +30,5 @@ __all__ = [
     "path_bytes",
     "prepare",
 ]
+
+register_decompositions(DECOMPOSITIONS)  # so that passes.to_mlir lowers these operators

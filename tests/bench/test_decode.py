@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import graphs
-from graphs.bench import decode
-from graphs.bench.decode import batch_sizes, compare_tokens, measure_decode
-from graphs.bench.llama import Decoding, LlamaSize, build_llama, prompts
-from graphs.bench.progress import Progress
-from graphs.bench.rows import WrongResult
+from graphs.bench.decode import measure as decode
+from graphs.bench.decode.llama import Decoding, LlamaSize, build_llama, prompts
+from graphs.bench.decode.measure import batch_sizes, compare_tokens, measure_decode
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import WrongResult
 from graphs.bench.settings import BenchSettings
 
 CPU = torch.device("cpu")

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphs.bench import decode, experiment, run_bench, wo_a
-from graphs.bench.llama import LlamaSize
-from graphs.bench.optional import optional_module
+from graphs.bench import experiment, run_bench
+from graphs.bench.decode import measure as decode
+from graphs.bench.decode.llama import LlamaSize
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.progress import make_console
+from graphs.bench.harness.rows import WrongResult
 from graphs.bench.overhead import tape_bar
-from graphs.bench.progress import make_console
-from graphs.bench.rows import WrongResult
 from graphs.bench.settings import BenchSettings
+from graphs.bench.wo_a import measure as wo_a
 from graphs.errors import ConfigError, MissingDependency
 
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from graphs.bench import inductor
-from graphs.bench.inductor import BACKEND, BARE, CAPTURED, NARROW, OURS, REDUCED, SEARCHED, measure_compilers
-from graphs.bench.llama import WIDE, LlamaSize
-from graphs.bench.progress import Progress
+from graphs.bench.compile import inductor
+from graphs.bench.compile.inductor import BACKEND, BARE, CAPTURED, NARROW, OURS, REDUCED, SEARCHED, measure_compilers
+from graphs.bench.decode.llama import WIDE, LlamaSize
+from graphs.bench.harness.progress import Progress
 from graphs.bench.settings import BenchSettings
 from graphs.errors import ConfigError
 

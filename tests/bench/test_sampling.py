@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.bench.sampling import Samples, Spread, Variant, host_microseconds, ratios, time_variants, wall_variants
+from graphs.bench.harness.sampling import Samples, Spread, Variant, host_microseconds, ratios, time_variants, wall_variants
 
 CPU = torch.device("cpu")
 

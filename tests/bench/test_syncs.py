@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphs.bench import run_bench, syncs
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.rows import WrongResult
+from graphs.bench import run_bench
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.harness.rows import WrongResult
 from graphs.bench.settings import BenchSettings
-from graphs.bench.sync_patterns import PATTERNS, TOY_SYNCS, Pattern, RingAttention
-from graphs.bench.syncs import Constants, measure_syncs, predicted_factor, prepare
+from graphs.bench.syncs import measure as syncs
+from graphs.bench.syncs.measure import Constants, measure_syncs, predicted_factor, prepare
+from graphs.bench.syncs.patterns import PATTERNS, TOY_SYNCS, Pattern, RingAttention
 
 CPU = torch.device("cpu")
 

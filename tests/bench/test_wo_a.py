@@ -8,16 +8,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from graphs.bench import tune, wo_a, wo_a_record
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.rows import BenchRow, Machine, Results, WrongResult
-from graphs.bench.sampling import Spread
+from graphs.bench import tune
+from graphs.bench.choices import OURS, PEERS
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.harness.rows import BenchRow, Machine, Results, WrongResult
+from graphs.bench.harness.sampling import Spread
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a import Selection, activations, check, exact_results, make_weights, measure_wo_a
-from graphs.bench.wo_a_bars import TIMES, bars_of
-from graphs.bench.wo_a_paths import OURS, PEERS, absent, build
-from graphs.bench.wo_a_record import ProjectionStack, record
-from graphs.bench.wo_a_table import gap_removed, projection_bars_table, projections_table
+from graphs.bench.wo_a import measure as wo_a
+from graphs.bench.wo_a import record as wo_a_record
+from graphs.bench.wo_a.bars import TIMES, bars_of
+from graphs.bench.wo_a.measure import Selection, activations, check, exact_results, make_weights, measure_wo_a
+from graphs.bench.wo_a.paths import absent, build
+from graphs.bench.wo_a.record import ProjectionStack, record
+from graphs.bench.wo_a.table import gap_removed, projection_bars_table, projections_table
 from graphs.errors import ConfigError, MissingDependency
 from graphs.ops import tuned
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphs.bench.progress import Progress
-from graphs.bench.rows import MODES, BarRow, BenchRow, Case, WrongResult, with_capture_cost
-from graphs.bench.sampling import Samples, Spread, Variant, time_variants
+from graphs.bench.choices import OURS, PATHS, PEERS
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import MODES, BarRow, BenchRow, Case, WrongResult, with_capture_cost
+from graphs.bench.harness.sampling import Samples, Spread, Variant, time_variants
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a_bars import FLOOR, bars_of
-from graphs.bench.wo_a_paths import OURS, PATHS, PEERS, TOLERANCE, absent
-from graphs.bench.wo_a_record import ProjectionStack, Recorded, read_floors, record
+from graphs.bench.wo_a.bars import FLOOR, bars_of
+from graphs.bench.wo_a.paths import TOLERANCE, absent
+from graphs.bench.wo_a.record import ProjectionStack, Recorded, read_floors, record
 from graphs.ops import GroupedWeight, reference, weights
 
 Tensor = torch.Tensor

@@ -11,12 +11,12 @@ import torch
 
 import graphs
 from graphs.backend import backend_report, graphs_backend
-from graphs.bench.bare import OTHER_KERNELS, bare_step, same_output
-from graphs.bench.llama import WIDE, Decoding, LlamaSize, build_llama
-from graphs.bench.machine import describe_machine
-from graphs.bench.progress import Progress
-from graphs.bench.rows import BarRow, WrongResult
-from graphs.bench.sampling import Spread, Variant, ratios, wall_variants
+from graphs.bench.decode.bare import OTHER_KERNELS, bare_step, same_output
+from graphs.bench.decode.llama import WIDE, Decoding, LlamaSize, build_llama
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import BarRow, WrongResult
+from graphs.bench.harness.sampling import Spread, Variant, ratios, wall_variants
 from graphs.bench.settings import BenchSettings
 from graphs.compiler import CompiledModel
 from graphs.errors import ConfigError

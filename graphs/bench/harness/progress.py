@@ -7,16 +7,18 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.sampling import Tick
+from graphs.bench.harness.optional import optional_module
+from graphs.bench.harness.sampling import Tick
+
+WIDTH = 80
 
 
 def make_console(*, quiet: bool = False) -> Any:
-    """A rich console; 100 columns wide where the output is no terminal."""
+    """A rich console; 80 columns wide where the output is no terminal."""
     rich_console = optional_module("rich.console")
     console = rich_console.Console(quiet=quiet, highlight=False)
     if not console.is_terminal:
-        console.width = 100
+        console.width = WIDTH
     return console
 
 

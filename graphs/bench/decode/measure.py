@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.bench.llama import Decoding, LlamaSize, build_llama, size_for
-from graphs.bench.progress import Progress
-from graphs.bench.rows import MODES, BenchRow, Case, WrongResult, with_capture_cost
-from graphs.bench.sampling import Samples, Spread, Variant, time_variants, wall_variants
+from graphs.bench.decode.llama import Decoding, LlamaSize, build_llama, size_for
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import MODES, BenchRow, Case, WrongResult, with_capture_cost
+from graphs.bench.harness.sampling import Samples, Spread, Variant, time_variants, wall_variants
 from graphs.bench.settings import BenchSettings
 
 _WARM_UP = 3

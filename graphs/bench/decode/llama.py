@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphs.bench.optional import optional_module
+from graphs.bench.harness.optional import optional_module
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from graphs.bench.llama import Decoding
-from graphs.bench.rows import WrongResult
+from graphs.bench.decode.llama import Decoding
+from graphs.bench.harness.rows import WrongResult
 
 Tensor = torch.Tensor
 SAME_KERNELS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the largest value: summation order at most

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from graphs.bench.rows import BarRow
-from graphs.bench.sampling import Spread, ratios
+from graphs.bench.harness.rows import BarRow
+from graphs.bench.harness.sampling import Spread, ratios
 
 
 class Bar(NamedTuple):

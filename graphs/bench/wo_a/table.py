@@ -5,21 +5,21 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from graphs.bench.optional import optional_module
-from graphs.bench.rows import BarRow, BenchRow, Results
-from graphs.bench.table import caption, launches, microseconds, outcome, pairs
-from graphs.bench.wo_a_bars import FLOOR
+from graphs.bench.harness.rows import BarRow, BenchRow, Results
+from graphs.bench.harness.table import caption, launches, make_table, microseconds, outcome, pairs
+from graphs.bench.wo_a.bars import FLOOR
 
 BASE = "einsum"  # what the other paths are compared with
 _COLUMNS = (
-    "path", "M", "launches", "eager\nus", "graph\nus", "eager\n/einsum", "graph\n/einsum", "gap\nremoved", "graph\n/floor",
-    "error", "MB", "first\ncall s",
+    "path", "laun-\nches", "eager\nus", "graph\nus", "eager\nover\neinsum", "graph\nover\neinsum", "gap\nre-\nmoved",
+    "graph\nover\nfloor", "error", "MB", "first\ncall s",
 )  # fmt: skip
+_BARS = {"bar": 17, "limit": 11, "worst": 12, "met": 8, "outcome": 7, "missed at": 14}  # characters
 
 
 def projections_table(results: Results) -> Any:
     """A rich table with a line for each G, M and path."""
-    table = _narrow(_COLUMNS, "Grouped projections: us per projection, eager and replayed")
+    table = make_table(_COLUMNS, "Grouped projections: us per projection, eager and replayed", {"path": 11}, gap=1)
     table.caption = caption(results) + (
         "\nGap removed: the share of what a path takes more than einsum in eager mode that it no longer takes in graph mode. "
         "MB: weight and scales of one projection."
@@ -65,7 +65,9 @@ def gap_removed(eager: BenchRow, graph: BenchRow, base: tuple[BenchRow, BenchRow
 
 def projection_bars_table(results: Results) -> Any:
     """A rich table with a line for each limit: the worst case it holds for, how many cases meet it, and which do not."""
-    table = _narrow(("bar", "limit", "worst", "met", "outcome", "missed at"), "Bars of the grouped projection, graph mode")
+    table = make_table(
+        ("bar", "limit", "worst", "met", "outcome", "missed at"), "Bars of the grouped projection, graph mode", _BARS
+    )
     grouped: dict[str, list[BarRow]] = {}
     for bar in results.bars:
         if bar.where:
@@ -76,13 +78,4 @@ def projection_bars_table(results: Results) -> Any:
         measured = f"{worst.measured.median:.3g}{worst.unit} ({worst.where})"
         met = f"{len(bars) - len(missed)} of {len(bars)}"
         table.add_row(name, worst.bar.removeprefix("at most "), measured, met, outcome(worst), "; ".join(missed))
-    return table
-
-
-def _narrow(columns: tuple[str, ...], title: str) -> Any:
-    rich_table, box = optional_module("rich.table"), optional_module("rich.box")
-    table = rich_table.Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        left = column in ("path", "bar", "limit", "worst", "outcome", "missed at")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column in ("path", "bar", "worst"))
     return table

@@ -7,17 +7,27 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from graphs.bench.sampling import Spread
+from graphs.bench.harness.sampling import Spread
 from graphs.errors import GraphsError
 
 SCHEMA = 1
 MODES = ("eager", "graph")
+T = TypeVar("T")
 
 
 class WrongResult(GraphsError):
     """A variant about to be timed computed something else than its reference; nothing is reported for it."""
+
+
+class UnreadableResults(GraphsError, ValueError):
+    """A file that was to be compared holds no results, or those of another schema."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot compare {path}: {reason}.")
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,14 @@ class BenchRow:
     first_call_seconds: float = 0.0
 
     @property
-    def call_us(self) -> float:
+    def call(self) -> Spread:
         """The longer of host and device time per operation: what it takes when calls follow each other."""
-        return max(self.host_us.median, self.device_us.median if self.device_us is not None else 0.0)
+        return max(self.host_us, self.device_us or self.host_us, key=lambda spread: spread.median)
+
+    @property
+    def call_us(self) -> float:
+        """The median of `call`."""
+        return self.call.median
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ class BarRow:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what the results were measured."""
+    """Where and with what the results were measured; ``toolkit`` is the CUDA or HIP that torch was built with."""
 
     device: str
     driver: str
@@ -127,11 +142,12 @@ class Machine:
     platform: str
     threads: int
     date: str
+    toolkit: str = ""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything one run measured."""
+    """Everything one run measured; ``conclusion`` says in one sentence how launch overhead amortises, where that was measured."""
 
     machine: Machine
     runs: int
@@ -140,6 +156,7 @@ class Results:
     rows: tuple[BenchRow, ...] = ()
     bars: tuple[BarRow, ...] = ()
     schema: int = field(default=SCHEMA)
+    conclusion: str = ""
 
     def to_json(self) -> str:
         """A JSON object with the attribute names as keys; each bar also says whether it is ``met``."""
@@ -147,3 +164,48 @@ class Results:
         for bar, line in zip(self.bars, plain["bars"], strict=True):
             line["met"] = bar.met
         return json.dumps(plain, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        """The results that `to_json` wrote, with defaults for what a run before this one did not record.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: ``text`` is something else.
+        """
+        plain = json.loads(text)
+        parts = {
+            "machine": _made(Machine, plain["machine"]),
+            "rows": tuple(_made(BenchRow, row) for row in plain["rows"]),
+            "bars": tuple(_made(BarRow, {**bar, "sides": _spreads(bar["sides"])}) for bar in plain["bars"]),
+            "notes": tuple(plain["notes"]),
+        }
+        return _made(cls, {**plain, **parts})
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        UnreadableResults: it cannot be read, holds something else, or has another schema.
+    """
+    try:
+        text = path.read_text()
+        schema = json.loads(text)["schema"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UnreadableResults(path, f"it holds no results of `graphs bench` ({type(error).__name__}: {error})") from error
+    if schema != SCHEMA:
+        raise UnreadableResults(path, f"its schema is {schema!r}, and this version reads {SCHEMA}; measure again to compare")
+    try:
+        return Results.from_json(text)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnreadableResults(path, f"its results are incomplete ({type(error).__name__}: {error})") from error
+
+
+def _made(kind: type[T], plain: Mapping[str, Any]) -> T:
+    """An object from its attributes; those with a median are spreads, and what ``kind`` does not have is left out."""
+    names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in _spreads(plain).items() if name in names})
+
+
+def _spreads(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: Spread(**one) if isinstance(one, dict) and "median" in one else one for name, one in plain.items()}

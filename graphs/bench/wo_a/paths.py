@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from graphs.bench.choices import OURS, PATHS
 from graphs.errors import MissingDependency
 from graphs.ops import GroupedProjection, GroupedWeight, aiter_backend, weights, wo_a
 
 Tensor = torch.Tensor
-OURS = ("einsum", "bmm", "gloop", "fused", "auto")
-PEERS = ("aiter bmm", "aiter gloop", "deepgemm")
-PATHS = (*OURS, *PEERS)
 QUANTISED = ("bmm", "gloop", "aiter bmm", "aiter gloop", "deepgemm")  # their activations are FP8
 TOLERANCE = {path: 0.05 if path in QUANTISED else 0.004 for path in PATHS}  # relative, Frobenius; measured 0.026 and 0.0017
 

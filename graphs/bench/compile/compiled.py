@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.bench.bare import OTHER_KERNELS, bare_step, same_output
-from graphs.bench.llama import Decoding
-from graphs.bench.machine import describe_machine
-from graphs.bench.progress import Progress
-from graphs.bench.rows import BarRow, WrongResult
-from graphs.bench.sampling import Spread, Variant, ratios, wall_variants
+from graphs.bench.decode.bare import OTHER_KERNELS, bare_step, same_output
+from graphs.bench.decode.llama import Decoding
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import BarRow, WrongResult
+from graphs.bench.harness.sampling import Spread, Variant, ratios, wall_variants
 from graphs.bench.settings import BenchSettings
 
 STEPS = 32  # steps issued back to back between two waits

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 import graphs
-from graphs.bench.rows import WrongResult
-from graphs.bench.wo_a_bars import FLOOR
-from graphs.bench.wo_a_paths import build
+from graphs.bench.harness.rows import WrongResult
+from graphs.bench.wo_a.bars import FLOOR
+from graphs.bench.wo_a.paths import build
 from graphs.ops import GroupedWeight
 
 Tensor = torch.Tensor
@@ -91,7 +91,7 @@ def read_floors(loaded: list[GroupedWeight], device: torch.device) -> dict[str, 
     """Replays of kernels that only read the weights, by block size; none on a CPU."""
     if device.type != "cuda":
         return {}
-    from graphs.bench.read_floor import SIZES, launch_read
+    from graphs.bench.wo_a.read_floor import SIZES, launch_read
 
     replays: dict[str, Callable[[], Any]] = {}
     for size in SIZES:

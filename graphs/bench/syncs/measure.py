@@ -1,6 +1,6 @@
 """Steps whose host syncs the passes take out: against the same step written without any, and against the original.
 
-Two bars for each pattern of `graphs.bench.sync_patterns`. *Device*: what the recorded, rewritten step costs on the device,
+Two bars for each pattern of `graphs.bench.syncs.patterns`. *Device*: what the recorded, rewritten step costs on the device,
 over the recording of the version by hand. *Wall*: eager original over captured step, in a loop that waits for each step,
 against what the removed syncs predict. An eager step is a chain of segments with a sync behind each but the last: a segment
 takes as long as the longer of its device work and the issuing of its launches, and each sync adds a round trip. With the
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import graphs
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import BarRow, WrongResult
+from graphs.bench.harness.sampling import Spread, Variant, ratios, time_variants, wall_variants
 from graphs.bench.launches import count_launches
-from graphs.bench.machine import describe_machine
-from graphs.bench.progress import Progress
-from graphs.bench.rows import BarRow, WrongResult
-from graphs.bench.sampling import Spread, Variant, ratios, time_variants, wall_variants
 from graphs.bench.settings import BenchSettings
-from graphs.bench.sync_patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern, SyncSizes
+from graphs.bench.syncs.patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern, SyncSizes
 
 Tensor = torch.Tensor
 DEVICE_LIMIT = 1.15

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from graphs.bench.rows import Machine
+from graphs.bench.harness.rows import Machine
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -25,6 +25,7 @@ def describe_machine(device: torch.device) -> Machine:
         python=platform.python_version(),
         platform=platform.platform(terse=True),
         threads=torch.get_num_threads(),
+        toolkit=_toolkit(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
@@ -34,6 +35,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _toolkit() -> str:
+    """What torch was built with; nothing for a build without a GPU."""
+    if torch.version.hip is not None:
+        return f"HIP {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "none"
 
 
 def _processor() -> str:

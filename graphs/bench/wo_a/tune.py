@@ -6,15 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.rows import BenchRow
+from graphs.bench.choices import OPERATORS
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.harness.rows import BenchRow
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a import measure_wo_a, selection_for
+from graphs.bench.wo_a.measure import measure_wo_a, selection_for
 from graphs.config import choice
 from graphs.errors import ConfigError
 from graphs.ops import auto, tuned
-
-OPERATORS = ("wo_a",)
 
 
 def tune(operator: str, settings: BenchSettings, console: Any = None) -> Path:
