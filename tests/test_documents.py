@@ -243,7 +243,6 @@ def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
 
 def test_the_picture_is_drawn_from_stored_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip("graphs.bench.decode.plot", reason="the figure is drawn by a later version of graphs.bench")
     program = runpy.run_path(str(ROOT / "benchmarks" / "draw_amortisation.py"), run_name="draw_amortisation")
     program["main"](picture=tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
