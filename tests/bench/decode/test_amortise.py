@@ -12,7 +12,7 @@ from graphs.bench.decode.amortise import Amortisation
 from graphs.bench.decode.plot import draw_amortisation
 from graphs.bench.harness.rows import read_results
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ON_GPU = Amortisation(
     batches=(1, 64),
     host_us=(11_866.0, 11_439.0),
