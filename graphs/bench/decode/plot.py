@@ -12,7 +12,7 @@ from graphs.bench.harness.optional import optional_module
 from graphs.bench.harness.rows import Machine
 
 HOST, DEVICE, REPLAY = "#b45309", "#6b7280", "#2563a8"
-_SIZE = (10.0, 4.8)  # inches
+_SIZE, _DPI = (10.0, 4.8), 150  # inches, and dots per inch
 _SENTENCE_WIDTH = 112  # characters per line above the panels
 _HEADROOM = 1.25  # of what is drawn, so that the legend stands above it
 _SHOWN = 2.5  # of the calls until break-even
@@ -23,7 +23,8 @@ def draw_amortisation(found: Amortisation, machine: Machine, path: Path) -> None
     """Write a PNG to ``path``: the sentence, a panel over batch sizes, a panel over calls at the smallest batch."""
     optional_module("matplotlib").use("Agg")
     plt = optional_module("matplotlib.pyplot")
-    figure, (steps, calls) = plt.subplots(1, 2, figsize=_SIZE, layout="constrained")
+    figure, (steps, calls) = plt.subplots(1, 2, figsize=_SIZE, dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, h_pad=0.08)
     _draw_steps(steps, found)
     _draw_calls(calls, found)
     sentence = re.sub(r"(\d) (ms|s|calls)\b", "\\1\u00a0\\2", found.sentence())  # a number stays with its unit
@@ -31,7 +32,7 @@ def draw_amortisation(found: Amortisation, machine: Machine, path: Path) -> None
     toolkit = [machine.toolkit] if machine.toolkit not in ("", "none") else []
     versions = ", ".join([machine.device, f"torch {machine.torch}", *toolkit])
     figure.supxlabel(versions, x=0.99, ha="right", fontsize=8, color="#6b7280")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -75,4 +76,4 @@ def _label(axis: Any, title: str, across: str, up: str) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
+    axis.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=9, loc="upper left", ncols=3)

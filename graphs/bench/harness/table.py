@@ -87,7 +87,8 @@ def make_table(columns: tuple[str, ...], title: str, widths: Mapping[str, int] |
     table = rich_table.Table(title=title, title_justify="left", caption_justify="left", **layout)
     for column in columns:
         text = column in _LEFT
-        table.add_column(column, justify="left" if text else "right", width=(widths or {}).get(column), no_wrap=not text)
+        width, overflow = (widths or {}).get(column), "fold" if text else "ellipsis"
+        table.add_column(column, justify="left" if text else "right", width=width, no_wrap=not text, overflow=overflow)
     return table
 
 

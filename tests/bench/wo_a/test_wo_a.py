@@ -135,7 +135,7 @@ def test_the_share_of_the_eager_gap() -> None:
 
 
 def printed(table: object) -> str:
-    console = Console(width=100)
+    console = Console(width=80)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
@@ -153,14 +153,17 @@ def test_both_tables_fit_a_terminal_and_hold_both_modes() -> None:
     bars = bars_of(2, 4, {"einsum": [9.0, 9.0], "fused": [5.0, 5.0]}, {"fused": 0.003}, {"einsum": 16, "fused": 8}, "a GPU")
     results = Results(machine, 20, False, (), tuple(rows), tuple(bars))
     text = printed(projections_table(results))
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     gloop = next(line.split() for line in text.splitlines() if "aiter gloop" in line)
     assert gloop == ["aiter", "gloop", "1", "130", "19.0", "4.33x", "2.11x", "90%", "4.75x", "0.0016", "8.4", "0.00"]
     assert "G=2 M=4 read floor 4.0 einsum" in " ".join(text.split()) and "G=8 M=4 einsum" in " ".join(text.split())
     assert "…" not in text, "a heading was cut off"
-    lines = printed(projection_bars_table(results)).splitlines()
+    table = projection_bars_table(results)
+    lines = ["|".join(line) for line in zip(*(column._cells for column in table.columns), strict=True)]
     for name, *words in (("fused over einsum, G=2, M=4,16", "0.556x", "1 of 1", "met"), ("error of fused", "0 of 1", "missed")):
         assert any(name in line and all(word in line for word in words) for line in lines)
+    text = printed(table)
+    assert max(map(len, text.splitlines())) <= 80 and "1 of 1  met" in text and "0 of 1  missed" in text
 
 
 def test_bars_are_those_that_fit_the_place() -> None:

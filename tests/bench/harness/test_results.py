@@ -20,7 +20,7 @@ from graphs.bench.wo_a.plot import draw_projections
 from graphs.bench.wo_a.table import projection_bars_table, projections_table
 
 MACHINE = Machine("a GPU", "580", "2.11", "3.6", "5.17", "3.12", "Linux", 1, "2026-01-01T00:00:00+00:00", "CUDA 13.0")
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
 def spread(median: float) -> Spread:
