@@ -29,7 +29,7 @@ def first_replay(layers: int, width: int, device_name: str, started: float) -> d
     import torch
 
     import graphs
-    from graphs.bench.llama import WIDE, Decoding, build_llama
+    from graphs.bench.decode.llama import WIDE, Decoding, build_llama
     from graphs.bench.settings import BenchSettings
 
     device = BenchSettings.resolve(device_name).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.bench.settings import DEVICES, BenchSettings
+from graphs.bench.choices import DEVICES
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.settings import BenchSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROUNDS = 30
@@ -36,10 +39,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("mode", MODES[metafunc.config.getoption("--graphs-mode")])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Add device, driver and versions to the JSON of pytest-benchmark, as ``machine_info.graphs``."""
+    machine_info["graphs"] = dataclasses.asdict(describe_machine(device_of(config)))
+
+
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     """The device that everything runs on."""
-    return BenchSettings.resolve(pytestconfig.getoption("--graphs-device")).device
+    return device_of(pytestconfig)
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    """What ``--graphs-device`` asks for."""
+    return BenchSettings.resolve(config.getoption("--graphs-device")).device
 
 
 @pytest.fixture

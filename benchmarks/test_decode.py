@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import graphs
-from graphs.bench.decode import compare_tokens
-from graphs.bench.llama import Decoding, build_llama, size_for
+from graphs.bench.decode.llama import Decoding, build_llama, size_for
+from graphs.bench.decode.measure import compare_tokens
 
 Timer = Callable[..., None]
 Model = tuple[torch.nn.Module, Any]
@@ -24,7 +24,7 @@ def model(device: torch.device) -> Model:
     return llama, graphs.capture(llama)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("batch", [1, 4, 16], ids="batch={}".format)
 def test_decode_step(benchmark: Any, time_call: Timer, model: Model, device: torch.device, batch: int, mode: str) -> None:
     llama, step = model
     benchmark.group = f"decode step, batch {batch}"
@@ -34,7 +34,7 @@ def test_decode_step(benchmark: Any, time_call: Timer, model: Model, device: tor
     time_call(functools.partial(decoding.first_step, step), device, decoding.reset)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 4], ids="batch={}".format)
 def test_generate_16_tokens(benchmark: Any, time_call: Timer, model: Model, device: torch.device, batch: int, mode: str) -> None:
     llama, step = model
     benchmark.group = f"16 greedy tokens, batch {batch}"

@@ -11,8 +11,8 @@ import torch
 from torch.utils import _pytree
 
 import graphs
-from graphs.bench.bare import bare_graph, same_output
-from graphs.bench.llama import TOY, Decoding, build_llama
+from graphs.bench.decode.bare import bare_graph, same_output
+from graphs.bench.decode.llama import TOY, Decoding, build_llama
 from graphs.bench.overhead import small_arguments, small_step
 from graphs.contract.arguments import flatten_call
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.sync_patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern
-from graphs.bench.syncs import prepare
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.syncs.measure import prepare
+from graphs.bench.syncs.patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern
 
 
 @pytest.mark.parametrize("version", ["eager", "written", "by_hand"])

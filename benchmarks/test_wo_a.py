@@ -1,7 +1,7 @@
 """The grouped projection by path, groups and tokens. Every case is within its tolerance of float64 before it is timed.
 
-``python -m graphs bench wo_a`` prints one table of all of it, with ratios from one run; here single cases can be picked with
-``-k`` and compared between runs by pytest-benchmark.
+``python -m graphs bench wo_a`` prints one table of all of it, with ratios from one run; here single cases can be picked by
+their id (``"benchmarks/test_wo_a.py::test_projections[graph-M=4-G=2-fused]"``) and compared between runs by pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from graphs.bench.choices import PATHS
 from graphs.bench.settings import BenchSettings
-from graphs.bench.wo_a import Selection, activations, check, exact_results, make_weights, selection_for
-from graphs.bench.wo_a_paths import PATHS, absent
-from graphs.bench.wo_a_record import ProjectionStack, record
+from graphs.bench.wo_a.measure import Selection, activations, check, exact_results, make_weights, selection_for
+from graphs.bench.wo_a.paths import absent
+from graphs.bench.wo_a.record import ProjectionStack, record
 from graphs.ops import GroupedWeight
 
 Timer = Callable[..., None]
 Weights = Callable[[int], list[GroupedWeight]]
+SIZES = [(tokens, groups) for groups in (2, 8, 16) for tokens in (1, 4, 16, 64, 256, 1024)]  # weights of one G at a time
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,8 @@ def loaded(device: torch.device, selection: Selection) -> Weights:
     return functools.lru_cache(maxsize=1)(lambda groups: make_weights(selection, groups, device))
 
 
-@pytest.mark.parametrize("groups", [2, 8, 16])
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024])
+@pytest.mark.parametrize(("tokens", "groups"), SIZES, ids=[f"M={tokens}-G={groups}" for tokens, groups in SIZES])
 def test_projections(
     benchmark: Any,
     time_call: Timer,

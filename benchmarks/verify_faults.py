@@ -29,12 +29,12 @@ from typing import Any
 import torch
 
 import graphs
-from graphs.bench.llama import TOY, WIDE, Decoding, build_llama
+from graphs.bench.decode.llama import TOY, WIDE, Decoding, build_llama
 from graphs.contract.arguments import flatten_call
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import NotReplayed
 from graphs.eager_mode import forced_eager
-from graphs.first_call.verify_replay import compare_replay
+from graphs.first_call.record_key import compare_replay
 from graphs.numerics import tolerance
 
 Tensor = torch.Tensor
@@ -178,7 +178,7 @@ def verdict(subject: Subject, ids: Tensor, fault: Any) -> Any:
     recordings = subject.step._graphs_recordings
     call = flatten_call(args, kwargs, ambient_of(subject.model))
     entry, rows = recordings.routes[call.signature]
-    for way in entry.group.variants:
+    for way in entry.group.ways:
         original = way.recording
         way.recording = Planted(original, fault(way))
         try:

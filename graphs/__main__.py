@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from graphs.errors import GraphsError
-from passes.errors import PassesError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,9 +13,20 @@ def main(arguments: list[str] | None = None) -> None:
         from graphs.cli import app
 
         app(arguments)
-    except (GraphsError, PassesError) as error:
+    except Exception as error:
+        if not _on_purpose(error):
+            raise
         print(f"graphs: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Whether this project raised ``error`` to tell something; `passes` is imported for that only here, as it brings torch."""
+    if isinstance(error, GraphsError):
+        return True
+    from passes.errors import PassesError
+
+    return isinstance(error, PassesError)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""The command line: arguments to functions, no logic."""
+"""The command line: arguments to functions, no logic. What measures and records is imported once the options are legal."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from graphs.errors import MissingDependency
+from graphs import __version__
+from graphs.bench.choices import MIN_RUNS, PATHS, Device, Experiment, Operator, as_paths, as_sizes
+from graphs.errors import ConfigError, MissingDependency
 
 try:
     import typer
 except ImportError as error:
     raise MissingDependency("typer", "the command line", "pip install stepgraphs") from error
-
-from graphs.bench.settings import DEVICES, EXPERIMENTS, MIN_RUNS, BenchSettings
-from graphs.bench.wo_a_paths import PATHS
-from passes.mlir import DIALECTS
 
 app = typer.Typer(
     name="graphs",
@@ -25,107 +26,173 @@ app = typer.Typer(
 )
 
 
+class Dialect(str, Enum):
+    """Of MLIR; `passes.mlir.DIALECTS` names the same ones."""
+
+    TORCH = "torch"
+    LINALG = "linalg"
+    STABLEHLO = "stablehlo"
+    TOSA = "tosa"
+
+
+def _checked(check: Callable[[str, str], object]) -> Callable[[typer.CallbackParam, str], str]:
+    """A callback that holds the text of an option against ``check(name, text)`` and hands it on."""
+
+    def callback(option: typer.CallbackParam, text: str) -> str:
+        try:
+            check(option.opts[0], text)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from error
+        return text
+
+    return callback
+
+
+def _check_contexts(_: str, text: str) -> None:
+    if text:
+        from graphs.parity.twins import context_parts
+
+        for context in text.split(","):
+            context_parts(context)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stepgraphs {__version__}")
+        raise typer.Exit
+
+
+def _require_writable(directory: Path) -> None:
+    """Make ``directory`` and a file in it, since permissions alone do not tell whether that works."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = f"{directory} is no directory that can be written to: {error.strerror}"
+        raise typer.BadParameter(reason, param_hint="'--out'") from error
+
+
+_Factory = Annotated[
+    str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
+]
+_Runs = Annotated[int, typer.Option(min=MIN_RUNS, help="Measured repetitions of everything.")]
+_Device = Annotated[Device, typer.Option(help="Where to run.")]
+_Groups = Annotated[str, typer.Option(callback=_checked(as_sizes), help="wo_a: numbers of groups, separated by commas.")]
+_Tokens = Annotated[str, typer.Option(callback=_checked(as_sizes), help="wo_a: numbers of tokens, separated by commas.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
 @app.callback()
-def graphs_command() -> None:
+def graphs_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Record decode steps once and replay them."""
 
 
 @app.command()
 def bench(
-    experiment: Annotated[str, typer.Argument(metavar=f"[{'|'.join(EXPERIMENTS)}]", help="What to measure.")] = "all",
+    experiment: Annotated[Experiment, typer.Argument(help="What to measure.")] = Experiment.ALL,
     out: Annotated[Path, typer.Option(help="Directory for the JSON file and the figure.")] = Path("results"),
-    runs: Annotated[int, typer.Option(help=f"Measured repetitions of everything, at least {MIN_RUNS}.")] = MIN_RUNS,
+    runs: _Runs = MIN_RUNS,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer batch sizes and shorter sequences.")] = False,
-    device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
+    device: _Device = Device.AUTO,
     search: Annotated[bool, typer.Option(help="compile: measure mode='max-autotune' too, which compiles for minutes.")] = True,
-    groups: Annotated[str, typer.Option(help="wo_a: numbers of groups, separated by commas.")] = "",
-    tokens: Annotated[str, typer.Option(help="wo_a: numbers of tokens, separated by commas.")] = "",
-    paths: Annotated[str, typer.Option(help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
+    groups: _Groups = "",
+    tokens: _Tokens = "",
+    paths: Annotated[str, typer.Option(callback=_checked(as_paths), help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Measure nothing; compare two results.")
+    ] = None,
 ) -> None:
     """Measure decode steps, the grouped projection and the overhead of a captured call, eager against graph."""
-    from graphs.bench import run_bench
+    if compare is not None:
+        from graphs.bench.harness.compare import print_comparison
 
-    settings = BenchSettings.resolve(device, runs, quick, search=search, groups=groups, tokens=tokens, paths=paths)
-    run_bench(experiment, settings, out)
+        return print_comparison(*compare)
+    _require_writable(out)
+    from graphs.bench import BenchSettings, run_bench
+
+    settings = BenchSettings.resolve(device.value, runs, quick, search=search, groups=groups, tokens=tokens, paths=paths)
+    run_bench(experiment.value, settings, out)
+    return None
 
 
 @app.command()
 def tune(
-    operator: Annotated[str, typer.Argument(metavar="[wo_a]", help="What to measure again.")],
-    runs: Annotated[int, typer.Option(help=f"Measured repetitions, at least {MIN_RUNS}.")] = MIN_RUNS,
-    device: Annotated[str, typer.Option(metavar=f"[{'|'.join(DEVICES)}]", help="Where to run.")] = "auto",
-    groups: Annotated[str, typer.Option(help="Numbers of groups, separated by commas.")] = "",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "",
+    operator: Annotated[Operator, typer.Argument(help="What to measure again.")],
+    runs: _Runs = MIN_RUNS,
+    device: _Device = Device.AUTO,
+    groups: _Groups = "",
+    tokens: _Tokens = "",
 ) -> None:
     """Measure on this machine which path `auto` should take, and keep the answer for its device and versions."""
+    from graphs.bench import BenchSettings
     from graphs.bench import tune as run_tune
 
-    run_tune(operator, BenchSettings.resolve(device, runs, groups=groups, tokens=tokens))
+    run_tune(operator.value, BenchSettings.resolve(device.value, runs, groups=groups, tokens=tokens))
 
 
 @app.command()
-def audit(
-    factory: Annotated[
-        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
-    ],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def audit(factory: _Factory, json: _Json = False) -> None:
     """List what keeps a step from being recorded, line by line, and what the passes do about it."""
-    from graphs.auditing.audit import audit as audit_step
     from graphs.factory import load_factory
 
     model, args, kwargs = load_factory(factory)
+    from graphs.auditing.audit import audit as audit_step
+
     found = audit_step(model, *args, **kwargs)
     typer.echo(found.to_json() if json else str(found))
 
 
 @app.command()
-def lower(
-    factory: Annotated[
-        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
-    ],
-    dialect: Annotated[str, typer.Option(metavar=f"[{'|'.join(DIALECTS)}]", help="The dialect of MLIR.")] = "linalg",
-) -> None:
+def lower(factory: _Factory, dialect: Annotated[Dialect, typer.Option(help="The dialect of MLIR.")] = Dialect.LINALG) -> None:
     """Print a step in a dialect of MLIR, the operators of this project included."""
     from graphs.factory import load_factory
-    from passes import to_mlir
 
     model, args, kwargs = load_factory(factory)
-    typer.echo(str(to_mlir(model, *args, dialect=dialect, kwargs=kwargs)))
+    from passes import to_mlir
+
+    typer.echo(str(to_mlir(model, *args, dialect=dialect.value, kwargs=kwargs)))
 
 
 @app.command()
 def explain(
-    factory: Annotated[
-        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
-    ],
+    factory: _Factory,
     fuse: Annotated[bool, typer.Option(help="Compile with Inductor as well, to count its kernels.")] = True,
+    json: _Json = False,
 ) -> None:
-    """Show what becomes of a step: its graph before and after each pass, fused kernels, launches, and why it is not recorded."""
-    from graphs.explain import explain as explain_step
+    """Show what becomes of a step: whether it is recorded and why not, its graph before and after each pass, and launches."""
     from graphs.factory import load_factory
 
     model, args, kwargs = load_factory(factory)
-    typer.echo(str(explain_step(model, args, kwargs, fuse=fuse)))
+    from graphs.explain import explain as explain_step
+
+    found = explain_step(model, args, kwargs, fuse=fuse)
+    typer.echo(found.to_json() if json else str(found))
 
 
 @app.command()
 def parity(
-    factory: Annotated[
-        str, typer.Argument(metavar="package.module:factory", help="What returns (model, args) or (model, args, kwargs).")
-    ],
-    calls: Annotated[int, typer.Option(help="Calls with new data in each context, at least 8.")] = 64,
-    contexts: Annotated[str, typer.Option(help="Contexts, separated by commas; default: all that make sense.")] = "",
-    changes: Annotated[int, typer.Option(help="Most values of one kind that are changed between calls.")] = 24,
+    factory: _Factory,
+    calls: Annotated[int, typer.Option(min=8, help="Calls with new data in each context.")] = 64,
+    contexts: Annotated[
+        str, typer.Option(callback=_checked(_check_contexts), help="Contexts, separated by commas; default: all that make sense.")
+    ] = "",
+    changes: Annotated[int, typer.Option(min=0, help="Most values of one kind that are changed between calls.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the factory and the data.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: _Json = False,
 ) -> None:
     """Compare a captured step with the step itself, call by call; exit status 1 where they differ."""
     from graphs.factory import find_factory
+
+    found_factory = find_factory(factory)
     from graphs.parity.lockstep import DEFAULT_CONTEXTS
     from graphs.parity.lockstep import parity as compare
 
     named = tuple(contexts.split(",")) if contexts else DEFAULT_CONTEXTS
-    found = compare(find_factory(factory), calls, named, changes=changes, seed=seed, name=factory)
+    found = compare(found_factory, calls, named, changes=changes, seed=seed, name=factory)
     typer.echo(found.to_json() if json else str(found))
     raise typer.Exit(0 if found.ok else 1)

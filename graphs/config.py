@@ -12,7 +12,7 @@ from typing import Any
 
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, as_padding
-from graphs.environment import SIZES, choice, chosen, env_choice, env_count, env_flag, env_sizes, require
+from graphs.environment import SIZES, choice, chosen, env_choice, env_count, env_flag, env_sizes, require, require_known_variables
 from graphs.errors import ConfigError
 
 MODES = ("graph", "eager")
@@ -127,6 +127,7 @@ class CaptureConfig:
         bounds: Mapping[str, int] | None = None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
+        require_known_variables()
         require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
         require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
         dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()

@@ -5,11 +5,24 @@ Every bad value raises `ConfigError` with the legal ones listed.
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
 from graphs.errors import ConfigError
 
+VARIABLES = (
+    "GRAPHS_BUCKETS",
+    "GRAPHS_CACHE",
+    "GRAPHS_COMPILER",
+    "GRAPHS_MAX_RECORDINGS",
+    "GRAPHS_MODE",
+    "GRAPHS_PASSES",
+    "GRAPHS_RAISE_INTERNAL",
+    "GRAPHS_STRICT",
+    "GRAPHS_VERIFY",
+    "GRAPHS_WO_A",
+)
 WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
 SIZES = "positive integers separated by commas, for example 1,2,4,8"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -26,6 +39,18 @@ def require(legal: bool, name: str, value: object, what: str) -> None:
     """Raise `ConfigError` for ``value`` unless it is ``legal``; ``what`` says what is."""
     if not legal:
         raise ConfigError(name, value, what)
+
+
+def require_known_variables() -> None:
+    """Nothing in the environment that looks like a setting and is none: a misspelt one would be passed over in silence.
+
+    Raises:
+        ConfigError: a variable beginning with ``GRAPHS_`` is not in `VARIABLES`; the message names the nearest that is.
+    """
+    for name in sorted(set(os.environ) - set(VARIABLES)):
+        if name.startswith("GRAPHS_"):
+            nearest = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+            raise ConfigError(name, os.environ[name], f"unset: there is no such setting. The nearest is {nearest}")
 
 
 def env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
@@ -77,4 +102,5 @@ def cache_directory() -> Path:
 
 def wo_a_path() -> str:
     """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
+    require_known_variables()
     return env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,10 +29,11 @@ from graphs.observation.launches import count_launches
 from graphs.observation.operations import EagerTrace
 from graphs.ops.wo_a.routes import wo_a_routes
 from graphs.rehearsal.step import Checkpoint, Step
-from graphs.report import CaptureReport, PieceReport
+from graphs.report import CaptureReport, PieceReport, RefusalCount
 from graphs.rewriting.rewritten_step import pipeline_of, refusal_of, traced
 
 Tensor = torch.Tensor
+_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,31 @@ class Explanation:
     report: CaptureReport
     assumed: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether calls of the captured step were replayed."""
+        return self.report.replays > 0
+
+    @property
+    def conclusion(self) -> str:
+        """Whether the step is recorded; what passes changed for it and what a replay saves, or why not and what to change."""
+        reasons = [line for refusal in self.report.refusals for line in _reason(refusal)]
+        if not self.recorded:
+            head = "Not recorded." if reasons else "Not recorded within three calls, and no reason was counted."
+            return "\n".join([head, *reasons])
+        changed = ", ".join(f"{effect.name} {effect.changes}x" for effect in self.effects if effect.changes)
+        counts = [self.launches.get(way) for way in ("recorded", "eager")]
+        unit = "operators" if self.device == "cpu" else "launches"
+        saved = f": {counts[0]} {unit} per replay, {counts[1]} per eager step" if None not in counts else ""
+        lines = [f"Recorded{saved}.", f"Changed by passes: {changed or 'nothing'}."]
+        return "\n".join([*lines, *(["Some calls ran eagerly."] if reasons else []), *reasons])
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """A JSON object with ``recorded``, ``conclusion`` and the attribute names as keys."""
+        return json.dumps({"recorded": self.recorded, "conclusion": self.conclusion, **dataclasses.asdict(self)}, indent=indent)
+
     def __str__(self) -> str:
-        parts = [f"# Graph of the step, on {self.device}", self.graph or f"not traced: {self.untraced}"]
+        parts = [self.conclusion, f"# Graph of the step, on {self.device}", self.graph or f"not traced: {self.untraced}"]
         parts += ["# Branches of which one side is assumed"] if self.assumed else []
         parts += [f"{place}: {reason}" for place, reason in self.assumed.items()]
         for effect in self.effects:
@@ -114,6 +140,14 @@ class Explanation:
         parts += ["# Launches per step", ", ".join(counts)]
         parts += ['# Pieces of torch.compile(backend="graphs")', *map(str, self.pieces)]
         return "\n".join([*parts, "# Recording", str(self.report)])
+
+
+def _reason(refusal: RefusalCount) -> list[str]:
+    """Why calls were not replayed and what to change, wrapped for a terminal; paths stay whole."""
+    where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
+    wrap = functools.partial(textwrap.wrap, width=_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    why = f"Why: {refusal.reason}{where} [{refusal.operator}], {refusal.count} call(s): {refusal.detail}"
+    return [*wrap(why), *wrap(f"Change: {refusal.remedy}")]
 
 
 def explain(
@@ -132,7 +166,7 @@ def explain(
     """
     step = dataclasses.replace(step_of(model, args, kwargs or {}), passes=PASSES)
     start = Checkpoint(step)
-    with forced_eager("first call"):
+    with forced_eager("trial"):
         _, trace = trace_eager(step.run, step.call.tensors)
         start.covers(trace)
         start.restore()

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from graphs.errors import FactoryError
@@ -54,10 +55,23 @@ def checked(made: Any, spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], 
     return model, tuple(args), kwargs
 
 
+def _well_formed(module_name: str, path: str) -> str:
+    """What to write instead of a spec that is malformed; for the path of a file, the module that it holds."""
+    file = PurePath(module_name)
+    if file.suffix != ".py":
+        return "write, for example, mymodels.llama:decode_step"
+    factory = path or "factory"
+    inside = [part for part in file.with_suffix("").parts if part not in (".", file.anchor)]
+    if not file.is_absolute() and all(part.isidentifier() for part in inside):
+        return f"{module_name!r} names a file; write {'.'.join(inside)}:{factory}"
+    return f"{module_name!r} names a file; write {file.stem}:{factory}, and run in {str(file.parent)!r}"
+
+
 def _resolve(spec: str) -> object:
     module_name, colon, path = spec.partition(":")
-    if not (colon and path and module_name and all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")])):
-        raise FactoryError(spec, "it is not of the form package.module:factory", "write, for example, mymodels.llama:decode_step")
+    formed = colon and path and module_name and all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")])
+    if not formed or (module_name.endswith(".py") and os.path.isfile(module_name)):
+        raise FactoryError(spec, "it is not of the form package.module:factory", _well_formed(module_name, path))
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -68,6 +82,7 @@ def _resolve(spec: str) -> object:
         if missing != module_name and not module_name.startswith(missing + "."):
             raise  # the module is there; what it imports is not
         remedy = f"run from the directory that holds it (now {here}), or install it"
+        remedy = _well_formed(module_name, path) if module_name.endswith(".py") else remedy
         raise FactoryError(spec, f"there is no module {missing!r}", remedy) from error
     for name in path.split("."):
         if not hasattr(found, name):

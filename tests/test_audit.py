@@ -361,10 +361,10 @@ def test_json_holds_everything_and_comes_back() -> None:
 def test_the_text_shows_lines_values_and_remedies() -> None:
     text = str(audit(Decode(), *CALL))
     item = one_at(audit(Decode(), *CALL), "item")
-    assert f" {item.line}   pos = int(positions[0].item())" in text
-    assert "tests/test_audit.py" in text and "remedy: the value leaves the step" in text
+    assert f"  {item.line}   pos = " in text and "int(positions[0].item())" in text
+    assert "tests/test_audit.py" in text and "remedy: the value leaves the" in text
     assert "9 findings: passes apply to 8; 1 need the remedy named." in text
-    assert all(len(line) <= 120 for line in text.splitlines()) and "\x1b" not in text
+    assert all(len(line) <= 80 for line in text.splitlines()) and "\x1b" not in text
 
 
 FACTORY = """

@@ -62,7 +62,6 @@ def test_linalg_is_the_default_and_keywords_are_passed(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lower", "steps_to_lower:projection", "--dialect", "llvm"], "'torch', 'linalg', 'stablehlo', 'tosa'"),
         (["lower", "steps_to_lower:absent"], "name one of: "),
         (["lower", "steps_to_lower"], "package.module:factory"),
     ],

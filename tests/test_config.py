@@ -1,11 +1,16 @@
 """Settings: every value that is not legal is named with the legal ones."""
 
+import inspect
+import re
 from typing import Any
 
 import pytest
+import torch
 
 import graphs
+from graphs import config
 from graphs.config import PASSES
+from graphs.environment import VARIABLES
 from graphs.errors import ConfigError
 
 
@@ -83,6 +88,32 @@ def test_an_illegal_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHS_PASSES", "some")
     with pytest.raises(ConfigError, match="GRAPHS_PASSES"):
         graphs.capture(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("GRAPHS_MODES", "GRAPHS_MODE"),
+        ("GRAPHS_BUCKET", "GRAPHS_BUCKETS"),
+        ("GRAPHS_MAX_RECORDING", "GRAPHS_MAX_RECORDINGS"),
+        ("GRAPHS_COMPILE", "GRAPHS_COMPILER"),
+        ("GRAPHS_WOA", "GRAPHS_WO_A"),
+    ],
+)
+def test_an_unknown_variable_is_an_error_that_names_the_nearest(name: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    for use in (lambda: graphs.capture(lambda x: x), lambda: graphs.GroupedProjection(torch.zeros(1, 128, 128))):
+        with pytest.raises(ConfigError, match=rf"{name} = '1' is not legal.* nearest is {nearest}\."):
+            use()
+
+
+def test_every_variable_that_is_read_is_a_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set(re.findall(r'"(GRAPHS_[A-Z_]+)"', inspect.getsource(config).partition("_TRUE, _FALSE")[2]))
+    assert read - {"GRAPHS_"} == set(VARIABLES)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GRAPH_MODE", "another program's")
+    graphs.capture(lambda x: x)
 
 
 def test_a_padding_of_an_unknown_kind_cannot_be_made() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 
 from graphs.__main__ import main
-from graphs.explain import explain
+from graphs.explain import Explanation, explain
 
 Tensor = torch.Tensor
 
@@ -107,6 +110,41 @@ def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
         main(["explain", "tests.test_explain:factory", "--no-fuse"])
     assert done.value.code == 0
     assert "# Pass hoist_constants: 2 change(s)" in capsys.readouterr().out
+
+
+def test_the_conclusion_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer", reason="typer is not installed")
+    with pytest.raises(SystemExit):
+        main(["explain", "tests.test_explain:factory", "--no-fuse"])
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Recorded: \d+ operators per replay, \d+ per eager step\.", first)
+    assert second == "Changed by passes: remove_host_values 3x, hoist_constants 2x, routing 1x."
+    assert third == "# Graph of the step, on cpu"
+
+
+def reads_on_the_host(x: Tensor) -> Tensor:
+    return x * x.new_tensor(x.numpy().sum().item())  # no pass takes this away
+
+
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_a_refused_step_begins_with_why_and_what_to_change() -> None:
+    found = explain(reads_on_the_host, (torch.ones(3),), fuse=False)
+    head, why, *_ = str(found).splitlines()
+    assert head == "Not recorded." and why.startswith("Why: host-sync at ") and not found.recorded
+    line = reads_on_the_host.__code__.co_firstlineno + 1
+    told = " ".join(found.conclusion.split())
+    assert f"{__file__}:{line}" in told and f"Change: {found.report.refusals[0].remedy}" in told
+    assert all(len(one) <= 80 for one in found.conclusion.splitlines() if __file__ not in one)
+
+
+def test_json_holds_the_conclusion_and_everything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer", reason="typer is not installed")
+    with pytest.raises(SystemExit) as done:
+        main(["explain", "tests.test_explain:factory", "--no-fuse", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert done.value.code == 0 and found["recorded"] and found["conclusion"].startswith("Recorded: ")
+    assert {field.name for field in dataclasses.fields(Explanation)} | {"recorded", "conclusion"} == set(found)
+    assert found["report"]["replays"] > 0 and found["launches"]["recorded"] < found["launches"]["eager"]
 
 
 def drawing(x: Tensor, t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from rich.text import Text
 from graphs.auditing.finding import Finding, Findings
 from graphs.auditing.remedies import CURES
 
-_NARROWEST = 100
+_NARROWEST = 80
 _NAMED = 6  # lines named in the summary
 _SPELLED = {"__getitem__": "x[i]", "__setitem__": "x[i] =", "__contains__": "in"}
 
@@ -38,7 +38,7 @@ def as_table(audit: Findings) -> Group:
 def _table(shown: list[Finding]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("line", justify="right", no_wrap=True)
-    table.add_column("found", ratio=1)
+    table.add_column("found", ratio=1, overflow="fold")
     for name in ("class", "passes"):
         table.add_column(name, no_wrap=True)
     for name in ("calls", "us"):

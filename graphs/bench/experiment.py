@@ -10,26 +10,29 @@ from typing import Any
 
 import torch
 
-from graphs.bench.decode import measure_decode
-from graphs.bench.inductor import measure_compilers
-from graphs.bench.llama import size_for
-from graphs.bench.machine import describe_machine
+from graphs.bench.choices import EXPERIMENTS
+from graphs.bench.compile.inductor import measure_compilers
+from graphs.bench.decode.amortise import Amortisation
+from graphs.bench.decode.llama import size_for
+from graphs.bench.decode.measure import measure_decode
+from graphs.bench.decode.plot import draw_amortisation
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress, make_console
+from graphs.bench.harness.rows import BenchRow, Case, Results
+from graphs.bench.harness.table import bars_table, results_table
 from graphs.bench.overhead import measure_bars
-from graphs.bench.plot import draw_results
-from graphs.bench.progress import Progress, make_console
-from graphs.bench.rows import BenchRow, Case, Results
-from graphs.bench.settings import EXPERIMENTS, BenchSettings
-from graphs.bench.syncs import measure_syncs
-from graphs.bench.table import bars_table, results_table
-from graphs.bench.wo_a import measure_wo_a, selection_for
-from graphs.bench.wo_a_paths import absent
-from graphs.bench.wo_a_table import projection_bars_table, projections_table
+from graphs.bench.settings import BenchSettings
+from graphs.bench.syncs.measure import measure_syncs
+from graphs.bench.wo_a.measure import measure_wo_a, selection_for
+from graphs.bench.wo_a.paths import absent
+from graphs.bench.wo_a.plot import draw_projections
+from graphs.bench.wo_a.table import projection_bars_table, projections_table
 from graphs.environment import choice
 from graphs.observation.launches import count_launches
 
 
 def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any = None) -> Results:
-    """Run one experiment, or ``all``; print its tables and write ``results.json`` and ``results.png`` into ``out``.
+    """Run one experiment, or ``all``; print a sentence and tables, and write ``results.json`` and ``results.png`` into ``out``.
 
     A single experiment writes files of its own name. The JSON file is written after each part, so that a failure in
     a later one loses nothing.
@@ -45,8 +48,19 @@ def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any 
     stem = out / ("results" if experiment == "all" else experiment)
     with _one_cpu_thread():
         results = _measure(experiment, settings, Progress(console), stem)
+    _print(results, console)
     written = [stem.with_suffix(".json").name]
+    if _draw(results, stem.with_suffix(".png")):
+        written.append(stem.with_suffix(".png").name)
+    console.print(f"Written to {out}: {', '.join(written)}", markup=False)
+    return results
+
+
+def _print(results: Results, console: Any) -> None:
+    """The sentence that all of it comes down to, then the tables of what was measured."""
     workloads = {row.workload for row in results.rows}
+    if results.conclusion:
+        console.print(f"\n{results.conclusion}\n", markup=False)
     if "decode" in workloads:
         console.print(results_table(results))
     if "wo_a" in workloads:
@@ -54,11 +68,16 @@ def run_bench(experiment: str, settings: BenchSettings, out: Path, console: Any 
         console.print(projection_bars_table(results))
     if any(not bar.where for bar in results.bars):
         console.print(bars_table(results))
-    if results.rows:
-        draw_results(results, stem.with_suffix(".png"))
-        written.append(stem.with_suffix(".png").name)
-    console.print(f"Written to {out}: {', '.join(written)}")
-    return results
+
+
+def _draw(results: Results, path: Path) -> bool:
+    """One figure: how launch overhead amortises, or the paths of the projection where only those were measured; else none."""
+    found = Amortisation.of(results)
+    if found is not None:
+        draw_amortisation(found, results.machine, path)
+    elif results.rows:
+        draw_projections(results, path)
+    return found is not None or bool(results.rows)
 
 
 def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem: Path) -> Results:
@@ -86,8 +105,10 @@ def _rows(cases: list[Case]) -> tuple[BenchRow, ...]:
 
 
 def _kept(results: Results, stem: Path, **parts: Any) -> Results:
-    """``results`` with ``parts`` replaced, on disk as well."""
+    """``results`` with ``parts`` replaced and concluded from, on disk as well."""
     results = dataclasses.replace(results, **parts)
+    found = Amortisation.of(results)
+    results = dataclasses.replace(results, conclusion=found.sentence() if found is not None else "")
     stem.with_suffix(".json").write_text(results.to_json())
     return results
 

@@ -1,7 +1,7 @@
 """What a captured call costs beyond the replay of a bare graph of the same work, held against limits.
 
 The bare graph is an independent ``torch.cuda.CUDAGraph`` with static inputs: nothing is copied in or out, nothing is
-checked. `graphs.bench.compiled` holds the comparisons with ``torch.compile``.
+checked. `graphs.bench.compile.compiled` holds the comparisons with ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import functools
 import torch
 
 import graphs
-from graphs.bench import compiled
-from graphs.bench.bare import bare_graph, bare_step, same_output
-from graphs.bench.decode import compare_tokens
-from graphs.bench.llama import TOY, Decoding, LlamaSize, build_llama, size_for
-from graphs.bench.machine import describe_machine
-from graphs.bench.progress import Progress
-from graphs.bench.rows import BarRow
-from graphs.bench.sampling import Spread, Variant, host_microseconds, ratios, time_variants
+from graphs.bench.compile import compiled
+from graphs.bench.decode.bare import bare_graph, bare_step, same_output
+from graphs.bench.decode.llama import TOY, Decoding, LlamaSize, build_llama, size_for
+from graphs.bench.decode.measure import compare_tokens
+from graphs.bench.harness.machine import describe_machine
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import BarRow
+from graphs.bench.harness.sampling import Spread, Variant, host_microseconds, ratios, time_variants
 from graphs.bench.settings import BenchSettings
 
 Tensor = torch.Tensor

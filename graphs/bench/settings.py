@@ -6,13 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from graphs.bench.wo_a_paths import PATHS
+from graphs.bench.choices import DEVICES, MIN_RUNS, as_paths, as_sizes
 from graphs.environment import choice
 from graphs.errors import ConfigError
-
-DEVICES = ("auto", "cpu", "cuda")
-EXPERIMENTS = ("all", "decode", "wo_a", "overhead", "compile", "syncs")
-MIN_RUNS = 20  # below this, quartiles say little
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class BenchSettings:
             ConfigError: an unknown device or path, a GPU where there is none, fewer than `MIN_RUNS` runs, or sizes that are no
                 positive integers.
         """
-        sizes = (_sizes("--groups", groups), _sizes("--tokens", tokens))
-        names = tuple(choice("--paths", name.strip(), PATHS) for name in paths.split(",") if name.strip())
+        sizes = (as_sizes("--groups", groups), as_sizes("--tokens", tokens))
+        names = as_paths("--paths", paths)
         choice("--device", device, DEVICES)
         if runs < MIN_RUNS:
             raise ConfigError("--runs", runs, f"an integer of at least {MIN_RUNS}")
@@ -64,11 +60,3 @@ class BenchSettings:
         if device == "cpu" or not has_gpu:
             return cls(torch.device("cpu"), runs, quick, search, *sizes, names)
         return cls(torch.device("cuda", torch.cuda.current_device()), runs, quick, search, *sizes, names)
-
-
-def _sizes(name: str, text: str) -> tuple[int, ...]:
-    """Positive integers separated by commas, ascending."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(name, text, "positive integers separated by commas, for example 1,4,16")
-    return tuple(sorted({int(part) for part in parts}))

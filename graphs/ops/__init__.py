@@ -1,5 +1,6 @@
 """The grouped output projection ``wo_a``: weights, paths, operators, one module. Importing it touches no device."""
 
+from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.ops.skinny import operator as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
 from graphs.ops.wo_a import operators as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
 from graphs.ops.wo_a.module import LEGAL_PATHS, GroupedProjection
@@ -14,6 +15,7 @@ from graphs.ops.wo_a.weights import (
     path_bytes,
     prepare,
 )
+from passes import register_decompositions
 
 __all__ = [
     "LEGAL_PATHS",
@@ -28,3 +30,5 @@ __all__ = [
     "path_bytes",
     "prepare",
 ]
+
+register_decompositions(DECOMPOSITIONS)  # so that passes.to_mlir lowers these operators

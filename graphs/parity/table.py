@@ -36,7 +36,7 @@ def conclusion(report: Rows) -> str:
 
 def _table(report: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=_WIDTH)
-    table.add_column("variation", ratio=1)
+    table.add_column("variation", ratio=1, overflow="fold")
     for name in ("tried", "calls", "replays", "eager", "differ"):
         table.add_column(name, justify="right", no_wrap=True)
     context = None

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[bench]'")
 
-from graphs.bench.llama import LlamaSize
-from graphs.bench.progress import Progress, make_console
+from graphs.bench.decode.llama import LlamaSize
+from graphs.bench.harness.progress import Progress, make_console
 from graphs.bench.settings import BenchSettings
 
 TINY = LlamaSize("tiny Llama", 1, 32, 64, 2, 1, 256, torch.float32, cache_len=24, prompt=4)

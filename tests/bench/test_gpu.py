@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import graphs
-from graphs.bench.bare import bare_step
-from graphs.bench.compiled import host_bar, wall_bar
-from graphs.bench.decode import compare_tokens
-from graphs.bench.inductor import BACKEND, CAPTURED, REDUCED, measure_compilers
-from graphs.bench.llama import Decoding, LlamaSize, build_llama
+from graphs.bench.compile.compiled import host_bar, wall_bar
+from graphs.bench.compile.inductor import BACKEND, CAPTURED, REDUCED, measure_compilers
+from graphs.bench.decode.bare import bare_step
+from graphs.bench.decode.llama import Decoding, LlamaSize, build_llama
+from graphs.bench.decode.measure import compare_tokens
+from graphs.bench.harness.progress import Progress
 from graphs.bench.overhead import call_bar, device_bar, small_arguments, small_step
-from graphs.bench.progress import Progress
 from graphs.bench.settings import BenchSettings
 from graphs.observation.launches import count_launches
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.bench.bare import OTHER_KERNELS, same_output
-from graphs.bench.compiled import _compile
-from graphs.bench.llama import Decoding, LlamaSize, build_llama
+from graphs.bench.compile.compiled import _compile
+from graphs.bench.decode.bare import OTHER_KERNELS, same_output
+from graphs.bench.decode.llama import Decoding, LlamaSize, build_llama
+from graphs.bench.harness.progress import Progress
+from graphs.bench.harness.rows import WrongResult
 from graphs.bench.overhead import measure_bars, small_arguments, small_step, tape_bar
-from graphs.bench.progress import Progress
-from graphs.bench.rows import WrongResult
 from graphs.bench.settings import BenchSettings
 
 CPU = torch.device("cpu")

@@ -1,0 +1,71 @@
+"""What the benchmarks can be asked for. Imports no torch, so that the command line can check options at once."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from graphs.errors import ConfigError
+
+MIN_RUNS = 20  # below this, quartiles say little
+
+
+class Experiment(str, Enum):
+    """What to measure."""
+
+    ALL = "all"
+    DECODE = "decode"
+    WO_A = "wo_a"
+    OVERHEAD = "overhead"
+    COMPILE = "compile"
+    SYNCS = "syncs"
+
+
+class Device(str, Enum):
+    """Where to run; ``auto`` is a GPU if torch sees one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Operator(str, Enum):
+    """What can be tuned."""
+
+    WO_A = "wo_a"
+
+
+EXPERIMENTS = tuple(one.value for one in Experiment)
+DEVICES = tuple(one.value for one in Device)
+OPERATORS = tuple(one.value for one in Operator)
+OURS = ("einsum", "bmm", "gloop", "fused", "auto")
+PEERS = ("aiter bmm", "aiter gloop", "deepgemm")
+PATHS = (*OURS, *PEERS)
+
+
+def as_sizes(name: str, text: str) -> tuple[int, ...]:
+    """Positive integers separated by commas, ascending; none for an empty text.
+
+    Raises:
+        ConfigError: ``text`` is something else; ``name`` is the option that it was given to.
+    """
+    parts = _parts(text)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(name, text, "positive integers separated by commas, for example 1,4,16")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def as_paths(name: str, text: str) -> tuple[str, ...]:
+    """Paths of the grouped projection separated by commas; none for an empty text.
+
+    Raises:
+        ConfigError: one of them is not in `PATHS`; ``name`` is the option that it was given to.
+    """
+    parts = tuple(_parts(text))
+    for part in parts:
+        if part not in PATHS:
+            raise ConfigError(name, part, PATHS)
+    return parts
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,1 @@
+"""Decode steps of a Llama, eager and replayed."""

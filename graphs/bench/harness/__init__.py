@@ -1,0 +1,1 @@
+"""What the experiments share: sampling, rows, tables, progress, and the machine they run on."""

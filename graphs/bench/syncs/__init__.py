@@ -1,0 +1,1 @@
+"""Steps whose host syncs the passes take out."""

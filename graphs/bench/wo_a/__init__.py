@@ -1,0 +1,1 @@
+"""The grouped projection by path, groups and tokens, held against its bars."""
