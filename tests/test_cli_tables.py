@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from graphs.auditing.finding import Finding, finding
 from graphs.auditing.remedies import CLASSES
-from graphs.auditing.report import Audit, Finding, finding
+from graphs.auditing.report import Audit
 from graphs.errors import Site
-from graphs.parity.report import ParityDifference, ParityReport, ParityRow
+from graphs.parity.report import ParityReport
+from graphs.parity.rows import ParityDifference, ParityRow
 
 LONG = "/usr/lib/python3/site-packages/transformers/models/a_family_of_models/modeling_of_a_family_of_models.py"
 
