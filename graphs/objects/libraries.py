@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graphs.objects.raw_access import module_name
+from graphs.objects.raw_access import module_name, per_class
 
 _PYTHON = tuple({os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = ("site-packages", "dist-packages")
@@ -80,18 +80,9 @@ def origin_of_module(module: types.ModuleType) -> str:
     return "python" if built_in else "library" if spec is not None else "user"
 
 
+@per_class
 def origin_of_type(kind: type[Any]) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
-    known = _ORIGINS.get(id(kind))
-    if known is None or known[0] is not kind:  # by identity: a metaclass may compute a hash
-        known = _ORIGINS[id(kind)] = kind, _origin_of_type(kind)
-    return known[1]
-
-
-_ORIGINS: dict[int, tuple[type[Any], str]] = {}
-
-
-def _origin_of_type(kind: type[Any]) -> str:
     name = module_name(kind)
     module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):

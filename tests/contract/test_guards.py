@@ -28,7 +28,8 @@ from torch import nn
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.guards.python_guards import Guards, MappingGuard, SequenceGuard
+from graphs.guards.container_guards import MappingGuard, SequenceGuard
+from graphs.guards.python_guards import Guards
 from graphs.objects.dict_watch import shared_watch
 
 Tensor = torch.Tensor
