@@ -219,6 +219,12 @@ def ordered_dict_order() -> Value:
     return Value(lambda x: x * next(iter(held.values())), lambda: held.move_to_end("a"))
 
 
+def special_method_bound_to_a_list() -> Value:
+    held = [1.0]
+    count = held.__len__
+    return Value(lambda x: x * count(), lambda: held.append(2.0))
+
+
 def dict_by_bound_method() -> Value:
     held = {"scale": 1.0}
     get = held.get
