@@ -24,6 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from graphs.custom_ops.capture_check import capture_check
 from graphs.errors import ConfigError
 from graphs.state.op_registry import RegisteredOperator, overload_of, register
+from graphs.state.storage import written_arguments
 
 GRAPH_SAFE = (True, False, "check")
 
@@ -113,7 +114,7 @@ def _qualified(fn: Callable[..., Any], name: str | None) -> str:
 def _check_schema(overload: OpOverload, mutates_args: str | Iterable[str]) -> None:
     """Raise where ``mutates_args`` are others than an operator declares."""
     named = {mutates_args} if isinstance(mutates_args, str) else set(mutates_args)
-    written = {a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = written_arguments(overload)
     if named and named != written:
         legal = f"what its schema says it writes: {sorted(written) or 'nothing'} (schema: {overload._schema})"
         raise ConfigError("mutates_args", sorted(named), legal)

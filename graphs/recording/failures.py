@@ -1,4 +1,4 @@
-"""What becomes of an exception on the way of a call through its recordings: the user's own reaches the user, no other does."""
+"""What becomes of an exception that is raised between a call and its result: the user's own reaches the user, no other does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import traceback
 import torch
 
 from graphs.errors import AutogradInput, InternalError, Refusal, Site, StepRaises, Unwatchable
-from graphs.observation.eager_trace import is_users
 from graphs.recording.recorder import ReplayRaised
+from passes.core.source_location import is_user
 
 _OWN = ("graphs", "passes")
 
@@ -46,7 +46,7 @@ def refusal_of(failure: Exception) -> Refusal:
 
 def raised_at(error: BaseException) -> Site:
     """The user's line that ``error`` was raised in or below."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_users(frame)]
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_user(frame)]
     return Site.at(frames[-1]) if frames else Site()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphs.errors import Site
-from graphs.observation.eager_trace import is_users
+from passes.core.source_location import is_user
 
 _NAMED = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME")
 _CHANGING = frozenset("append appendleft add clear discard extend insert pop popleft popitem remove setdefault update".split())  # noqa: SIM905
@@ -23,7 +23,7 @@ def executed_code(fn: Callable[[], Any]) -> set[CodeType]:
     codes: set[CodeType] = set()
 
     def called(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and is_users(frame):
+        if event == "call" and is_user(frame):
             codes.add(frame.f_code)
 
     before = sys.getprofile()
