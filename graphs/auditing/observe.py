@@ -12,8 +12,9 @@ from graphs.auditing.source.assignment_sites import executed_code, line_that_set
 from graphs.auditing.source.line_timing import Place, time_places
 from graphs.errors import Site
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import EagerTrace, is_users, trace_eager
+from graphs.observation.eager_trace import EagerTrace, trace_eager
 from graphs.rehearsal.step import Checkpoint, Step
+from passes.core.source_location import is_user
 
 _COST_RUNS = 5
 
@@ -43,14 +44,14 @@ class Observation:
     Attributes:
         runs: consecutive steps from the present state on: two, or three where the first two differ.
         costs: microseconds per step of calls that may hold the host up.
-        stores: the lines that set the Python values that change, by path.
+        assignments: the lines that set the Python values that change, by path.
         complete: False where too much hangs on the model to see every change of Python state.
     """
 
     step: Step
     runs: list[Run] = field(default_factory=list)
     costs: dict[Place, float] = field(default_factory=dict)
-    stores: dict[str, Site] = field(default_factory=dict)
+    assignments: dict[str, Site] = field(default_factory=dict)
     complete: bool = True
 
     def pairs(self) -> list[tuple[Run, Run]]:
@@ -71,7 +72,7 @@ def observe(step: Step) -> Observation:
     finally:
         origin.covers(first)
         origin.restore()
-    if any(_lasting(run) for run in seen.runs):
+    if any(_is_irreversible(run) for run in seen.runs):
         return seen  # each further run would leave more behind
     try:
         _measure(seen, origin)
@@ -86,7 +87,7 @@ def _watch(seen: Observation, first: EagerTrace) -> None:
         trace = first if not seen.runs else EagerTrace(written=first.written, generators=first.generators)
         run = _run(seen.step, trace, may_raise=not seen.runs)
         seen.runs.append(run)
-        if run.error is not None or _lasting(run):
+        if run.error is not None or _is_irreversible(run):
             return
         if len(seen.runs) == 2 and not run.changed and not differences(seen.runs[0].trace, run.trace):
             return
@@ -99,7 +100,7 @@ def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
     except Exception as error:
         if may_raise:
             raise
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_users(f)]
+        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_user(f)]
         return Run(trace, None, before.differences(), error, frames[-1] if frames else ("", 0))
     return Run(trace, output, before.differences())
 
@@ -109,7 +110,7 @@ def _repeats(seen: Observation) -> bool:
     return len(seen.runs) > 2 or seen.runs[-1].error is None
 
 
-def _lasting(run: Run) -> bool:
+def _is_irreversible(run: Run) -> bool:
     return any(change.irreversible for change in run.changed)
 
 
@@ -124,7 +125,7 @@ def _measure(seen: Observation, origin: Checkpoint) -> None:
         first, second = executed_code(run), executed_code(run) if _repeats(seen) else set()
         for path in paths:
             site = line_that_sets(path, second)
-            seen.stores[path] = site if site.file else line_that_sets(path, first)
+            seen.assignments[path] = site if site.file else line_that_sets(path, first)
 
 
 def _places(seen: Observation) -> Iterator[Place]:

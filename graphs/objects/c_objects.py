@@ -1,6 +1,6 @@
 """Objects that C code keeps: memory behind the buffer protocol, iterators, views, attribute getters, thread locals.
 
-What they hold is read in ways of their own, without running code of the user's; of some nothing can be compared at all.
+What they hold is read kind by kind, without running code of the user's; of some nothing can be compared at all.
 """
 
 from __future__ import annotations
