@@ -34,7 +34,7 @@ from graphs.contract.arguments import flatten_call
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import NotReplayed
 from graphs.eager_mode import forced_eager
-from graphs.first_call.record_key import compare_replay
+from graphs.first_call.verify_replay import compare_replay
 from graphs.numerics import tolerance
 
 Tensor = torch.Tensor

@@ -22,8 +22,9 @@ from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.eager_mode import forced_eager
 from graphs.errors import CompileFailed
 from graphs.first_call.candidates import CompiledModel, fusion_of
-from graphs.observation.eager_trace import EagerTrace, trace_eager
+from graphs.observation.eager_trace import trace_eager
 from graphs.observation.launches import count_launches
+from graphs.observation.operations import EagerTrace
 from graphs.ops.wo_a.routes import wo_a_routes
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.report import CaptureReport, PieceReport

@@ -49,7 +49,7 @@ def pair() -> tuple[Step, Step]:
 
 def operators(step: Any) -> list[str]:
     """What a replay of the only recording runs."""
-    (entry,) = step._graphs_recordings.entries.values()
+    (entry,) = step._graphs_recordings.routes.entries.values()
     return list(entry.recording.operators)
 
 

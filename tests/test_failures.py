@@ -15,6 +15,7 @@ from torch import nn
 
 import graphs
 from graphs.contract.outputs import template
+from graphs.dispatch import key_recorder
 from graphs.dispatch.call_log import NotReplayed
 from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import InternalError
@@ -168,19 +169,19 @@ _fails = _raising(ZeroDivisionError("a fault"))
 
 PLACES = [
     ("graphs.dispatch.dispatcher.flatten_call", Dispatcher),
-    ("graphs.dispatch.dispatcher.device_of", Dispatcher),
-    ("graphs.dispatch.dispatcher.leaf_names", Dispatcher),
+    ("graphs.dispatch.key_recorder.device_of", key_recorder),
+    ("graphs.dispatch.key_recorder.leaf_names", key_recorder),
     ("graphs.first_call.record_key.Checkpoint", record_key),
-    ("graphs.first_call.record_key.compare_traces", record_key),
+    ("graphs.first_call.consecutive.compare_traces", record_key),
     ("graphs.first_call.record_key.make_contract", record_key),
     ("graphs.first_call.record_key.StaticTensors", record_key),
     ("graphs.first_call.record_key.guards_of", record_key),
     ("graphs.first_call.record_key.time_call", record_key),
     ("graphs.rehearsal.step.output_template", template),
-    ("graphs.first_call.record_key.tolerance.run_difference", record_key),
-    ("graphs.observation.eager_trace.finding", record_key),
-    ("graphs.observation.eager_trace.values_read", record_key),
-    ("graphs.observation.eager_trace._checksum", record_key),
+    ("graphs.first_call.verify_replay.tolerance.run_difference", record_key),
+    ("graphs.observation.watching.finding", record_key),
+    ("graphs.observation.watching.values_read", record_key),
+    ("graphs.observation.watching.checksum", record_key),
     ("graphs.recording.cpu_tape._functional_call", cpu_tape),
     ("graphs.recording.cpu_tape.TapeRecording.poison", cpu_tape),
     ("graphs.dispatch.dispatcher.FastPath.of", Dispatcher),
@@ -344,8 +345,8 @@ def test_what_only_a_later_run_of_the_first_call_raises_does_not_reach_the_calle
     "place",
     [
         "graphs.first_call.record_key.make_contract",
-        "graphs.first_call.record_key.compare_traces",
-        "graphs.first_call.record_key.tolerance.run_difference",
+        "graphs.first_call.consecutive.compare_traces",
+        "graphs.first_call.verify_replay.tolerance.run_difference",
     ],
 )
 def test_an_interrupt_between_the_runs_leaves_what_was_before(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +399,7 @@ def test_an_interrupt_right_after_the_first_run_takes_it_back(monkeypatch: pytes
     model = Counting()
     step = graphs.capture(model)
     with monkeypatch.context() as patched:
-        patched.setattr("graphs.first_call.record_key.adopt_returned", interrupted)
+        patched.setattr("graphs.first_call.observe.adopt_returned", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(torch.ones(1))
     assert model.steps.item() == 0

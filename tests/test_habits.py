@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import graphs
 from graphs.contract.arguments import changeable, flatten_call
-from graphs.dispatch import dispatcher
+from graphs.dispatch import key_recorder
 from graphs.objects.keys import constant_key
 
 Tensor = torch.Tensor
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotRep
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One for each step that was tried."""
     made: list[Any] = []
-    run = dispatcher.record_key
+    run = key_recorder.record_key
 
     def counted(step: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(step)
         return run(step, *args, **kwargs)
 
-    monkeypatch.setattr(dispatcher, "record_key", counted)
+    monkeypatch.setattr(key_recorder, "record_key", counted)
     return made
 
 

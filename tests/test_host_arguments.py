@@ -15,7 +15,7 @@ from graphs.contract.slots import make_contract
 from graphs.dispatch.dispatcher import Dispatcher
 from graphs.errors import MixedDevices
 from graphs.first_call import host_arguments
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
 
 Tensor = torch.Tensor
@@ -29,7 +29,7 @@ def small_arguments_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     def positions(call: Any) -> tuple[int, ...]:
         return tuple(index for index, tensor in enumerate(call.tensors) if tensor.numel() < 4)
 
-    monkeypatch.setattr("graphs.dispatch.dispatcher.host_arguments", positions)
+    monkeypatch.setattr("graphs.dispatch.key_recorder.host_arguments", positions)
 
 
 def branch(x: Tensor, t: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_a_step_that_looks_at_the_tensor_itself_is_refused() -> None:
 def test_buckets_and_host_arguments_do_not_go_together() -> None:
     call = flatten_call((torch.ones(3, 2), torch.tensor(1.0)), {})
     padded, exact = (Dispatcher(abs, CaptureConfig(buckets=buckets)) for buckets in ((4, 8), None))
-    assert (padded._host(call), exact._host(call)) == ((), (1,))
+    assert (padded.keys._host(call), exact.keys._host(call)) == ((), (1,))
 
 
 def test_a_replay_that_differs_from_eager_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_each_number_of_rows_is_what_eager_makes_of_it(name: str, declared: bool
 @pytest.mark.parametrize("verify", ["capture", "off"])
 def test_each_number_is_compared_once_unless_verification_is_off(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    monkeypatch.setattr(graphs.dispatch.dispatcher, "compare_padded", lambda step, entry, rows: compared.append(rows))
+    monkeypatch.setattr(graphs.dispatch.key_recorder, "compare_padded", lambda step, entry, rows: compared.append(rows))
     captured = graphs.capture(lambda x: x * 2, buckets=[8], batch_dims={"x": 0}, verify=verify)
     with torch.no_grad():
         for rows in (8, 3, 5, 3, 5, 8):

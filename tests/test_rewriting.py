@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.dispatch.dispatcher import _MAX_VARIANTS, _PATIENCE
+from graphs.dispatch.variants import _PATIENCE, MAX_VARIANTS
 from graphs.errors import HostSync, ManyWays
 from graphs.rewriting.rewritten_step import Speculation
 from tests.parity import parity
@@ -173,28 +173,28 @@ def many(x: Tensor, mode: Tensor) -> Tensor:
 
 
 def test_ways_are_limited_and_the_rest_runs_eagerly_by_name() -> None:
-    calls = values(*range(_MAX_VARIANTS + 3), *range(4))
+    calls = values(*range(MAX_VARIANTS + 3), *range(4))
     report = parity(lambda: many, calls).report()
-    assert report.recordings == _MAX_VARIANTS and report.replays == _MAX_VARIANTS + 4 and report.eager_calls == 3
+    assert report.recordings == MAX_VARIANTS and report.replays == MAX_VARIANTS + 4 and report.eager_calls == 3
     (refusal,) = report.refusals
     assert (refusal.reason, refusal.operator, refusal.count) == ("many-ways", "branch", 3)
-    assert f"{_MAX_VARIANTS} ways" in refusal.detail
+    assert f"{MAX_VARIANTS} ways" in refusal.detail
     assert refusal.file == __file__ and "return x * {0: 1.0}" in Path(__file__).read_text().splitlines()[refusal.line - 1]
 
 
 def test_too_many_ways_are_raised_in_strict_mode() -> None:
     step = graphs.capture(many, strict=True)
-    for x, mode in values(*range(_MAX_VARIANTS)):
+    for x, mode in values(*range(MAX_VARIANTS)):
         step(x, mode)
     with pytest.raises(ManyWays, match="pass what decides as an argument"):
-        step(*values(_MAX_VARIANTS)[0])
+        step(*values(MAX_VARIANTS)[0])
     assert step(*values(3)[0]).tolist() == [3, 3, 3]  # ways that are recorded are served
 
 
 def test_a_step_that_goes_another_way_in_most_calls_is_not_replayed_in_vain() -> None:
-    ways = _MAX_VARIANTS + _PATIENCE + 2
+    ways = MAX_VARIANTS + _PATIENCE + 2
     report = parity(lambda: many, values(*range(ways), 0, 0, 0)).report()
-    assert report.replays == _MAX_VARIANTS and report.eager_calls == ways + 3 - _MAX_VARIANTS  # even if its way was recorded once
+    assert report.replays == MAX_VARIANTS and report.eager_calls == ways + 3 - MAX_VARIANTS  # even if its way was recorded once
 
 
 def partly(x: Tensor, mode: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.observation.eager_trace import EagerTrace, trace_eager
+from graphs.observation.eager_trace import trace_eager
+from graphs.observation.operations import EagerTrace
 from tests.parity import batches, parity
 
 Tensor = torch.Tensor

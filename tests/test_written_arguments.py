@@ -111,7 +111,7 @@ def test_a_cache_that_stays_is_written_in_place_and_recorded_anew_when_it_moves(
             for _ in range(10):
                 x = random(3)
                 assert torch.equal(step(cache, x), model(expected, x)) and torch.equal(cache, expected)
-    assert step.report().replays == 20 and not step._graphs_recordings.moving
+    assert step.report().replays == 20 and not step._graphs_recordings.routes.moving
 
 
 def test_a_written_argument_that_shares_memory_with_another_is_read_after_the_write() -> None:

@@ -12,7 +12,7 @@ from graphs.auditing.observe import Observation, Run
 from graphs.auditing.remedies import CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_PASS
 from graphs.errors import Site
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import TensorUse
+from graphs.observation.operations import TensorUse
 
 Frame = tuple[str, int]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphs.objects.cells import same
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 
 _TOO_LONG = 4_000_000  # pairs of operators that alignment may look at
 

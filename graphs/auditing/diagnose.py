@@ -25,8 +25,8 @@ from graphs.errors import (
     UnsupportedOperator,
     UnsupportedOutput,
 )
-from graphs.observation.eager_trace import EagerTrace
 from graphs.observation.host_reads import FILLS, HostRead
+from graphs.observation.operations import EagerTrace
 from graphs.recording.vendor import current_policy
 from graphs.state.storage import RESIZING
 

@@ -12,7 +12,8 @@ from graphs.auditing.source.assignment_sites import executed_code, line_that_set
 from graphs.auditing.source.line_timing import Place, time_places
 from graphs.errors import Site
 from graphs.objects.cells import Difference
-from graphs.observation.eager_trace import EagerTrace, trace_eager
+from graphs.observation.eager_trace import trace_eager
+from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.step import Checkpoint, Step
 from passes.core.source_location import is_user
 

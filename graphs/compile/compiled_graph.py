@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 import passes
 from graphs._version import __version__
 from graphs.errors import Site
-from graphs.observation.eager_trace import EagerTrace, trace_eager
+from graphs.observation.eager_trace import trace_eager
+from graphs.observation.operations import EagerTrace
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.node_calls import writes

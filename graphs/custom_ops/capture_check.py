@@ -30,8 +30,10 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, compare_traces, trace_eager
+from graphs.observation.compare_traces import compare_traces
+from graphs.observation.eager_trace import trace_eager
 from graphs.observation.host_reads import host_finding
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.recording.choose import recorder_for
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState

@@ -27,7 +27,7 @@ from graphs.errors import (
     VerifyMismatch,
 )
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Recorder, Recording
 from graphs.state.storage import storage_id
 from graphs.state.tensor_state import RandomState

@@ -7,6 +7,7 @@ recording run what ``torch.compile`` made of it. A replay touches neither Dynamo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from graphs.compile.fused_region import CompiledRegion
 from graphs.compiler_options import CompilerOptions
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.observation.timing import CallTime
 from graphs.rehearsal.step import Step
 from graphs.rewriting.rewritten_step import RewrittenStep
@@ -46,16 +47,14 @@ def record_compiled(step: Step, trace: EagerTrace, record: Callable[[Step], Reco
     except RowsInteract:
         raise
     except Refusal as refusal:
-        entry = record(step)
-        entry.not_compiled = refusal
-        return entry
-    compiled.compiler, compiled.compile_seconds = "inductor", candidate.seconds
-    compiled.rewrites = dict(Counter(change.by for change in candidate.changes))
+        return dataclasses.replace(record(step), not_compiled=refusal)
+    rewrites = dict(Counter(change.by for change in candidate.changes))
+    compiled = dataclasses.replace(compiled, compiler="inductor", compile_seconds=candidate.seconds, rewrites=rewrites)
     if step.compiler == "inductor":
         return compiled
     plain = record(step)
-    plain.candidates = compiled.candidates = {"none": _cost(plain.replay), "inductor": _cost(compiled.replay)}
-    return compiled if _cost(compiled.replay) < _cost(plain.replay) else plain
+    costs = {"none": _cost(plain.replay), "inductor": _cost(compiled.replay)}
+    return dataclasses.replace(compiled if costs["inductor"] < costs["none"] else plain, candidates=costs)
 
 
 def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:

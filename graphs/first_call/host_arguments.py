@@ -23,12 +23,17 @@ import torch
 from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.slots import Traits, is_dense, physical
 from graphs.errors import MixedDevices, Refusal, UnsupportedOutput
-from graphs.first_call.record_key import Deferred, Refused, compare_replay, first_run, lasting_change, record_key
+from graphs.first_call.observe import irreversible_change, observe
+from graphs.first_call.outcomes import Deferred, FirstCall, Refused
+from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, trace_again
+from graphs.first_call.verify_replay import compare_replay
+from graphs.observation.eager_trace import trace_again
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.compare_stand_ins import compare_with_stand_ins
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.state.storage import storage_id
 
@@ -75,40 +80,42 @@ def record_key_on_device(step: Step, recorder: Recorder, *, owned: bool, check: 
         Deferred, Refused: as there; the call ran for real on the arguments as they are.
     """
     origin, reads = Checkpoint(step), CodeReads()
-    output, trace = first_run(step, origin, reads)
-    lasting = lasting_change(origin)
-    if lasting is not None:
-        raise Refused(output, [lasting], None)
+    output, trace = observe(step, origin, reads)
+    call = FirstCall(step, origin, output, trace)
+    change = irreversible_change(origin)
+    if change is not None:
+        raise call.refused(change, undoable=False)
     if reads.refusals:
-        raise Deferred(output, reads.refusals[0].operator, origin.restore, reads.refusals[0])
-    copied = on_device(step)
+        raise call.deferred(reads.refusals[0].operator, reads.refusals[0])
+    rehearsal, copied = Rehearsal(origin, trace), on_device(step)
     try:
-        refusal = _in_place(step, trace) or _compare(step, copied, recorder, origin, trace, output)
+        refusal = _in_place(step, trace) or _compare(copied, recorder, rehearsal, call)
+        rehearsal.reset()
     except BaseException:  # an interrupt: the call has not taken place
-        origin.restore()
+        rehearsal.undo()
         raise
     if refusal is None:
-        return _recorded(step, copied, recorder, origin, owned=owned, check=check)
-    origin.restore()
+        return _recorded(call, copied, recorder, owned=owned, check=check)
     raise Refused(step.run(), [refusal], origin.restore)
 
 
-def _recorded(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, *, owned: bool, check: bool) -> RecordedStep:
+def _recorded(call: FirstCall, copied: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
     """The first call on device copies; where that ran the step for real, it is undone and runs on the arguments as they are."""
+    step, undo = call.step, call.origin.restore
     try:
         entry = record_key(copied, recorder, owned=owned, check=check)
     except Refused as refused:
         if refused.undo is None:
             raise
         refused.undo()
-        raise Refused(step.run(), refused.refusals, origin.restore) from refused
+        raise Refused(step.run(), refused.refusals, undo) from refused
     except Deferred as deferred:
         deferred.undo()
-        raise Deferred(step.run(), str(deferred), origin.restore, deferred.refusal) from deferred
-    entry.from_host = True
+        raise Deferred(step.run(), str(deferred), undo, deferred.refusal) from deferred
+    entry = dataclasses.replace(entry, from_host=True)
     mismatch = compare_replay(step, entry, step.real) if check else None
     if mismatch is not None:
-        raise Refused(step.run(), [mismatch], origin.restore)
+        raise Refused(step.run(), [mismatch], undo)
     return entry
 
 
@@ -122,23 +129,22 @@ def _in_place(step: Step, trace: EagerTrace) -> MixedDevices | None:
     return None
 
 
-def _compare(step: Step, copied: Step, recorder: Recorder, origin: Checkpoint, first: EagerTrace, output: Any) -> Refusal | None:
+def _compare(copied: Step, recorder: Recorder, rehearsal: Rehearsal, call: FirstCall) -> Refusal | None:
     """Run S, and what it does otherwise than run A, as a refusal."""
-    origin.restore()
+    step, first = call.step, call.trace
     names = ", ".join(step.names[index] for index in step.host)
+    tensors = copied.call.tensors
     try:
-        ran: Any = recorder.run(lambda: trace_again(copied.run, copied.call.tensors, first))
+        ran: Any = rehearsal.run(lambda: recorder.run(lambda: trace_again(copied.run, tensors, first)))
     except Exception as error:  # an operator that takes host tensors only
         detail = f"the step raises on a device copy of it: {type(error).__name__}: {error}".splitlines()[0]
         return MixedDevices(detail, operator=names)
-    finally:
-        origin.restore()
     result, second = ran
     found = compare_with_stand_ins(_without_devices(first), _without_devices(second), step.call.tensors, strides=True)
     if found is not None:
         detail = f"the step does otherwise with a device copy of {names}: {found.detail}"
         return MixedDevices(detail, operator=found.operator, site=found.site)
-    return _on_other_devices(_made(step, output, first), _made(copied, result, second))
+    return _on_other_devices(_made(step, call.output, first), _made(copied, result, second))
 
 
 def _made(step: Step, output: Any, trace: EagerTrace) -> list[Tensor]:

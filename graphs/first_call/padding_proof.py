@@ -10,10 +10,12 @@ from graphs.contract.outputs.template import compare_templates
 from graphs.contract.slots import Contract
 from graphs.errors import RowsInteract
 from graphs.first_call.recorded_step import RecordedStep, sliced
+from graphs.first_call.verify_replay import judged, rehearsal_of
 from graphs.numerics import tolerance
-from graphs.numerics.judge import Rerun, candidate_difference
-from graphs.observation.eager_trace import EagerTrace, trace_again
+from graphs.numerics.judge import Rerun
+from graphs.observation.eager_trace import trace_again
 from graphs.recording.recorder import ReplayRaised
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 
 Tensor = torch.Tensor
@@ -25,16 +27,18 @@ class PaddingProof:
     It tells which output dimensions are the batch, and what the real rows have to be whatever the padding holds.
     """
 
-    def __init__(self, step: Step, contract: Contract, start: Checkpoint, trace: EagerTrace, externals: list[Tensor]) -> None:
+    def __init__(self, step: Step, contract: Contract, rehearsal: Rehearsal, externals: list[Tensor]) -> None:
         assert step.rows is not None
-        self.rows, self._bucket, self._start = min(step.real, max(step.rows - 1, 1)), step.rows, start
+        self.rows, self._bucket, self._rehearsal = min(step.real, max(step.rows - 1, 1)), step.rows, rehearsal
         self._tensors = sliced(step.call.tensors, step.batch_dims, self.rows)
         self._rerun = Rerun(
-            start.restore, lambda: step.template(step.run(self._tensors), self._tensors, externals)[1], trace.written
+            rehearsal.reset, lambda: step.template(step.run(self._tensors), self._tensors, externals)[1], rehearsal.first.written
         )
-        start.restore()
+        rehearsal.run(lambda: self._run(step, externals))
+
+    def _run(self, step: Step, externals: list[Tensor]) -> None:
         try:
-            output, watched = trace_again(lambda: step.run(self._tensors), self._tensors, trace)
+            output, watched = trace_again(lambda: step.run(self._tensors), self._tensors, self._rehearsal.first)
             shares = step.shares_memory(output, self._tensors, externals)
             self._expected = [out.clone() for out in step.template(output, self._tensors, externals)[1]]
         except Exception as error:  # for example a cache made for another batch size
@@ -43,7 +47,7 @@ class PaddingProof:
             raise RowsInteract("an output shares memory with another tensor, and what is cut to its rows is a copy")
         if watched.written.tensors:
             raise RowsInteract(f"with {self.rows} rows the step writes tensors that it does not write with {step.real}")
-        self._state, self._random = trace.written.copies(), start.random_states()
+        self._state, self._random = self._rehearsal.first.written.copies(), self._rehearsal.start.random_states()
 
     def output_dims(self, padded: Sequence[Tensor]) -> tuple[int | None, ...]:
         """The batch dimension of each output: this many rows here, and the bucket's when padded."""
@@ -68,7 +72,7 @@ class PaddingProof:
         padded = self._replayed(entry, self._tensors, self.rows)
         state = entry.written.copies()
         self._compare(entry, self._expected, self._state, padded, "with padding")
-        _compare_random(self._random, self._start)
+        _compare_random(self._random, self._rehearsal.start)
         poisons = tolerance.poisons(entry.contract, self._tensors)
         if not poisons:
             raise RowsInteract("no padded row could be poisoned: this call's rows are all zeros or sentinels", unproved=True)
@@ -87,19 +91,12 @@ class PaddingProof:
         """Raise unless a replay gave what it has to: ``expected``, or what eager gives but for rounding."""
         found = tolerance.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels)
         if found is not None:
-            found = candidate_difference(
-                self._expected,
-                outputs,
-                self._state,
-                self._rerun,
-                sentinels=entry.sentinels,
-                tolerance_factor=entry.tolerance_factor,
-            )
+            found = judged(entry, self._expected, outputs, self._state, self._rerun)
         if found is not None:
             raise RowsInteract(f"{when}, {found[0]}: {found[1]}")
 
     def _replayed(self, entry: RecordedStep, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        self._start.restore()
+        self._rehearsal.reset()
         return [out.clone() for out in entry.recording.replay(tensors, rows)]
 
 
@@ -123,27 +120,11 @@ def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
         RowsInteract: they differ.
         Exception: what the step raises at this size.
     """
-    trace, tensors = EagerTrace(), step.call.tensors
-    for tensor in [*entry.written.tensors, *(tensors[index] for index in entry.contract.written)]:
-        trace.written.save(tensor)
-    start = Checkpoint(step, trace)
-    try:
-        output, watched = trace_again(step.run, tensors, trace)
-        state, random = trace.written.copies(), start.random_states()
-        changed = start.differences()
-        if watched.written.tensors or changed:
-            what = changed[0].path if changed else "tensors that it does not write at others"
-            raise RowsInteract(f"with {rows} rows the step writes {what}")
-        template, _ = step.template(output, tensors, entry.externals)
-        differing = compare_templates(entry.template.structure, template.structure)
-        if differing is not None or template.identities != entry.template.identities:
-            raise RowsInteract(
-                f"with {rows} rows {differing.detail if differing else 'other parts of the output are one object'}"
-            )
-        if step.shares_memory(output, tensors, entry.externals):
-            raise RowsInteract(f"with {rows} rows an output shares memory with another tensor")
-        expected = [out.clone() for out in entry.template.tensors(output)]
-        start.restore()
+    rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
+    start, written = rehearsal.start, rehearsal.first.written
+    expected, state, random = rehearsal.run(lambda: _exact_run(step, entry, rows, rehearsal))
+
+    def replay() -> tuple[str, str] | None:
         try:
             produced = [out.clone() for out in entry.template.seen(entry.recording.replay(tensors, rows))]
         except ReplayRaised as raised:
@@ -151,13 +132,33 @@ def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
         _compare_random(random, start)
         if any(_strides(a) != _strides(b) for a, b in zip(expected, produced, strict=True)):
             raise RowsInteract(f"with {rows} rows an output lies in memory otherwise")
-        found = tolerance.run_difference(expected, produced, state, trace.written.tensors, entry.sentinels)
-        if found is not None:
-            rerun = Rerun(start.restore, lambda: entry.template.tensors(step.run(tensors)), trace.written)
-            found = candidate_difference(
-                expected, produced, state, rerun, sentinels=entry.sentinels, tolerance_factor=entry.tolerance_factor
-            )
-        if found is not None:
-            raise RowsInteract(f"with {rows} rows, {found[0]}: {found[1]}")
-    finally:
-        start.restore()
+        found = tolerance.run_difference(expected, produced, state, written.tensors, entry.sentinels)
+        if found is None:
+            return None
+        rerun = Rerun(rehearsal.reset, lambda: entry.template.tensors(step.run(tensors)), written)
+        return judged(entry, expected, produced, state, rerun)
+
+    found = rehearsal.run(replay)
+    if found is not None:
+        raise RowsInteract(f"with {rows} rows, {found[0]}: {found[1]}")
+
+
+def _exact_run(
+    step: Step, entry: RecordedStep, rows: int, rehearsal: Rehearsal
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """An eager run at exact sizes: outputs, state written and random states, where all else is as it was recorded."""
+    tensors, start = step.call.tensors, rehearsal.start
+    output, watched = trace_again(step.run, tensors, rehearsal.first)
+    state, random = rehearsal.first.written.copies(), start.random_states()
+    changed = start.differences()
+    if watched.written.tensors or changed:
+        what = changed[0].path if changed else "tensors that it does not write at others"
+        raise RowsInteract(f"with {rows} rows the step writes {what}")
+    template, _ = step.template(output, tensors, entry.externals)
+    differing = compare_templates(entry.template.structure, template.structure)
+    if differing is not None or template.identities != entry.template.identities:
+        what = differing.detail if differing else "other parts of the output are one object"
+        raise RowsInteract(f"with {rows} rows {what}")
+    if step.shares_memory(output, tensors, entry.externals):
+        raise RowsInteract(f"with {rows} rows an output shares memory with another tensor")
+    return [out.clone() for out in entry.template.tensors(output)], state, random

@@ -29,7 +29,7 @@ class Variants:
     """The recordings of one key.
 
     Attributes:
-        ways: each for other outcomes of what the step decides by host values; the last used first.
+        variants: each for other outcomes of what the step decides by host values; the last used first.
         broken: calls that none of them could serve, since there were as many as are recorded.
         refusals: why another variant cannot be recorded, once that was found.
         unmerged: branches that could not become part of the first recording; the others are spared the attempt.

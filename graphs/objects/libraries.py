@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from graphs.objects.raw_access import module_name, per_class
+from passes.core.source_location import add_library
 
 _PYTHON = tuple({os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = ("site-packages", "dist-packages")
@@ -25,6 +26,7 @@ _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 _OWN_PACKAGES = tuple(_OWN + name + os.sep for name in ("graphs", "passes"))
 MODELS = ("bench", "models", "ops")
 """Folders of this package with lines that a step may consist of."""
+add_library("graphs", MODELS)
 _OWN_MODELS = tuple(os.path.join(_OWN, "graphs", name) + os.sep for name in MODELS)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal, UnsupportedOperator
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse, compare_traces
+from graphs.observation.compare_traces import compare_traces
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import Refusal, Site, VerifyMismatch
-from graphs.observation.eager_trace import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor

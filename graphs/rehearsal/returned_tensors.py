@@ -11,7 +11,7 @@ from graphs.contract.arguments import objects_on
 from graphs.contract.outputs.template import map_output, tensor_refusal
 from graphs.errors import AutogradInput, Refusal, UnsupportedOutput
 from graphs.objects.raw_access import of_type
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.state.python_state import Link, PythonState
 from graphs.state.storage import storage_id
 

@@ -16,7 +16,7 @@ from graphs.contract.arguments import Call, replace_tensors
 from graphs.contract.outputs.template import Known, OutputTemplate, output_template
 from graphs.contract.slots import kept_strides
 from graphs.objects.cells import Difference, text_of, write_mapping
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.state.counters import Counter, find_counters
 from graphs.state.python_state import PythonState
 from graphs.state.tensor_form import TensorForm, has_form

@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
 from graphs.numerics import tolerance
-from graphs.observation.eager_trace import EagerTrace, trace_again
+from graphs.observation.eager_trace import trace_again
 from graphs.observation.host_reads import may_read
+from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import is_interrupt
-from graphs.rehearsal.step import Checkpoint, Step
+from graphs.rehearsal.rehearsal import Rehearsal
+from graphs.rehearsal.step import Step
 from graphs.rewriting.forbidding import without_effects
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes import Forced, Forcing, OutOfRange, Place, inside, refuse_on_device, user_place, with_tensor
@@ -103,8 +105,8 @@ class _Override(TorchDispatchMode):
         return self.met == self._reads
 
 
-def prove(step: Step, start: Checkpoint, trace: EagerTrace, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
-    """Compare a rewritten step with the model for outcomes that are forced, each from the state of ``start``.
+def prove(step: Step, rehearsal: Rehearsal, stand_ins: Sequence[Tensor], template: OutputTemplate) -> Proof:
+    """Compare a rewritten step with the model for outcomes that are forced, each from the start of ``rehearsal``.
 
     Raises:
         VerifyMismatch: they differ; it names the line of the host read.
@@ -114,12 +116,9 @@ def prove(step: Step, start: Checkpoint, trace: EagerTrace, stand_ins: Sequence[
     if not isinstance(model, RewrittenStep) or model.forced is None or model.counters is not None:
         return proof
     module, forcings = model.forced
-    try:
-        for forcing in _within(_MOST, forcings, proof):
-            found = {name: _compared(step, start, trace, stand_ins, template, module, forcing, name) for name in forcing.outcomes}
-            proof.add(forcing, found)
-    finally:
-        start.restore()
+    for forcing in _within(_MOST, forcings, proof):
+        one = _Forced(step, rehearsal, stand_ins, template, module, forcing)
+        proof.add(forcing, {name: one.compared(name) for name in forcing.outcomes})
     return proof
 
 
@@ -148,48 +147,61 @@ def _raised_as_written(error: BaseException) -> bool:
     return frame.f_code.co_code[frame.f_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _compared(
-    step: Step,
-    start: Checkpoint,
-    trace: EagerTrace,
-    stand_ins: Sequence[Tensor],
-    template: OutputTemplate,
-    module: Any,
-    forcing: Forcing,
-    name: str,
-) -> str:
-    """What becomes of one outcome: eager and the graph agree, the graph assumes that it does not occur, or eager refuses it."""
-    outcome, plain = forcing.outcomes[name], step.without_candidate()
-    start.restore()
-    override = _Override(forcing, outcome, 20 * len(trace.operations) + 1000)
+@dataclass(frozen=True)
+class _Forced:
+    """A step and its rewritten graph under outcomes of one host value."""
 
-    def forced() -> Any:
-        with override:
-            return without_effects(lambda: plain.run(stand_ins))
+    step: Step
+    rehearsal: Rehearsal
+    stand_ins: Sequence[Tensor]
+    template: OutputTemplate
+    module: Any
+    forcing: Forcing
 
-    more = EagerTrace()
-    try:
-        output, more = trace_again(forced, list(stand_ins), trace)
-        expected = [leaf.clone() for leaf in template.select(output)]
-    except BaseException as error:  # the step refuses an outcome that other data do not go with: nothing to compare
-        if is_interrupt(error) and not _raised_as_written(error):
-            raise
-        return _REFUSED
-    state = trace.written.copies()
-    start.restore()
-    try:
-        results, broken = step.model.forced_run(Forced(module, forcing.number, outcome), step, stand_ins)  # type: ignore[attr-defined]
-    except OutOfRange:  # the step as well, had it asked; on a host it would have caught an exception
-        return _REFUSED
-    if broken:
-        return _ASSUMED
-    if not override.done:  # the step goes another way before it comes to a read
-        return _REFUSED
-    produced = template.select(results)
-    found = tolerance.run_difference(expected, produced, state, trace.written.tensors, tolerance_factor=tolerance.OTHER_KERNELS)
-    if found is None and more.written.tensors:
-        found = ("state", "a tensor is written by the step alone")
-    if found is not None:
-        detail = f"{found[1]} when the value read at this line is forced to another outcome ({name})"
-        raise VerifyMismatch(detail, operator=forcing.reads[0].operator, site=Site.at(forcing.site))
-    return _PROVED
+    def compared(self, name: str) -> str:
+        """What becomes of one outcome: both agree, the graph assumes that it does not occur, or eager refuses it."""
+        trace = self.rehearsal.first
+        override = _Override(self.forcing, self.forcing.outcomes[name], 20 * len(trace.operations) + 1000)
+        try:
+            expected, state, more = self.rehearsal.run(lambda: self._eager(override))
+        except BaseException as error:  # the step refuses an outcome that other data do not go with: nothing to compare
+            if is_interrupt(error) and not _raised_as_written(error):
+                raise
+            return _REFUSED
+        try:
+            return self.rehearsal.run(lambda: self._judged(name, override, expected, state, more))
+        except OutOfRange:  # the step as well, had it asked; on a host it would have caught an exception
+            return _REFUSED
+
+    def _eager(self, override: _Override) -> tuple[list[Tensor], list[Tensor], EagerTrace]:
+        """The outputs of the step under an override, what it wrote of what is known, and a trace of what else."""
+        plain, trace = self.step.without_candidate(), self.rehearsal.first
+
+        def forced() -> Any:
+            with override:
+                return without_effects(lambda: plain.run(self.stand_ins))
+
+        output, more = trace_again(forced, list(self.stand_ins), trace)
+        return [leaf.clone() for leaf in self.template.select(output)], trace.written.copies(), more
+
+    def _judged(self, name: str, override: _Override, expected: list[Tensor], state: list[Tensor], more: EagerTrace) -> str:
+        """The same of the graph, compared.
+
+        Raises:
+            VerifyMismatch: it differs.
+        """
+        run = Forced(self.module, self.forcing.number, self.forcing.outcomes[name])
+        results, broken = self.step.model.forced_run(run, self.step, self.stand_ins)  # type: ignore[attr-defined]
+        if broken:
+            return _ASSUMED
+        if not override.done:  # the step goes another way before it comes to a read
+            return _REFUSED
+        written = self.rehearsal.first.written.tensors
+        factor = tolerance.OTHER_KERNELS
+        found = tolerance.run_difference(expected, self.template.select(results), state, written, tolerance_factor=factor)
+        if found is None and more.written.tensors:
+            found = ("state", "a tensor is written by the step alone")
+        if found is not None:
+            detail = f"{found[1]} when the value read at this line is forced to another outcome ({name})"
+            raise VerifyMismatch(detail, operator=self.forcing.reads[0].operator, site=Site.at(self.forcing.site))
+        return _PROVED

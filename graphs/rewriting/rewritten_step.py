@@ -19,7 +19,9 @@ import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.outputs.template import map_output
 from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
-from graphs.observation.eager_trace import MODELS, EagerTrace, trace_again
+from graphs.objects.libraries import MODELS
+from graphs.observation.eager_trace import trace_again
+from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import raised_refusal
 from graphs.recording.recorder import Recording
 from graphs.rehearsal.step import Checkpoint, Step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ Site = tuple[str, int]
 """File and line; the file is empty where no Python frame is known."""
 Branch = tuple[str, int, int]
 """File, line and column at which an ``if`` or a conditional expression begins."""
-_LIBRARIES = frozenset(("torch", "triton", "sympy", "passes", "contextlib", "functools"))
-_MODELS = frozenset(("bench", "models", "ops"))  # where the package above has lines that a step may consist of
+_LIBRARIES = {name: frozenset[str]() for name in ("torch", "triton", "sympy", "passes", "contextlib", "functools")}
+"""Packages below the model, each with those of its parts that have lines a step may consist of."""
 
 
 class Place(NamedTuple):
@@ -33,10 +34,21 @@ class Place(NamedTuple):
         return self.file, self.line
 
 
+def add_library(package: str, models: Iterable[str] = ()) -> None:
+    """Have no line of a package be taken for the user's, but for those in its parts ``models``."""
+    _LIBRARIES[package] = frozenset(models)
+
+
+def user_line(frame: FrameType | None) -> Site:
+    """File and line of the first frame, from ``frame`` outwards, that belongs to no library below the model."""
+    while frame is not None and not is_user(frame):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
 def user_site() -> Site:
     """File and line of the innermost frame that belongs to no library below the model."""
-    frame = user_frame()
-    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+    return user_line(sys._getframe(1))
 
 
 def user_place() -> Place:
@@ -81,5 +93,6 @@ def _positions(code: CodeType) -> _Positions:
 def is_user(frame: FrameType) -> bool:
     """Whether a frame belongs to no library below the model."""
     package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
-    library = package in _LIBRARIES or (package == "graphs" and rest.partition(".")[0] not in _MODELS)
-    return not library and not frame.f_code.co_filename.startswith("<")
+    models = _LIBRARIES.get(package)
+    is_library = models is not None and rest.partition(".")[0] not in models
+    return not is_library and not frame.f_code.co_filename.startswith("<")

@@ -9,8 +9,8 @@ from typing import Any
 
 from graphs.auditing.remedies import ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW, UNSUPPORTED
 from graphs.auditing.source.dataflow import POSITIONS, SIZES, Flow, numbers_written, scope_of, tree_of
-from graphs.observation.eager_trace import Operation, TensorUse
 from graphs.observation.host_reads import HostRead
+from graphs.observation.operations import Operation, TensorUse
 
 _ROLES = {
     ADDRESSING: frozenset(("index", "start", "storage_offset", "shifts", "diagonal", "offset")),

@@ -1,0 +1,81 @@
+"""Calls that the model serves: counted by their reasons, and what an exception on the way becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from graphs.config import CaptureConfig
+from graphs.dispatch.call_log import CallLog
+from graphs.eager_mode import forced_by
+from graphs.errors import InternalError, Refusal
+from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
+from graphs.recording.recorder import ReplayRaised
+
+
+class EagerCalls:
+    """Runs the model, with the reason counted.
+
+    Args:
+        remember: has calls like one that failed run eagerly from then on.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        config: CaptureConfig,
+        log: CallLog,
+        remember: Callable[[Refusal, tuple[Any, ...], dict[str, Any]], None],
+    ) -> None:
+        self._model, self._config, self._log, self._remember = model, config, log, remember
+
+    def despite(self, failure: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model where something raised on the way to a recording: the model too, or only this project."""
+        error = failure.error if isinstance(failure, (RaisedWatched, ReplayRaised)) else failure
+        in_replay = isinstance(failure, ReplayRaised)
+        if self._config.strict and not in_replay and is_of_our_own(error) and not self._config.raise_internal:
+            raise refusal_of(failure)
+        try:
+            output = self._model(*args, **kwargs)
+        except Exception as raised:
+            self.raised(raised)
+            raise
+        if in_replay:  # the step catches it: for this call, which says nothing of the next
+            self.count([raised_refusal(error)])
+            return output
+        refusal = refusal_of(failure)
+        if self._config.raise_internal and isinstance(refusal, InternalError):
+            raise error
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self._remember(refusal, args, kwargs)
+        self.count([refusal])
+        return output
+
+    def raised(self, error: BaseException) -> None:
+        """Count a call that ended in what the step itself raises; no warning tells more than that does."""
+        self._log.refused(raised_refusal(error), warn=False)
+        self._log.eager_calls += 1
+
+    def count(self, refusals: list[Refusal]) -> None:
+        """Count one eager call under its first reason, or raise that in strict mode; the others are reported beside it."""
+        internal = next((refusal for refusal in refusals if isinstance(refusal, InternalError)), None)
+        if internal is not None and internal.error is not None and self._config.raise_internal:
+            raise StepRaised(internal.error)
+        if self._config.strict:
+            raise refusals[0]
+        for index, refusal in enumerate(refusals):
+            self._log.refused(refusal, calls=int(index == 0))
+        self._log.eager_calls += 1
+
+    def refuse(self, refusals: list[Refusal]) -> NoReturn:
+        """Have `call` run the model."""
+        self.count(refusals)
+        raise Eagerly
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model, because the caller asked for it, or the first call of a module around this one did."""
+        if forced_by() != "first call":
+            self._log.eager_calls += 1
+        return self._model(*args, **kwargs)

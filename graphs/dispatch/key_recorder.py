@@ -1,0 +1,180 @@
+"""Recording a key of one module: from a call to the step, its size, and the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from graphs.config import CaptureConfig
+from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
+from graphs.contract.batch import BatchRule
+from graphs.contract.eligibility import carries_objects, device_of, inadmissible
+from graphs.contract.settings import ambient_of
+from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.replay import stale
+from graphs.dispatch.routes import Routes
+from graphs.eager_mode import forced_eager
+from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract, TooManyKeys
+from graphs.first_call.host_arguments import host_arguments, record_key_on_device
+from graphs.first_call.outcomes import Deferred, Refused
+from graphs.first_call.padding_proof import compare_padded
+from graphs.first_call.record_key import record_key
+from graphs.first_call.recorded_step import RecordedStep
+from graphs.first_call.verify_replay import compare_replay
+from graphs.recording.choose import recorder_for
+from graphs.recording.recorder import Recorder
+from graphs.rehearsal.step import Step
+
+
+class KeyRecorder:
+    """Makes the recordings of one module.
+
+    Attributes:
+        recorders: by device.
+        batch: the batch dimension, as far as it is known.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], config: CaptureConfig, parameters: list[str], routes: Routes, log: CallLog
+    ) -> None:
+        self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
+        self.recorders: dict[torch.device, Recorder] = {}
+        self.batch = BatchRule()
+
+    def inadmissible(self, call: Call) -> Refusal | None:
+        """Why a call is not recorded, as far as that can be said before anything runs."""
+        limit, routes = self._config.max_recordings, self._routes
+        if len(routes.entries) >= limit or len(routes.by_signature) >= 16 * limit:
+            detail = f"{len(routes.entries)} recordings for {len(routes.by_signature)} keys (max_recordings={limit})"
+            return TooManyKeys(detail, operator="key")
+        return inadmissible(call, self._model, self._host(call)) or carries_objects(call)
+
+    def record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RecordedStep, int]:
+        """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
+        config, routes = self._config, self._routes
+        step = self.step(call, args, kwargs)
+        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
+        while True:
+            entry = routes.entries.get(plan.key)
+            step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
+            try:
+                if entry is None:
+                    entry = routes.entries[plan.key] = self._first_call(step)
+                    entry.group.unmerged = step.unmerged
+                elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
+                    with forced_eager("first call"):
+                        compare_padded(step, entry, plan.real)
+            except RowsInteract as reason:
+                self._log.refused(reason, outcome="the step is recorded at its exact sizes")
+                plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
+                continue
+            routes.by_signature[call.signature] = (entry, plan.real)
+            return entry, plan.real
+
+    def record_variant(
+        self, beside: RecordedStep, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[RecordedStep, int]:
+        """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
+        step = self.step(call, args, kwargs)
+        step.unmerged = beside.group.unmerged
+        entry = self._first_call(step)
+        entry.group = beside.group
+        entry.group.variants.insert(0, entry)
+        self._routes.entries[(call.signature, "variant", id(entry))] = entry
+        self._routes.lead(call, entry, 1)
+        return entry, 1
+
+    def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.
+
+        The step's state is left as it was.
+
+        Raises:
+            ConfigError: there are no buckets, or the batch dimension is neither declared nor inferred yet.
+            Refusal: a bucket cannot be recorded.
+        """
+        config = self._config
+        call = flatten_call(args, kwargs, ambient_of(self._model))
+        step = self.step(call, args, kwargs)
+        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims, clamp=True)
+        if plan.rows is None or config.buckets is None:
+            raise ConfigError("batch_dims", config.batch_dims, "the batch dimension of each padded argument, with buckets= given")
+        for rows in sorted(config.buckets, reverse=True):
+            sized_args, sized_kwargs = replace_tensors((args, kwargs), iter(plan.resize(call.tensors, rows)))
+            sized = flatten_call(sized_args, sized_kwargs, ambient_of(self._model))
+            try:
+                self.record(sized, sized_args, sized_kwargs)
+            except Refused as refused:
+                if refused.undo is not None:
+                    refused.undo()
+                raise refused.refusals[0] from refused
+            except Deferred as deferred:
+                deferred.undo()
+                detail = f"the step initialises {deferred}; call it once first"
+                raise ChangingValue(detail, operator=str(deferred)) from deferred
+
+    def verify(self, entry: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare a replay with an eager run, both undone; a recording that differs is dropped.
+
+        Raises:
+            VerifyMismatch: it does.
+        """
+        step = self.step(call, args, kwargs)
+        with forced_eager("first call"):
+            mismatch = compare_replay(step, entry, rows)
+        if mismatch is not None:
+            self._routes.drop(entry)
+            raise mismatch
+
+    def _first_call(self, step: Step) -> RecordedStep:
+        owned, check = self._config.outputs == "owned", self._config.verify != "off"
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
+                record = record_key_on_device if step.host else record_key
+                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        if entry.not_compiled is not None:
+            self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+        return entry
+
+    def step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        """A call as what its first call sees of it."""
+        config = self._config
+        names, opaque_names = leaf_names(args, kwargs, self._parameters)
+        for setting, given in (("static", config.static), ("padding", config.padding), ("batch_dims", config.batch_dims or ())):
+            for name in given:
+                if name not in names and name.split(".")[0] not in self._parameters:
+                    raise ConfigError(setting, name, names)
+        return Step(
+            model=self._model,
+            call=call,
+            args=args,
+            kwargs=kwargs,
+            names=names,
+            opaque_names=opaque_names,
+            static=tuple(i for i, name in enumerate(names) if name in config.static),
+            padding=dict(config.padding),
+            device=device_of(call, self._model),
+            moving=self._routes.moving.get(call.signature, frozenset()),
+            host=self._host(call),
+            compiler=config.compiler,
+            compiler_options=config.compiler_options,
+            passes=config.passes,
+            bounds=config.bounds,
+        )
+
+    def _recorder(self, device: torch.device) -> Recorder:
+        recorders = self.recorders
+        if device not in recorders:
+            recorders[device] = recorder_for(device)
+        return recorders[device]
+
+    def _host(self, call: Call) -> tuple[int, ...]:
+        """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
+        return host_arguments(call) if self._config.buckets is None else ()

@@ -1,0 +1,96 @@
+"""One replay: whether a recording may serve a call, what it produces, and the output put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from graphs.contract.arguments import Call
+from graphs.contract.eligibility import is_capturing
+from graphs.errors import ChangingValue, MovedStaticTensor, NestedCapture, Refusal
+from graphs.first_call.recorded_step import RecordedStep
+from graphs.objects.cells import Difference
+from graphs.recording.failures import StepRaised
+from graphs.recording.recorder import ReplayRaised
+from graphs.state.tensor_state import RandomState
+
+_increment_version: Callable[[Any], None] = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+
+
+class Outdated(NamedTuple):
+    """A recording that froze what is not so any more.
+
+    Attributes:
+        change: the Python value that differs.
+        moved: the tensor that is elsewhere.
+        Neither is given where the object it was recorded for is gone and another took its identity.
+    """
+
+    change: Difference | None = None
+    moved: Refusal | None = None
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What has changed, as a reason not to record again."""
+        if self.change is None:
+            return self.moved
+        path, before, after = self.change.path, self.change.before, self.change.after
+        kind = MovedStaticTensor if after.startswith("tensor(") else ChangingValue
+        return kind(f"{path} was {before} when recorded and is {after} now", operator=path)
+
+
+def stale(entry: RecordedStep, call: Call) -> Refusal | Outdated | None:
+    """Why ``entry`` cannot serve this call after all, or None. Runs at every call."""
+    tensors = call.tensors
+    for position, opaque in enumerate(call.opaques):
+        if entry.opaques[position]() is not opaque:
+            return Outdated()
+    changed = entry.guards.changed()
+    if changed is not None:
+        return Outdated(changed)
+    if not entry.statics.unchanged(tensors):
+        moved = entry.statics.moved(tensors)
+        return Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
+    if entry.on_device and is_capturing():
+        return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
+    return None
+
+
+def replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
+    """What a replay produces.
+
+    Raises:
+        ReplayRaised: an operator refused its data, and nothing is left of the replay: the model is to be run.
+        StepRaised: an operator refused its data, which the step does not catch, and others had written.
+    """
+    undone = not entry.on_device and (entry.catches or entry.checked is not None)
+    copies = entry.written.copies() if undone else None
+    draws = entry.generators is not None and not entry.on_device and (undone or not entry.written.tensors)
+    random = RandomState(torch.device("cpu"), {g: g.get_state() for g in entry.generators or ()}) if draws else None
+    try:
+        produced = entry.recording.replay(call.tensors, rows)
+    except ReplayRaised as raised:
+        if random is not None:
+            random.restore()
+        if copies is not None:
+            entry.written.restore(copies)
+            if entry.checked is not None:
+                entry.checked.abandoned()
+        elif entry.written.tensors:
+            raise StepRaised(raised.error) from None
+        raise
+    if entry.bumped or entry.bumped_arguments:
+        _increment_version([*entry.bumped, *map(call.tensors.__getitem__, entry.bumped_arguments)])
+    return produced
+
+
+def filled(entry: RecordedStep, produced: list[torch.Tensor], call: Call) -> Any:
+    """The output of a replay. It was put together once at capture, so what raises is a class of the user's that now does."""
+    try:
+        return entry.template.fill(produced, call.tensors, call.opaques)
+    except Exception as error:
+        if entry.written.tensors:  # the step has taken place: the model must not run as well
+            raise StepRaised(error) from None
+        raise

@@ -1,0 +1,103 @@
+"""Where the signatures of a module's calls lead: to a recording, or to the reasons why there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from graphs.contract.arguments import Call
+from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.fast_path import FastPath
+from graphs.dispatch.habits import Habits
+from graphs.errors import Refusal
+from graphs.first_call.recorded_step import RecordedStep, reference_to
+
+
+class Refused(NamedTuple):
+    """Why the calls of a signature run eagerly, and the opaque arguments (weakly) that this holds for."""
+
+    refusals: list[Refusal]
+    opaques: list[Callable[[], Any]]
+
+    def serves(self, call: Call) -> bool:
+        """Whether it holds for the opaque arguments of a call."""
+        return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
+
+
+Route = tuple[RecordedStep, int] | Refused
+"""Where a signature leads: a recording and the rows of the call, or the reasons why not."""
+
+
+class Routes:
+    """The recordings of a module and what is known of the signatures of its calls.
+
+    Attributes:
+        entries: recordings by key.
+        by_signature: where each signature leads.
+        last: how to recognise a call like the last one, and where that led.
+        attempts: how often a signature came to no lasting recording.
+        moving: positions of arguments that are elsewhere at each call, by signature.
+        habits: signatures that differ at every call in one place.
+    """
+
+    def __init__(self, parameters: list[str], max_recordings: int, log: CallLog) -> None:
+        self._parameters, self._limit, self._log = parameters, max_recordings, log
+        self.entries: dict[tuple[Any, ...], RecordedStep] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for entry in list(self.entries.values()):
+            self._log.dropped(entry)
+        self.entries = {}
+        self.by_signature: dict[tuple[Any, ...], Route] = {}
+        self.last: tuple[FastPath, RecordedStep, int] | None = None
+        self.attempts: Counter[tuple[Any, ...]] = Counter()
+        self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
+        self.habits = Habits(self._parameters, self._limit)
+
+    def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
+        """Let calls of this signature try ``entry`` first."""
+        self.last = None
+        self.by_signature[call.signature] = (entry, rows)
+
+    def refuse(self, call: Call, refusals: list[Refusal]) -> None:
+        """Let calls of this signature run eagerly."""
+        self.last = None
+        self.by_signature[call.signature] = Refused(refusals, [reference_to(opaque) for opaque in call.opaques])
+
+    def drop(self, entry: RecordedStep) -> None:
+        """Forget one recording."""
+        self.last = None
+        self.habits.dropped(entry)
+        entry.group.variants.remove(entry)
+        self.entries = {key: other for key, other in self.entries.items() if other is not entry}
+        kept = self.by_signature.items()
+        self.by_signature = {s: r for s, r in kept if isinstance(r, Refused) or r[0] is not entry}
+        self._log.dropped(entry)
+
+    def forget_the_dead(self) -> None:
+        """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
+        for entry in list(self.entries.values()):
+            if any(reference() is None for reference in entry.opaques):
+                self.drop(entry)
+        kept = self.by_signature.items()
+        self.by_signature = {
+            s: r for s, r in kept if not isinstance(r, Refused) or all(reference() is not None for reference in r.opaques)
+        }
+
+    def habitual(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Refusal]:
+        """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
+
+        The recordings of those are dropped.
+        """
+        refusals, given_up = self.habits.against(call, args, kwargs)
+        for attempt in given_up:
+            entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
+            if entry is not None:
+                for variant in list(entry.group.variants):
+                    self.drop(variant)
+            elif isinstance(route, Refused):
+                del self.by_signature[attempt.signature]
+        return refusals

@@ -1,0 +1,97 @@
+"""Replays compared with eager runs from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphs.errors import VerifyMismatch
+from graphs.first_call.recorded_step import RecordedStep, sliced
+from graphs.numerics import tolerance
+from graphs.numerics.judge import Rerun, candidate_difference
+from graphs.observation.operations import EagerTrace
+from graphs.rehearsal.rehearsal import Rehearsal
+from graphs.rehearsal.step import Checkpoint, Step
+
+Tensor = torch.Tensor
+
+
+def verify_first_replay(
+    entry: RecordedStep, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
+) -> None:
+    """Raise unless a replay gives what the warm-up gave, in outputs and in every tensor written."""
+    seen = entry.template.seen
+    expected = seen(sliced(reference, entry.contract.output_dims, rows))
+    produced = seen(entry.recording.replay(tensors, rows))
+    found = tolerance.run_difference(expected, produced, state, entry.written.tensors)
+    if found is not None:
+        raise VerifyMismatch(f"{found[1]} in the first replay of the recording", operator=found[0])
+
+
+def verify_second_replay(plain: Step, entry: RecordedStep, rehearsal: Rehearsal, stand_ins: list[Tensor]) -> None:
+    """Two steps in a row, eagerly and replayed: what Python advances has to reach the second one."""
+    checked = entry.checked
+    assert checked is not None
+    seen = entry.template.seen
+
+    def twice() -> list[Tensor]:
+        plain.produced(stand_ins, entry.externals)
+        return seen(plain.produced(stand_ins, entry.externals))
+
+    expected, state = rehearsal.run(lambda: ([out.clone() for out in twice()], entry.written.copies()))
+
+    def replayed() -> None:
+        entry.recording.replay(stand_ins, plain.real)
+        checked.commit()
+        produced = seen(entry.recording.replay(stand_ins, plain.real))
+        if checked.valid():  # else the second step is another variant
+            found = candidate_difference(expected, produced, state, Rerun(rehearsal.reset, twice, entry.written))
+            if found is not None:
+                raise VerifyMismatch(f"{found[1]} in the second of two steps", operator=found[0])
+
+    rehearsal.run(replayed)
+
+
+def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch | None:
+    """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
+    rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
+    written = rehearsal.first.written
+
+    def eager() -> list[Tensor]:
+        return entry.template.tensors(step.run(tensors))
+
+    def valid() -> bool:
+        entry.recording.replay(tensors, rows)
+        return entry.checked is None or entry.checked.valid()
+
+    if entry.checked is not None and not rehearsal.run(valid):
+        return None  # an eager run of another variant would write what this recording does not
+    expected, state = rehearsal.run(lambda: ([out.clone() for out in eager()], written.copies()))
+
+    def compared() -> tuple[str, str] | None:
+        produced = entry.template.seen(entry.recording.replay(tensors, rows))
+        found = tolerance.run_difference(expected, produced, state, written.tensors, entry.sentinels)
+        if found is None or not entry.rounds_otherwise:
+            return found
+        return judged(entry, expected, produced, state, Rerun(rehearsal.reset, eager, written))
+
+    found = rehearsal.run(compared)
+    return VerifyMismatch(found[1], operator=found[0]) if found is not None else None
+
+
+def judged(
+    entry: RecordedStep, expected: Sequence[Tensor], produced: Sequence[Tensor], state: Sequence[Tensor], rerun: Rerun
+) -> tuple[str, str] | None:
+    """What a replay that rounds otherwise makes of the step, judged by its error beside eager's own."""
+    return candidate_difference(
+        expected, produced, state, rerun, sentinels=entry.sentinels, tolerance_factor=entry.tolerance_factor
+    )
+
+
+def rehearsal_of(step: Step, entry: RecordedStep) -> Rehearsal:
+    """Runs from the present state, with what a recording writes saved."""
+    trace = EagerTrace()
+    for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
+        trace.written.save(tensor)
+    return Rehearsal(Checkpoint(step, trace), trace)
