@@ -21,7 +21,9 @@ import numpy
 import pytest
 import torch
 
+from graphs.guards.guard_walk import GuardWalk
 from graphs.objects.kinds import Kind, kind_of
+from graphs.python_reads.code_reads import CodeReads
 from graphs.state.python_state import PythonState
 
 
@@ -71,13 +73,17 @@ def closing(value: Any) -> Any:
     return value
 
 
-held = {"scale": 1.0}
+class Kept:
+    pass
+
+
+held, kept = {"scale": 1.0}, Kept()
 KINDS: list[tuple[Callable[[], Any], Kind]] = [
     (Walked, Kind.STAND_IN),
     (lambda: torch.nn.Parameter(torch.ones(1)), Kind.TENSOR),
     (lambda: generator, Kind.FUNCTION),
     (lambda: functools.partial(print), Kind.PARTIAL),
-    (lambda: weakref.ref(generator), Kind.WEAK_REFERENCE),
+    (lambda: weakref.ref(kept), Kind.WEAK_REFERENCE),
     (lambda: contextvars.ContextVar("of a test"), Kind.CONTEXT_VARIABLE),
     (lambda: Watchful, Kind.CLASS),
     (lambda: property(lambda _: 1), Kind.DESCRIPTOR),
@@ -110,6 +116,7 @@ KINDS: list[tuple[Callable[[], Any], Kind]] = [
     (lambda: ValueError(1), Kind.OBJECT),
     (Watchful, Kind.OBJECT),
 ]
+WALKED = [one for one in KINDS if one[0] is not Watchful]
 
 
 @pytest.mark.parametrize(("make", "kind"), KINDS)
@@ -124,10 +131,19 @@ def test_every_kind_has_an_example() -> None:
     assert kind_of(Walked().__graphs_walk__) is Kind.METHOD
 
 
-@pytest.mark.parametrize(("make", "kind"), [one for one in KINDS if one[0] is not Watchful])
+@pytest.mark.parametrize(("make", "kind"), WALKED)
 def test_a_snapshot_of_any_kind_is_unchanged_where_nothing_ran(make: Callable[[], Any], kind: Kind) -> None:
     value = make()
     state = PythonState([("value", value)], generators=False)
     assert state.complete and state.differences() == []
     state.restore()
     assert state.differences() == []
+
+
+@pytest.mark.parametrize(("make", "kind"), WALKED)
+def test_guards_of_any_kind_hold_where_nothing_ran_and_only_what_moves_on_is_refused(make: Callable[[], Any], kind: Kind) -> None:
+    value = make()
+    walk = GuardWalk(CodeReads(), [("value", value)])
+    assert walk.complete and walk.changed() is None and walk.guards().changed() is None
+    moves_on = kind in (Kind.ITERATOR, Kind.COROUTINE)
+    assert [refusal.operator for refusal in walk.incomparable] == (["value"] if moves_on else [])
