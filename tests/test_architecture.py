@@ -157,7 +157,7 @@ def test_only_one_module_reads_settings_from_the_environment() -> None:
         if isinstance(node, (ast.Attribute, ast.Name))
         and (getattr(node, "attr", "") or getattr(node, "id", "")) in ("environ", "getenv")
     }
-    guards = {"graphs.python_reads.code_reads", "graphs.guards.guard_walk"}  # of what a user's step reads
+    guards = {"graphs.python_reads.code_reads", "graphs.guards.namespace_guards"}  # of what a user's step reads
     assert readers == {"graphs.environment", *guards}
 
 

@@ -191,10 +191,10 @@ def test_everything_that_is_changed_is_put_back() -> None:
 
 def _leaves(model: Any) -> Any:
     return [
-        (place.path, place.value.flatten().tolist() if isinstance(place.value, Tensor) else place.value, id(place.value))
-        if isinstance(place.value, Tensor)
-        else (place.path, place.value)
-        for place in reached({"model": model}).places
+        (cell.path, cell.value.flatten().tolist() if isinstance(cell.value, Tensor) else cell.value, id(cell.value))
+        if isinstance(cell.value, Tensor)
+        else (cell.path, cell.value)
+        for cell in reached({"model": model}).cells
     ]
 
 
@@ -252,7 +252,7 @@ class Hostile:
 
 def test_looking_runs_no_code_of_the_users() -> None:
     found = reached({"model": [Hostile(), {"inner": (Hostile(),)}]})
-    assert [place.path for place in found.places] == ["model[0].factor", "model[1]['inner'][0].factor"]
+    assert [cell.path for cell in found.cells] == ["model[0].factor", "model[1]['inner'][0].factor"]
 
 
 def test_new_values_are_like_the_example() -> None:

@@ -28,11 +28,10 @@ def kept_promises(seen: Observation, found: Sequence[Finding]) -> list[Finding]:
     refusal = _refusal(seen)
     if refusal is None:
         return list(found)
-    place = refusal.site.file, refusal.site.line
+    line = refusal.site.file, refusal.site.line
     instead = f"no pass takes it here: {refusal.detail}; {refusal.remedy}"
     return [
-        dataclasses.replace(one, passes=(), cure=instead) if one.passes and (one.file, one.line) == place else one
-        for one in found
+        dataclasses.replace(one, passes=(), cure=instead) if one.passes and (one.file, one.line) == line else one for one in found
     ]
 
 

@@ -23,11 +23,11 @@ __all__ = ["Audit", "Finding", "audit"]
 
 
 def audit(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audit:
-    """Run a step of ``model`` and list what a recording could not hold, with the line and the cure.
+    """Run a step of ``model`` and list what a recording could not hold, with the line and the remedy.
 
     Found are host syncs, host constants, data-dependent shapes and branches, unsupported operators, and every value that
     differs between consecutive steps with the same arguments: numbers, shapes, addresses and Python attributes. The step
-    runs two or three times in a row, watched, then a few times for the cost of each line and the places where attributes
+    runs two or three times in a row, watched, then a few times for the cost of each line and the lines where attributes
     are set. Tensors, Python state and random generators are put back; what it prints or writes to files cannot be.
 
     It needs no GPU, and finds on a CPU what it would find on one, except what depends on where tensors are: operators that

@@ -9,7 +9,7 @@ from typing import Any
 from graphs.auditing.compare_steps import Change, differences
 from graphs.auditing.finding import Finding, finding
 from graphs.auditing.observe import Observation, Run
-from graphs.auditing.remedies import CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE
+from graphs.auditing.remedies import CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_PASS
 from graphs.errors import Site
 from graphs.objects.cells import Difference
 from graphs.observation.operations import TensorUse
@@ -24,16 +24,16 @@ def change_findings(seen: Observation) -> list[Finding]:
     """
     found: dict[object, Finding] = {}
     for later, pair in enumerate(reversed(seen.pairs())):
-        settled = seen.runs[-1].error is None and not changed_reads(*pair)
+        stable = seen.runs[-1].error is None and not changed_reads(*pair)
         for key, changes in _by_argument(differences(pair[0].trace, pair[1].trace), pair[1]).items():
             if key not in found:
-                once = later > 0 and settled and not _comes_back(changes[0], seen.runs)
+                once = later > 0 and stable and not _comes_back(changes[0], seen.runs)
                 found[key] = _operator_finding(pair, changes, once)
-    settled = seen.runs[-1].error is None
+    stable = seen.runs[-1].error is None
     for later, run in enumerate(reversed(seen.runs)):
-        for key, differing in _by_line(run.changed, seen.stores).items():
+        for key, differing in _by_line(run.changed, seen.assignments).items():
             if key not in found:
-                found[key] = _attribute_finding(differing, seen.stores, once=later > 0 and settled)
+                found[key] = _attribute_finding(differing, seen.assignments, once=later > 0 and stable)
     return list(found.values())
 
 
@@ -81,7 +81,7 @@ def _operator_finding(pair: tuple[Run, Run], changes: Sequence[Change], once: bo
         Site.at(change.frame),
         detail,
         classes,
-        why=NO_CURE["once"] if once else NO_CURE["follows"] if follows else why,
+        why=NO_PASS["once"] if once else NO_PASS["follows"] if follows else why,
         calls=len(changes),
         follows=follows,
         once=once,
@@ -110,14 +110,14 @@ def _numbers(a: Any, b: Any) -> list[tuple[Any, Any]]:
 def _class_of(change: Change, read: Frame | None, attributes: Sequence[Difference]) -> tuple[tuple[str, ...], str]:
     """Classes, and why no pass applies."""
     if change.kind == "operators":
-        return (CONTROL_FLOW,), "" if read is not None else NO_CURE["operators"]
+        return (CONTROL_FLOW,), "" if read is not None else NO_PASS["operators"]
     if change.kind == "constant":
-        return (HOST_CONSTANT, CHANGING_VALUE), NO_CURE["constant"]
+        return (HOST_CONSTANT, CHANGING_VALUE), NO_PASS["constant"]
     if change.kind == "scalar":
         held = [one for one in attributes if (one.before, one.after) == (repr(change.before), repr(change.after))]
         counted = any(_advance(one) is not None for one in held or attributes)  # or calculated from one that counts
-        return (CHANGING_VALUE,), "" if counted else NO_CURE["attribute"]
-    return (CHANGING_VALUE,), NO_CURE[change.kind]
+        return (CHANGING_VALUE,), "" if counted else NO_PASS["attribute"]
+    return (CHANGING_VALUE,), NO_PASS[change.kind]
 
 
 def _advance(difference: Difference) -> int | None:
@@ -138,33 +138,33 @@ def _text(change: Change) -> str:
     return f"{change.argument}: {a}, then {b}"
 
 
-def _by_line(changed: Iterable[Difference], stores: dict[str, Site]) -> dict[object, list[Difference]]:
+def _by_line(changed: Iterable[Difference], assignments: dict[str, Site]) -> dict[object, list[Difference]]:
     """Attributes that one line sets, in many layers perhaps, together."""
     grouped: dict[object, list[Difference]] = {}
     for difference in changed:
-        site = stores.get(difference.path, Site())
+        site = assignments.get(difference.path, Site())
         pattern = re.sub(r"\d+", "*", difference.path)
         grouped.setdefault((pattern, site), []).append(difference)
     return grouped
 
 
-def _attribute_finding(differing: Sequence[Difference], stores: dict[str, Site], *, once: bool) -> Finding:
+def _attribute_finding(differing: Sequence[Difference], assignments: dict[str, Site], *, once: bool) -> Finding:
     one = differing[0]
     before, after = (re.sub(" at 0x.*", "", text) for text in (one.before, one.after))
     detail = f"{before}, then {after}" if before != after else f"another {after.removeprefix('a ')} in each step"
     if len(differing) > 1:
         detail += f"; and {len(differing) - 1} more like it"
     evenly = all(_advance(d) is not None for d in differing)
-    why = NO_CURE["lasting"] if one.irreversible else "" if evenly else NO_CURE["attribute"]
+    why = NO_PASS["irreversible"] if one.irreversible else "" if evenly else NO_PASS["attribute"]
     if before.startswith("tensor") and after.startswith("tensor"):
-        why = NO_CURE["address" if before == after else "shape"]
+        why = NO_PASS["address" if before == after else "shape"]
     return finding(
         "changing-attribute",
         one.path,
-        stores.get(one.path, Site()),
+        assignments.get(one.path, Site()),
         detail,
         (CHANGING_VALUE,),
-        why=NO_CURE["once"] if once else why,
+        why=NO_PASS["once"] if once else why,
         calls=len(differing),
         once=once,
     )

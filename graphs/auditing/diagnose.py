@@ -1,4 +1,4 @@
-"""An observation of a step, as findings: what, where, of which class, with which cure."""
+"""An observation of a step, as findings: what, where, of which class, with which remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphs.auditing.asked import kept_promises
 from graphs.auditing.changes import change_findings, changed_reads
 from graphs.auditing.finding import Finding, finding
 from graphs.auditing.observe import Observation, Run
-from graphs.auditing.remedies import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_CURE, UNKNOWN, UNSUPPORTED
+from graphs.auditing.remedies import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_PASS, UNKNOWN, UNSUPPORTED
 from graphs.auditing.report import Audit
 from graphs.auditing.source.value_uses import uses_of
 from graphs.contract.arguments import map_leaves
@@ -41,32 +41,32 @@ def diagnose(seen: Observation) -> Audit:
     uploads = {(one.file, one.line) for one in refusals if one.kind == HostConstant.reason}
     changes = [one for one in changes if one.kind != "changing-constant" or (one.file, one.line) not in uploads]
     found = [*_read_findings(seen), *refusals, *changes, *_outcome_findings(seen)]
-    places = _places(seen)
-    found.sort(key=lambda one: _place(one, places))
+    order = _line_order(seen)
+    found.sort(key=lambda one: _position(one, order))
     found = kept_promises(seen, found)
     device = seen.step.device
     cost = "host waits" if device.type == "cuda" else "time of calls"
     return Audit(str(device), len(seen.runs[-1].trace.operations), len(seen.runs), cost, tuple(found))
 
 
-def _places(seen: Observation) -> dict[tuple[str, int], int]:
+def _line_order(seen: Observation) -> dict[tuple[str, int], int]:
     """Lines in the order in which steps come to them first; the last step counts most."""
     order: dict[tuple[str, int], int] = {}
     for run in reversed(seen.runs):
-        places = [(read.frame, read.index) for read in run.trace.reads]
-        places += [(operation.frame, index) for index, operation in enumerate(run.trace.operations)]
-        for frame, index in sorted(places, key=lambda place: place[1]):
+        reached = [(read.frame, read.index) for read in run.trace.reads]
+        reached += [(operation.frame, index) for index, operation in enumerate(run.trace.operations)]
+        for frame, index in sorted(reached, key=lambda pair: pair[1]):
             order.setdefault(frame, index)
     return order
 
 
-def _place(one: Finding, places: dict[tuple[str, int], int]) -> float:
+def _position(one: Finding, order: dict[tuple[str, int], int]) -> float:
     """Where a finding stands; a line without operators stands before the next one of its file that has some."""
-    here = places.get((one.file, one.line))
+    here = order.get((one.file, one.line))
     if here is not None:
         return here
     return (
-        min((index for (file, line), index in places.items() if file == one.file and line > one.line), default=float("inf")) - 0.5
+        min((index for (file, line), index in order.items() if file == one.file and line > one.line), default=float("inf")) - 0.5
     )
 
 
@@ -80,14 +80,14 @@ def _read_findings(seen: Observation) -> Iterator[Finding]:
         latest = max(by_run)
         reads, trace = by_run[latest], seen.runs[latest].trace
         kind, classes, why = _kind_of(reads[0], trace, seen.runs[latest].output)
-        once = latest == 0 and _settled(seen)
+        once = latest == 0 and _is_stable(seen)
         yield finding(
             kind,
             reads[0].operator,
             reads[0].site,
             _values(by_run),
             classes,
-            why=NO_CURE["once"] if once else why,
+            why=NO_PASS["once"] if once else why,
             function=reads[0].function,
             calls=len(reads),
             cost_us=seen.costs.get((reads[0].frame, reads[0].function)),
@@ -95,7 +95,7 @@ def _read_findings(seen: Observation) -> Iterator[Finding]:
         )
 
 
-def _settled(seen: Observation) -> bool:
+def _is_stable(seen: Observation) -> bool:
     """Whether what happened in the first step only will not happen again: there were three, and no value read differed."""
     return len(seen.runs) == 3 and seen.runs[-1].error is None and not changed_reads(*seen.runs[:2])
 
@@ -107,14 +107,14 @@ def _kind_of(read: HostRead, trace: EagerTrace, output: Any) -> tuple[str, set[s
     if read.function == "__bool__":
         return "data-dependent-branch", {CONTROL_FLOW}, ""
     if "_check_errors" in read.operator:
-        return HostSync.reason, {UNSUPPORTED}, NO_CURE["check"]
+        return HostSync.reason, {UNSUPPORTED}, NO_PASS["check"]
     if read.operator in map(str, FILLS):
         return HostSync.reason, {ARITHMETIC}, ""
     uses = uses_of(read, trace.operations)
     if not uses.classes and _returned(read.value, output):
-        return HostSync.reason, {UNSUPPORTED}, NO_CURE["output"]
+        return HostSync.reason, {UNSUPPORTED}, NO_PASS["output"]
     if UNSUPPORTED in uses.classes or (read.value is None and not uses.classes):
-        return HostSync.reason, {*uses.classes, UNSUPPORTED}, NO_CURE["conversion"]
+        return HostSync.reason, {*uses.classes, UNSUPPORTED}, NO_PASS["conversion"]
     return HostSync.reason, uses.classes or ({ARITHMETIC} if uses.uploads else {UNKNOWN}), ""
 
 
@@ -150,18 +150,18 @@ def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator
     changing = {(one.file, one.line): one.detail for one in changes if one.kind == "changing-constant" and not one.once}
     for index, run in reversed(list(enumerate(seen.runs))):
         for refusal in [*run.trace.findings, *_unsupported(run)]:
-            place = (refusal.reason, refusal.site.file, refusal.site.line)
-            if isinstance(refusal, (HostSync, DataDependentShape)) or place in known:
+            line = refusal.site.file, refusal.site.line
+            if isinstance(refusal, (HostSync, DataDependentShape)) or (refusal.reason, line) in known:
                 continue
-            known.add(place)
-            once = index == 0 and _settled(seen)
+            known.add((refusal.reason, line))
+            once = index == 0 and _is_stable(seen)
             if not isinstance(refusal, HostConstant):
                 yield _of_refusal(seen, run, refusal, (UNSUPPORTED,), refusal.remedy, once=once)
-            elif place[1:] in read_first:
-                yield _of_refusal(seen, run, refusal, (ARITHMETIC,), "", once=once, detail=read_first[place[1:]])
-            elif place[1:] in changing:
-                both, data = (HOST_CONSTANT, CHANGING_VALUE), changing[place[1:]]
-                yield _of_refusal(seen, run, refusal, both, NO_CURE["constant"], detail=data)
+            elif line in read_first:
+                yield _of_refusal(seen, run, refusal, (ARITHMETIC,), "", once=once, detail=read_first[line])
+            elif line in changing:
+                both, data = (HOST_CONSTANT, CHANGING_VALUE), changing[line]
+                yield _of_refusal(seen, run, refusal, both, NO_PASS["constant"], detail=data)
             else:
                 yield _of_refusal(seen, run, refusal, (HOST_CONSTANT,), "", once=once)
     refusal_of_call = inadmissible(seen.step.call)
@@ -198,7 +198,7 @@ def _of_refusal(
         refusal.site,
         detail or refusal.detail,
         classes,
-        why=NO_CURE["once"] if once else why,
+        why=NO_PASS["once"] if once else why,
         function=function,
         calls=run.trace.counts.get(refusal.signature, 1),
         cost_us=seen.costs.get(((refusal.site.file, refusal.site.line), function)),
@@ -238,4 +238,4 @@ def _outcome_findings(seen: Observation) -> Iterator[Finding]:
         return
     differing = compare_templates(*templates) if len(templates) == 2 else None
     if differing is not None:
-        yield finding("changing-output", "output", Site(), differing.detail, (CHANGING_VALUE,), why=NO_CURE["output"])
+        yield finding("changing-output", "output", Site(), differing.detail, (CHANGING_VALUE,), why=NO_PASS["output"])

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from graphs.auditing.remedies import CLASSES, cure_of
+from graphs.auditing.remedies import CLASSES, remedy_of
 from graphs.errors import Site
 
 
@@ -63,9 +63,9 @@ def finding(
     follows: bool = False,
     once: bool = False,
 ) -> Finding:
-    """A finding with the cure of its classes, or with none for the reason ``why``."""
+    """A finding with the remedy for its classes, or with none for the reason ``why``."""
     ordered = tuple(name for name in CLASSES if name in set(classes))
-    passes, cure = ((), why) if why else cure_of(ordered)
+    passes, cure = ((), why) if why else remedy_of(ordered)
     where = site.file, site.line, site.source
     return Finding(kind, operator, function, *where, detail, ordered, passes, cure, calls, cost_us, follows, once)
 

@@ -45,14 +45,14 @@ class Observation:
     Attributes:
         runs: consecutive steps from the present state on: two, or three where the first two differ.
         costs: microseconds per step of calls that may hold the host up.
-        stores: the lines that set the Python values that change, by path.
+        assignments: the lines that set the Python values that change, by path.
         complete: False where too much hangs on the model to see every change of Python state.
     """
 
     step: Step
     runs: list[Run] = field(default_factory=list)
     costs: dict[Place, float] = field(default_factory=dict)
-    stores: dict[str, Site] = field(default_factory=dict)
+    assignments: dict[str, Site] = field(default_factory=dict)
     complete: bool = True
 
     def pairs(self) -> list[tuple[Run, Run]]:
@@ -73,7 +73,7 @@ def observe(step: Step) -> Observation:
     finally:
         origin.covers(first)
         origin.restore()
-    if any(_lasting(run) for run in seen.runs):
+    if any(_is_irreversible(run) for run in seen.runs):
         return seen  # each further run would leave more behind
     try:
         _measure(seen, origin)
@@ -88,7 +88,7 @@ def _watch(seen: Observation, first: EagerTrace) -> None:
         trace = first if not seen.runs else EagerTrace(written=first.written, generators=first.generators)
         run = _run(seen.step, trace, may_raise=not seen.runs)
         seen.runs.append(run)
-        if run.error is not None or _lasting(run):
+        if run.error is not None or _is_irreversible(run):
             return
         if len(seen.runs) == 2 and not run.changed and not differences(seen.runs[0].trace, run.trace):
             return
@@ -111,7 +111,7 @@ def _repeats(seen: Observation) -> bool:
     return len(seen.runs) > 2 or seen.runs[-1].error is None
 
 
-def _lasting(run: Run) -> bool:
+def _is_irreversible(run: Run) -> bool:
     return any(change.irreversible for change in run.changed)
 
 
@@ -126,7 +126,7 @@ def _measure(seen: Observation, origin: Checkpoint) -> None:
         first, second = executed_code(run), executed_code(run) if _repeats(seen) else set()
         for path in paths:
             site = line_that_sets(path, second)
-            seen.stores[path] = site if site.file else line_that_sets(path, first)
+            seen.assignments[path] = site if site.file else line_that_sets(path, first)
 
 
 def _places(seen: Observation) -> Iterator[Place]:

@@ -16,27 +16,27 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Cure:
+class Remedy:
     """What a pass does about a class of findings."""
 
     by: str
     does: str
 
 
-CURES = {
-    ADDRESSING: Cure("addressing", "the index stays on the device"),
-    ARITHMETIC: Cure("arithmetic", "the number stays on the device as a 0-d tensor"),
-    BOUND: Cure("bounded", "a static upper bound and a mask"),
-    CONTROL_FLOW: Cure("branches", "both sides, or the side taken with its condition checked in every replay"),
-    HOST_CONSTANT: Cure("constants", "uploaded once"),
-    CHANGING_VALUE: Cure("counters", "an integer that advances evenly becomes a counter on the device"),
+REMEDIES = {
+    ADDRESSING: Remedy("addressing", "the index stays on the device"),
+    ARITHMETIC: Remedy("arithmetic", "the number stays on the device as a 0-d tensor"),
+    BOUND: Remedy("bounded", "a static upper bound and a mask"),
+    CONTROL_FLOW: Remedy("branches", "both sides, or the side taken with its condition checked in every replay"),
+    HOST_CONSTANT: Remedy("constants", "uploaded once"),
+    CHANGING_VALUE: Remedy("counters", "an integer that advances evenly becomes a counter on the device"),
 }
-"""Class to cure; a class that is not here has none."""
+"""Class to the pass that takes it away; a class that is not here has none."""
 
-CLASSES = (*CURES, UNSUPPORTED, UNKNOWN)
+CLASSES = (*REMEDIES, UNSUPPORTED, UNKNOWN)
 """Every class, in the order in which a finding lists them."""
 
-NO_CURE = {
+NO_PASS = {
     "conversion": "the value leaves the step: keep it on the device, or convert what the step returns",
     "check": "call the variant that does not check (torch.linalg.*_ex)",
     "shape": "give the tensor a fixed capacity and fill it in place",
@@ -44,18 +44,18 @@ NO_CURE = {
     "constant": "its data changes: pass it as an argument",
     "operators": "Python state picks the operators: use torch.where on a tensor, or pass the state as an argument",
     "attribute": "keep the value in a tensor that the step updates in place, or pass it as an argument",
-    "lasting": "an iterator that moves on cannot be put back: draw from it outside and pass the value",
+    "irreversible": "an iterator that moves on cannot be put back: draw from it outside and pass the value",
     "output": "return the tensor itself, not a Python value made from it",
     "follows": "none of its own: it goes away with what it follows from",
     "once": "none needed: only the first step differs",
 }
-"""Why nothing applies, and what to change instead."""
+"""Why no pass applies, and what to change instead."""
 
 
-def cure_of(classes: Iterable[str]) -> tuple[tuple[str, ...], str]:
+def remedy_of(classes: Iterable[str]) -> tuple[tuple[str, ...], str]:
     """The passes that take away a finding of these classes, and what they do; no passes where a class has none."""
     if UNKNOWN in classes:
-        tried = [CURES[name].by for name in (ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW)]
+        tried = [REMEDIES[name].by for name in (ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW)]
         return tuple(tried), "the one that its use turns out to need: how the value is used cannot be told from here"
-    cures = [CURES[name] for name in classes if name in CURES]
-    return tuple(cure.by for cure in cures), "; ".join(cure.does for cure in cures)
+    found = [REMEDIES[name] for name in classes if name in REMEDIES]
+    return tuple(remedy.by for remedy in found), "; ".join(remedy.does for remedy in found)

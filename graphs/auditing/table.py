@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphs.auditing.finding import Finding, Findings
-from graphs.auditing.remedies import CURES
+from graphs.auditing.remedies import REMEDIES
 
 _NARROWEST = 80
 _NAMED = 6  # lines named in the summary
@@ -73,7 +73,7 @@ def _short_path(file: str) -> str:
 def _passes(shown: list[Finding]) -> list[str]:
     """What each pass that is named does."""
     named = {name for one in shown for name in one.passes}
-    return [f"{cure.by}: {cure.does}" for cure in CURES.values() if cure.by in named]
+    return [f"{remedy.by}: {remedy.does}" for remedy in REMEDIES.values() if remedy.by in named]
 
 
 def _summary(audit: Findings, shown: list[Finding]) -> list[str]:
@@ -90,11 +90,11 @@ def _summary(audit: Findings, shown: list[Finding]) -> list[str]:
 
 
 def _totals(audit: Findings, shown: list[Finding]) -> str:
-    cured = sum(bool(one.passes) for one in shown)
+    taken = sum(bool(one.passes) for one in shown)
     waits = sum(one.cost_us or 0 for one in shown)
-    left = f"; {len(shown) - cured} need the remedy named" if cured < len(shown) else ""
+    left = f"; {len(shown) - taken} need the remedy named" if taken < len(shown) else ""
     count = "1 finding" if len(shown) == 1 else f"{len(shown)} findings"
-    return f"{count}: passes apply to {cured}{left}. us: {audit.cost} per step, {waits:,.0f} in all."
+    return f"{count}: passes apply to {taken}{left}. us: {audit.cost} per step, {waits:,.0f} in all."
 
 
 def _places(found: list[Finding]) -> str:

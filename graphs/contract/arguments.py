@@ -123,13 +123,13 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
 def _beyond(value: Any, children: list[Any], opaques: list[Any]) -> Any:
     """The key of the attributes of a container of a registered kind, which the step can read whatever the kind's children are.
 
-    An attribute that is a child, or a list of them, is known by their places.
+    An attribute that is a child, or a list of them, is known by their positions.
     """
     attributes = attributes_and_slots(value)
     if not attributes:
         return ()
-    places = {id(child): ("child", index) for index, child in enumerate(children)}
-    return tuple([(name, context_key(item, opaques, places)) for name, item in attributes.items()])
+    child_keys = {id(child): ("child", index) for index, child in enumerate(children)}
+    return tuple([(name, context_key(item, opaques, child_keys)) for name, item in attributes.items()])
 
 
 def attributes_and_slots(value: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def ambient_of(model: Any) -> tuple[Any, ...]:
     """Settings outside the arguments that change what a step does.
 
     Training mode, grad and inference mode, autocast, default dtype and device, modes that are entered, and what kernels are
-    chosen by: determinism, reduced precision, the ways of attention and of convolution.
+    chosen by: determinism, reduced precision, the back ends of attention and of convolution.
     """
     guard, state = _known
     return (

@@ -30,7 +30,7 @@ class StaticTensors:
     """Where the static tensors of one recording were when it was made.
 
     Attributes:
-        links: the ways from the model or an opaque argument to every tensor that the recording reads.
+        links: those from the model or an opaque argument to every tensor that the recording reads.
 
     Args:
         arguments: position, name and tensor of the static arguments.
@@ -64,7 +64,7 @@ class StaticTensors:
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
-        self.links = list({(id(link.container), link.key): link for owner in hanging for link in _way(owner)}.values())
+        self.links = list({(id(link.container), link.key): link for owner in hanging for link in _chain(owner)}.values())
         self._names = {id(owner.value): owner.path for owner in hanging}
         self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
@@ -237,11 +237,11 @@ def sharing(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _way(owner: Link) -> list[Link]:
+def _chain(owner: Link) -> list[Link]:
     """The links from a root to a tensor, last first."""
-    way: list[Link] = []
+    chain: list[Link] = []
     link: Link | None = owner
     while link is not None:
-        way.append(link)
+        chain.append(link)
         link = link.parent
-    return way
+    return chain

@@ -37,7 +37,7 @@ from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.recording.choose import recorder_for
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
-from graphs.state.storage import tensors_in
+from graphs.state.storage import tensors_in, written_arguments
 from graphs.state.tensor_state import RandomState
 
 Tensor = torch.Tensor
@@ -88,8 +88,8 @@ class _Subject:
     def __init__(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func = func
         self.leaves, self.structure = _pytree.tree_flatten((args, kwargs))
-        self.places = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        self.tensors: list[Tensor] = [self.leaves[index].detach() for index in self.places]
+        self.positions = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self.leaves[index].detach() for index in self.positions]
         self.device = _device_of(self.leaves)
         self.seeded = torch.Tag.nondeterministic_seeded in func.tags
         known = registered(func)
@@ -99,10 +99,10 @@ class _Subject:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], list[bool]]:
         """The argument that each tensor belongs to, and whether the schema says that it is written."""
-        schema = {argument.name: argument for argument in self.func._schema.arguments}
-        given = [*zip(schema, args, strict=False), *kwargs.items()]
+        names = [argument.name for argument in self.func._schema.arguments]
+        given = [*zip(names, args, strict=False), *kwargs.items()]
         owners = [name for name, value in given for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        written = {name for name, a in schema.items() if a.alias_info is not None and a.alias_info.is_write}
+        written = written_arguments(self.func)
         return owners, [name in written for name in owners]
 
     def leaves_of(self, other: Sequence[Any]) -> list[Tensor]:
@@ -117,7 +117,7 @@ class _Subject:
     def bound(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with ``tensors`` in place of the given ones."""
         leaves = list(self.leaves)
-        for index, tensor in zip(self.places, tensors, strict=True):
+        for index, tensor in zip(self.positions, tensors, strict=True):
             leaves[index] = tensor
         return _pytree.tree_unflatten(leaves, self.structure)
 
@@ -266,10 +266,9 @@ def _externals_written(subject: _Subject) -> set[int]:
 
 def _written_by(operation: Operation) -> Iterator[int]:
     """The storages that one operator wrote, of those that nobody was seen to make."""
-    schema = {argument.name: argument.alias_info for argument in operation.func._schema.arguments}
+    written = written_arguments(operation.func)
     for name, value in operation.named():
-        alias = schema.get(name)
-        if alias is not None and alias.is_write and isinstance(value, TensorUse) and value.origin[0] == "external":
+        if name in written and isinstance(value, TensorUse) and value.origin[0] == "external":
             yield int(value.origin[1])
 
 

@@ -1,4 +1,14 @@
-"""`register_op`: making an own kernel known to PyTorch and to this layer."""
+"""`register_op`: making an own kernel known to PyTorch and to this layer.
+
+Whether a recording may hold an operator is what ``graph_safe`` says:
+
+- ``"check"`` (default): before its first call in a step that is about to be recorded, once for each device type,
+  `graphs.capture_check` runs it on copies of that call's arguments. What it finds is from then on the reason why steps with
+  this operator run eagerly.
+- ``True``: its author vouches for it, and it is recorded like any operator, without that check. For operators that cannot run
+  outside their step. The recording as a whole is still compared with eager.
+- ``False``: steps with it run eagerly, with ``unsafe-operator`` as the reason and its name.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from graphs.custom_ops.capture_check import capture_check
 from graphs.errors import ConfigError
 from graphs.state.op_registry import RegisteredOperator, overload_of, register
+from graphs.state.storage import written_arguments
 
 GRAPH_SAFE = (True, False, "check")
 
@@ -38,16 +49,9 @@ def register_op(
         fn: a function with annotated arguments, or an operator.
         name: ``"namespace::name"``; default: the top-level module of ``fn`` and its name.
         mutates_args: names of the tensors that it writes in place. An operator's schema says so itself.
-        fake: the same for tensors without data: shapes and dtypes of the results. Without it the operator runs and is
-            recorded, and cannot be compiled.
-        graph_safe: whether a recording may hold it:
-
-            - ``"check"`` (default): before its first call in a step that is about to be recorded, once for each device type,
-              `graphs.capture_check` runs it on copies of that call's arguments. What it finds is from then on the reason why
-              steps with this operator run eagerly.
-            - ``True``: its author vouches for it, and it is recorded like any operator, without that check. For operators
-              that cannot run outside their step. The recording as a whole is still compared with eager.
-            - ``False``: steps with it run eagerly, with ``unsafe-operator`` as the reason and its name.
+        fake: the same for tensors without data: shapes and dtypes. Without it the operator is recorded, and cannot be compiled.
+        graph_safe: ``"check"`` (default): `graphs.capture_check` decides, on copies of the arguments of its first call on a
+            device type; ``True``: it is recorded unchecked; ``False``: steps with it run eagerly. The module says more.
         device_types: where the function runs (``"cuda"``); default: everywhere.
         tags: of the operator, such as ``torch.Tag.nondeterministic_seeded`` for one that draws random numbers.
 
@@ -57,21 +61,40 @@ def register_op(
     Raises:
         ConfigError: ``graph_safe`` is none of these, ``name`` is no qualified name, or ``mutates_args`` contradicts a schema.
     """
-    if not any(graph_safe is legal for legal in GRAPH_SAFE) and graph_safe != "check":
-        raise ConfigError("graph_safe", graph_safe, GRAPH_SAFE)
+    safe = _is_safe(graph_safe)
     if fn is None:
         settings = {"name": name, "mutates_args": mutates_args, "fake": fake, "graph_safe": graph_safe}
         return functools.partial(register_op, **settings, device_types=device_types, tags=tags)  # type: ignore[arg-type]
-    safe = graph_safe if isinstance(graph_safe, bool) else None
     if isinstance(fn, (OpOverload, OpOverloadPacket)):
-        overload = overload_of(fn)
-        _agree(overload, mutates_args)
-        if fake is not None:
-            torch.library.register_fake(overload._schema.name, fake)
-        register(overload, RegisteredOperator(None, safe, capture_check))
-        return fn
-    more = {"tags": tuple(tags)} if tags else {}
-    custom = torch.library.custom_op(_qualified(fn, name), fn, mutates_args=mutates_args, device_types=device_types, **more)  # type: ignore[call-overload]
+        return _complete(fn, mutates_args, fake, safe)
+    of_new = {"mutates_args": mutates_args, "device_types": device_types, **({"tags": tuple(tags)} if tags else {})}
+    return _new_operator(fn, _qualified(fn, name), of_new, fake, safe)
+
+
+def _is_safe(graph_safe: bool | str) -> bool | None:
+    """What the author of an operator says of it; None where it is to be checked."""
+    if not any(graph_safe is legal for legal in GRAPH_SAFE) and graph_safe != "check":
+        raise ConfigError("graph_safe", graph_safe, GRAPH_SAFE)
+    return graph_safe if isinstance(graph_safe, bool) else None
+
+
+def _complete(
+    op: OpOverload | OpOverloadPacket, mutates_args: str | Iterable[str], fake: Callable[..., Any] | None, safe: bool | None
+) -> OpOverload | OpOverloadPacket:
+    """Add to an operator that exists what its registration lacks."""
+    overload = overload_of(op)
+    _check_schema(overload, mutates_args)
+    if fake is not None:
+        torch.library.register_fake(overload._schema.name, fake)
+    register(overload, RegisteredOperator(None, safe, capture_check))
+    return op
+
+
+def _new_operator(
+    fn: Callable[..., Any], name: str, settings: dict[str, Any], fake: Callable[..., Any] | None, safe: bool | None
+) -> CustomOpDef:
+    """Make a function an operator, with ``settings`` of `torch.library.custom_op`."""
+    custom = torch.library.custom_op(name, fn, **settings)
     assert isinstance(custom, CustomOpDef)
     if fake is not None:
         custom.register_fake(fake)
@@ -88,9 +111,10 @@ def _qualified(fn: Callable[..., Any], name: str | None) -> str:
     return name
 
 
-def _agree(overload: OpOverload, mutates_args: str | Iterable[str]) -> None:
+def _check_schema(overload: OpOverload, mutates_args: str | Iterable[str]) -> None:
+    """Raise where ``mutates_args`` are others than an operator declares."""
     named = {mutates_args} if isinstance(mutates_args, str) else set(mutates_args)
-    written = {a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = written_arguments(overload)
     if named and named != written:
         legal = f"what its schema says it writes: {sorted(written) or 'nothing'} (schema: {overload._schema})"
         raise ConfigError("mutates_args", sorted(named), legal)

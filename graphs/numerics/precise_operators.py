@@ -118,7 +118,7 @@ PRECISE: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
     **dict.fromkeys(_packets("_softmax _log_softmax"), _softmax),
     **dict.fromkeys(_packets("_grouped_mm"), _grouped_product),
 }
-"""How an operator runs in float64, where calling it with float64 tensors is not the way."""
+"""How an operator runs in float64, where it cannot be called with float64 tensors."""
 
 FOREIGN: dict[str, Callable[[Any, Any, Any, Any], Any]] = {"transformers::grouped_mm_fallback": _grouped_product}
 """The same for operators outside ATen, by the name of their schema: here, what stands in where ``_grouped_mm`` cannot run."""

@@ -89,20 +89,20 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def poisons(contract: Contract, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensor leaves at the recorded size with rows beyond the real ones poisoned, in several ways.
+    """The tensor leaves at the recorded size with rows beyond the real ones poisoned, once with each poison.
 
     Floating-point rows become NaN (which no sum hides), then large and negative (which comparisons see); with each,
     booleans are flipped, and positive integers lowered by one: an index out of range would kill the context, so they
     cannot take any value. Last, the padding is real rows again, the first ones first, in every slot alike. A slot with
-    a sentinel or a kept pad is left as it will be in production. Ways that change nothing are left out.
+    a sentinel or a kept pad is left as it will be in production. Poisons that change nothing are left out.
     """
     plain = _padded(contract, tensors)
-    ways: list[Callable[[Tensor], object]] = [
+    fills: list[Callable[[Tensor], object]] = [
         lambda rest: _fill(rest, float("nan")),
         lambda rest: _fill(rest, 1e3),
         lambda rest: _fill(rest, -1e3),
     ]
-    made = [_changed(contract, tensors, way) for way in ways] + [_rolled(contract, tensors)]
+    made = [_poisoned(contract, tensors, fill) for fill in fills] + [_rolled(contract, tensors)]
     return [leaves for leaves in made if not bitwise_equal(plain, leaves)]
 
 
@@ -115,11 +115,11 @@ def _poisonable(contract: Contract) -> list[tuple[int, int]]:
     return [(s.index, s.batch_dim) for s in contract.slots if s.batch_dim is not None and s.padding.kind in ("repeat", "zero")]
 
 
-def _changed(contract: Contract, tensors: Sequence[Tensor], way: Callable[[Tensor], object]) -> list[Tensor]:
+def _poisoned(contract: Contract, tensors: Sequence[Tensor], fill: Callable[[Tensor], object]) -> list[Tensor]:
     leaves = _padded(contract, tensors)
     for index, dim in _poisonable(contract):
         real = tensors[index].shape[dim]
-        way(leaves[index].narrow(dim, real, leaves[index].shape[dim] - real))
+        fill(leaves[index].narrow(dim, real, leaves[index].shape[dim] - real))
     return leaves
 
 

@@ -1,41 +1,30 @@
 """Objects that C code keeps: memory behind the buffer protocol, iterators, views, attribute getters, thread locals.
 
-What they hold is read in ways of their own, without running code of the user's; of some nothing can be compared at all.
+What they hold is read kind by kind, without running code of the user's; of some nothing can be compared at all.
 """
 
 from __future__ import annotations
 
 import _thread
-import array
+import contextvars
 import functools
-import io
-import operator
-import sys
+import gc
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, module_name, of_type
+from graphs.objects.kinds import Kind, kind_of
+from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, bases_of, class_attribute
 
 SMALL = 1 << 24
 """Bytes of a buffer that are compared at each call."""
-GETTERS = (operator.attrgetter, operator.methodcaller, operator.itemgetter)
-VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-
-
-def is_memory(value: Any) -> bool:
-    """Whether a value is memory that others than its owner may write: numpy's, ``array``'s, ctypes', mapped files."""
-    kind = type(value)
-    if issubclass(kind, (bytearray, array.array, memoryview)) or module_name(kind).partition(".")[0] == "numpy":
-        return True
-    return module_name(kind) == "mmap" or (bool(_ctypes_kinds()) and issubclass(kind, _ctypes_kinds()))
+ARGUMENTS: Any = vars(BaseException)["args"]
+"""The descriptor of an exception's arguments, whatever a class makes of that name."""
 
 
 def reader_of(value: Any) -> Callable[[], Any] | None:
     """What reads the content of memory, with its layout, to be compared by value; None for what is too large or has none."""
-    if module_name(type(value)).partition(".")[0] != "numpy":
+    if kind_of(value) is not Kind.NUMPY:
         return functools.partial(_bytes_of, value) if _size_of(value) <= SMALL else None
     if not hasattr(value, "tobytes") or value.nbytes > SMALL:
         return None
@@ -48,13 +37,44 @@ def elements_in(value: Any) -> list[Any]:
     return value.ravel().tolist() if has_objects and value.dtype == object else []
 
 
-def cannot_be_compared(value: Any) -> bool:
-    """Whether a value moves on whenever it is asked (an iterator, a generator), or hides what it stands for (a proxy)."""
-    kind = type(value)
-    if issubclass(kind, (types.GeneratorType, types.CoroutineType, *_PROXIES)):
+def held_inside(value: Any) -> list[tuple[str, Any]]:
+    """What a C object leads to that no attribute of it holds, with what to append to its path."""
+    kind = kind_of(value)
+    if kind is Kind.THREAD_LOCAL:
+        return [("", _thread._local.__getattribute__(value, "__dict__"))]  # of this thread, which has it made if need be
+    if kind is Kind.BOUND_BUILTIN:
+        return [(".__self__", value.__self__)]
+    if kind is Kind.VIEW or type(value) is types.MappingProxyType:
+        return [("", item) for item in gc.get_referents(value)]
+    if type(value) is slice:
+        return [(".start", value.start), (".stop", value.stop), (".step", value.step)]
+    if issubclass(type(value), BaseException):
+        return [(".args", ARGUMENTS.__get__(value))]
+    if issubclass(type(value), memoryview) and not is_released(value):
+        return [(".obj", value.obj)]
+    return []
+
+
+def is_released(view: memoryview) -> bool:
+    """Whether the memory behind a view was given back."""
+    try:
+        return view.nbytes < 0
+    except ValueError:
         return True
-    advances = kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None
-    return bool(advances) and not issubclass(kind, io.IOBase)
+
+
+def partial_content(value: functools.partial[Any]) -> tuple[Any, Any, Any]:
+    """The function, arguments and keywords of a partial."""
+    func, args, keywords = (class_attribute(functools.partial, name).__get__(value) for name in ("func", "args", "keywords"))
+    return func, args, keywords
+
+
+def variable_content(variable: contextvars.ContextVar[Any]) -> Any:
+    """What a context variable holds, its default included; None where that is nothing."""
+    try:
+        return variable.get()
+    except LookupError:
+        return None
 
 
 def names_looked_up(value: Any) -> list[str]:
@@ -62,19 +82,9 @@ def names_looked_up(value: Any) -> list[str]:
     return [text for text in value.__reduce__()[1] if isinstance(text, str)]
 
 
-def is_thread_local(value: Any) -> bool:
-    """Whether a value has other attributes in each thread."""
-    return of_type(value, _thread._local)
-
-
 def local_attributes(value: Any) -> dict[str, Any]:
     """The attributes of a thread local in this thread."""
     return attributes_of(value) or _thread._local.__getattribute__(value, "__dict__")
-
-
-def _ctypes_kinds() -> tuple[type[Any], ...]:
-    ctypes = sys.modules.get("_ctypes")
-    return () if ctypes is None else (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
 
 
 def _size_of(value: Any) -> int:
@@ -92,9 +102,8 @@ def _array_content(value: Any) -> tuple[Any, ...]:
 
 def numpy_bytes(value: Any) -> bytes:
     """The elements of an array, whatever a subclass makes of ``tobytes``."""
-    kind = next(
-        (base for base in type(value).__mro__ if base.__flags__ & IMMUTABLE_TYPE and "tobytes" in vars(base)), type(value)
-    )
+    bases = (base for base in bases_of(type(value)) if base.__flags__ & IMMUTABLE_TYPE and "tobytes" in vars(base))
+    kind = next(bases, type(value))
     return bytes(vars(kind)["tobytes"](value)) if "tobytes" in vars(kind) else bytes(value.tobytes())
 
 

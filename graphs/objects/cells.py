@@ -22,9 +22,9 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Difference:
-    """A place whose content changed: ``path`` as the user would write it, ``before`` and ``after`` as text.
+    """A cell whose content changed: ``path`` as the user would write it, ``before`` and ``after`` as text.
 
-    ``lasting`` is True where the change cannot be undone (an iterator that moved on).
+    ``irreversible`` is True where the change cannot be undone (an iterator that moved on).
     """
 
     path: str
@@ -149,7 +149,6 @@ class Cell:
     content: Any
     read: Callable[[], Any]
     write: Callable[[Any], None]
-    transient: bool = False  # changes between calls are the caller's own affair
     irreversible: bool = False
     container: Any = None  # the dict or list itself, where it is one
     draw: Callable[[], Any] | None = None  # of a random generator
@@ -221,19 +220,19 @@ def text_of(value: Any) -> str:
     return repr(value) if kind in LEAVES or issubclass(kind, enum.Enum) else f"a {kind.__name__}"
 
 
-def place_differences(place: Cell) -> list[Difference]:
-    """What changed in one place since it was read first."""
-    before, after = place.content, place.read()
+def cell_differences(cell: Cell) -> list[Difference]:
+    """What changed in one cell since it was read first."""
+    before, after = cell.content, cell.read()
     if not isinstance(before, (dict, list)):
         if same(before, after) or (not isinstance(before, tuple) and before == after):
             return []
-        return [Difference(place.form.format(""), "in another state", "advanced", place.irreversible)]
-    return [Difference(place.form.format(key), text_of(a), text_of(b)) for key, a, b in changed_entries(place)]
+        return [Difference(cell.form.format(""), "in another state", "advanced", cell.irreversible)]
+    return [Difference(cell.form.format(key), text_of(a), text_of(b)) for key, a, b in changed_entries(cell)]
 
 
-def changed_entries(place: Cell) -> list[tuple[Any, Any, Any]]:
+def changed_entries(cell: Cell) -> list[tuple[Any, Any, Any]]:
     """Key, value before and value now of what changed in a mapping or list."""
-    before, after = place.content, place.read()
+    before, after = cell.content, cell.read()
     old = before if isinstance(before, dict) else dict(enumerate(before))
     new = after if isinstance(after, dict) else dict(enumerate(after))
     keys = [*old, *(key for key in new if key not in old)]

@@ -113,7 +113,9 @@ def names_key(names: Any) -> tuple[Any, ...]:
     return tuple([name if type(name) is str else context_key(name) for name in names])
 
 
-def context_key(context: Any, objects: list[Any] | None = None, places: Mapping[int, Any] | None = None, depth: int = 0) -> Any:
+def context_key(
+    context: Any, objects: list[Any] | None = None, child_keys: Mapping[int, Any] | None = None, depth: int = 0
+) -> Any:
     """The key of what a container of a registered kind holds beside its children.
 
     Constants, and lists and the like of them, as `nested_key` takes them; objects by the attributes that they have now, whatever
@@ -121,13 +123,13 @@ def context_key(context: Any, objects: list[Any] | None = None, places: Mapping[
 
     Args:
         objects: what the key knows by identity alone is added here, for its changes to be watched.
-        places: keys of what is part of the call elsewhere, by identity.
+        child_keys: keys of the children, which are part of the call elsewhere, by identity.
     """
     kind = type(context)
-    if places and id(context) in places:
-        return places[id(context)]
+    if child_keys and id(context) in child_keys:
+        return child_keys[id(context)]
     if depth <= _DEEPEST:
-        inner = functools.partial(context_key, objects=objects, places=places, depth=depth + 1)
+        inner = functools.partial(context_key, objects=objects, child_keys=child_keys, depth=depth + 1)
         if kind in (tuple, list):
             return kind, tuple(map(inner, context))
         if kind is dict:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graphs.objects.raw_access import module_name
+from graphs.objects.raw_access import module_name, per_class
 from passes.core.source_location import add_library
 
 _PYTHON = tuple({os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
@@ -25,8 +25,8 @@ _TORCH = tuple(os.path.dirname(path) + os.sep for path in torch.__path__ for pat
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _OWN_PACKAGES = tuple(_OWN + name + os.sep for name in ("graphs", "passes"))
 MODELS = ("bench", "models", "ops")
-add_library("graphs", MODELS)
 """Folders of this package with lines that a step may consist of."""
+add_library("graphs", MODELS)
 _OWN_MODELS = tuple(os.path.join(_OWN, "graphs", name) + os.sep for name in MODELS)
 
 
@@ -82,18 +82,9 @@ def origin_of_module(module: types.ModuleType) -> str:
     return "python" if built_in else "library" if spec is not None else "user"
 
 
+@per_class
 def origin_of_type(kind: type[Any]) -> str:
     """The same for a class. Asks nothing of the class that its metaclass could answer."""
-    known = _ORIGINS.get(id(kind))
-    if known is None or known[0] is not kind:  # by identity: a metaclass may compute a hash
-        known = _ORIGINS[id(kind)] = kind, _origin_of_type(kind)
-    return known[1]
-
-
-_ORIGINS: dict[int, tuple[type[Any], str]] = {}
-
-
-def _origin_of_type(kind: type[Any]) -> str:
     name = module_name(kind)
     module = sys.modules.get(name)
     if name == "__main__" or not isinstance(module, types.ModuleType):

@@ -6,13 +6,15 @@ methods of the class that Python ships, whatever a subclass makes of them (`ACT2
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 IMMUTABLE_TYPE = 1 << 8
 """``Py_TPFLAGS_IMMUTABLETYPE``: classes written in C."""
+T = TypeVar("T")
 
 
 def of_type(value: Any, kinds: Any) -> bool:
@@ -20,9 +22,29 @@ def of_type(value: Any, kinds: Any) -> bool:
     return issubclass(type(value), kinds)
 
 
+def per_class(answer: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
+    """Ask a function once for each class. Classes are told apart by identity: a metaclass may compute a hash."""
+    known: dict[int, tuple[type[Any], T]] = {}
+
+    @functools.wraps(answer)
+    def asked(kind: type[Any]) -> T:
+        found = known.get(id(kind))
+        if found is None or found[0] is not kind:
+            found = known[id(kind)] = kind, answer(kind)
+        return found[1]
+
+    return asked
+
+
+def bases_of(kind: type[Any]) -> tuple[type[Any], ...]:
+    """A class and those that it derives from, in the order in which attributes are looked up."""
+    bases: tuple[type[Any], ...] = type.__getattribute__(kind, "__mro__")
+    return bases
+
+
 def class_attribute(kind: type[Any], name: str) -> Any:
     """A class attribute as it lies there; None where there is none."""
-    for base in type.__getattribute__(kind, "__mro__"):
+    for base in bases_of(kind):
         content = type.__getattribute__(base, "__dict__")
         if name in content:
             return content[name]
@@ -47,7 +69,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 def slots_of(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
     """The slots of a class written in Python, by name."""
     slots: dict[str, types.MemberDescriptorType] = {}
-    for base in type.__getattribute__(kind, "__mro__"):
+    for base in bases_of(kind):
         if not base.__flags__ & IMMUTABLE_TYPE:
             content = type.__getattribute__(base, "__dict__")
             found = {name: item for name, item in content.items() if of_type(item, types.MemberDescriptorType)}
@@ -64,6 +86,18 @@ def filled_slots(slots: dict[str, types.MemberDescriptorType], value: Any) -> di
         except AttributeError:
             continue
     return content
+
+
+def functions_in(descriptor: Any) -> list[Any]:
+    """The functions behind a property, static method or class method."""
+    if of_type(descriptor, property):
+        return [part for part in (descriptor.fget, descriptor.fset, descriptor.fdel) if part is not None]
+    return [descriptor.__func__]
+
+
+def closure_of(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
+    """The cells of a closure, with the names that the function knows them by."""
+    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
 
 
 def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:

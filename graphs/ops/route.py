@@ -81,25 +81,16 @@ def route(
         WeightError: a weight cannot take ``path`` (its dtype, or N or K is no multiple of 128).
     """
     table = wo_a_routes(path, only=only)
-    if not args and not kwargs:
-        kwargs = getattr(model, "dummy_inputs", None)
-        if not isinstance(kwargs, Mapping):
-            raise ConfigError("args", args, "the arguments of one call: this model has no dummy_inputs to learn shapes from")
+    example = _example(model, args, kwargs)
     candidates = dict(_candidates(model))
     routed, skipped = [], dict[str, str]()
-    for name, (given, named) in _example_calls(model, candidates, args, kwargs or {}).items():
+    for name, call in _example_calls(model, candidates, example).items():
         module = candidates.pop(name)
-        try:
-            graph = passes.trace_with_inputs(module, given, named)
-        except Exception as error:  # whatever the module's own code raises when it meets no real tensors
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        bound = inspect.signature(module.forward).bind(*given, **named).arguments
-        inputs = [bound.get(str(node.target)) for node in graph.graph.find_nodes(op="placeholder")]
         before = _bytes(module)
-        changes = passes.routing(graph, _qualified(table, name), inputs=inputs)
-        if changes:
-            graph.train(module.training)
+        graph = _traced(module, call)
+        if isinstance(graph, str):
+            skipped[name] = graph
+        elif changes := passes.routing(graph, _qualified(table, name), inputs=_inputs(graph, module, call)):
             model = _replaced(model, module, graph)
             routed.append(RoutedModule(name, tuple(changes), before, _bytes(graph)))
     return Routed(model, tuple(routed), skipped)
@@ -122,12 +113,27 @@ def _is_plain(module: nn.Module) -> bool:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _example_calls(
-    model: nn.Module, candidates: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Arguments]:
+def _example(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Arguments:
+    """The arguments given, else those that the model has for the purpose."""
+    if not args and not kwargs:
+        kwargs = getattr(model, "dummy_inputs", None)
+        if not isinstance(kwargs, Mapping):
+            raise ConfigError("args", args, "the arguments of one call: this model has no dummy_inputs to learn shapes from")
+    return tuple(args), dict(kwargs or {})
+
+
+def _traced(module: nn.Module, call: Arguments) -> torch.fx.GraphModule | str:
+    """The graph of a call; what was raised, where there is none."""
+    try:
+        return passes.trace_with_inputs(module, *call)
+    except Exception as error:  # whatever the module's own code raises when it meets no real tensors
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _example_calls(model: nn.Module, candidates: Mapping[str, nn.Module], example: Arguments) -> dict[str, Arguments]:
     """What each candidate is called with in one call of the model."""
     if set(candidates) <= {""}:
-        return {name: (tuple(args), dict(kwargs)) for name in candidates}
+        return dict.fromkeys(candidates, example)
     calls = dict[str, Arguments]()
 
     def keep(name: str) -> Any:
@@ -136,11 +142,17 @@ def _example_calls(
     handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in candidates.items()]
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            model(*example[0], **example[1])
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _inputs(graph: torch.fx.GraphModule, module: nn.Module, call: Arguments) -> list[Any]:
+    """The arguments of a call of ``module``, by the placeholders of its graph."""
+    bound = inspect.signature(module.forward).bind(*call[0], **call[1]).arguments
+    return [bound.get(str(node.target)) for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def _qualified(table: WoARoutes, module: str) -> passes.Routes:
@@ -149,7 +161,8 @@ def _qualified(table: WoARoutes, module: str) -> passes.Routes:
 
 
 def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """``model`` with ``new`` wherever ``old`` was."""
+    """``model`` with ``new`` wherever ``old`` was, in the same mode of training."""
+    new.train(old.training)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child is old:

@@ -50,8 +50,8 @@ def _sliced(value: Tensor) -> Tensor:
 
 def _offset(value: Tensor) -> Tensor:
     larger = value.new_zeros(value.numel() + 3)
-    place = larger[3:].view(value.shape)
-    return place.copy_(value)
+    part = larger[3:].view(value.shape)
+    return part.copy_(value)
 
 
 def _expanded(value: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "parameter": _parameter,
     "detached view": lambda value: value[...].detach(),
 }
-"""Ways to hold the same values. An expanded tensor repeats its first row, so it is a value of its own."""
+"""Layouts that hold the same values. An expanded tensor repeats its first row, so it is a value of its own."""
 MIXED, TWICE = "layouts in turn", "same tensor twice"
 
 
@@ -82,7 +82,7 @@ def arguments(example: Arguments, seed: int, layout: str) -> Arguments:
         layout: of `LAYOUTS`, or `MIXED` (the next one at each seed), or `TWICE` (one tensor wherever shapes and dtypes agree).
     """
     draws = torch.Generator().manual_seed(seed)
-    way = LAYOUTS[list(LAYOUTS)[seed % len(LAYOUTS)]] if layout == MIXED else LAYOUTS.get(layout, LAYOUTS["contiguous"])
+    laid_out = LAYOUTS[list(LAYOUTS)[seed % len(LAYOUTS)]] if layout == MIXED else LAYOUTS.get(layout, LAYOUTS["contiguous"])
     first: dict[Any, Tensor] = {}
 
     def made(leaf: Any) -> Any:
@@ -90,7 +90,7 @@ def arguments(example: Arguments, seed: int, layout: str) -> Arguments:
             return leaf
         if leaf.requires_grad:
             return new_values(leaf, draws).requires_grad_()
-        value = way(new_values(leaf, draws))
+        value = laid_out(new_values(leaf, draws))
         return first.setdefault((value.shape, value.dtype), value) if layout == TWICE else value
 
     return _pytree.tree_map(made, example)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch.utils import _pytree
 from graphs.errors import Site
 from graphs.parity.data import Arguments
 from graphs.parity.twins import entered, random_states, set_random_states
-from graphs.parity.walk import Reached, installed
+from graphs.parity.walk import Reached
+from passes.core.source_location import user_site
 
 Tensor = torch.Tensor
 
@@ -30,11 +30,9 @@ class _Lines(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        frame = sys._getframe(1)
-        while frame is not None and installed(frame.f_code.co_filename):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None:
-            self.last = (frame.f_code.co_filename, frame.f_lineno)
+        site = user_site()
+        if site[0]:
+            self.last = site
             for leaf in _pytree.tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self.made[id(leaf)] = self.last

@@ -93,22 +93,18 @@ def parity(
         ConfigError: an argument is not legal.
         FactoryError: the factory returns something else, or the same object twice, or the step raises on its own example.
     """
+    _check_arguments(calls, contexts, changes)
+    name = name or getattr(factory, "__qualname__", type(factory).__name__)
+    return _compared(_Twins(factory, name, seed, settings), contexts, calls, changes)
+
+
+def _check_arguments(calls: int, contexts: Sequence[str], changes: int) -> None:
     if calls < 8:
         raise ConfigError("calls", calls, "at least 8")
     if changes < 0:
         raise ConfigError("changes", changes, "0 or more")
     for context in contexts:
         context_parts(context)
-    name = name or getattr(factory, "__qualname__", type(factory).__name__)
-    states = random_states()
-    try:
-        twins = _Twins(factory, name, seed, settings)
-        device = twins.first()
-        rows = [row for context in contexts for row in _rows(twins, context, device, calls, changes)]
-    finally:
-        set_random_states(states)
-    first = next((one for _, one in rows if one is not None), None)
-    return ParityReport(name, str(device), tuple(row for row, _ in rows), first)
 
 
 @dataclass
@@ -140,6 +136,18 @@ class _Twins:
             return output_line(eager.model, what, context, device, given)
 
         return _Row(context, variation, captured, eager, device, line=line)
+
+
+def _compared(twins: _Twins, contexts: Sequence[str], calls: int, changes: int) -> ParityReport:
+    """All rows of all contexts; random states are afterwards what they were."""
+    states = random_states()
+    try:
+        device = twins.first()
+        rows = [row for context in contexts for row in _rows(twins, context, device, calls, changes)]
+    finally:
+        set_random_states(states)
+    first = next((one for _, one in rows if one is not None), None)
+    return ParityReport(twins.name, str(device), tuple(row for row, _ in rows), first)
 
 
 def _rows(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from graphs.parity.walk import PLAIN, Place, Reached, installed
+from graphs.parity.walk import PLAIN, Cell, Reached, installed
 
 Tensor = torch.Tensor
 Undo = Callable[[], object]
@@ -63,23 +63,23 @@ def _changeable(value: Any) -> bool:
 
 
 def _values(found: Reached, kind: str) -> Iterator[Toggle]:
-    for place in found.places:
-        if place.kind == kind and _changeable(place.value) and not place.path.endswith(".training"):
-            yield _replacement(place, place.value, other_value(place.value))
+    for cell in found.cells:
+        if cell.kind == kind and _changeable(cell.value) and not cell.path.endswith(".training"):
+            yield _replacement(cell, cell.value, other_value(cell.value))
 
 
-def _replacement(place: Place, before: Any, after: Any) -> Toggle:
+def _replacement(cell: Cell, before: Any, after: Any) -> Toggle:
     def apply() -> Undo:
-        place.set(after)
-        return lambda: place.set(before)
+        cell.set(after)
+        return lambda: cell.set(before)
 
-    return Toggle(f"{place.path} = {after!r}", apply, hash((id(place.container), place.path)))
+    return Toggle(f"{cell.path} = {after!r}", apply, hash((id(cell.container), cell.path)))
 
 
 def _containers(found: Reached) -> Iterator[Toggle]:
-    for place in found.places:
-        if place.kind == "item" and _changeable(place.value):
-            yield _replacement(place, place.value, other_value(place.value))
+    for cell in found.cells:
+        if cell.kind == "item" and _changeable(cell.value):
+            yield _replacement(cell, cell.value, other_value(cell.value))
     for path, container in found.containers:
         if type(container) is list and container and all(map(_changeable, container)):
             yield Toggle(f"{path}.append({container[-1]!r})", partial(_appended, container), id(container))
@@ -154,14 +154,14 @@ def _on_class(kind: type[nn.Module]) -> Undo:
 
 
 def _tensors(found: Reached) -> Iterator[Toggle]:
-    for place in found.places:
-        value = place.value
+    for cell in found.cells:
+        value = cell.value
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             continue
-        yield Toggle(f"{place.path}.data = ...", partial(_data, value), id(value))
-        yield Toggle(f"{place.path}.mul_(1.5).add_(0.25)", partial(_in_place, value), id(value))
-        if place.kind != "global":
-            yield Toggle(f"{place.path} = a new tensor", partial(_assigned, place), id(value))
+        yield Toggle(f"{cell.path}.data = ...", partial(_data, value), id(value))
+        yield Toggle(f"{cell.path}.mul_(1.5).add_(0.25)", partial(_in_place, value), id(value))
+        if cell.kind != "global":
+            yield Toggle(f"{cell.path} = a new tensor", partial(_assigned, cell), id(value))
 
 
 def _data(tensor: Tensor) -> Undo:
@@ -186,17 +186,17 @@ def _in_place(tensor: Tensor) -> Undo:
     return undo
 
 
-def _assigned(place: Place) -> Undo:
-    before = place.value
+def _assigned(cell: Cell) -> Undo:
+    before = cell.value
     after = before.detach() * 1.5 + 0.25
-    place.set(nn.Parameter(after, before.requires_grad) if isinstance(before, nn.Parameter) else after)
-    return lambda: place.set(before)
+    cell.set(nn.Parameter(after, before.requires_grad) if isinstance(before, nn.Parameter) else after)
+    return lambda: cell.set(before)
 
 
 def _training(found: Reached) -> Iterator[Toggle]:
     for path, module in found.modules:
-        place = Place(f"{path}.training", "attribute", vars(module), "training")
-        yield _replacement(place, module.training, not module.training)
+        cell = Cell(f"{path}.training", "attribute", vars(module), "training")
+        yield _replacement(cell, module.training, not module.training)
 
 
 def _defaults(found: Reached) -> Iterator[Toggle]:
@@ -208,7 +208,7 @@ def _defaults(found: Reached) -> Iterator[Toggle]:
         named = function.__kwdefaults__ or {}
         for key in named:
             if _changeable(named[key]):
-                yield _replacement(Place(f"{path}'s default {key}", "global", named, key), named[key], other_value(named[key]))
+                yield _replacement(Cell(f"{path}'s default {key}", "global", named, key), named[key], other_value(named[key]))
 
 
 def _default(function: types.FunctionType, index: int) -> Undo:

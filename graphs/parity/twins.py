@@ -76,7 +76,7 @@ class Twin:
 
     def _leaves(self, arguments: Arguments) -> dict[str, Any]:
         """Copies of tensors, and plain values, by path."""
-        found = {place.path: _copied(place.value) for place in self.reached().places}
+        found = {cell.path: _copied(cell.value) for cell in self.reached().cells}
         for path, leaf in _pytree.tree_flatten_with_path(arguments)[0]:
             if isinstance(leaf, Tensor):
                 found[f"argument {_pytree.keystr(path)}"] = _copied(leaf)
@@ -103,7 +103,7 @@ def made_alike(factory: Factory, name: str, seed: int, settings: dict[str, Any])
 
 def _storages(twin: Twin) -> set[int]:
     """Addresses of what a call may write: the model's own tensors and the arguments, not what a global holds."""
-    model = {place.value for place in twin.reached().places if place.kind == "tensor" and isinstance(place.value, Tensor)}
+    model = {cell.value for cell in twin.reached().cells if cell.kind == "tensor" and isinstance(cell.value, Tensor)}
     given = [leaf for leaf in _pytree.tree_leaves(twin.example) if isinstance(leaf, Tensor)]
     tensors = [one for one in (*model, *given) if one.layout == torch.strided and one.numel()]
     return {one.untyped_storage().data_ptr() for one in tensors}

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphs.objects.raw_access import closure_of
+from graphs.objects.special_names import LAYER_MEMBERS
+
 Tensor = torch.Tensor
 PLAIN = (bool, int, float, str)
 _LIMIT = 20_000
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-_REGISTERED = ("_parameters", "_buffers", "_modules")
 _STDLIB = tuple(filter(None, (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))))
 
 
 @dataclass(frozen=True)
-class Place:
+class Cell:
     """An entry of a dictionary or list: an attribute, an item, a global, the content of a cell.
 
     Attributes:
@@ -62,13 +64,13 @@ class Reached:
     """Everything found on one walk, in a fixed order.
 
     Attributes:
-        places: entries that hold a plain number, flag, string or tensor.
+        cells: entries that hold a plain number, flag, string or tensor.
         containers: lists and dicts themselves, by path.
         modules: modules, by path.
         functions: the user's functions, by path.
     """
 
-    places: list[Place]
+    cells: list[Cell]
     containers: list[tuple[str, Any]]
     modules: list[tuple[str, nn.Module]]
     functions: list[tuple[str, types.FunctionType]]
@@ -85,17 +87,17 @@ def reached(roots: dict[str, Any]) -> Reached:
             continue
         seen.add(id(value))
         inner = []
-        for place in _entries(path, value, found):
-            held = place.value
+        for cell in _entries(path, value, found):
+            held = cell.value
             if isinstance(held, (*PLAIN, Tensor)):
-                found.places.append(place)
+                found.cells.append(cell)
             else:
-                inner.append((place.path, held))
+                inner.append((cell.path, held))
         pending.extend(reversed([*inner, *_behind(path, value)]))
     return found
 
 
-def _entries(path: str, value: Any, found: Reached) -> Iterator[Place]:
+def _entries(path: str, value: Any, found: Reached) -> Iterator[Cell]:
     kind = type(value)
     if isinstance(value, types.FunctionType):
         if not installed(value.__code__.co_filename):
@@ -104,14 +106,14 @@ def _entries(path: str, value: Any, found: Reached) -> Iterator[Place]:
     elif isinstance(value, type):
         if not installed(_file_of(value)):
             yield from (
-                Place(f"{value.__name__}.{name}", "attribute", value, name)
+                Cell(f"{value.__name__}.{name}", "attribute", value, name)
                 for name, item in vars(value).items()
                 if not name.startswith("__") and (isinstance(item, PLAIN) or type(item) in (list, dict))
             )
     elif kind in (list, dict):
         found.containers.append((path, value))
         keys: Any = range(len(value)) if kind is list else list(value)
-        yield from (Place(f"{path}[{_text(key)}]", "item", value, key) for key in keys)
+        yield from (Cell(f"{path}[{_text(key)}]", "item", value, key) for key in keys)
     elif isinstance(value, tuple):
         yield from ()
     elif isinstance(own := _dictionary(value), dict):
@@ -119,7 +121,7 @@ def _entries(path: str, value: Any, found: Reached) -> Iterator[Place]:
             found.modules.append((path, value))
             yield from _members(path, own)
         hidden = _OF_MODULES if isinstance(value, nn.Module) else frozenset[str]()
-        yield from (Place(f"{path}.{name}", "attribute", own, name) for name in list(own) if name not in hidden)
+        yield from (Cell(f"{path}.{name}", "attribute", own, name) for name in list(own) if name not in hidden)
 
 
 def _behind(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -137,30 +139,30 @@ def _behind(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield type(value).__name__, type(value)
 
 
-def _members(path: str, own: dict[str, Any]) -> Iterator[Place]:
-    for members in _REGISTERED:
+def _members(path: str, own: dict[str, Any]) -> Iterator[Cell]:
+    for members in LAYER_MEMBERS:
         for name, member in own.get(members, {}).items():
             if member is not None:
-                yield Place(f"{path}.{name}", "tensor" if isinstance(member, Tensor) else "attribute", own[members], name)
+                yield Cell(f"{path}.{name}", "tensor" if isinstance(member, Tensor) else "attribute", own[members], name)
 
 
-def _function(function: types.FunctionType) -> Iterator[Place]:
+def _function(function: types.FunctionType) -> Iterator[Cell]:
     """Closure cells, globals that the function names, and what it names of the user's modules."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+    for name, cell in closure_of(function):
         try:
             cell.cell_contents  # noqa: B018 - an empty cell raises
         except ValueError:
             continue
-        yield Place(name, "global", cell, "")
+        yield Cell(name, "global", cell, "")
     space, names = function.__globals__, _names(function.__code__)
     for name in names:
         held = space.get(name)
         if isinstance(held, types.ModuleType):
             if not installed(getattr(held, "__file__", None) or ""):
                 inner = vars(held)
-                yield from (Place(f"{name}.{one}", "global", inner, one) for one in names if isinstance(inner.get(one), PLAIN))
+                yield from (Cell(f"{name}.{one}", "global", inner, one) for one in names if isinstance(inner.get(one), PLAIN))
         elif name in space:
-            yield Place(name, "global", space, name)
+            yield Cell(name, "global", space, name)
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -29,6 +29,7 @@ import torch
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
 from graphs.objects.libraries import origin_of
 from graphs.python_reads.effects import NAMES, SEEDS, refused_call, refused_loads
+from passes.core.source_location import is_user
 
 BETWEEN_THREADS = {
     "queue": frozenset(("put", "get", "join", "task_done")),
@@ -353,12 +354,10 @@ def who_logs(frame: types.FrameType | None) -> types.FrameType | None:
 
 
 def _line(frame: types.FrameType | None) -> tuple[str, int]:
-    """File and line of the innermost frame that is not Python's own."""
-    while frame is not None:
-        if origin_of(frame.f_code.co_filename) in ("user", "library"):
-            return frame.f_code.co_filename, frame.f_lineno
+    """File and line of the innermost frame of the user's program, or of a library above torch, that is not Python's own."""
+    while frame is not None and not (is_user(frame) and origin_of(frame.f_code.co_filename) != "python"):
         frame = frame.f_back
-    return "", 0
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
 
 
 def _both(first: Any, second: Any) -> Callable[..., None]:

@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from graphs.objects.cells import AttributesView
+from graphs.objects.kinds import NOT_ENTERED
 from graphs.objects.libraries import origin_of_code, origin_of_module, origin_of_type
-from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, of_type
+from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, bases_of, class_attribute, of_type
+from graphs.objects.special_names import OF_CLASSES, OF_THE_INTERPRETER, TYPE_PARAMETERS
 from graphs.python_reads.code_reads import global_names, imported_names, names_in, stored_names
 
-SKIPPED = (
-    *(types.ModuleType, torch.Generator, torch.UntypedStorage, torch._ops.OpOverload),
-    *(logging.Logger, logging.Manager, logging.Handler),  # loggers know of all others
-    *(torch.SymInt, torch.SymFloat, torch.SymBool),  # and numbers of a traced step of all that is traced
-)
+SKIPPED = (*NOT_ENTERED, logging.Logger)
+"""Classes whose instances hold no state of a step."""
 _CALLS_OTHERS = (
     types.MethodType,
     types.BuiltinMethodType,
@@ -34,12 +33,8 @@ _CALLS_OTHERS = (
     functools._lru_cache_wrapper,
 )
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
-_OF_THE_INTERPRETER = frozenset(
-    ("modules", "path_importer_cache", "meta_path", "path_hooks", "stdout", "stderr", "stdin", "__dict__", "__builtins__")
-)
-"""Names of modules under which the interpreter itself fills something, or where output goes."""
-_NOT_OF_CLASSES = frozenset(("__dict__", "__weakref__", "__orig_bases__", "__parameters__", "__annotations__"))
-"""Names in classes that nothing lies under, or only what types are written with."""
+_NOT_OF_MODULES = OF_THE_INTERPRETER | {"__dict__", "__builtins__"}
+_NOT_OF_CLASSES = OF_CLASSES | TYPE_PARAMETERS
 
 
 class Ran(NamedTuple):
@@ -152,7 +147,7 @@ def inside(found: list[tuple[str, Any]], code: types.CodeType) -> Iterator[tuple
 
 
 def _in_classes(kind: type[Any], names: frozenset[str], stored: frozenset[str]) -> Iterator[tuple[str, Any, list[str]]]:
-    for base in type.__getattribute__(kind, "__mro__"):
+    for base in bases_of(kind):
         origin = origin_of_type(base)
         if origin in ("user", "own") or base.__flags__ & IMMUTABLE_TYPE:
             continue
@@ -166,7 +161,7 @@ def _counting(content: Any, names: frozenset[str], stored: frozenset[str], origi
     """The names under which a function sets something or finds what can be state."""
     counts: Callable[[Any], bool] = _is_container if origin in ("python", "torch") else _is_held
     found = {name for name in names if name in content and counts(content[name])} | stored
-    return sorted(found - _OF_THE_INTERPRETER)
+    return sorted(found - _NOT_OF_MODULES)
 
 
 def _is_container(item: Any) -> bool:

@@ -232,19 +232,8 @@ class CudaRecorder:
         before = torch.cuda.memory_reserved(self.device)
         with self._on_stream():
             buffers = contract.filled(tensors)
-            moves = [
-                Move(b, slot.batch_dim, slot.padding)
-                for slot, b in zip(contract.slots, buffers, strict=True)
-                if b.nbytes <= LARGE
-            ]
-            results = len(contract.output_dims) if owned else 0
             host = any(slot.from_host for slot in contract.slots)
-            self._prime(len(moves) + results, host=host)
-            table = AddressTable(len(moves) + results, self.device)
-            inbound = Copier(len(moves), table, 1, inbound=True, host=host)
-            outbound = Copier(results, table, 1 + len(moves), inbound=False)
-            inbound.bind(moves)
-            inbound.upload()
+            table, inbound, outbound = self._copiers(contract, buffers, len(contract.output_dims) if owned else 0, host=host)
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
@@ -263,6 +252,24 @@ class CudaRecorder:
         recording = kind(graph, contract, table, outputs, self.order, buffers, (inbound, outbound), owned=owned)
         recording.pool_bytes = max(torch.cuda.memory_reserved(self.device) - before, 0)
         return recording
+
+    def _copiers(
+        self, contract: Contract, buffers: Sequence[Tensor], results: int, *, host: bool
+    ) -> tuple[AddressTable, Copier, Copier]:
+        """The address table with the kernel that fills small slots, ready to launch, and the one that copies ``results`` out.
+
+        Args:
+            host: whether host memory is among what is copied in.
+        """
+        slots = zip(contract.slots, buffers, strict=True)
+        moves = [Move(buffer, slot.batch_dim, slot.padding) for slot, buffer in slots if buffer.nbytes <= LARGE]
+        self._prime(len(moves) + results, host=host)
+        table = AddressTable(len(moves) + results, self.device)
+        inbound = Copier(len(moves), table, 1, inbound=True, host=host)
+        outbound = Copier(results, table, 1 + len(moves), inbound=False)
+        inbound.bind(moves)
+        inbound.upload()
+        return table, inbound, outbound
 
     @contextlib.contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What becomes of an exception on the way of a call through its recordings: the user's own reaches the user, no other does."""
+"""What becomes of an exception that is raised between a call and its result: the user's own reaches the user, no other does."""
 
 from __future__ import annotations
 

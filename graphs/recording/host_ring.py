@@ -27,11 +27,11 @@ class HostRing:
     """
 
     def __init__(self, slots: Sequence[Slot], turns: int, *, pinned: bool = True) -> None:
-        self._places: list[tuple[int, int, int]] = []  # position of the argument, offset in a row, bytes
+        self._fields: list[tuple[int, int, int]] = []  # position of the argument, offset in a row, bytes
         width = 0
         for slot in slots:
             size = slot.dtype.itemsize * torch.Size(slot.distinct).numel()
-            self._places.append((slot.index, width, size))
+            self._fields.append((slot.index, width, size))
             width += max(-(-size // _ALIGNED), 1) * _ALIGNED
         self._width, self._turns = width, turns
         with torch.inference_mode(False):
@@ -45,20 +45,20 @@ class HostRing:
         that is still on its way, so the current stream is waited for.
         """
         staged, row = list(tensors), self._row(turn % self._turns)
-        for (position, _, size), place in zip(self._places, row, strict=True):
+        for (position, _, size), field in zip(self._fields, row, strict=True):
             source = tensors[position]
             if source.device.type != "cpu":
                 continue
             if source.is_pinned():
                 torch.cuda.current_stream().synchronize()
-            ctypes.memmove(place.data_ptr(), source.data_ptr(), size)
-            staged[position] = place
+            ctypes.memmove(field.data_ptr(), source.data_ptr(), size)
+            staged[position] = field
         return staged
 
     def _row(self, index: int) -> list[Tensor]:
         row = self._rows[index]
         if row is None:
             start = index * self._width
-            parts = [(start + offset, size) for _, offset, size in self._places]
+            parts = [(start + offset, size) for _, offset, size in self._fields]
             row = self._rows[index] = [self._memory[first : first + max(size, 1)] for first, size in parts]
         return row

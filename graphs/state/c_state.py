@@ -1,17 +1,14 @@
 """State inside objects written in C that no attribute shows: memory, files in memory, dictionaries of threads, queues.
 
 Each kind that can be read without running code of the user's gets a `Cell`. What can be read and not put back (a queue,
-a digest) is a place whose changes are *lasting*: a step that changes it is never run a second time.
+a digest) gets one whose changes are irreversible: a step that changes it is never run a second time.
 """
 
 from __future__ import annotations
 
-import _thread
 import array
-import contextvars
 import ctypes
 import functools
-import gc
 import io
 import mmap
 import pickle
@@ -20,28 +17,27 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from graphs.objects.c_objects import ARGUMENTS, is_released
 from graphs.objects.cells import Cell
 from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute
 
 IN_MEMORY = (io.StringIO, io.BytesIO)
-_LARGE = 1 << 26  # bytes; of more memory a copy is not kept, so that its changes are lasting
+_LARGE = 1 << 26  # bytes; of more memory a copy is not kept, so that its changes are irreversible
 _DATA: type[Any] = ctypes.c_int.__mro__[2]  # what all objects of ctypes are
-_VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_ARGUMENTS: Any = vars(BaseException)["args"]
 _PROBES = ("qsize", "digest")
 
 
-def place_inside(path: str, value: Any) -> Cell | None:
-    """The place for what a C object holds beside its attributes; None where nothing is known to be there."""
+def cell_inside(path: str, value: Any) -> Cell | None:
+    """The cell for what a C object holds beside its attributes; None where nothing is known to be there."""
     kind, form = type(value), path + "{}"
     if issubclass(kind, BaseException):
-        return _place(path + ".args", functools.partial(_ARGUMENTS.__get__, value), functools.partial(_ARGUMENTS.__set__, value))
+        return _cell(path + ".args", functools.partial(ARGUMENTS.__get__, value), functools.partial(ARGUMENTS.__set__, value))
     if issubclass(kind, IN_MEMORY):
         base = io.StringIO if issubclass(kind, io.StringIO) else io.BytesIO
-        return _place(form, functools.partial(_file, base, value), functools.partial(_write_file, base, value))
+        return _cell(form, functools.partial(_file, base, value), functools.partial(_write_file, base, value))
     if issubclass(kind, memoryview):
-        read = functools.partial(_is_released, value)
-        return _memory(path, value) if _lends_nothing(value) else _place(form, read, None)
+        read = functools.partial(is_released, value)
+        return _memory(path, value) if _lends_nothing(value) else _cell(form, read, None)
     if _has_buffer(value):
         return _memory(path, value)
     for name in _PROBES:
@@ -51,21 +47,21 @@ def place_inside(path: str, value: Any) -> Cell | None:
                 method(value)
             except TypeError:  # a digest of a length that is asked for
                 continue
-            return _place(form, functools.partial(method, value), None)
+            return _cell(form, functools.partial(method, value), None)
     return None
 
 
 def pickled(path: str, read: Callable[[], Any], write: Callable[[Any], Any], draw: Callable[[], Any]) -> Cell:
-    """A place whose content is compared by its pickle: the state of a random generator, from which ``draw`` draws."""
+    """A cell whose content is compared by its pickle: the state of a random generator, from which ``draw`` draws."""
 
     def reading() -> bytes:
         return pickle.dumps(read())
 
-    return Cell(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), transient=True, draw=draw)
+    return Cell(path + "{}", reading(), reading, lambda content: write(pickle.loads(content)), draw=draw)
 
 
-def numpy_place(path: str, value: Any) -> Cell | None:
-    """The place for an array or random generator of NumPy; None for what nothing can be written to."""
+def numpy_cell(path: str, value: Any) -> Cell | None:
+    """The cell for an array or random generator of NumPy; None for what nothing can be written to."""
     if hasattr(value, "bit_generator"):
         bits = value.bit_generator
         return pickled(path, lambda: bits.state, lambda state: setattr(bits, "state", state), value.random)
@@ -88,44 +84,12 @@ def numpy_place(path: str, value: Any) -> Cell | None:
     return Cell(path + "{}", read(), read, write)
 
 
-def held_inside(value: Any) -> list[tuple[str, Any]]:
-    """What a C object leads to that no attribute of it holds, with what to append to its path."""
-    kind = type(value)
-    if issubclass(kind, _thread._local):
-        return [("", _thread._local.__getattribute__(value, "__dict__"))]  # of this thread, which has it made if need be
-    if kind is slice:
-        return [(".start", value.start), (".stop", value.stop), (".step", value.step)]
-    if issubclass(kind, BaseException):
-        return [(".args", _ARGUMENTS.__get__(value))]
-    if kind in (types.BuiltinMethodType, types.MethodWrapperType):
-        return [(".__self__", value.__self__)]
-    if issubclass(kind, _VIEWS) or kind is types.MappingProxyType:
-        return [("", item) for item in gc.get_referents(value)]
-    if issubclass(kind, memoryview) and not _is_released(value):
-        return [(".obj", value.obj)]
-    return []
-
-
-def partial_content(value: functools.partial[Any]) -> tuple[Any, Any, Any]:
-    """The function, arguments and keywords of a partial."""
-    func, args, keywords = (class_attribute(functools.partial, name).__get__(value) for name in ("func", "args", "keywords"))
-    return func, args, keywords
-
-
 def write_partial(value: functools.partial[Any], content: tuple[Any, Any, Any]) -> None:
-    """Put back what `partial_content` gave."""
+    """Put back what `graphs.objects.c_objects.partial_content` gave."""
     functools.partial.__setstate__(value, (*content, attributes_of(value)))  # type: ignore[attr-defined]
 
 
-def variable_content(variable: contextvars.ContextVar[Any]) -> Any:
-    """What a context variable holds, its default included; None where that is nothing."""
-    try:
-        return variable.get()
-    except LookupError:
-        return None
-
-
-def _place(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Cell:
+def _cell(form: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Cell:
     return Cell(form, read(), read, write or _nothing, irreversible=write is None)
 
 
@@ -161,27 +125,20 @@ def _has_buffer(value: Any) -> bool:
         return False
 
 
-def _is_released(view: memoryview) -> bool:
-    try:
-        return view.nbytes < 0
-    except ValueError:
-        return True
-
-
 def _lends_nothing(view: memoryview) -> bool:
     """Whether a view is of memory that no object stands for, so that only the view leads there."""
-    return not _is_released(view) and view.obj is None and not view.readonly and view.c_contiguous
+    return not is_released(view) and view.obj is None and not view.readonly and view.c_contiguous
 
 
 def _memory(path: str, value: Any) -> Cell:
-    """The place for the memory of a C object."""
+    """The cell for the memory of a C object."""
     kind = type(value)
     with memoryview(value) as view:
         large, form = view.nbytes > _LARGE, view.format
     read = functools.partial(_summary if large else _content, value)
     if large or (issubclass(kind, _DATA) and _points(form)):
-        return _place(path + "{}", read, None)
-    return _place(path + "{}", read, functools.partial(_write_memory, value))
+        return _cell(path + "{}", read, None)
+    return _cell(path + "{}", read, functools.partial(_write_memory, value))
 
 
 def _points(form: str) -> bool:

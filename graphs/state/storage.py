@@ -8,11 +8,12 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from passes.core.aliasing import silently_written
+
 Tensor = torch.Tensor
 RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
 """Operators that exchange a tensor's storage, which a recording holds fixed."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_BATCH_NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -28,24 +29,24 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def written_tensors(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors written by this call: as the operator's schema declares, and what some schemas of ATen do not say."""
-    written = _undeclared(func, args, kwargs)
+    written = tensors_in(silently_written(func, args, kwargs))
     if not func._schema.is_mutable:
         return written
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if is_written(argument):
             value = args[position] if position < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
             written += tensors_in(value)
     return written
 
 
-def _undeclared(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Running statistics of batch normalisation in training mode, which its older operators update silently."""
-    if func._schema.name not in _BATCH_NORMS:
-        return []
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    if not named.get("training", named.get("train", True)):
-        return []
-    return tensors_in([named.get("running_mean"), named.get("running_var")])
+def written_arguments(func: OpOverload) -> set[str]:
+    """Names of the arguments that an operator declares to write."""
+    return {argument.name for argument in func._schema.arguments if is_written(argument)}
+
+
+def is_written(argument: Any) -> bool:
+    """Whether the schema of an operator declares that it writes this argument."""
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def storage_id(tensor: Tensor) -> int:

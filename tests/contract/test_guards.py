@@ -28,7 +28,8 @@ from torch import nn
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.guards.python_guards import Guards, MappingGuard, SequenceGuard
+from graphs.guards.container_guards import MappingGuard, SequenceGuard
+from graphs.guards.python_guards import Guards
 from graphs.objects.dict_watch import shared_watch
 
 Tensor = torch.Tensor
@@ -216,6 +217,12 @@ def dict_order() -> Value:
 def ordered_dict_order() -> Value:
     held = collections.OrderedDict(a=2.0, b=3.0)
     return Value(lambda x: x * next(iter(held.values())), lambda: held.move_to_end("a"))
+
+
+def special_method_bound_to_a_list() -> Value:
+    held = [1.0]
+    count = held.__len__
+    return Value(lambda x: x * count(), lambda: held.append(2.0))
 
 
 def dict_by_bound_method() -> Value:

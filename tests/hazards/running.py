@@ -83,8 +83,8 @@ def _calls(hazard: Hazard, context: str, device: torch.device, run: Run, called:
                 output = called(*arguments)
             except Exception as error:
                 raised = error
-        places = [place for place in reached({"step": run.step}).places if not place.path.endswith(_NOT_OF_THE_STEP)]
-        leaves = {place.path: copied(place.value) for place in places}
+        cells = [cell for cell in reached({"step": run.step}).cells if not cell.path.endswith(_NOT_OF_THE_STEP)]
+        leaves = {cell.path: copied(cell.value) for cell in cells}
         leaves["arguments"] = [copied(one) for one in arguments if isinstance(one, torch.Tensor)]
         leaves["random state"] = torch.get_rng_state()
         arguments = ()  # so that the next call's containers may take the addresses of these

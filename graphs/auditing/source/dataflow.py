@@ -81,7 +81,7 @@ class Flow:
         return not isinstance(_parent(node), (ast.Slice, ast.Subscript)) and not any(isinstance(s, ast.Constant) for s in sides)
 
     def _ends(self, node: ast.AST, parent: ast.AST) -> bool:
-        """Whether the way ends at ``parent``; what it means there is noted."""
+        """Whether the path of the value ends at ``parent``; what it means there is noted."""
         if isinstance(parent, ast.Subscript):
             if node is parent.value:
                 return False

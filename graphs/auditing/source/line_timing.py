@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -13,7 +12,7 @@ import torch
 
 from graphs.observation.fused_modules import unnoticed
 from passes.core.composites import Calls
-from passes.core.source_location import user_line
+from passes.core.source_location import user_site
 
 Place = tuple[tuple[str, int], str]
 """A line, and the name of the function of torch that it calls."""
@@ -29,7 +28,7 @@ class _Stopwatch(Calls):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(getattr(func, "__name__", ""))
-        place = (user_line(sys._getframe(1)) if name in self.names else ("", 0), name)
+        place = (user_site() if name in self.names else ("", 0), name)
         if place not in self.places:
             return func(*args, **(kwargs or {}))
         start = time.perf_counter()

@@ -103,10 +103,10 @@ def _check_attributes(value: Any, made: Any, children: list[Any]) -> None:
     Raises:
         UnsupportedOutput: an attribute would be lost.
     """
-    places = {id(child): ("child", index) for index, child in enumerate(children)}
+    child_keys = {id(child): ("child", index) for index, child in enumerate(children)}
     attributes, others = attributes_and_slots(value), attributes_and_slots(made)
     for name in {**attributes, **others}:
-        keys = [context_key(held.get(name, ABSENT), None, places) for held in (attributes, others)]
+        keys = [context_key(held.get(name, ABSENT), None, child_keys) for held in (attributes, others)]
         if keys[0] != keys[1]:
             detail = f"{name} is set on a {type(value).__name__} in the output, which is made of other things"
             raise UnsupportedOutput(detail, operator=f"output.{name}", remedy="return it beside the container")

@@ -1,0 +1,206 @@
+"""Guards of containers: dictionaries, names of Python modules, lists, sets."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from graphs.guards.guard import Bind
+from graphs.objects.cells import ABSENT, Difference, same, text_of
+from graphs.objects.raw_access import elements_of, items_of
+
+_UNROLLED = 24  # items of a sequence that are compared by expressions of their own
+
+
+class MappingGuard:
+    """Entries of a dictionary, or of the attributes of an object or class.
+
+    Keys and values are compared by identity, in order where all entries count: a key of the user's is never asked whether it
+    equals another.
+
+    Args:
+        form: the path of an entry, with ``{}`` for its key.
+        mapping: the dictionary itself, so that looking at it runs nobody's code.
+        relevant: tells which keys, texts then, the step can look up; entries under other keys may come and go.
+        ignored: keys of values that the recording advances itself.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        mapping: Mapping[Any, Any],
+        relevant: Callable[[Any], bool] | None = None,
+        ignored: Collection[Any] = (),
+    ) -> None:
+        self._form, self.mapping, self._relevant = form, mapping, relevant
+        self._ignored = ignored
+        self.entries = self._present()
+        self._length = _length(mapping)
+
+    def _present(self) -> list[tuple[Any, Any]]:
+        return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
+
+    def _counts(self, key: Any) -> bool:
+        if self._relevant is not None and not self._relevant(key):
+            return False
+        return not self._ignored or not any(same(key, other) for other in self._ignored)
+
+    def difference(self) -> Difference | None:
+        """The first entry that was exchanged, removed or added, or stands in another place."""
+        now = self._present()
+        if self._relevant is not None:  # attributes: their order means nothing
+            now.sort(key=_first_of)
+            self.entries.sort(key=_first_of)
+        for (key, value), (other, current) in zip(self.entries, now, strict=False):
+            if not same(key, other):
+                kept = any(same(key, one) for one, _ in now)
+                path = self._form.format(_text_of_key(other if kept else key))
+                return Difference(path, *(("absent", text_of(current)) if kept else (text_of(value), "absent")))
+            if current is not value and not same(current, value):
+                return Difference(self._form.format(_text_of_key(key)), text_of(value), text_of(current))
+        if len(now) != len(self.entries):
+            longer, absent = (now, True) if len(now) > len(self.entries) else (self.entries, False)
+            key, value = longer[min(len(now), len(self.entries))]
+            texts = ("absent", text_of(value)) if absent else (text_of(value), "absent")
+            return Difference(self._form.format(_text_of_key(key)), *texts)
+        self.entries, self._length = now, _length(self.mapping)
+        return None
+
+    def _unchanged(self) -> bool:
+        return self.difference() is None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Every entry by identity, and the length, which tells of new ones."""
+        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType) or (self._ignored and self._relevant is None):
+            yield f"{bind(self._unchanged)}()"
+            return
+        name = bind(self.mapping)
+        yield f"len({name}) == {self._length}" if self._length else f"not {name}"
+        if self._relevant is not None:
+            yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.entries)
+        elif self.entries:
+            yield f"{bind(_all_identical)}({name}, {bind([key for key, _ in self.entries])})"
+            yield f"{bind(_all_identical)}({name}.values(), {bind([value for _, value in self.entries])})"
+
+
+class NamesGuard:
+    """Names of a Python module that functions look up; a name that is missing there is one of the builtins."""
+
+    def __init__(self, form: str, mapping: dict[str, Any], names: frozenset[str], ignored: Collection[Any] = ()) -> None:
+        self._form, self.mapping = form, mapping
+        self._expected = {name: mapping[name] for name in sorted(names) if name in mapping and name not in ignored}
+        self._missing = sorted(name for name in names if name not in mapping and name not in ignored)
+
+    @property
+    def entries(self) -> list[tuple[str, Any]]:
+        """Names and what they meant."""
+        return list(self._expected.items())
+
+    def difference(self) -> Difference | None:
+        """The first name that means something else."""
+        for key, value in self._expected.items():
+            current = self.mapping.get(key, ABSENT)
+            if current is not value and not same(current, value):
+                return Difference(self._form.format(key), text_of(value), text_of(current))
+            self._expected[key] = current
+        added = next((name for name in self._missing if name in self.mapping), None)
+        return Difference(self._form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """Every name by identity; other names of the module do not matter."""
+        name = bind(self.mapping)
+        yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self._expected.items())
+        yield from (f"{key!r} not in {name}" for key in self._missing)
+
+
+class SequenceGuard:
+    """The items of a list or deque, by identity; without those that the recording advances itself.
+
+    A subclass may answer for its length and items, so it is read through the class it derives from.
+    """
+
+    def __init__(self, form: str, sequence: Sequence[Any], items: list[Any], ignored: Collection[int] = ()) -> None:
+        self._form, self._sequence, self._items, self._ignored = form, sequence, items, ignored
+
+    def difference(self) -> Difference | None:
+        """The first item that was exchanged, or the length."""
+        now = elements_of(self._sequence)
+        if len(now) != len(self._items):
+            return Difference(self._form.format("..."), f"{len(self._items)} items", f"{len(now)} items")
+        for index, (value, current) in enumerate(zip(self._items, now, strict=True)):
+            if index not in self._ignored and current is not value and not same(current, value):
+                return Difference(self._form.format(index), text_of(value), text_of(current))
+        self._items = now
+        return None
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """The length and every item; long sequences in one comparison."""
+        if type(self._sequence) not in (list, deque):
+            yield f"{bind(functools.partial(_same_elements, self._sequence, self._items, self._ignored))}()"
+            return
+        name = bind(self._sequence)
+        yield f"len({name}) == {len(self._items)}" if self._items else f"not {name}"
+        if len(self._items) <= _UNROLLED or self._ignored:
+            yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self._items) if i not in self._ignored)
+        else:
+            yield f"{bind(_all_identical)}({name}, {bind(self._items)})"
+
+
+class SetGuard:
+    """The items of a set, in the order in which they are gone through.
+
+    A registry, which holds classes and nothing else, is compared by its size until something else is compared as well.
+    """
+
+    def __init__(self, path: str, items: set[Any]) -> None:
+        self._path, self._items, self._recorded = path, items, list(set.__iter__(items))
+
+    def difference(self) -> Difference | None:
+        """That the items changed."""
+        now = list(set.__iter__(self._items))
+        if len(now) == len(self._recorded) and all(map(same, now, self._recorded)):
+            self._recorded = now
+            return None
+        return Difference(self._path, f"{len(self._recorded)} items", f"{len(now)} others, or in another order")
+
+    def conditions(self, bind: Bind) -> Iterator[str]:
+        """The size, and the identity of each item."""
+        name = bind(self._items)
+        if type(self._items) is not set:
+            yield f"{bind(self.difference)}() is None"
+        elif not self._recorded:
+            yield f"not {name}"
+        else:
+            yield f"len({name}) == {len(self._recorded)}"
+            if not all(isinstance(item, type) for item in self._recorded):
+                yield f"{bind(_all_identical)}({name}, {bind(self._recorded)})"
+
+
+def _items(mapping: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    return items_of(mapping) if isinstance(mapping, dict) else iter(mapping.items())
+
+
+def _same_elements(sequence: Sequence[Any], items: list[Any], ignored: Collection[int]) -> bool:
+    now = elements_of(sequence)
+    return len(now) == len(items) and all(a is b or i in ignored for i, (a, b) in enumerate(zip(now, items, strict=True)))
+
+
+def _length(mapping: Mapping[Any, Any]) -> int:
+    return dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
+
+
+def _first_of(entry: tuple[Any, Any]) -> Any:
+    return entry[0]
+
+
+def _text_of_key(key: Any) -> Any:
+    """A key as a path shows it; one of the user's is not asked for its text."""
+    return key if type(key) in (str, int, bool, float) else f"a {type(key).__name__}"
+
+
+def _all_identical(now: Iterable[Any], then: Iterable[Any]) -> bool:
+    return all(map(operator.is_, now, then))
