@@ -15,7 +15,7 @@ def many_variants(variants: list[RecordedStep]) -> ManyWays:
     """The refusal for a call that takes none of the recorded variants; it names the lines that decide."""
     lines = list(dict.fromkeys(line for variant in variants for line in getattr(variant.candidate, "decided_at", ())))
     also = ", ".join(f"{file.rpartition('/')[2]}:{line}" for file, line in lines[1:_SHOWN])
-    detail = f"{len(variants)} variants through the step are recorded, and this call takes another"
+    detail = f"{len(variants)} ways through the step are recorded, and this call takes another"
     detail += f"; {also} and others decide too" if len(lines) > _SHOWN else f"; {also} decides too" if also else ""
     return ManyWays(detail, operator="branch", site=Site.at(lines[0]) if lines else None)
 
