@@ -163,7 +163,7 @@ class Aliases:
                 value = getattr(value, part)
             return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
         if node.op == "placeholder":
-            storage = self._builder.module.meta.get("storages", {}).get(node.target)
+            storage = node.meta.get("storage")
             return node.name if storage is None else ("storage", storage)
         return node
 

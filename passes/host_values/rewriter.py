@@ -16,15 +16,17 @@ from typing import Any, NoReturn
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._sympy import functions as sympy_functions
 
 from passes.core.aliasing import Aliases, returns_view, silently_written
-from passes.core.facts import Assumption, Facts
-from passes.core.names import fresh_name
+from passes.core.facts import Assumption
+from passes.core.names import PASS_CONSTANT, fresh_name
 from passes.core.predicates import BranchArm, Iteration
 from passes.core.source_location import Site
 from passes.core.symbols import SYMBOLS, expression_of, is_symbol
+from passes.core.traced_step import TracedStep
+from passes.core.values.legal_operands import PARTIAL
 from passes.errors import Unremovable
 from passes.host_values.forcing import Marks, read_here, with_tensor
 from passes.host_values.predicated_writes import predicated_write
@@ -34,22 +36,6 @@ from passes.host_values.upper_bounds import Bounds
 Tensor = torch.Tensor
 aten = torch.ops.aten
 ITEM = aten._local_scalar_dense.default
-ALONG = (
-    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
-    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
-    *(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.index_fill_.int_Scalar),
-    *(aten.index_fill_.int_Tensor, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor),
-    *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_reduce.default, aten.index_reduce_.default),
-)
-"""Operators whose third argument picks places along the dimension that is their second."""
-BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
-DIVIDING = (
-    *(aten.floor_divide.default, aten.floor_divide_.Tensor, aten.remainder.Tensor, aten.remainder_.Tensor),
-    *(aten.fmod.Tensor, aten.fmod_.Tensor, aten.div.Tensor_mode, aten.div_.Tensor_mode),
-)
-PICKING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl.default, *BY_INDEX)
-PARTIAL = frozenset((*ALONG, *PICKING, *DIVIDING, aten.embedding.default))
-"""Operators that refuse some values of a tensor: places that are not there, zeros to divide whole numbers by."""
 Lengths = dict[int, sympy.Basic]
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
@@ -88,7 +74,7 @@ class Rewriter:
 
     def __init__(
         self,
-        module: GraphModule,
+        traced: TracedStep,
         rules: Mapping[Any, Rule],
         default: Rule | None = None,
         bounds: Mapping[str, int] | None = None,
@@ -98,10 +84,10 @@ class Rewriter:
         checked: bool = False,
         marks: Marks | None = None,
     ) -> None:
-        self.module, self.rules, self.default, self.exact, self.finish = module, rules, default, exact, finish
-        self.facts: Facts = module.meta["facts"]
+        self.module, self.rules, self.default, self.exact, self.finish = traced.module, rules, default, exact, finish
+        self.facts = traced.facts
         self.bounds = Bounds(self.facts, bounds)
-        self.graph = Graph(owning_module=module)
+        self.graph = Graph(owning_module=traced.module)
         self.env: dict[Node, Any] = {}
         self.site: Site = ("", 0)
         self.trips: tuple[Iteration | BranchArm, ...] = ()
@@ -251,7 +237,7 @@ class Rewriter:
 
     def constant(self, value: Tensor) -> Node:
         """A tensor that every run of the graph reads."""
-        name = fresh_name(self.module, "_pass_constant_")
+        name = fresh_name(self.module, PASS_CONSTANT)
         self.module.register_buffer(name, value, persistent=False)
         node = self.graph.get_attr(name)
         node.meta.update(val=self.facts.mode.from_tensor(value, static_shapes=True), site=self.site)

@@ -33,7 +33,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from passes.core.aliasing import Aliases, is_pure, returns_view
-from passes.core.names import fresh_name
+from passes.core.names import REGION, fresh_name
 from passes.optimize.bit_exact import exact_operators
 
 FEWEST = 2
@@ -159,7 +159,7 @@ class _Rebuilt:
         region = self._regions[index]
         results = [node for node in region if any(self._leaves(user, index) for user in node.users)]
         body, inputs = _body(region, results)
-        name = fresh_name(self._module, "exact_")
+        name = fresh_name(self._module, REGION)
         self._module.add_submodule(name, make(GraphModule(self._module, body)))
         call = graph.call_module(name, tuple(made[node] for node in inputs))
         for position, node in enumerate(results):
