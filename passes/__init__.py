@@ -6,8 +6,8 @@ from passes.core.host_reads import Read
 from passes.core.source_location import Place, user_place
 from passes.core.traced_step import TracedStep
 from passes.errors import Unremovable
-from passes.host_values.forced_run import Forced, OutOfRange, refuse_on_device
-from passes.host_values.forcing import Forcing, with_tensor
+from passes.host_values.forced.forced_run import Forced, OutOfRange, refuse_on_device
+from passes.host_values.forced.forcing import Forcing, with_tensor
 from passes.host_values.on_host import refuse_host_results
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.optimize.fuse_exact import fuse_exact

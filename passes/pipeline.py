@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
+from passes.core.verify import verify, wrong_values
 from passes.optimize.hoist_constants import hoist_constants
 from passes.rewritten_graph import Change
 
@@ -30,6 +31,7 @@ def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
         made = one(module)
         if made:
             finish(module)
+            verify(module, _name(one), wrong_values)
         changes += [Change(_name(one), before, after) for before, after in made]
     return changes
 

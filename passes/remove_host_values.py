@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 from passes.core.aliasing import written
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import BY_INDEX
+from passes.core.verify import left_symbols, stale_reads, unguarded_indices, unpredicated_writes, verify, wrong_values
 from passes.errors import Unremovable
 from passes.host_values import rules as bounded
-from passes.host_values.forcing import Marks, chosen, copied, unmark
-from passes.host_values.rewriter import ITEM, NoRule, Rewriter, Rule, symbolic_sizes
+from passes.host_values.forced.forcing import ITEM, Marks, chosen, copied, unmark
+from passes.host_values.lengths import NoRule, symbolic_sizes
+from passes.host_values.rewriter import Rewriter, Rule
 from passes.host_values.rules import addressing, arithmetic
 from passes.host_values.rules.grouped_products import GROUPED, needs_offsets
 from passes.optimize.cse import merge_duplicates
@@ -47,7 +50,7 @@ def remove_host_values(
         bounds: largest values of lengths that nothing else bounds; see `passes.host_values.upper_bounds.Bounds`.
         only: the passes to apply, of ``addressing``, ``arithmetic``, ``bounded`` and ``branches``.
         forced: whether to make a second graph in which outcomes of host values can be forced, with what those are; see
-            `passes.host_values.forcing`.
+            `passes.host_values.forced.forcing`.
 
     Raises:
         Unremovable: a value cannot be removed; it names the operator and the line, and what to pass or change.
@@ -60,6 +63,7 @@ def remove_host_values(
     marked = _forced(traced.module, rewriter, rewriter.marks, unchanged.results) if rewriter.marks is not None else None
     unmark(rewriter.graph)
     traced.module.graph = rewriter.graph
+    verify(traced.module, "the rewriting", stale_reads, unpredicated_writes)
     return replace(_guarded(unchanged, rewriter.changes), forced=marked)
 
 
@@ -102,15 +106,19 @@ def _guarded(graph: RewrittenGraph, changes: list[tuple[str, str]]) -> Rewritten
     needed = speculate.conditions(module)
     module.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
     changes = [*changes, *speculate.guard(module, count)]
+    guarded = functools.partial(unguarded_indices, results=count)
+    verify(module, "the guard", guarded)
     module.graph.eliminate_dead_code(_has_effect)
     assumes, undo = count_results(module.graph) > count, tuple[speculate.Undo, ...]()
     if assumes:
         saved, undo = speculate.make_undoable(module)
         changes += saved
+        verify(module, "the undo log", stale_reads, guarded)
     changes += merge_duplicates(module)
     left = next((node for node in module.graph.nodes if _needs_host(node) or symbolic_sizes(node)), None)
     if left is not None:
         raise Unremovable("no pass takes this value", str(left.target), left.meta.get("site", ("", 0)))
+    verify(module, "remove_host_values", wrong_values, stale_reads, unpredicated_writes, guarded, left_symbols)
     return replace(graph.changed("remove_host_values", changes), assumes=assumes, undo=undo)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from passes.core.traced_step import TracedStep
+from passes.core.verify import left_symbols, verify, wrong_values
 from passes.optimize.hoist_constants import hoist
 from passes.pipeline import finish
 from passes.remove_host_values import TABLES, remove_host_values
@@ -46,4 +47,5 @@ def upload_constants(graph: RewrittenGraph) -> RewrittenGraph:
     changes, uploaded = hoist(graph.module)
     if changes:
         finish(graph.module)
+        verify(graph.module, "hoist_constants", wrong_values, left_symbols)
     return replace(graph.changed("hoist_constants", changes), uploaded=(*graph.uploaded, *uploaded))

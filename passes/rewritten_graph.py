@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 from passes.core.facts import Facts
 from passes.core.names import is_state
 from passes.core.traced_step import TracedStep
-from passes.host_values.forcing import Forcing
+from passes.host_values.forced.forcing import Forcing
 from passes.speculation.speculate import Undo
 
 

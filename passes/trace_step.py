@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from passes.control_flow.branches import Snapshot, Unmergeable
+from passes.control_flow.branches import Unmergeable
 from passes.control_flow.code_patching import Plan, Starts, Written, branch_in, functions_of, written
 from passes.control_flow.legality import check_predicable
+from passes.control_flow.python_changes import Snapshot
 from passes.core.host_reads import Read
 from passes.core.predicates import leaks, outside
 from passes.core.source_location import Branch

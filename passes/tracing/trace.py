@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from passes.control_flow.branches import Forks, Snapshot, Stopped, Unmergeable
+from passes.control_flow.branches import Forks, Stopped, Unmergeable
 from passes.control_flow.code_patching import Plan, Written, forked
+from passes.control_flow.python_changes import Snapshot
 from passes.control_flow.stopping import EndlessError, Hook
 from passes.core.facts import Assumption, Facts
 from passes.core.host_reads import Read
@@ -42,7 +43,7 @@ from passes.tracing.torch_symbols import PythonPrinter, enable_python_dispatcher
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-_STARTS_STEPS = True  # see `passes.control_flow.branches.TRACER`
+_STARTS_STEPS = True  # see `passes.control_flow.python_changes.TRACER`
 _LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 

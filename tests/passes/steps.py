@@ -54,6 +54,10 @@ class Rewritten:
         return self.graph.module
 
     @property
+    def changes(self) -> list[tuple[str, str]]:
+        return [(change.before, change.after) for change in self.graph.changes]
+
+    @property
     def assumes(self) -> bool:
         return self.graph.assumes
 

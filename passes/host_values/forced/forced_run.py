@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_leaves
 
 from passes.core.values.legal_operands import strays
-from passes.host_values.forcing import read_here
+from passes.host_values.forced.forcing import read_here
 
 
 class OutOfRange(BaseException):
