@@ -27,7 +27,6 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -49,27 +48,12 @@ def fuse_exact(module: GraphModule, make: Callable[[GraphModule], torch.nn.Modul
         make: compiles a region: a graph of tensors that returns a tuple of tensors. It is called once per region.
     """
     pure = _unwritten(module)
-    exact = exact_operators(module, pure, _values(module))
+    exact = exact_operators(module, pure, {node: node.meta.get("val") for node in module.graph.nodes})
     views = {node for node in pure if returns_view(node.target)}
     held = {node for node in module.graph.nodes if node.op == "get_attr"}
     order = _early(module, exact | views | held)
     regions = [region for region in _regions(order, exact, views) if len(region) >= FEWEST]
     return _Rebuilt(module, regions, order).changes(make) if sum(map(len, regions)) >= WORTH else []
-
-
-def _values(module: GraphModule) -> dict[Node, Any]:
-    """What each node gives, without data; passes leave nodes without ``meta["val"]``."""
-    facts = module.meta.get("facts")
-    values: dict[Node, Any] = {}
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        known = all(values[read] is not None for read in node.all_input_nodes)
-        if value is None and known and facts is not None and isinstance(node.target, torch._ops.OpOverload):
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            with facts.mode, torch.no_grad():
-                value = node.target(*args, **kwargs)
-        values[node] = value
-    return values
 
 
 def _unwritten(module: GraphModule) -> set[Node]:
