@@ -30,7 +30,7 @@ from graphs.observation.operations import EagerTrace
 from graphs.ops.wo_a.routes import wo_a_routes
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.report import CaptureReport, PieceReport, RefusalCount
-from graphs.rewriting.rewritten_step import pipeline_of, refusal_of, traced
+from graphs.rewriting.rewritten_step import refusal_of, traced
 
 Tensor = torch.Tensor
 _WIDTH = 80
@@ -184,13 +184,23 @@ def explain(
 def _passes(step: Step, trace: EagerTrace) -> tuple[str, str, tuple[PassEffect, ...], dict[str, str]]:
     """The printed graph, why there is none, what the passes do to it, and which branches it assumes."""
     try:
-        module, _ = traced(step, trace, step.call.tensors, merge=True)
+        made = traced(step, trace, step.call.tensors, merge=True)
     except passes.Unremovable as reason:
         return "", str(refusal_of(reason, trace)), (), {}
-    graph = str(module.graph)
-    effects = [_effect(module, one, trace) for one in (*pipeline_of(step), _routing, *fusion_of(step))]
-    assumed = {f"{file}:{line}": reason for (file, line, _), reason in module.meta["facts"].unmerged.items()}
+    graph = str(made.module.graph)
+    effects = [_effect(made.module, one, trace) for one in (*_rewriting(step, made), _routing, *fusion_of(step))]
+    assumed = {f"{file}:{line}": reason for (file, line, _), reason in made.facts.unmerged.items()}
     return graph, "", tuple(effects), assumed
+
+
+def _rewriting(step: Step, graph: passes.TracedStep) -> list[passes.Pass]:
+    """What `passes.rewrite` does for a step, pass by pass."""
+    names = [name for name in step.passes if name not in ("constants", "fusion")]
+
+    def remove_host_values(_: GraphModule) -> list[tuple[str, str]]:
+        return [(change.before, change.after) for change in passes.remove_host_values(graph, step.bounds, names).changes]
+
+    return [*([remove_host_values] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
 
 
 def _routing(module: GraphModule) -> list[tuple[str, str]]:

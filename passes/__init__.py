@@ -4,9 +4,10 @@ from passes.control_flow.stopping import Stopping, inside
 from passes.core.aliasing import lasting_writes
 from passes.core.host_reads import Read
 from passes.core.source_location import Place, user_place
+from passes.core.traced_step import TracedStep
 from passes.errors import Unremovable
-from passes.host_values.forced_run import Forced, OutOfRange, refuse_on_device
-from passes.host_values.forcing import Forcing, with_tensor
+from passes.host_values.forced.forced_run import Forced, OutOfRange, refuse_on_device
+from passes.host_values.forced.forcing import Forcing, with_tensor
 from passes.host_values.on_host import refuse_host_results
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.optimize.fuse_exact import fuse_exact
@@ -14,10 +15,12 @@ from passes.optimize.hoist_constants import hoist_constants
 from passes.optimize.one_query_attention import one_query_attention
 from passes.optimize.single_kernel import fewer_launches
 from passes.optimize.skinny_linear import skinny_products
-from passes.pipeline import DEFAULT, Change, Pass, run
+from passes.pipeline import DEFAULT, Pass, run
 from passes.projections.example_tracer import trace_with_inputs
 from passes.projections.route import Routes, Target, routing
 from passes.remove_host_values import remove_host_values
+from passes.rewrite import rewrite
+from passes.rewritten_graph import Change, ForcedGraph, RewrittenGraph
 from passes.speculation.speculate import Undo, undo
 from passes.trace_step import trace_step
 from passes.tracing.trace import Number
@@ -26,15 +29,18 @@ __all__ = [
     "DEFAULT",
     "Change",
     "Forced",
+    "ForcedGraph",
     "Forcing",
     "Number",
     "OutOfRange",
     "Pass",
     "Place",
     "Read",
+    "RewrittenGraph",
     "Routes",
     "Stopping",
     "Target",
+    "TracedStep",
     "Undo",
     "Unremovable",
     "compile_mlir",
@@ -48,6 +54,7 @@ __all__ = [
     "refuse_on_device",
     "register_decompositions",
     "remove_host_values",
+    "rewrite",
     "routing",
     "run",
     "run_mlir",

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
+from passes.core.verify import verify, wrong_values
 from passes.optimize.hoist_constants import hoist_constants
-
-
-@dataclass(frozen=True)
-class Change:
-    """One rewrite: the pass, the node as it was printed before, and what stands for it now."""
-
-    by: str
-    before: str
-    after: str
-
+from passes.rewritten_graph import Change
 
 Pass = Callable[[GraphModule], Sequence[tuple[str, str]]]
 """Rewrites a graph in place and returns (before, after) for each change, as printed nodes."""
@@ -39,11 +30,17 @@ def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
     for one in passes:
         made = one(module)
         if made:
-            module.graph.eliminate_dead_code()
-            module.graph.lint()
-            module.recompile()
+            finish(module)
+            verify(module, _name(one), wrong_values)
         changes += [Change(_name(one), before, after) for before, after in made]
     return changes
+
+
+def finish(module: GraphModule) -> None:
+    """Take out of a changed graph what nobody uses, check its form and compile it; raises as `run` does."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
 
 
 def _name(one: Pass) -> str:

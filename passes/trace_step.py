@@ -5,56 +5,60 @@ A round that fails names a branch, which stays an assumption of the graph; the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from passes.control_flow.branches import Snapshot, Unmergeable
+from passes.control_flow.branches import Unmergeable
 from passes.control_flow.code_patching import Plan, Starts, Written, branch_in, functions_of, written
 from passes.control_flow.legality import check_predicable
+from passes.control_flow.python_changes import Snapshot
 from passes.core.host_reads import Read
 from passes.core.predicates import leaks, outside
 from passes.core.source_location import Branch
+from passes.core.traced_step import TracedStep
 from passes.errors import Unremovable
-from passes.tracing.trace import trace_once
+from passes.tracing.trace import Number, TraceRequest, trace_once
 
 aten = torch.ops.aten
 _NUMBERS = frozenset((bool, int, float, complex, str, bytes, slice, torch.Size))
 
 
 def trace_step(
-    *arguments: Any,
-    snapshot: Snapshot | None = None,
-    restore: Callable[[], None] = lambda: None,
+    step: Callable[[Sequence[Tensor], Sequence[Any]], list[Any]],
+    tensors: Sequence[Tensor],
+    reads: Sequence[Read] = (),
+    modules: Iterable[str] = (),
+    numbers: Sequence[Number] = (),
+    advanced: Callable[[], Sequence[Any]] = tuple,
+    *,
     unmerged: dict[Branch, str] | None = None,
     **settings: Any,
-) -> GraphModule:
-    """The graph of a step, with its branches merged and its loops over data unrolled where they can be; see `trace_once`.
+) -> TracedStep:
+    """The graph of a step, with its branches merged and its loops over data unrolled where they can be.
 
     The step runs several times: once to find its branches, then with both sides of them, until no other branches are found.
 
     Args:
-        snapshot: takes snapshots of Python objects, which tell whether a side changes any; without it no branch is merged.
-        restore: puts Python back to what it was before the step ran.
+        step, tensors, reads, modules, numbers, advanced: as in `passes.tracing.trace.TraceRequest`.
         unmerged: branches that are not tried, and why: those that could not be merged for another way through the step.
             What turns out not to be mergeable is added.
-
-    Returns:
-        The graph, with ``meta["merged"]`` telling whether both sides of any branch are in it.
+        settings: ``structure``, ``restore``, ``snapshot`` and ``forbidding``, as in `TraceRequest`.
 
     Raises:
         Unremovable: as `trace_once`, of the step as it goes: what only merged branches do leaves them unmerged.
     """
-    merger = _Merger(arguments, settings, restore, {} if unmerged is None else unmerged)
+    request = TraceRequest(step, tensors, reads, tuple(modules), numbers, advanced, **settings)
+    merger = _Merger(request, {} if unmerged is None else unmerged)
     plain = merger.trace({}, None)
-    module = merger.merge(plain, snapshot) if snapshot is not None else plain
-    module.meta["facts"].unmerged = merger.unmerged
-    module.meta["merged"] = module is not plain
-    return module
+    widest = merger.merge(plain, request.snapshot) if request.snapshot is not None else plain
+    widest.facts.unmerged = merger.unmerged
+    return dataclasses.replace(widest, merged=widest is not plain)
 
 
 class _Merger:
@@ -64,33 +68,30 @@ class _Merger:
         unmerged: why branches cannot be merged.
     """
 
-    def __init__(
-        self, arguments: Sequence[Any], settings: Mapping[str, Any], restore: Callable[[], None], unmerged: dict[Branch, str]
-    ) -> None:
-        self._arguments, self._settings, self._restore = arguments, settings, restore
+    def __init__(self, request: TraceRequest, unmerged: dict[Branch, str]) -> None:
+        self._request = request
         self._functions: dict[Written, list[FunctionType]] = {}
         self.unmerged = unmerged
 
-    def trace(self, plan: Plan, snapshot: Snapshot | None) -> GraphModule:
+    def trace(self, plan: Plan, snapshot: Snapshot | None) -> TracedStep:
         """The graph with the branches of ``plan`` merged."""
-        settings = {**self._settings, "plan": plan, "snapshot": snapshot, "functions": self._functions}
-        return _unrolled(*self._arguments, **settings, restore=self._restore)
+        return _unrolled(dataclasses.replace(self._request, plan=plan, snapshot=snapshot, functions=self._functions))
 
-    def merge(self, module: GraphModule, snapshot: Snapshot) -> GraphModule:
+    def merge(self, traced: TracedStep, snapshot: Snapshot) -> TracedStep:
         """The graph with all branches merged that can be."""
         plan: dict[Written, Starts] = {}
         tried = set(self.unmerged)
         while True:
-            found = self._branches(module, tried)
+            found = self._branches(traced, tried)
             if not found:
-                return module
+                return traced
             tried |= set(found)
-            plan, module = self._wider(plan, module, found, snapshot)
+            plan, traced = self._wider(plan, traced, found, snapshot)
 
-    def _branches(self, module: GraphModule, tried: set[Branch]) -> dict[Branch, Written]:
+    def _branches(self, traced: TracedStep, tried: set[Branch]) -> dict[Branch, Written]:
         """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
         found: dict[Branch, Written] = {}
-        for asked, code in module.meta["facts"].branches.items():
+        for asked, code in traced.facts.branches.items():
             place = written(code)
             start = branch_in(place[1], asked)
             branch = (asked.file, start[0], start[1]) if start is not None else None
@@ -102,8 +103,8 @@ class _Merger:
         return {site: place for site, place in found.items() if site not in anew}
 
     def _wider(
-        self, plan: dict[Written, Starts], module: GraphModule, found: dict[Branch, Written], snapshot: Snapshot
-    ) -> tuple[dict[Written, Starts], GraphModule]:
+        self, plan: dict[Written, Starts], traced: TracedStep, found: dict[Branch, Written], snapshot: Snapshot
+    ) -> tuple[dict[Written, Starts], TracedStep]:
         """The graph with as many more branches merged as can be, and which are then."""
         while found:
             wider = dict(plan)
@@ -111,7 +112,7 @@ class _Merger:
                 wider[place] = wider.get(place, frozenset()) | {(start[0], start[1])}
             try:
                 made = self.trace(wider, snapshot)
-                check_predicable(made)
+                check_predicable(made.module)
                 return wider, made
             except Unmergeable as reason:
                 blamed, detail = reason.site, str(reason)
@@ -125,27 +126,28 @@ class _Merger:
                 break
             else:
                 for site, place in found.items():  # one by one, so that only those that cannot be stay out
-                    plan, module = self._wider(plan, module, {site: place}, snapshot)
+                    plan, traced = self._wider(plan, traced, {site: place}, snapshot)
                 break
-        return plan, module
+        return plan, traced
 
 
-def _unrolled(*arguments: Any, **settings: Any) -> GraphModule:
+def _unrolled(request: TraceRequest) -> TracedStep:
     """The graph of a step, with its loops over data unrolled where they can be."""
-    if not any(str(aten.nonzero.default) == read.operator for read in _reads_of(*arguments, **settings)):
-        return trace_once(*arguments, **settings)
+    if not any(str(aten.nonzero.default) == read.operator for read in request.reads):
+        return trace_once(request)
     try:
-        unrolled = trace_once(*arguments, **{**settings, "unroll": "bound"})
-        loops = unrolled.meta["facts"].loops
+        unrolled = trace_once(dataclasses.replace(request, unroll="bound"))
+        loops = unrolled.facts.loops
+        assert loops is not None
         if not loops.found:
             return unrolled
-        if not loops.left and not loops.drawn and not leaks(unrolled):
-            seen = trace_once(*arguments, **{**settings, "unroll": "hint"})
-            if outside(seen) == outside(unrolled) and _is_same(*(one.meta.get("structure") for one in (seen, unrolled))):
+        if not loops.left and not loops.drawn and not leaks(unrolled.module):
+            seen = trace_once(dataclasses.replace(request, unroll="hint"))
+            if outside(seen.module) == outside(unrolled.module) and _is_same(seen.structure, unrolled.structure):
                 return unrolled
     except Unremovable:
         pass
-    return trace_once(*arguments, **settings)
+    return trace_once(request)
 
 
 def _is_same(first: Any, second: Any) -> bool:
@@ -154,7 +156,3 @@ def _is_same(first: Any, second: Any) -> bool:
     return spec == other and all(
         a is b or (type(a) is type(b) and type(a) in _NUMBERS and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)
     )
-
-
-def _reads_of(step: Any, tensors: Any, reads: Sequence[Read] = (), *_: Any, **__: Any) -> Sequence[Read]:
-    return reads

@@ -106,7 +106,7 @@ def test_a_mask_that_is_dropped_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_write_without_its_condition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Cache()
     monkeypatch.setattr(
-        "passes.host_values.rewriter.predicated_write", lambda rw, target, args, kwargs: rw.plain(target, *args, **kwargs)
+        "passes.host_values.construction.predicated_write", lambda rw, target, args, kwargs: rw.plain(target, *args, **kwargs)
     )
     report = first_report(step, torch.ones(3), torch.tensor(0))
     assert refused_line(report)[0] == "verify-mismatch"

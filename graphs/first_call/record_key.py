@@ -221,8 +221,7 @@ def _statics(body: _Body, contract: Contract, rehearsal: Rehearsal) -> StaticTen
 
 def _uploads(step: Step) -> list[Tensor]:
     """Host tensors that a rewritten graph uploaded once: writing to one of them makes the recording out of date."""
-    module = getattr(step.model, "traced", None)
-    return module.meta.get("uploaded", []) if module is not None else []
+    return list(step.model.uploaded) if isinstance(step.model, RewrittenStep) else []
 
 
 def _is_counted(tensor: Tensor, trace: EagerTrace) -> bool:

@@ -56,22 +56,22 @@ def rewrite(step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: 
     attempts = (True, False) if "branches" in step.passes and passes.Stopping.is_possible() else (False,)
     for merge in attempts:  # where both sides of branches cannot be, a bound may come from the way that is taken
         try:
-            module, structure = traced(step, trace, tensors, counters, merge=merge)
+            graph = traced(step, trace, tensors, counters, merge=merge)
         except passes.Unremovable as error:  # of the step as it goes, which another attempt would trace again
             reason = error
             break
         try:
-            changes = passes.run(module, pipeline_of(step, forced=True))
+            rewritten = passes.rewrite(graph, step.bounds, step.passes, forced=True)
             if step.device.type != "cpu":
-                passes.refuse_host_results(module.graph)
-            made = RewrittenStep(module, structure, changes, counters)
+                passes.refuse_host_results(rewritten.module.graph)
+            made = RewrittenStep(rewritten, graph.structure, counters)
         except passes.Unremovable as error:
             reason = error
         else:
             if counters is not None:
                 made.also_writes(_written_by_the_next(step, trace, tensors), tensors)
             return made
-        if not module.meta["merged"]:
+        if not graph.merged:
             break
     raise refusal_of(reason, trace) from reason
 
@@ -92,8 +92,8 @@ def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor
 
 def traced(
     step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
-) -> tuple[torch.fx.GraphModule, Any]:
-    """The step as a graph with its host values, and how the graph's flat results make the step's output.
+) -> passes.TracedStep:
+    """The step as a graph with its host values; its structure says how the graph's flat results make the step's output.
 
     Args:
         merge: whether both sides of branches become part of the graph where they can.
@@ -122,7 +122,7 @@ def traced(
     held = counters.tensors if counters is not None else []
     numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
     try:
-        module = passes.trace_step(
+        made = passes.trace_step(
             *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
             structure=lambda: structure[0],
             snapshot=functools.partial(PythonState, tensors=False) if merge else None,
@@ -132,16 +132,9 @@ def traced(
         )
     finally:  # another attempt starts from here
         before.restore_python()
-    if counters is not None:
-        counters.advance = module.meta["advance"]
-    return module, module.meta["structure"]
-
-
-def pipeline_of(step: Step, *, forced: bool = False) -> list[passes.Pass]:
-    """The passes that a step is to go through, in order; ``forced`` as in `passes.remove_host_values`."""
-    names = [name for name in step.passes if name not in ("constants", "fusion")]
-    remove = functools.partial(passes.remove_host_values, bounds=step.bounds, only=names, forced=forced)
-    return [*([remove] if names else []), *([passes.hoist_constants] if "constants" in step.passes else [])]
+    if counters is not None and made.advance is not None:
+        counters.advance = made.advance
+    return made
 
 
 class _Hole:
@@ -209,26 +202,24 @@ class RewrittenStep:
         held, held_written: tensors of the step that it reads and writes in place, or that the step writes the next time.
         decided_at: file and line of what it assumes.
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
+        uploaded: host tensors of the step whose content the graph holds as it was when it was made.
     """
 
-    def __init__(
-        self, module: torch.fx.GraphModule, structure: Any, changes: list[passes.Change], counters: Counters | None
-    ) -> None:
+    def __init__(self, rewritten: passes.RewrittenGraph, structure: Any, counters: Counters | None) -> None:
         self.counters = counters
-        self.module: Callable[..., Any] = module
-        self.traced = module
-        self.changes = changes
+        self.module: Callable[..., Any] = rewritten.module
+        self.traced = rewritten.module
+        self.changes = list(rewritten.changes)
         self._structure = structure
-        self.forced: tuple[torch.fx.GraphModule, list[passes.Forcing]] | None = module.meta.pop("forced", None)
-        self.written, written = passes.lasting_writes(module)
-        read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-        held = {name: module.get_buffer(name) for name in read if name.startswith("state_")}  # not the passes' own
+        self.forced = rewritten.forced
+        self.uploaded = rewritten.uploaded
+        self.written, written = passes.lasting_writes(rewritten.module)
+        held = rewritten.state  # not the passes' own
         self.held: list[Tensor] = list(held.values())
         self.held_written: list[Tensor] = [held[name] for name in written if name in held]
-        self._results: int = module.meta.get("results", sys.maxsize)
-        facts = module.meta.get("facts")
-        self.decided_at: list[tuple[str, int]] = [site for site in facts.checked if site[0]] if facts is not None else []
-        self.assumption = Speculation(module.meta["undo"]) if module.meta.get("assumes") else None
+        self._results = rewritten.results
+        self.decided_at: list[tuple[str, int]] = [site for site in rewritten.facts.checked if site[0]]
+        self.assumption = Speculation(rewritten.undo) if rewritten.assumes else None
 
     def also_writes(self, written: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
         """Note what another run of the step writes: whoever runs it and takes that back has to save it before."""

@@ -24,17 +24,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 
-from passes.control_flow.source_transform import FORK, Start
+from passes.control_flow.python_changes import PythonBefore, Snapshot, State
 from passes.control_flow.stopping import Hook, Stopping
+from passes.control_flow.syntax import Start
 from passes.core.predicates import BranchArm, Loops
-from passes.core.source_location import Branch, Place, is_user
+from passes.core.source_location import Branch, Place
 from passes.core.symbols import SYMBOLS, expression_of
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _KINDS: tuple[tuple[type, ...], ...] = ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat))
-TRACER = "_STARTS_STEPS"
-"""A global of the module that starts a step: frames from there on are not the step's."""
 LONG = 120
 """Parts of an expression above which it is given a name."""
 _CONSTANTS = (type(None), complex, str, bytes, torch.dtype, torch.device)
@@ -67,20 +66,6 @@ class Stopped(BaseException):
     def __init__(self, reason: Unmergeable) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-class State(Protocol):
-    """A snapshot of Python objects: ``complete`` if nothing was left out."""
-
-    complete: bool
-
-    def changed_entries(self) -> Iterator[tuple[Any, ...]]:
-        """What is not as it was, each beginning with its path."""
-        ...
-
-
-Snapshot = Callable[[Sequence[tuple[str, Any]], State | None], State]
-"""Takes a snapshot of all that hangs on objects given by name, but for what another snapshot holds."""
 
 
 class Forks:
@@ -255,7 +240,7 @@ class Fork:
             self._number, self._assigned = forks.next(), assigned
             self._before = {name: before[name] for name in assigned if name in before}
             self._after: list[dict[str, Any]] = []
-            self._python = _Python(forks, frame, assigned)
+            self._python = PythonBefore(forks, frame, assigned)
 
     def enter(self, side: bool) -> bool:
         """Whether to run a side. Of a branch on data both run."""
@@ -392,53 +377,3 @@ class Fork:
 
 def _text(tensor: Tensor) -> str:
     return f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
-
-
-class _Python:
-    """Whether Python is what it was in front of a branch: all that the frames of the step hold, and their variables.
-
-    Objects that the step itself hangs on are walked once for all branches, unless they change between two of them.
-    """
-
-    def __init__(self, forks: Forks, frame: FrameType, assigned: Sequence[str]) -> None:
-        self._frames = [(frame, frozenset(assigned))]
-        while (outer := self._frames[-1][0].f_back) is not None and not _is_tracer(outer):
-            self._frames.append((outer, frozenset()))
-        self._frames = [(frame, names) for frame, names in self._frames if is_user(frame)]
-        self._before = [{**_globals(entry[0]), **_variables(*entry)} for entry in self._frames]
-        assert forks.snapshot is not None
-        roots = [item for frame, _ in self._frames for item in {**_variables(frame, frozenset()), **_globals(frame)}.items()]
-        if forks.step is None or _changed(forks.step):
-            forks.step = forks.snapshot(roots, None)
-        self._states = (forks.step, forks.snapshot(roots, forks.step))
-
-    def changed(self) -> str:
-        """What is not as it was, or an empty string."""
-        if not all(state.complete for state in self._states):
-            return "what hangs on the step, which is too much to be watched"
-        for entry, before in zip(self._frames, self._before, strict=True):
-            now = {**_globals(entry[0]), **_variables(*entry)}
-            name = next((name for name in before if now.get(name) is not before[name]), None)
-            if name is not None:
-                return f"the variable {name} of {entry[0].f_code.co_name}"
-        return next((path for state in self._states if (path := _changed(state))), "")
-
-
-def _changed(state: State) -> str:
-    entry = next(state.changed_entries(), None)
-    return str(entry[0]).format("") if entry is not None else ""
-
-
-def _variables(frame: FrameType, but: frozenset[str]) -> dict[str, Any]:
-    """The variables of a frame that the step's own lines know, except some."""
-    return {name: value for name, value in frame.f_locals.items() if name not in but and not name.startswith(FORK)}
-
-
-def _globals(frame: FrameType) -> dict[str, Any]:
-    """The globals that the function of a frame names, as far as they are values: no modules, functions or classes."""
-    named = ((name, frame.f_globals[name]) for name in frame.f_code.co_names if name in frame.f_globals)
-    return {f"global {name}": value for name, value in named if not isinstance(value, (ModuleType, type)) and not callable(value)}
-
-
-def _is_tracer(frame: FrameType) -> bool:
-    return TRACER in frame.f_globals

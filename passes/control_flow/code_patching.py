@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
-from passes.control_flow.source_transform import PLACEHOLDER, Start, branch_at, with_forks
+from passes.control_flow.source_transform import PLACEHOLDER, with_forks
+from passes.control_flow.syntax import Start, branch_at
 from passes.core.source_location import Place
 
 Starts = frozenset[Start]

@@ -23,6 +23,11 @@ _BATCH_NORMS = frozenset(
     )
 )
 
+GATHERED = "gathered"
+"""A key of a node's ``meta``: it is a copy that stands for the part of its first argument that it was gathered from."""
+WRITTEN_BACK = "written_back"
+"""A key of a node's ``meta``: it writes a copy to where that came from, so that the copy is still what it stands for."""
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -119,6 +124,7 @@ class Aliases:
         self._gathered: dict[Node, Gathered] = {}
         self._stale: set[Node] = set()
         self._renewed: dict[Node, Node] = {}
+        self._writing_back = 0
         module = builder.module
         old = module.graph.nodes
         self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
@@ -138,11 +144,14 @@ class Aliases:
         if parent is not None:
             self._parents[node] = parent
         for tensor in written(node):
+            if self._writing_back:
+                node.meta[WRITTEN_BACK] = True
             self.wrote(tensor)
 
     def gathered(self, node: Node, how: Gathered) -> Node:
         """Say that ``node`` is a copy of a part of another."""
         self._gathered[node] = how
+        node.meta[GATHERED] = True
         return node
 
     def root(self, node: Node) -> Any:
@@ -163,7 +172,7 @@ class Aliases:
                 value = getattr(value, part)
             return ("storage", value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else ("attribute", node.target)
         if node.op == "placeholder":
-            storage = self._builder.module.meta.get("storages", {}).get(node.target)
+            storage = node.meta.get("storage")
             return node.name if storage is None else ("storage", storage)
         return node
 
@@ -193,7 +202,10 @@ class Aliases:
         self._stale |= {other for other in self._gathered if other is not copy and self.root(other) == root}
         if copy in self._gathered:
             how = self._gathered[copy]
-            how.scatter(self.fresh(how.base), copy)
+            base = self.fresh(how.base)
+            self._writing_back += 1
+            how.scatter(base, copy)
+            self._writing_back -= 1
             self._stale.discard(copy)
 
     def fresh(self, node: Node) -> Node:

@@ -51,7 +51,7 @@ class Computed:
 
 @dataclass
 class Facts:
-    """What is known of the symbols of a graph; found as ``module.meta["facts"]``.
+    """What is known of the symbols of a graph; see `passes.core.traced_step.TracedStep`.
 
     Attributes:
         hints: the value of each symbol in the eager run.

@@ -32,6 +32,8 @@ from passes.core.aliasing import written
 from passes.core.source_location import Branch
 
 Tensor = torch.Tensor
+CERTAIN = "certain"
+"""A key of a node's ``meta``: it writes in an iteration or a branch arm that takes place in every run."""
 LIMIT = 64
 """Rows above which a loop is not unrolled."""
 

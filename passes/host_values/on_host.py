@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.core.aliasing import is_pure
+from passes.core.names import is_state
 from passes.errors import Unremovable
 
 _REMEDY = "Compute it on the device, or pass the result as a device tensor"
@@ -29,7 +30,7 @@ def refuse_host_results(graph: Graph) -> None:
     for node in graph.nodes:
         value = node.meta.get("val")
         on_host = isinstance(value, Tensor) and value.device.type == "cpu"
-        if on_host and (node.op == "placeholder" or (node.op == "get_attr" and str(node.target).startswith("state_"))):
+        if on_host and (node.op == "placeholder" or (node.op == "get_attr" and is_state(node.target))):
             changing.add(node)
         elif node.op == "call_function" and (not changing.isdisjoint(node.all_input_nodes) or (on_host and not is_pure(node))):
             detail = "it works on the host, where a replay would leave the recorded value"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from passes.core.predicates import CERTAIN
 from passes.errors import Unremovable
 from passes.host_values.emitter import Emitter
 
@@ -26,7 +27,9 @@ def predicated_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: di
     """
     x, runs = args[0], rw.running()
     if runs is True:
-        return rw.plain(target, *args, **kwargs)
+        made = rw.plain(target, *args, **kwargs)
+        made.meta[CERTAIN] = True
+        return made
     if [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write] != [target._schema.arguments[0].name]:
         raise Unremovable("a write under a condition to more than the first argument", str(target), rw.site)
     if target in _ADDING:

@@ -27,13 +27,12 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from passes.core.aliasing import Aliases, is_pure, returns_view
-from passes.core.names import fresh_name
+from passes.core.names import REGION, fresh_name
 from passes.optimize.bit_exact import exact_operators
 
 FEWEST = 2
@@ -49,27 +48,12 @@ def fuse_exact(module: GraphModule, make: Callable[[GraphModule], torch.nn.Modul
         make: compiles a region: a graph of tensors that returns a tuple of tensors. It is called once per region.
     """
     pure = _unwritten(module)
-    exact = exact_operators(module, pure, _values(module))
+    exact = exact_operators(module, pure, {node: node.meta.get("val") for node in module.graph.nodes})
     views = {node for node in pure if returns_view(node.target)}
     held = {node for node in module.graph.nodes if node.op == "get_attr"}
     order = _early(module, exact | views | held)
     regions = [region for region in _regions(order, exact, views) if len(region) >= FEWEST]
     return _Rebuilt(module, regions, order).changes(make) if sum(map(len, regions)) >= WORTH else []
-
-
-def _values(module: GraphModule) -> dict[Node, Any]:
-    """What each node gives, without data; passes leave nodes without ``meta["val"]``."""
-    facts = module.meta.get("facts")
-    values: dict[Node, Any] = {}
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        known = all(values[read] is not None for read in node.all_input_nodes)
-        if value is None and known and facts is not None and isinstance(node.target, torch._ops.OpOverload):
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            with facts.mode, torch.no_grad():
-                value = node.target(*args, **kwargs)
-        values[node] = value
-    return values
 
 
 def _unwritten(module: GraphModule) -> set[Node]:
@@ -159,7 +143,7 @@ class _Rebuilt:
         region = self._regions[index]
         results = [node for node in region if any(self._leaves(user, index) for user in node.users)]
         body, inputs = _body(region, results)
-        name = fresh_name(self._module, "exact_")
+        name = fresh_name(self._module, REGION)
         self._module.add_submodule(name, make(GraphModule(self._module, body)))
         call = graph.call_module(name, tuple(made[node] for node in inputs))
         for position, node in enumerate(results):

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.core.names import fresh_name
+from passes.core.names import HOISTED, fresh_name, is_host_constant
+from passes.core.node_calls import attribute
 
 aten = torch.ops.aten
 _MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
 _SAME = (aten.alias.default, aten.detach.default)
-
-_TRACED = ("_tensor_constant", "lifted_tensor_", "_hoisted_constant_")  # names given by make_fx, by export, and here
 
 
 def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
@@ -32,50 +31,59 @@ def hoist_constants(module: GraphModule) -> list[tuple[str, str]]:
     Parameters and buffers are left alone, since they may be updated, and so is a constant that the step writes to: each
     call needs its fresh copy.
     """
-    changes = []
+    return hoist(module)[0]
+
+
+def hoist(module: GraphModule) -> tuple[list[tuple[str, str]], list[torch.Tensor]]:
+    """`hoist_constants`, and the tensors of the step's own that were uploaded as they are now.
+
+    A step that writes to one of these later (``tensor._version``) needs another graph.
+    """
+    changes: list[tuple[str, str]] = []
+    uploaded: list[torch.Tensor] = []
     for node in list(module.graph.nodes):
         if node.op != "call_function" or _is_written(node):
             continue
-        folded = _folded(module, node)
-        if folded is not None:
-            changes.append(folded)
-            continue
-        if node.target not in _MOVES:
-            continue
-        constant = _constant(module, node.args[0])
-        if constant is None:
-            constant = _host_table(module, node)
-        if constant is None:
-            continue
-        before = node.format_node() or str(node)
-        name = fresh_name(module, "_hoisted_constant_")
-        with torch.no_grad():
-            module.register_buffer(name, node.target(constant, *node.args[1:], **node.kwargs), persistent=False)
-        with module.graph.inserting_before(node):
-            hoisted = module.graph.get_attr(name)
-        hoisted.meta = dict(node.meta)
-        node.replace_all_uses_with(hoisted)
-        module.graph.erase_node(node)
-        changes.append((before, hoisted.format_node() or str(hoisted)))
-    return changes
+        value = _folded(module, node)
+        if value is None and node.target in _MOVES:
+            constant = _constant(module, node.args[0])
+            if constant is None and (constant := _host_table(module, node)) is not None:
+                uploaded.append(constant)
+            value = _moved(node, constant) if constant is not None else None
+        if value is not None:
+            changes.append(_replaced(module, node, value))
+    return changes, uploaded
+
+
+def _moved(node: Node, constant: torch.Tensor) -> torch.Tensor:
+    """What a copy of a constant gives."""
+    with torch.no_grad():
+        made: torch.Tensor = node.target(constant, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return made
+
+
+def _replaced(module: GraphModule, node: Node, value: torch.Tensor) -> tuple[str, str]:
+    """Put a buffer in the place of a node; returns both, as they are printed."""
+    before, name = node.format_node() or str(node), fresh_name(module, HOISTED)
+    module.register_buffer(name, value, persistent=False)
+    with module.graph.inserting_before(node):
+        hoisted = module.graph.get_attr(name)
+    hoisted.meta = dict(node.meta)
+    node.replace_all_uses_with(hoisted)
+    module.graph.erase_node(node)
+    return before, hoisted.format_node() or str(hoisted)
 
 
 def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
     """The tensor behind a ``get_attr`` node that a tracer made for host data; None for a model's own tensors."""
-    if not isinstance(node, Node) or node.op != "get_attr" or _is_written(node):
+    if not isinstance(node, Node) or node.op != "get_attr" or _is_written(node) or not is_host_constant(node.target):
         return None
-    *path, name = str(node.target).split(".")
-    if not name.startswith(_TRACED):
-        return None
-    owner: object = module
-    for part in path:
-        owner = getattr(owner, part)
-    value = getattr(owner, name)
+    value = attribute(module, str(node.target))
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
-    """Replace an operator on constants of the host, whose result is on the host too, by its result."""
+def _folded(module: GraphModule, node: Node) -> torch.Tensor | None:
+    """What an operator on constants of the host gives, if that is on the host too."""
     target: Any = node.target
     pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
     if not pure or target in _MOVES or torch.Tag.nondeterministic_seeded in target.tags or len(target._schema.returns) != 1:
@@ -86,16 +94,7 @@ def _folded(module: GraphModule, node: Node) -> tuple[str, str] | None:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)  # type: ignore[arg-type]
     with torch.no_grad():
         value = target(*args, **kwargs)
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-        return None
-    name, before = fresh_name(module, "_hoisted_constant_"), node.format_node() or str(node)
-    module.register_buffer(name, value.clone(), persistent=False)
-    with module.graph.inserting_before(node):
-        hoisted = module.graph.get_attr(name)
-    hoisted.meta = dict(node.meta)
-    node.replace_all_uses_with(hoisted)
-    module.graph.erase_node(node)
-    return before, hoisted.format_node() or str(hoisted)
+    return value.clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else None
 
 
 def _is_moved(node: Node) -> bool:
@@ -112,11 +111,7 @@ def _is_moved(node: Node) -> bool:
 
 
 def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
-    """A tensor of the step's own that lives on the host and is uploaded by ``node``.
-
-    Its content is taken as it is now: `module.meta["uploaded"]` lists such tensors, for the caller to notice that one was
-    written since (``tensor._version``).
-    """
+    """A tensor of the step's own that lives on the host and is uploaded by ``node``; its content is taken as it is now."""
     source, device = node.args[0], node.kwargs.get("device")
     while isinstance(source, Node) and source.target in _SAME:
         source = source.args[0]
@@ -126,10 +121,7 @@ def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or torch.device(str(device)).type == "cpu":
         return None
     same = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source.target]
-    if any(_is_written(n) for n in same):
-        return None
-    module.meta.setdefault("uploaded", []).append(value)
-    return value
+    return None if any(map(_is_written, same)) else value
 
 
 def _is_written(node: Node) -> bool:

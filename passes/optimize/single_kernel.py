@@ -14,14 +14,16 @@ After::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.core.names import fresh_name
+from passes.core.names import LAUNCH_CONSTANT, fresh_name
 from passes.core.symbols import has_static_shape
+from passes.core.values.fake_values import emit
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -56,7 +58,7 @@ class _Constants:
     def get(self, key: Any, make: Callable[[], Tensor]) -> Node:
         """A node that reads the constant known as ``key``."""
         if key not in self._names:
-            self._names[key] = fresh_name(self._module, "_launch_constant_")
+            self._names[key] = fresh_name(self._module, LAUNCH_CONSTANT)
             self._module.register_buffer(self._names[key], make(), persistent=False)
         node = self.graph.get_attr(self._names[key])
         node.meta["val"] = self._module.get_buffer(self._names[key])
@@ -71,7 +73,7 @@ def _fill(constants: _Constants, node: Node) -> Node | None:
         return None
     key = ("number", repr(number), value.dtype, value.device)
     filled = constants.get(key, lambda: torch.tensor(number, dtype=value.dtype, device=value.device))
-    return constants.graph.call_function(aten.where.self, (mask, filled, x))
+    return emit(constants.graph, aten.where.self, (mask, filled, x))
 
 
 def _places(constants: _Constants, node: Node) -> Node | None:
@@ -81,7 +83,7 @@ def _places(constants: _Constants, node: Node) -> Node | None:
     fill: Any = node.kwargs.get("fill_value", -1)
     if mask is None or mask.dtype != torch.bool or mask.dim() != 1 or not 0 < mask.numel() <= FEW or not 0 < size <= FEW:
         return None
-    count, device, call = mask.numel(), mask.device, constants.graph.call_function
+    count, device, call = mask.numel(), mask.device, functools.partial(emit, constants.graph)
     lower = constants.get(("lower", count, device), lambda: torch.ones(count, count, dtype=torch.bool, device=device).tril())
     order = constants.get(("iota", size, device), lambda: torch.arange(size, device=device))
     filled = constants.get(("number", fill, device), lambda: torch.tensor(fill, device=device))

@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
-from passes.core.names import fresh_name
+from passes.core.names import ROUTED_WEIGHT, fresh_name
 from passes.core.node_calls import attribute, writes
 from passes.projections.graph_views import GraphViews
 from passes.projections.grouped_projection import GroupedProjection, grouped_projections
@@ -175,7 +175,7 @@ class _Rewrite:
         held = self.module.named_buffers(recurse=False)
         name = next((name for name, buffer in held if buffer is tensor), None)
         if name is None:
-            name = fresh_name(self.module, "_routed_weight_")
+            name = fresh_name(self.module, ROUTED_WEIGHT)
             self.module.register_buffer(name, tensor)
         return name
 

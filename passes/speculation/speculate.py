@@ -14,7 +14,7 @@ After::
 Everything that a graph assumes of host values goes into one flag: ways of branches, bounds of lengths, indices within
 their range. A run that raises the flag has to be undone and repeated eagerly, so before each write to memory that
 outlives the step the graph saves what the write replaces: the rows of an indexed write, the view of any other. The
-results of the graph become ``(*results, flag, *undo)`` and ``module.meta["undo"]`` says how `undo` reads them.
+results of the graph become ``(*results, flag, *undo)``, and the plan of `make_undoable` says how `undo` reads them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.core.aliasing import Aliases, written
-from passes.core.value_ranges import Ranges
+from passes.core.values.fake_values import emit
+from passes.core.values.legal_operands import BY_INDEX, Operand, dtype_of, is_beyond_help, operands
+from passes.core.values.value_ranges import Ranges
 from passes.errors import Unremovable
-from passes.host_values.legal_operands import dtype_of, is_beyond_help, operands
-from passes.host_values.rewriter import BY_INDEX, Rewriter
+from passes.host_values.rewriter import Rewriter
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -66,7 +67,7 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     branches and trips of loops are ways that may not be taken; it gets a flag if they need one. Where it has one, an index
     that is the caller's is kept too: a size it goes into may be another at the next call.
     """
-    output = next(n for n in module.graph.nodes if n.op == "output")
+    output = module.graph.output_node()
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     broken = results[position] if len(results) > position else None
     everywhere, changes = broken is not None, []
@@ -77,21 +78,26 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
             detail = "it may refuse what it is given on a way that the step does not take"
             raise Unremovable(detail, str(node.target), node.meta.get("site", ("", 0)))
         for operand in operands(node) if everywhere or runs is not None else ():
-            value = operand.value
-            if operand.size and operand.limit is None and _is_within(ranges(value), operand.size, operand.least):
+            if operand.size and operand.limit is None and _is_within(ranges(operand.value), operand.size, operand.least):
                 continue
-            with module.graph.inserting_before(node):
-                safe, strays = operand.kept(module.graph, value)
-                stray = module.graph.call_function(aten.any.default, (strays,))
-            safe.meta = dict(value.meta)
-            node.args = torch.fx.node.map_aggregate(node.args, lambda a, v=value, s=safe: s if a is v else a)  # type: ignore[assignment, misc]
+            safe, stray = _keep(module, node, operand)
             with module.graph.inserting_before(output):
                 if isinstance(runs, Node):
-                    stray = module.graph.call_function(aten.logical_and.default, (stray, runs))
-                broken = stray if broken is None else module.graph.call_function(aten.logical_or.default, (broken, stray))
-            changes.append((str(value), str(safe)))
+                    stray = emit(module.graph, aten.logical_and.default, (stray, runs))
+                broken = stray if broken is None else emit(module.graph, aten.logical_or.default, (broken, stray))
+            changes.append((str(operand.value), str(safe)))
     output.args = ([*results[:position], *([broken] if broken is not None else [])],)
     return changes
+
+
+def _keep(module: GraphModule, node: Node, operand: Operand) -> tuple[Node, Node]:
+    """Give an operator a legal value in the place of an operand; returns it, and a 0-d flag of whether any value was not."""
+    with module.graph.inserting_before(node):
+        safe, strays = operand.kept(module.graph, operand.value)
+        stray = emit(module.graph, aten.any.default, (strays,))
+    safe.meta.update({key: operand.value.meta[key] for key in ("site", "trips", "lengths") if key in operand.value.meta})
+    node.args = torch.fx.node.map_aggregate(node.args, lambda a: safe if a is operand.value else a)  # type: ignore[assignment]
+    return safe, stray
 
 
 def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
@@ -118,8 +124,12 @@ class Undo:
     indexed: bool = False
 
 
-def make_undoable(module: GraphModule) -> list[tuple[str, str]]:
-    """Save what each write to lasting memory replaces, and return it behind the flag."""
+def make_undoable(module: GraphModule) -> tuple[list[tuple[str, str]], tuple[Undo, ...]]:
+    """Save what each write to lasting memory replaces, and return it behind the flag.
+
+    Returns:
+        What changed, and how `undo` reads the results that are new.
+    """
     saved: list[Any] = []
     plan: list[Undo] = []
     changes = []
@@ -130,29 +140,27 @@ def make_undoable(module: GraphModule) -> list[tuple[str, str]]:
             if isinstance(root, Node):
                 continue
             with module.graph.inserting_before(node):
-                parts, undo = _saved(module, node, target)
+                parts, step = _saved(module.graph, node, target)
             saved += parts
-            plan.append(undo)
+            plan.append(step)
             changes.append((str(target), f"saved by {parts[-1]}"))
-    output = next(n for n in module.graph.nodes if n.op == "output")
-    output.args = ([*output.args[0], *saved],)
-    module.meta["undo"] = plan
-    return changes
+    output = module.graph.output_node()
+    output.args = ([*output.args[0], *saved],)  # type: ignore[misc]
+    return changes, tuple(plan)
 
 
-def _saved(module: GraphModule, node: Node, target: Node) -> tuple[list[Node], Undo]:
-    graph = module.graph
+def _saved(graph: Graph, node: Node, target: Node) -> tuple[list[Node], Undo]:
     if node.target in _BY_ROWS:
         dim, index = node.args[1], node.args[2]
-        return [target, index, graph.call_function(aten.index_select.default, (target, dim, index))], Undo(3, dim)  # type: ignore[list-item, arg-type]
+        return [target, index, emit(graph, aten.index_select.default, (target, dim, index))], Undo(3, dim)  # type: ignore[list-item, arg-type]
     if node.target in BY_INDEX:
         given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
         indices = [i for i in given if i is not None]
         first = len(given) - len(indices)
         if not any(given[:first]) and all(dtype_of(i) not in (torch.bool, torch.uint8) for i in indices):
-            old = graph.call_function(aten.index.Tensor, (target, given))
+            old = emit(graph, aten.index.Tensor, (target, given))
             return [target, *indices, old], Undo(2 + len(indices), first, indexed=True)
-    return [target, graph.call_function(aten.clone.default, (target,))], Undo(2, None)
+    return [target, emit(graph, aten.clone.default, (target,))], Undo(2, None)
 
 
 def undo(plan: Sequence[Undo], tensors: Sequence[Tensor]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes.tracing.torch_symbols import FakeTensorMode
 
 Tensor = torch.Tensor
 

@@ -12,12 +12,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, should_allow_numbers_as_tensors
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils._sympy.functions import FloorDiv
 
 from passes.control_flow.branches import Forks
 from passes.control_flow.stopping import inside
@@ -29,6 +24,15 @@ from passes.core.source_location import Place, Site, place_of, user_frame, user_
 from passes.core.symbols import SYMBOLS, expression_of
 from passes.errors import Unremovable
 from passes.tracing.torch_functions import traced_tensor
+from passes.tracing.torch_symbols import (
+    FakeTensor,
+    FloorDiv,
+    ShapeEnv,
+    TorchDispatchMode,
+    newest_nodes,
+    node_of,
+    should_allow_numbers_as_tensors,
+)
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -161,8 +165,7 @@ class HintMode(TorchDispatchMode):
 
     def _mark(self, site: Site) -> None:
         """Note the line at the nodes that have just been made."""
-        tracing = get_proxy_mode()
-        for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
+        for node in newest_nodes():
             if "site" in node.meta:
                 break
             node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
@@ -261,9 +264,7 @@ def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
 
 def _source(tensor: Tensor) -> str:
     """The operator that made a traced tensor; empty for one that the step was given or holds."""
-    tracing = get_proxy_mode()
-    slot = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
-    node = slot.proxy.node if slot is not None else None
+    node = node_of(tensor)
     while node is not None and _shares_memory(node):
         node = node.args[0]  # type: ignore[assignment]
     return str(node.target) if node is not None and node.op == "call_function" else ""
@@ -278,8 +279,7 @@ def _shares_memory(node: torch.fx.Node) -> bool:
 
 def _note(operator: str, **what: Any) -> None:
     """Write down at the node that has just been made what the eager run read there, or where it read nothing."""
-    tracing = get_proxy_mode()
-    for node in reversed(tracing.tracer.graph.nodes) if tracing is not None else ():
+    for node in newest_nodes():
         if str(node.target) == operator:
             node.meta.update(what)
             break

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from passes.control_flow.stopping import inside
@@ -19,6 +18,7 @@ from passes.core.predicates import is_iteration
 from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS
 from passes.errors import Unremovable
+from passes.tracing.torch_symbols import FakeTensor
 
 Tensor = torch.Tensor
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

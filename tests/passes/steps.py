@@ -23,7 +23,7 @@ OLDER = torch.__version__ < (2, 13)
 """Whether torch asks some sizes for their number, or whether they are zero, that later releases leave open."""
 
 
-def traced(step: Step, *tensors: Tensor, merge: bool = False) -> GraphModule:
+def traced(step: Step, *tensors: Tensor, merge: bool = False) -> passes.TracedStep:
     """``step`` traced with the values that it reads when it is run on copies of ``tensors``.
 
     Args:
@@ -47,38 +47,45 @@ def flat(output: Any) -> list[Any]:
 class Rewritten:
     """A rewritten graph and what the passes said of it."""
 
-    module: GraphModule
-    changes: list[tuple[str, str]]
+    graph: passes.RewrittenGraph
+
+    @property
+    def module(self) -> GraphModule:
+        return self.graph.module
+
+    @property
+    def changes(self) -> list[tuple[str, str]]:
+        return [(change.before, change.after) for change in self.graph.changes]
 
     @property
     def assumes(self) -> bool:
-        return bool(self.module.meta.get("assumes"))
+        return self.graph.assumes
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor], bool, list[Tensor]]:
         """Results, whether the graph's assumptions held, and what undoes its writes."""
         made = list(self.module(*tensors))
         if not self.assumes:
             return made, True, []
-        count = self.module.meta["results"]
+        count = self.graph.results
         return made[:count], not bool(made[count]), made[count + 1 :]
 
     def undo(self, saved: Sequence[Tensor]) -> None:
-        passes.undo(self.module.meta["undo"], saved)
+        passes.undo(self.graph.undo, saved)
 
 
 def rewritten(
     step: Step, *tensors: Tensor, bounds: Mapping[str, int] | None = None, only: Sequence[str] = ALL, merge: bool = False
 ) -> Rewritten:
     """``step`` without host values."""
-    module = traced(step, *tensors, merge=merge)
-    changes = passes.remove_host_values(module, bounds, only)
-    module.graph.lint()
-    module.recompile()
-    return Rewritten(module, changes)
+    graph = passes.remove_host_values(traced(step, *tensors, merge=merge), bounds, only)
+    graph.module.graph.lint()
+    graph.module.recompile()
+    return Rewritten(graph)
 
 
-def printed(module: GraphModule) -> str:
+def printed(graph: GraphModule | passes.TracedStep) -> str:
     """The graph as text: one operator a line, with its arguments and the shape of its result."""
+    module = graph if isinstance(graph, GraphModule) else graph.module
     return "\n".join(_line(node) for node in module.graph.nodes)
 
 

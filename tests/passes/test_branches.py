@@ -43,7 +43,7 @@ def test_the_graphs_before_and_after() -> None:
     assert printed(traced(two_ways, *arguments)) == BEFORE
     graph = rewritten(two_ways, *arguments)
     assert printed(graph.module) == AFTER and graph.assumes
-    assert graph.module.meta["results"] == 1 and graph.module.meta["undo"] == []
+    assert graph.graph.results == 1 and graph.graph.undo == ()
 
 
 @pytest.mark.parametrize("taken", [5, 1])
@@ -147,7 +147,7 @@ def test_every_byte_is_put_back_where_an_assumption_failed(
 def test_only_the_rows_that_are_written_are_saved(write: Callable[[Tensor, Tensor, Tensor], None]) -> None:
     graph = rewritten(writing([write]), torch.randn(6, 3), torch.randn(3, 3), torch.tensor(1))
     assert not any(node.target is aten.clone.default for node in graph.module.graph.nodes)
-    assert all(undo.dim is not None for undo in graph.module.meta["undo"])
+    assert all(undo.dim is not None for undo in graph.graph.undo)
 
 
 def test_what_the_step_makes_itself_is_not_saved() -> None:
@@ -157,7 +157,7 @@ def test_what_the_step_makes_itself_is_not_saved() -> None:
         return y.mul_(2) if t.item() > 0 else y
 
     graph = rewritten(step, torch.ones(3), torch.tensor(1))
-    assert graph.assumes and graph.module.meta["undo"] == []
+    assert graph.assumes and graph.graph.undo == ()
 
 
 def test_ways_inside_of_ways_are_told_apart() -> None:

@@ -24,7 +24,7 @@ def merged(step: Step, *tensors: Tensor) -> Rewritten:
 
 
 def reasons(graph: Rewritten) -> list[str]:
-    return list(graph.module.meta["facts"].unmerged.values())
+    return list(graph.graph.facts.unmerged.values())
 
 
 def reset_or_scale(cache: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ return [mul_1]"""
 
 def test_the_graphs_before_and_after() -> None:
     arguments = torch.ones(4, 3), torch.ones(3), torch.tensor(0)
-    module = traced(reset_or_scale, *arguments, merge=True)
-    assert "\n".join(line for line in printed(module).splitlines() if "function" not in line) == BEFORE
-    sides = {str(node): [str(arm.predicate) for arm in trips_of(node)] for node in module.graph.nodes}
+    traced_step = traced(reset_or_scale, *arguments, merge=True)
+    assert "\n".join(line for line in printed(traced_step).splitlines() if "function" not in line) == BEFORE
+    sides = {str(node): [str(arm.predicate) for arm in trips_of(node)] for node in traced_step.module.graph.nodes}
     assert sides["zero_"] == sides["add"] == ["Eq(u0, 0)"] and sides["where"] == sides["add_1"] == []
     graph = merged(reset_or_scale, *arguments)
     assert printed(graph.module) == AFTER and not graph.assumes
@@ -521,7 +521,7 @@ def test_a_side_that_has_no_condition_is_assumed(name: str, step: Step, reason: 
     assert any(reason in said for said in reasons(graph)), reasons(graph)
     assert graph.assumes
     assert [_flag(graph, torch.randn(3), torch.tensor(value)) for value in (0, 1)] == [True, False]
-    first = {site[1] for site in graph.module.meta["facts"].unmerged}
+    first = {site[1] for site in graph.graph.facts.unmerged}
     source, start = inspect.getsourcelines(step)
     assert all(start <= line < start + len(source) and "if t > 0" in source[line - start] for line in first)
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphs.first_call.candidates
 import passes
 from graphs.compile.fused_region import CompiledRegion
+from passes.core.traced_step import STORAGE, placeholders
 from passes.optimize import bit_exact, fuse_exact
 from tests.corpus import combined, experts, selection
 from tests.corpus.case import RECORDED, Case
@@ -195,7 +196,8 @@ def test_a_random_program_of_reads_writes_and_views_stays_the_same(
 
     ours, theirs = (tuple(value.clone() for value in inputs()) for _ in range(2))
     module = graph_of(step, *(value.clone() for value in inputs()))
-    module.meta["storages"] = {n.target: i for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    for index, node in enumerate(placeholders(module)):
+        node.meta[STORAGE] = index
     fused(module)
     for made, wanted in zip((*module(*ours), *ours), (*step(*theirs), *theirs), strict=True):
         assert torch.equal(made, wanted)

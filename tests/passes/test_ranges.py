@@ -1,4 +1,4 @@
-"""`passes.core.value_ranges`: which indices cannot leave their tensor, and are not guarded."""
+"""`passes.core.values.value_ranges`: which indices cannot leave their tensor, and are not guarded."""
 
 from __future__ import annotations
 

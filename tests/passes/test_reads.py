@@ -160,7 +160,7 @@ def test_only_the_branch_that_cannot_be_merged_is_assumed() -> None:
         return (x + torch.rand(3) * 0 if a > 0 else x) + (x * 2 if b > 0 else x * 3)
 
     graph = rewritten(step, torch.ones(3), torch.tensor(0), torch.tensor(0), merge=True)
-    (site,) = graph.module.meta["facts"].unmerged
+    (site,) = graph.graph.facts.unmerged
     assert site[2] == 16 and graph.assumes
     assert [check(graph, step, torch.ones(3), torch.tensor(0), torch.tensor(b)) for b in (0, 1)] == [True, True]
 
@@ -197,8 +197,8 @@ def test_the_truth_of_a_number_is_not_taken_for_the_number() -> None:
     def step(x: Tensor, t: Tensor) -> Tensor:
         return x * min(t, 3)  # type: ignore[operator, type-var]  # Python asks whether 3 is below, the trace for the number
 
-    module = traced(step, torch.ones(2), torch.tensor(2))
-    assert not module.meta["facts"].hints
+    graph = traced(step, torch.ones(2), torch.tensor(2))
+    assert not graph.facts.hints
 
 
 def test_places_of_one_line_differ() -> None:
@@ -229,8 +229,9 @@ def test_a_length_that_no_hint_is_known_of_is_still_bounded() -> None:
     def step(x: Tensor, mask: Tensor) -> Tensor:
         return x[mask].sum()
 
-    module = traced(step, torch.ones(4), torch.tensor([True, False, True, True]))
-    module.meta["facts"].hints.clear()
-    assert passes.remove_host_values(module)
-    module.recompile()
-    assert module(torch.arange(4.0), torch.tensor([False, True, False, True]))[0] == 4
+    graph = traced(step, torch.ones(4), torch.tensor([True, False, True, True]))
+    graph.facts.hints.clear()
+    rewritten_graph = passes.remove_host_values(graph)
+    assert rewritten_graph.changes
+    graph.module.recompile()
+    assert graph.module(torch.arange(4.0), torch.tensor([False, True, False, True]))[0] == 4

@@ -42,12 +42,12 @@ return [sum_1]"""
 
 def test_a_step_is_one_graph_with_its_hints_lines_and_assumptions() -> None:
     x = torch.ones(8, 3)
-    module = traced(decode, x, torch.tensor(5))
-    facts = module.meta["facts"]
+    graph = traced(decode, x, torch.tensor(5))
+    module, facts = graph.module, graph.facts
     (symbol,) = facts.hints
     assert printed(module) == GOLDEN
     assert facts.hints[symbol] == 5 and facts.sources[symbol] == line(decode, 1)
-    assert facts.decisions[0].holds == (symbol > 2) and facts.decisions[0].site == line(decode, 2)
+    assert facts.decisions[0].condition == (symbol > 2) and facts.decisions[0].site == line(decode, 2)
     assert {node.target: node.meta["site"] for node in module.graph.nodes if node.op == "call_function"} == {
         aten._local_scalar_dense.default: line(decode, 1),
         aten.mul_.Tensor: line(decode, 3),
@@ -59,8 +59,8 @@ def test_a_step_is_one_graph_with_its_hints_lines_and_assumptions() -> None:
 
 
 def test_a_length_is_resolved_to_what_it_follows_from() -> None:
-    facts = traced(decode, torch.ones(8, 3), torch.tensor(5)).meta["facts"]
-    length, definition = next(iter(facts.definitions.items()))
+    facts = traced(decode, torch.ones(8, 3), torch.tensor(5)).facts
+    length, definition = next(iter(facts.replacements.items()))
     (symbol,) = facts.hints
     assert facts.resolve(length + 1) == definition + 1 and definition.free_symbols == {symbol}
     assert facts.hint(length) == 5 and facts.hint(sympy.Symbol("other")) is None
@@ -79,7 +79,7 @@ class Cache:
 
 def test_state_that_nobody_passed_is_read_in_place_and_untouched() -> None:
     cache = Cache()
-    module = traced(cache.update, torch.ones(2), torch.tensor(1))
+    module = traced(cache.update, torch.ones(2), torch.tensor(1)).module
     assert torch.equal(cache.keys, torch.zeros(4, 2))
     held = {node.target: getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"}
     assert [name for name in held] == ["state_0", "state_1"]
@@ -91,7 +91,7 @@ def test_state_that_nobody_passed_is_read_in_place_and_untouched() -> None:
 
 def test_host_data_and_state_are_told_apart() -> None:
     table = torch.arange(3.0)
-    module = traced(lambda x: x * torch.tensor([1.0, 2.0, 3.0]) + table, torch.ones(3))
+    module = traced(lambda x: x * torch.tensor([1.0, 2.0, 3.0]) + table, torch.ones(3)).module
     names = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
     assert names == ["_tensor_constant0", "state_0"]
 
@@ -105,9 +105,10 @@ def test_numbers_of_python_are_symbols_of_which_the_new_values_are_known() -> No
         return [leaves[0] * counter[0]]
 
     numbers = [passes.Number(tensor, value, f"self.{i}") for i, (tensor, value) in enumerate(zip(held, (5, 2), strict=True))]
-    module = passes.trace_step(step, [torch.ones(3)], numbers=numbers, advanced=lambda: counter)
-    assert module.meta["advance"](5, 2) == (7, 2) and module.meta["advance"](7, 2) == (1, 2)
-    passes.remove_host_values(module)
+    graph = passes.trace_step(step, [torch.ones(3)], numbers=numbers, advanced=lambda: counter)
+    assert graph.advance is not None
+    assert graph.advance(5, 2) == (7, 2) and graph.advance(7, 2) == (1, 2)
+    module = passes.remove_host_values(graph).module
     module.recompile()
     assert [module(torch.ones(3))[0][0].item() for _ in range(3)] == [7, 1, 3]
     assert held[0].item() == 3 and held[1].item() == 2
@@ -185,7 +186,7 @@ def test_a_copy_on_the_host_is_a_copy_where_the_tensor_is_elsewhere() -> None:
         return before
 
     copied = passes.trace_step(lambda leaves, _: [step(leaves[0])], [torch.ones(3, device="meta")])
-    assert aten.clone.default in [node.target for node in copied.graph.nodes]
+    assert aten.clone.default in [node.target for node in copied.module.graph.nodes]
     assert check(rewritten(step, torch.ones(3)), step, torch.ones(3))  # and not where it is there already
 
 

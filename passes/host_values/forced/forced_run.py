@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_leaves
 
-from passes.host_values.forcing import read_here
-from passes.host_values.legal_operands import strays
+from passes.core.values.legal_operands import strays
+from passes.host_values.forced.forcing import read_here
 
 
 class OutOfRange(BaseException):

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.core.aliasing import Aliases, written
+from passes.core.names import is_pass_constant
 
 aten = torch.ops.aten
 Range = tuple[int, int]
@@ -28,7 +29,7 @@ class Ranges:
         """The least and the largest value of a number or an integer tensor, where they follow from how it was made."""
         if not isinstance(value, Node):
             return (int(value), int(value)) if isinstance(value, int) else None
-        if value.op == "get_attr" and str(value.target).startswith("_pass_constant"):
+        if value.op == "get_attr" and is_pass_constant(value.target):
             held = getattr(self._module, str(value.target))
             return (int(held.min()), int(held.max())) if held.numel() and not held.dtype.is_floating_point else None
         made = value.meta.get("val")

@@ -21,7 +21,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from passes.core.aliasing import is_pure
@@ -115,8 +115,8 @@ def symbols_of(node: Node, facts: Facts) -> list[sympy.Symbol]:
 class Marks:
     """The tensors of a traced graph that host values are read from, each with a number: reads of one tensor share one."""
 
-    def __init__(self, module: GraphModule) -> None:
-        self.facts: Facts = module.meta["facts"]
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
         self.found: dict[Any, Forcing] = {}
         self._keys: dict[Node, Any] = {}
         self._numbers: dict[Any, int] = {}

@@ -24,10 +24,26 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from passes.host_values.rewriter import ALONG, DIVIDING, PICKING
+from passes.core.values.fake_values import emit
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+ALONG = (
+    *(aten.index_select.default, aten.index_copy_.default, aten.index_add_.default, aten.gather.default),
+    *(aten.scatter_add_.default, aten.scatter_add.default, aten.index_copy.default, aten.index_add.default),
+    *(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.index_fill_.int_Scalar),
+    *(aten.index_fill_.int_Tensor, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor),
+    *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_reduce.default, aten.index_reduce_.default),
+)
+"""Operators whose third argument picks places along the dimension that is their second."""
+BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
+DIVIDING = (
+    *(aten.floor_divide.default, aten.floor_divide_.Tensor, aten.remainder.Tensor, aten.remainder_.Tensor),
+    *(aten.fmod.Tensor, aten.fmod_.Tensor, aten.div.Tensor_mode, aten.div_.Tensor_mode),
+)
+PICKING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl.default, *BY_INDEX)
+PARTIAL = frozenset((*ALONG, *PICKING, *DIVIDING, aten.embedding.default))
+"""Operators that refuse some values of a tensor: places that are not there, zeros to divide whole numbers by."""
 Kept = Callable[[Graph, Node], tuple[Node, Node]]
 """Adds to a graph what makes a value legal. Returns that, and where the value was not."""
 
@@ -74,7 +90,7 @@ def strays(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
     node = graph.call_function(func, tuple(map(placed, args)), kwargs)
     bad = [operand.kept(graph, operand.value)[1] for operand in operands(node)]
-    graph.output([graph.call_function(aten.any.default, (part,)) for part in bad])
+    graph.output([emit(graph, aten.any.default, (part,)) for part in bad])
     graph.erase_node(node)
     return any(map(bool, Interpreter(GraphModule({}, graph)).run(*given)))
 
@@ -95,11 +111,11 @@ def _index(value: Any, size: int, least: int = 0, limit: Node | None = None) -> 
     """An index of ``size`` places; into none at all nothing is legal."""
 
     def kept(graph: Graph, index: Node) -> tuple[Node, Node]:
-        safe = graph.call_function(aten.clamp.default, (index, least, size - 1))
-        strays = graph.call_function(aten.ne.Tensor, (index, safe))
+        safe = emit(graph, aten.clamp.default, (index, least, size - 1))
+        strays = emit(graph, aten.ne.Tensor, (index, safe))
         if limit is not None:
-            beyond = graph.call_function(aten.ge.Tensor, (index, limit))
-            strays = graph.call_function(aten.logical_or.default, (strays, beyond))
+            beyond = emit(graph, aten.ge.Tensor, (index, limit))
+            strays = emit(graph, aten.logical_or.default, (strays, beyond))
         return safe, strays
 
     return [Operand(value, kept, least, size, limit)] if size else []
@@ -110,51 +126,51 @@ def _filled(value: Any, bad: Callable[[Graph, Node], Node], fill: float | bool) 
 
     def kept(graph: Graph, given: Node) -> tuple[Node, Node]:
         strays = bad(graph, given)
-        return graph.call_function(aten.masked_fill.Scalar, (given, strays, fill)), strays
+        return emit(graph, aten.masked_fill.Scalar, (given, strays, fill)), strays
 
     return [Operand(value, kept)]
 
 
 def _not(graph: Graph, legal: Node) -> Node:
-    return graph.call_function(aten.logical_not.default, (legal,))
+    return emit(graph, aten.logical_not.default, (legal,))
 
 
 def _outside(low: float, high: float) -> Callable[[Graph, Node], Node]:
     """Where a value is not in ``[low, high]``; NaN is not."""
 
     def bad(graph: Graph, value: Node) -> Node:
-        legal = graph.call_function(aten.ge.Scalar, (value, low))
-        below = graph.call_function(aten.le.Scalar, (value, high))
-        return _not(graph, graph.call_function(aten.logical_and.default, (legal, below)))
+        legal = emit(graph, aten.ge.Scalar, (value, low))
+        below = emit(graph, aten.le.Scalar, (value, high))
+        return _not(graph, emit(graph, aten.logical_and.default, (legal, below)))
 
     return bad
 
 
 def _zero(graph: Graph, value: Node) -> Node:
-    return graph.call_function(aten.eq.Scalar, (value, 0))
+    return emit(graph, aten.eq.Scalar, (value, 0))
 
 
 def _nonzero(graph: Graph, value: Node) -> Node:
-    return graph.call_function(aten.ne.Scalar, (value, 0))
+    return emit(graph, aten.ne.Scalar, (value, 0))
 
 
 def _no_distribution(graph: Graph, value: Node) -> Node:
     """Rows that do not hold finite numbers from zero on, one of them above."""
-    most = graph.call_function(aten.amax.default, (value, [-1], True))
-    least = graph.call_function(aten.amin.default, (value, [-1], True))
-    total = graph.call_function(aten.sum.dim_IntList, (value, [-1], True))
-    parts = [graph.call_function(aten.ge.Scalar, (least, 0)), graph.call_function(aten.lt.Scalar, (most, float("inf")))]
-    parts += [graph.call_function(aten.gt.Scalar, (total, 0)), graph.call_function(aten.lt.Scalar, (total, float("inf")))]
+    most = emit(graph, aten.amax.default, (value, [-1], True))
+    least = emit(graph, aten.amin.default, (value, [-1], True))
+    total = emit(graph, aten.sum.dim_IntList, (value, [-1], True))
+    parts = [emit(graph, aten.ge.Scalar, (least, 0)), emit(graph, aten.lt.Scalar, (most, float("inf")))]
+    parts += [emit(graph, aten.gt.Scalar, (total, 0)), emit(graph, aten.lt.Scalar, (total, float("inf")))]
     legal = parts[0]
     for part in parts[1:]:
-        legal = graph.call_function(aten.logical_and.default, (legal, part))
+        legal = emit(graph, aten.logical_and.default, (legal, part))
     return _not(graph, legal)
 
 
 def _not_finite(graph: Graph, value: Node) -> Node:
     """Matrices with an entry that is infinite or NaN: their difference from themselves is not zero."""
-    gap = graph.call_function(aten.abs.default, (graph.call_function(aten.sub.Tensor, (value, value)),))
-    return _not(graph, graph.call_function(aten.eq.Scalar, (graph.call_function(aten.amax.default, (gap, [-2, -1], True)), 0)))
+    gap = emit(graph, aten.abs.default, (emit(graph, aten.sub.Tensor, (value, value)),))
+    return _not(graph, emit(graph, aten.eq.Scalar, (emit(graph, aten.amax.default, (gap, [-2, -1], True)), 0)))
 
 
 def _divided(node: Node) -> list[Operand]:
@@ -166,7 +182,7 @@ def _divided(node: Node) -> list[Operand]:
 
     def kept(graph: Graph, value: Node) -> tuple[Node, Node]:
         zeros = _zero(graph, value)
-        return graph.call_function(aten.add.Tensor, (value, zeros)), zeros
+        return emit(graph, aten.add.Tensor, (value, zeros)), zeros
 
     return [Operand(divisor, kept)] if whole else []
 
@@ -209,8 +225,8 @@ def _classes(node: Node) -> list[Operand]:
 
     def bad(graph: Graph, target: Node) -> Node:
         strays = _outside(0, count - 1)(graph, target)
-        counts = graph.call_function(aten.ne.Scalar, (target, ignored))
-        return graph.call_function(aten.logical_and.default, (strays, counts))
+        counts = emit(graph, aten.ne.Scalar, (target, ignored))
+        return emit(graph, aten.logical_and.default, (strays, counts))
 
     return _filled(node.args[1], bad, 0) if count else []
 
@@ -221,14 +237,14 @@ def _repeated(node: Node) -> list[Operand]:
 
     def kept(graph: Graph, repeats: Node) -> tuple[Node, Node]:
         value = repeats.meta["val"]
-        total = graph.call_function(aten.sum.default, (repeats,))
-        legal = graph.call_function(aten.ge.Scalar, (graph.call_function(aten.amin.default, (repeats,)), 0))
-        legal = graph.call_function(aten.logical_and.default, (legal, graph.call_function(aten.eq.Scalar, (total, size))))
+        total = emit(graph, aten.sum.default, (repeats,))
+        legal = emit(graph, aten.ge.Scalar, (emit(graph, aten.amin.default, (repeats,)), 0))
+        legal = emit(graph, aten.logical_and.default, (legal, emit(graph, aten.eq.Scalar, (total, size))))
         bad = _not(graph, legal)
-        places = graph.call_function(aten.arange.default, (value.shape[0],), {"device": value.device})
-        first = graph.call_function(aten.mul.Scalar, (_zero(graph, places), size))
-        first = graph.call_function(aten._to_copy.default, (first,), {"dtype": value.dtype})
-        return graph.call_function(aten.where.self, (bad, first, repeats)), bad
+        places = emit(graph, aten.arange.default, (value.shape[0],), {"device": value.device})
+        first = emit(graph, aten.mul.Scalar, (_zero(graph, places), size))
+        first = emit(graph, aten._to_copy.default, (first,), {"dtype": value.dtype})
+        return emit(graph, aten.where.self, (bad, first, repeats)), bad
 
     known = isinstance(size, int) and node.args[0].meta["val"].numel()  # type: ignore[union-attr]
     return [Operand(node.args[0], kept)] if known else []  # type: ignore[arg-type]
@@ -240,12 +256,12 @@ def _scattered(node: Node) -> list[Operand]:
     shape = list(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
 
     def kept(graph: Graph, mask: Node) -> tuple[Node, Node]:
-        wide = graph.call_function(aten.expand.default, (mask, shape))
-        flat = graph.call_function(aten.reshape.default, (wide, [-1]))
-        order = graph.call_function(aten.reshape.default, (graph.call_function(aten.cumsum.default, (flat, 0)), shape))
-        fits = graph.call_function(aten.le.Scalar, (order, count))
-        safe = graph.call_function(aten.logical_and.default, (wide, fits))
-        return safe, graph.call_function(aten.ne.Tensor, (safe, wide))
+        wide = emit(graph, aten.expand.default, (mask, shape))
+        flat = emit(graph, aten.reshape.default, (wide, [-1]))
+        order = emit(graph, aten.reshape.default, (emit(graph, aten.cumsum.default, (flat, 0)), shape))
+        fits = emit(graph, aten.le.Scalar, (order, count))
+        safe = emit(graph, aten.logical_and.default, (wide, fits))
+        return safe, emit(graph, aten.ne.Tensor, (safe, wide))
 
     return [Operand(node.args[1], kept)]  # type: ignore[arg-type]
 
@@ -261,7 +277,7 @@ def _in_bins(node: Node) -> list[Operand]:
         return []
 
     def bad(graph: Graph, value: Node) -> Node:
-        gap = graph.call_function(aten.sub.Tensor, (value, value))
+        gap = emit(graph, aten.sub.Tensor, (value, value))
         return _nonzero(graph, gap)
 
     return _filled(node.args[0], bad, 0)
