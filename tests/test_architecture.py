@@ -167,7 +167,7 @@ def test_only_one_module_reads_settings_from_the_environment() -> None:
 def test_optional_packages_are_imported_where_they_are_needed_only(package: str) -> None:
     allowed = {
         "triton": {
-            "graphs.bench.read_floor",
+            "graphs.bench.wo_a.read_floor",
             "graphs.ops.wo_a.kernels.hopper",
             "graphs.ops.wo_a.kernels.warpgroup",
             "graphs.ops.wo_a.kernels.portable",
@@ -179,8 +179,8 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
         },
         "aiter": {"graphs.ops.wo_a.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
-        "transformers": {"graphs.bench.llama"},
-        "matplotlib": {"graphs.bench.plot"},
+        "transformers": {"graphs.bench.decode.llama"},
+        "matplotlib": {"graphs.bench.decode.plot", "graphs.bench.wo_a.plot"},
     }
     found = {
         name for name, path in modules("graphs", "passes").items() if any(within(imported, package) for imported in imports(path))

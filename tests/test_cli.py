@@ -114,7 +114,7 @@ def test_the_dialects_are_those_of_passes() -> None:
 )
 def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
     script = (
-        "import sys; from graphs.__main__ import main\n"
+        "import sys; sys.argv[0] = 'graphs'; from graphs.__main__ import main\n"
         f"try: main({arguments})\n"
         "finally: print('torch' in sys.modules, 'passes' in sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graphs
-from graphs import config
+from graphs import config, environment
 from graphs.config import PASSES
 from graphs.environment import VARIABLES
 from graphs.errors import ConfigError
@@ -108,7 +108,11 @@ def test_an_unknown_variable_is_an_error_that_names_the_nearest(name: str, neare
 
 
 def test_every_variable_that_is_read_is_a_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = set(re.findall(r'"(GRAPHS_[A-Z_]+)"', inspect.getsource(config).partition("_TRUE, _FALSE")[2]))
+    read = set(
+        re.findall(
+            r'"(GRAPHS_[A-Z_]+)"', inspect.getsource(environment).partition("_TRUE, _FALSE")[2] + inspect.getsource(config)
+        )
+    )
     assert read - {"GRAPHS_"} == set(VARIABLES)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
