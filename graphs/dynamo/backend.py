@@ -24,7 +24,7 @@ import passes
 from graphs.config import BackendOptions
 from graphs.contract.eligibility import is_capturing
 from graphs.dispatch.call_log import CallLog
-from graphs.dynamo.subgraph import RecordedSubgraph, record_piece
+from graphs.dynamo.subgraph import RecordedSubgraph, record_subgraph
 from graphs.eager_mode import forced_by, forced_eager
 from graphs.errors import (
     AutogradInput,
@@ -178,7 +178,7 @@ class Subgraph:
         copied = [position for position, moves in self._moves.items() if moves > _MOVES]
         owned, check = self._options.outputs == "owned", self._options.verify != "off"
         with forced_eager("first call"):
-            recorded, outputs = record_piece(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
+            recorded, outputs = record_subgraph(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
         self._recorded[key] = recorded
         recorded.replays += 1
         return outputs

@@ -29,6 +29,8 @@ from graphs.errors import (
 from graphs.numerics import tolerance
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Recorder, Recording
+from graphs.rehearsal.record_body import record_body
+from graphs.rehearsal.rehearsal import Runs
 from graphs.state.storage import storage_id
 from graphs.state.tensor_state import RandomState
 
@@ -113,7 +115,7 @@ class RecordedSubgraph:
         ]
 
 
-def record_piece(
+def record_subgraph(
     graph: CompiledGraph,
     inputs: Sequence[Any],
     recorder: Recorder,
@@ -142,10 +144,10 @@ def record_piece(
     try:
         subgraph, made = _record(first, static, recorder, owned=owned, check=check)
     except Refusal:
-        first.undo()
+        first.runs.undo()
         raise
     except Exception as error:  # whatever a recording meets, the compiled function still runs
-        first.undo()
+        first.runs.undo()
         raise CaptureFailed(f"recording raised {type(error).__name__}: {error}", operator=graph.name) from error
     first.trace.written.release()
     subgraph.seconds = time.perf_counter() - started
@@ -178,8 +180,9 @@ class _FirstCall:
             findings.append(UnsupportedOperator("it changes the shape or strides of an input", operator=graph.name))
         if findings:
             raise findings[0]
+        self.runs = Runs(self, self.trace)
 
-    def undo(self) -> None:
+    def restore(self) -> None:
         """Put back the tensors that were written, and the generators."""
         self.trace.written.restore()
         self._random.restore()
@@ -189,13 +192,11 @@ def _record(
     first: _FirstCall, static: Sequence[int], recorder: Recorder, *, owned: bool, check: bool
 ) -> tuple[RecordedSubgraph, list[Tensor]]:
     """Warm up, record, replay and verify; returns what the first replay produced, its effects in place."""
-    graph, inputs, trace = first.graph, first.inputs, first.trace
-    reference = graph(*inputs)  # on the caller's stream: what kernels allocate to tune themselves stays out of the pool
-    state = trace.written.copies()
+    graph, inputs, trace, runs = first.graph, first.inputs, first.trace, first.runs
+    # first on the caller's stream: what kernels allocate to tune themselves stays out of the pool
+    reference, state = runs.run(lambda: (graph(*inputs), trace.written.copies()))
     outputs, positions = _describe(reference, inputs, graph)
-    first.undo()
-    recorder.run(lambda: graph(*inputs))
-    first.undo()
+    runs.run(lambda: recorder.run(lambda: graph(*inputs)))
     slots = [
         Slot(graph.names[i], i, tuple(value.shape), value.dtype, value.device)
         for i, value in enumerate(inputs)
@@ -210,10 +211,10 @@ def _record(
         made = graph(*values)
         return [made[position] for position in positions]
 
-    recording = recorder.record(body, contract, inputs, owned=owned, generators=tuple(trace.generators))
-    first.undo()
+    recording = record_body(body, recorder, contract, inputs, runs, owned=owned)
     subgraph = RecordedSubgraph(recording, first, static, outputs)
-    made = recording.replay(inputs, 1)
+    runs.reset()
+    made = recording.replay(inputs, 1)  # the call
     if check:
         found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.tensors)
         if found is not None:

@@ -11,7 +11,7 @@ from graphs.errors import CaptureFailed, UnsupportedOperator
 from graphs.observation.last_operator import last_operation
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Body, Recorder, Recording
-from graphs.rehearsal.rehearsal import Rehearsal
+from graphs.rehearsal.rehearsal import Runs
 
 Tensor = torch.Tensor
 
@@ -21,7 +21,7 @@ def record_body(
     recorder: Recorder,
     contract: Contract,
     tensors: Sequence[Tensor],
-    rehearsal: Rehearsal,
+    runs: Runs,
     *,
     owned: bool,
 ) -> Recording:
@@ -31,12 +31,12 @@ def record_body(
         UnsupportedOperator: an operator cannot be recorded on this device.
         CaptureFailed: the device refused.
     """
-    trace = rehearsal.first
+    trace = runs.first
     _require_supported(trace, recorder)
     generators = tuple(trace.generators)
 
     def record(given: Body) -> Recording:
-        return rehearsal.run(lambda: recorder.record(given, contract, tensors, owned=owned, generators=generators))
+        return runs.run(lambda: recorder.record(given, contract, tensors, owned=owned, generators=generators))
 
     try:
         return record(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -38,7 +38,15 @@ class Rehearsed:
     error: BaseException | None = None
 
 
-class Rehearsal:
+class Start(Protocol):
+    """A state that can be gone back to."""
+
+    def restore(self) -> None:
+        """Put everything back."""
+        ...
+
+
+class Runs:
     """Runs from the state of ``start``, each undone: between runs, state is put back here and nowhere else.
 
     Args:
@@ -46,7 +54,7 @@ class Rehearsal:
         first: the watched run before, which saved what it wrote; further tensors are saved as runs write them.
     """
 
-    def __init__(self, start: Checkpoint, first: EagerTrace) -> None:
+    def __init__(self, start: Start, first: EagerTrace) -> None:
         self.start, self.first = start, first
         self._is_there = False
 
@@ -68,6 +76,15 @@ class Rehearsal:
             return fn()
         finally:
             self.undo()
+
+
+class Rehearsal(Runs):
+    """Runs of a step of Python's, from a checkpoint of all that it can change."""
+
+    start: Checkpoint
+
+    def __init__(self, start: Checkpoint, first: EagerTrace) -> None:
+        super().__init__(start, first)
 
     def watched(
         self, fn: Callable[[Callable[[], Any]], Any], run: Callable[[], Any], tensors: Sequence[Tensor], *, shifted: bool = False

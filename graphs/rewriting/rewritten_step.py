@@ -272,8 +272,8 @@ class Speculation:
     """Whether the host values of a run were as its graph assumes, and how to undo it if not.
 
     The graph counts its runs and leaves ``2 * runs + broken`` in host memory (pinned, where there is a device). The host
-    waits for its own run's number to appear there: as long as the device needs for the part of the step that the values
-    depend on, and for nothing behind it.
+    waits for its own run's number to appear there. It is written at the end of the graph: an assumption may be about anything
+    that the graph computes, and whoever undoes a run must not do so while it still writes.
     """
 
     def __init__(self, plan: Sequence[passes.Undo]) -> None:
