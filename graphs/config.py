@@ -12,7 +12,7 @@ from typing import Any
 
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, as_padding
-from graphs.environment import SIZES, choice, chosen, env_choice, env_count, env_flag, env_sizes, require, require_known_variables
+from graphs.environment import choice, chosen, env_choice, env_count, env_flag, env_sizes, require, require_known_variables
 from graphs.errors import ConfigError
 
 MODES = ("graph", "eager")
@@ -22,14 +22,6 @@ COMPILERS = ("none", "inductor", "auto")
 PASSES = ("constants", "addressing", "arithmetic", "bounded", "branches", "fusion")
 BACKEND_COMPILERS = ("inductor", "aten")
 BACKEND_VERIFY = ("capture", "off")
-
-
-def _env_buckets() -> tuple[int, ...] | None:
-    sizes = env_sizes("GRAPHS_BUCKETS")
-    try:
-        return as_buckets(sizes)
-    except ConfigError as error:
-        raise ConfigError("GRAPHS_BUCKETS", sizes, SIZES) from error
 
 
 def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
@@ -144,7 +136,7 @@ class CaptureConfig:
             bounds=limits,
             raise_internal=env_flag("GRAPHS_RAISE_INTERNAL", False),
             mode=chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
-            buckets=as_buckets(buckets) if buckets is not None else _env_buckets(),
+            buckets=as_buckets(buckets if buckets is not None else env_sizes("GRAPHS_BUCKETS")),
             batch_dims=dict(batch_dims) if batch_dims is not None else None,
             static=tuple(static),
             padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},

@@ -74,14 +74,16 @@ def env_flag(variable: str, default: bool) -> bool:
 
 
 def env_sizes(variable: str) -> tuple[int, ...] | None:
-    """A variable that lists integers; None where it is unset or empty."""
+    """A variable that lists positive integers; None where it is unset or empty."""
     text = os.environ.get(variable)
     if not text:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(variable, text, SIZES) from error
+    require(min(sizes) > 0, variable, text, SIZES)
+    return sizes
 
 
 def env_count(variable: str, default: int) -> int:

@@ -195,7 +195,7 @@ def test_each_place_is_where_the_signature_holds_its_value(args: list[Any], kwar
     if twice:
         args = [*args, *[torch.ones(2)] * 2]
     call = flatten_call(tuple(args), kwargs, ("a", "prefix"))
-    found = changeable(call, tuple(args), kwargs, [])
+    found = changeable(call, [])
     for argument in found:
         key = call.signature[argument.place]
         plain = type(argument.value) in (int, str, bytes)

@@ -30,11 +30,14 @@ class Call(NamedTuple):
         opaques: leaves that are neither tensors nor constants, for example a Hugging Face ``Cache``, and objects that a container
             of a registered kind holds beside its leaves.
         signature: structure, shapes, strides, dtypes, devices and constants; opaque leaves by identity.
+        args, kwargs: as given.
     """
 
     tensors: list[Tensor]
     opaques: list[Any]
     signature: tuple[Any, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012  # never written
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], prefix: tuple[Any, ...] = ()) -> Call:
@@ -51,7 +54,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], prefix: tuple[An
         given_again = repeats(tensors)
         if given_again is not None:
             signature.append(given_again)
-    return Call(tensors, opaques, tuple(signature))
+    return Call(tensors, opaques, tuple(signature), args, kwargs)
 
 
 def repeats(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -288,13 +291,13 @@ class Argument(NamedTuple):
     is_object: bool
 
 
-def changeable(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> list[Argument]:
+def changeable(call: Call, parameters: list[str]) -> list[Argument]:
     """The leaves of a call that may have any number of values: numbers, text and objects, not flags."""
     found: list[Argument] = []
     end = 0
-    for index, value in enumerate(args):
+    for index, value in enumerate(call.args):
         end = _find(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
-    for name, value in kwargs.items():
+    for name, value in call.kwargs.items():
         end = _find(value, name, end + 1, found)
     start = len(call.signature) - end - (repeats(call.tensors) is not None)
     return [argument._replace(place=argument.place + start) for argument in found]

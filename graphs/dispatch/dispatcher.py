@@ -100,18 +100,18 @@ class Dispatcher:
             guard, entry, rows = last
             like = guard.match(args, kwargs, ambient)
             if like is not None:
-                return self._replay(entry, rows, like, args, kwargs)
+                return self._replay(entry, rows, like)
         call = self._flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
         if route is None:
-            return self._unknown(call, args, kwargs)
+            return self._unknown(call)
         if isinstance(route, RefusedRoute):
-            return self._refuse(route.refusals) if route.serves(call) else self._unknown(call, args, kwargs)
+            return self._refuse(route.refusals) if route.serves(call) else self._unknown(call)
         like_this = FastPath.of(args, kwargs, ambient, call)
         with self.lock:  # unless another thread has just dropped the route
             if self.routes.by_signature.get(call.signature) is route:
                 self.routes.last = (like_this, *route) if like_this is not None else None
-        return self._replay(route[0], route[1], call, args, kwargs)
+        return self._replay(route[0], route[1], call)
 
     def _flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Any) -> Call:
         """The call by its leaves; what no key can stand for runs eagerly."""
@@ -130,24 +130,24 @@ class Dispatcher:
             self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")])
         return call
 
-    def _replay(self, entry: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, replay, and put the output together."""
         with self.lock:
             why = stale(entry, call)
             if why is None:
                 if self.verifies_always:
-                    self.keys.verify(entry, rows, call, args, kwargs)
+                    self.keys.verify(entry, rows, call)
                 produced = replayed(entry, rows, call)
                 if entry.checked is None or entry.checked.commit_or_rollback():
                     entry.replays += 1
                     entry.real_rows += rows
                     return filled(entry, produced, call)
         if why is None:
-            return self._another_variant(entry, rows, call, args, kwargs)
+            return self._another_variant(entry, rows, call)
         if isinstance(why, Outdated):
-            return self._outdated(entry, why, call, args, kwargs)
+            return self._outdated(entry, why, call)
         if isinstance(why, MovedStaticTensor) and self._releases(entry, why, call):
-            return self._serve(args, kwargs)
+            return self._serve(call.args, call.kwargs)
         return self._refuse([why])
 
     def _releases(self, entry: RecordedStep, moved: MovedStaticTensor, call: Call) -> bool:
@@ -169,7 +169,7 @@ class Dispatcher:
                     self.routes.moving[call.signature] = known | positions
         return True
 
-    def _another_variant(self, broken: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _another_variant(self, broken: RecordedStep, rows: int, call: Call) -> Any:
         """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a variant recorded before,
         or by a new one.
         """
@@ -190,13 +190,13 @@ class Dispatcher:
                 return self._refuse(broken.group.refusals)
             refusal = many_variants(variants)
             if len(variants) < MAX_VARIANTS:
-                return self._unknown(call, args, kwargs, beside=broken)
+                return self._unknown(call, beside=broken)
             broken.group.broken += 1
             if is_hopeless(broken.group):
                 self.routes.refuse(call, [refusal])
             return self._refuse([refusal])
 
-    def _unknown(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: RecordedStep | None = None) -> Any:
+    def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Any:
         """Try to record an unknown key; replay it, or return what the model gave, with the reason counted.
 
         Args:
@@ -205,25 +205,25 @@ class Dispatcher:
         with _recording, self.lock:
             route = self.routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
-                return self._replay(route[0], route[1], call, args, kwargs)
-            self._require_recordable(call, args, kwargs, beside)
+                return self._replay(route[0], route[1], call)
+            self._require_recordable(call, beside)
             try:
                 keys = self.keys
-                found = keys.record(call, args, kwargs) if beside is None else keys.record_variant(beside, call, args, kwargs)
+                found = keys.record(call) if beside is None else keys.record_variant(beside, call)
             except Deferred as deferred:
-                return self._deferred(deferred, call, args, kwargs)
+                return self._deferred(deferred, call)
             except Refused as refused:
-                return self._refused(refused, call, args, kwargs, beside)
+                return self._refused(refused, call, beside)
             except AboveLargestBucket as too_large:
                 self.routes.refuse(call, [too_large])
                 return self._refuse([too_large])
             if not found[0].replays:
-                self.routes.habits.tried(call, args, kwargs, found[0])
-        return self._replay(found[0], found[1], call, args, kwargs)
+                self.routes.habits.tried(call, found[0])
+        return self._replay(found[0], found[1], call)
 
-    def _require_recordable(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: RecordedStep | None) -> None:
+    def _require_recordable(self, call: Call, beside: RecordedStep | None) -> None:
         """Run the model where nothing is to be recorded, as far as that can be said before."""
-        refusals = self.routes.habitual(call, args, kwargs) if beside is None else []
+        refusals = self.routes.habitual(call) if beside is None else []
         if refusals:
             self._refuse(refusals)
         self.routes.forget_the_dead()
@@ -231,10 +231,10 @@ class Dispatcher:
         if refusal is not None:
             self._refuse([refusal])
 
-    def _deferred(self, deferred: Deferred, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _deferred(self, deferred: Deferred, call: Call) -> Any:
         """The output of a first call that was one of its kind; the next one is tried again, a few times."""
         routes = self.routes
-        routes.habits.tried(call, args, kwargs, None)
+        routes.habits.tried(call, None)
         routes.attempts[call.signature] += 1
         if routes.attempts[call.signature] > _MAX_DEFERRALS:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
@@ -247,12 +247,10 @@ class Dispatcher:
         self.call_log.eager_calls += 1
         return deferred.output
 
-    def _refused(
-        self, refused: Refused, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], beside: RecordedStep | None
-    ) -> Any:
+    def _refused(self, refused: Refused, call: Call, beside: RecordedStep | None) -> Any:
         """The output of a first call that ended in a refusal; computed once more where autograd is to record it."""
         if beside is None:
-            self.routes.habits.tried(call, args, kwargs, None, refused.refusals)
+            self.routes.habits.tried(call, None, refused.refusals)
             self.routes.refuse(call, refused.refusals)
         else:
             beside.group.refusals = refused.refusals
@@ -262,7 +260,7 @@ class Dispatcher:
         self.eager.count(refused.refusals)
         return refused.output
 
-    def _outdated(self, entry: RecordedStep, why: Outdated, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outdated(self, entry: RecordedStep, why: Outdated, call: Call) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
         with _recording, self.lock:
             self.routes.drop(entry)
@@ -273,7 +271,7 @@ class Dispatcher:
                     self.routes.refuse(call, [refusal])  # which this call is counted under
                 else:
                     self.call_log.refused(refusal, outcome="the step is recorded anew")
-        return self._serve(args, kwargs)
+        return self._serve(call.args, call.kwargs)
 
     def _refuse(self, refusals: list[Refusal]) -> NoReturn:
         """Have `call` run the model."""

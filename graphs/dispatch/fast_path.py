@@ -67,7 +67,7 @@ class FastPath:
         if len(leaves) != self._count or ambient != self._ambient or ((kwargs or self._names) and [*kwargs] != self._names):
             return None
         if self._tensors is None:
-            return _call((leaves, [], self._signature)) if self._check(*leaves) and self._plain(leaves) else None
+            return _call((leaves, [], self._signature, args, kwargs)) if self._check(*leaves) and self._plain(leaves) else None
         for index, kind, value in self._constants:
             leaf = leaves[index]
             if leaf is not value and (kind not in _BY_EQUALITY or type(leaf) is not kind or leaf != value):
@@ -79,7 +79,9 @@ class FastPath:
                 return None
             opaques.append(opaque)
         tensors = [leaves[index] for index in self._tensors]
-        return _call((tensors, opaques, self._signature)) if self._check(*tensors) and self._plain(tensors) else None
+        return (
+            _call((tensors, opaques, self._signature, args, kwargs)) if self._check(*tensors) and self._plain(tensors) else None
+        )
 
 
 def _is_mutable_number(leaf: Any) -> bool:

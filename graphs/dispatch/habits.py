@@ -89,9 +89,9 @@ class Habits:
         self._parameters, self._most = parameters, most
         self._habits: OrderedDict[tuple[Any, ...], _Habit] = OrderedDict()
 
-    def against(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Refusal], list[Attempt]]:
+    def against(self, call: Call) -> tuple[list[Refusal], list[Attempt]]:
         """Why not to try to record an unknown signature (empty: nothing speaks against it), and attempts to give up."""
-        for argument in changeable(call, args, kwargs, self._parameters) if self._habits else ():
+        for argument in changeable(call, self._parameters) if self._habits else ():
             habit = self._habits.get(_place(call, argument))
             if habit is None:
                 continue
@@ -108,14 +108,12 @@ class Habits:
     def tried(
         self,
         call: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         entry: RecordedStep | None,
         refusals: Sequence[Refusal] = (),
     ) -> None:
         """Note an attempt to record a signature, and what came of it."""
         attempt = Attempt(call.signature, weakref.ref(entry) if entry is not None else lambda: None, refusals=refusals)
-        for argument in changeable(call, args, kwargs, self._parameters):
+        for argument in changeable(call, self._parameters):
             place = _place(call, argument)
             habit = self._habits.pop(place, None)
             if habit is None:

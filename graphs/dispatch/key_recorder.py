@@ -51,10 +51,10 @@ class KeyRecorder:
             return TooManyKeys(detail, operator="key")
         return inadmissible(call, self._model, self._host(call)) or carries_objects(call)
 
-    def record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RecordedStep, int]:
+    def record(self, call: Call) -> tuple[RecordedStep, int]:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
         config, routes = self._config, self._routes
-        step = self.step(call, args, kwargs)
+        step = self.step(call)
         plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
         while True:
             entry = routes.entries.get(plan.key)
@@ -73,11 +73,9 @@ class KeyRecorder:
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
 
-    def record_variant(
-        self, beside: RecordedStep, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[RecordedStep, int]:
+    def record_variant(self, beside: RecordedStep, call: Call) -> tuple[RecordedStep, int]:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
-        step = self.step(call, args, kwargs)
+        step = self.step(call)
         step.unmerged = beside.group.unmerged
         entry = self._first_call(step)
         entry.group = beside.group
@@ -97,7 +95,7 @@ class KeyRecorder:
         """
         config = self._config
         call = flatten_call(args, kwargs, ambient_of(self._model))
-        step = self.step(call, args, kwargs)
+        step = self.step(call)
         plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims, clamp=True)
         if plan.rows is None or config.buckets is None:
             raise ConfigError("batch_dims", config.batch_dims, "the batch dimension of each padded argument, with buckets= given")
@@ -105,7 +103,7 @@ class KeyRecorder:
             sized_args, sized_kwargs = replace_tensors((args, kwargs), iter(plan.resize(call.tensors, rows)))
             sized = flatten_call(sized_args, sized_kwargs, ambient_of(self._model))
             try:
-                self.record(sized, sized_args, sized_kwargs)
+                self.record(sized)
             except Refused as refused:
                 if refused.undo is not None:
                     refused.undo()
@@ -115,13 +113,13 @@ class KeyRecorder:
                 detail = f"the step initialises {deferred}; call it once first"
                 raise ChangingValue(detail, operator=str(deferred)) from deferred
 
-    def verify(self, entry: RecordedStep, rows: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def verify(self, entry: RecordedStep, rows: int, call: Call) -> None:
         """Compare a replay with an eager run, both undone; a recording that differs is dropped.
 
         Raises:
             VerifyMismatch: it does.
         """
-        step = self.step(call, args, kwargs)
+        step = self.step(call)
         with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
@@ -143,10 +141,10 @@ class KeyRecorder:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
 
-    def step(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+    def step(self, call: Call) -> Step:
         """A call as what its first call sees of it."""
         config = self._config
-        names, opaque_names = leaf_names(args, kwargs, self._parameters)
+        names, opaque_names = leaf_names(call.args, call.kwargs, self._parameters)
         for setting, given in (("static", config.static), ("padding", config.padding), ("batch_dims", config.batch_dims or ())):
             for name in given:
                 if name not in names and name.split(".")[0] not in self._parameters:
@@ -154,8 +152,8 @@ class KeyRecorder:
         return Step(
             model=self._model,
             call=call,
-            args=args,
-            kwargs=kwargs,
+            args=call.args,
+            kwargs=call.kwargs,
             names=names,
             opaque_names=opaque_names,
             static=tuple(i for i, name in enumerate(names) if name in config.static),

@@ -87,12 +87,12 @@ class Routes:
             s: r for s, r in kept if not isinstance(r, Refused) or all(reference() is not None for reference in r.opaques)
         }
 
-    def habitual(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Refusal]:
+    def habitual(self, call: Call) -> list[Refusal]:
         """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
 
         The recordings of those are dropped.
         """
-        refusals, given_up = self.habits.against(call, args, kwargs)
+        refusals, given_up = self.habits.against(call)
         for attempt in given_up:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:

@@ -61,7 +61,7 @@ def on_device(step: Step) -> Step:
     copies = {id(step.call.tensors[index]): _copied(step.call.tensors[index], step.device) for index in step.host}
     tensors = [copies.get(id(tensor), tensor) for tensor in step.call.tensors]
     args, kwargs = replace_tensors((step.args, step.kwargs), iter(tensors))
-    call = Call(tensors, step.call.opaques, step.call.signature)
+    call = Call(tensors, step.call.opaques, step.call.signature, args, kwargs)
     return dataclasses.replace(step, call=call, args=args, kwargs=kwargs)
 
 
