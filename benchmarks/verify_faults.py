@@ -34,7 +34,7 @@ from graphs.contract.arguments import flatten_call
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import NotReplayed
 from graphs.eager_mode import forced_eager
-from graphs.first_call.record_key import compare_replay
+from graphs.first_call.verify_replay import compare_replay
 from graphs.numerics import tolerance
 
 Tensor = torch.Tensor
@@ -177,16 +177,16 @@ def verdict(subject: Subject, ids: Tensor, fault: Any) -> Any:
     args, kwargs = subject.call(ids)
     recordings = subject.step._graphs_recordings
     call = flatten_call(args, kwargs, ambient_of(subject.model))
-    entry, rows = recordings.routes[call.signature]
-    for way in entry.group.ways:
-        original = way.recording
-        way.recording = Planted(original, fault(way))
+    entry, rows = recordings.routes.by_signature[call.signature]
+    for variant in entry.group.variants:
+        original = variant.recording
+        variant.recording = Planted(original, fault(variant))
         try:
-            with forced_eager("trial"):
-                found = compare_replay(recordings._step(call, args, kwargs), way, rows)
+            with forced_eager("first call"):
+                found = compare_replay(recordings.keys.step(call), variant, rows)
         finally:
-            way.recording = original
-        if found is not None or way.checked is None or way.checked.held():
+            variant.recording = original
+        if found is not None or variant.checked is None or variant.checked.valid():
             return found
     return "another way"
 

@@ -175,7 +175,7 @@ def rewritten_bar(steps: Steps, compiler: str, settings: BenchSettings, progress
 
 def _replay_of(step: Any, arguments: tuple[Tensor, ...]) -> Callable[[], Any]:
     """The replay inside a call, without the host's wait for its answer: that is no device time, and is in the wall time."""
-    ((entry, rows),) = step._graphs_recordings.routes.values()
+    ((entry, rows),) = step._graphs_recordings.routes.by_signature.values()
     return functools.partial(entry.recording.replay, list(arguments), rows)
 
 
