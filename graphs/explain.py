@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 import passes
 from graphs.auditing.audit import step_of
+from graphs.compile.torch_dynamo import private
 from graphs.compiler_options import CompilerOptions
 from graphs.config import PASSES
 from graphs.dispatch.captured_module import capture
@@ -221,7 +222,7 @@ def _effect(module: GraphModule, one: passes.Pass, trace: EagerTrace) -> PassEff
 
 def _fusion(step: Step) -> Fusion:
     """Compile the step anew, since a cache of compiled graphs does not say what was fused."""
-    from torch._inductor import config, metrics
+    config, metrics = private("config"), private("metrics")
 
     kernels: list[str] = []
     options: dict[str, Any] = {"force_disable_caches": True}

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 import passes
 from graphs._version import __version__
+from graphs.compile.torch_dynamo import private
 from graphs.errors import Site
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
@@ -163,24 +162,22 @@ def compile_graph(
     """
     graph = CompiledGraph(module, inputs, compiler)
     if compiler == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
         settings = {"triton.cudagraphs": False, **(patches or {})}
         settings |= _as_inductor_pass(pipeline, graph.changes, settings.get("post_grad_custom_pre_pass"))
-        graph.function = compile_fx(module, inputs, config_patches=settings)
+        graph.function = private("compile_fx")(module, inputs, config_patches=settings)
     else:
-        from torch._dynamo.backends.common import aot_autograd
 
         def rewritten(lowered: GraphModule, _: Sequence[Any]) -> Any:
             graph.changes += _run_passes(lowered, pipeline)
-            return make_boxed_func(lowered.forward)
+            return private("make_boxed_func")(lowered.forward)
 
+        aot_autograd = private("aot_autograd")
         graph.function = aot_autograd(fw_compiler=rewritten, keep_inference_input_mutations=True)(module, inputs)
     return graph
 
 
 def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[passes.Change]:
-    with unset_fake_temporarily():  # compilers run in a mode where a constant that a pass computes would have no value
+    with private("unset_fake_temporarily")():  # compilers run in a mode where a constant that a pass computes would have no value
         return passes.run(module, pipeline)
 
 
@@ -191,19 +188,17 @@ def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Chan
     """
     if not pipeline:
         return {}
-    from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
+    config, base = private("config"), private("CustomGraphPass")
     before: Any = given if given is not None else config.post_grad_custom_pre_pass
 
-    class Pipeline(CustomGraphPass):
+    class Pipeline(base):  # type: ignore[misc, valid-type]
         def __call__(self, graph: Graph) -> None:
             if before is not None:
                 before(graph)
             changes.extend(_run_passes(cast(GraphModule, graph.owning_module), pipeline))
 
         def uuid(self) -> Any:
-            other = before.uuid() if isinstance(before, CustomGraphPass) else None
+            other = before.uuid() if isinstance(before, base) else None
             if before is not None and other is None:
                 return None  # it has no name that a cache could trust
             return ("passes", __version__, *map(name_of, pipeline), other)

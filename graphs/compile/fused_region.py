@@ -11,6 +11,8 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphs.compile.torch_dynamo import private
+
 Tensor = torch.Tensor
 Compiled = Callable[..., Sequence[Tensor]]
 _compiled: weakref.WeakValueDictionary[Any, Compiled] = weakref.WeakValueDictionary()
@@ -39,14 +41,12 @@ class CompiledRegion(torch.nn.Module):
             return self._function(*inputs)
 
     def _compile(self, inputs: Sequence[Tensor]) -> Compiled:
-        from torch._inductor.compile_fx import compile_fx
-
         key = (self.body.code, *((x.dtype, x.device, x.shape, x.stride()) for x in inputs))
         function: Any = _compiled.get(key)
         if function is None:
             try:
                 with _disable_current_modes():
-                    function = compile_fx(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
+                    function = private("compile_fx")(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
             except Exception as error:  # whatever a compiler fails with, the region can run without it
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(f"{len(self.body.graph.nodes)} small operators run unfused: {reason}", RuntimeWarning, stacklevel=2)

@@ -10,9 +10,9 @@ import torch
 
 from graphs.contract.arguments import Call, objects_on
 from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
+from graphs.objects.torch_fast_paths import is_capturing
 
 Tensor = torch.Tensor
-is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
 def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Refusal | None:

@@ -16,12 +16,12 @@ import torch
 
 from graphs.contract.slots import extent
 from graphs.errors import MovedStaticTensor
+from graphs.objects.torch_fast_paths import equal_addresses, tensor_guards
 from graphs.state.python_state import Link
 from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor
 _REMEMBERED = 1024  # addresses of arguments known to lie apart from what the step writes
-_equal_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in builds for CUDA and HIP
 _data_ptr = Tensor.data_ptr
 WINDOW = 16  # tensors whose layout is looked at by one call; a tensor transposed in place is seen within as many windows
 
@@ -99,8 +99,8 @@ class StaticTensors:
         return all(_layout(tensor) == known[id(tensor)] for tensor in looked_at)
 
     def _stayed(self) -> bool:
-        if _equal_addresses is not None:
-            return bool(_equal_addresses(self._tensors, self._pointers, self._indices))
+        if equal_addresses is not None:
+            return bool(equal_addresses(self._tensors, self._pointers, self._indices))
         return list(map(_data_ptr, self._tensors)) == self._pointers
 
     def _lie_apart(self, tensors: Sequence[Tensor]) -> bool:
@@ -183,7 +183,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 def _tensor_guards(tensors: Sequence[Tensor]) -> Any:
     """Torch's guards of shapes, strides and dtypes; None where it has none."""
-    kind = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    kind = tensor_guards
     return kind(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None) if kind is not None and tensors else None
 
 

@@ -19,9 +19,9 @@ import torch
 from graphs.contract.arguments import Call, is_constant, is_leaf, repeats
 from graphs.objects.keys import PLAIN
 from graphs.objects.raw_access import of_type
+from graphs.objects.torch_fast_paths import tensor_guards
 
 Tensor = torch.Tensor
-_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _BY_EQUALITY = (bool, int, str)  # others may be equal and not the same: 0.0 and -0.0
 _call = partial(tuple.__new__, Call)  # a third of the time of Call(...)
 _attributes_of: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
@@ -53,9 +53,9 @@ class FastPath:
         leaves = (*args, *kwargs.values())
         simple = all(map(is_leaf, leaves)) and repeats(call.tensors) is None
         plain = all(type(tensor) is Tensor and not tensor.requires_grad and not tensor.__dict__ for tensor in call.tensors)
-        if _Guards is None or not simple or not plain or any(map(_is_mutable_number, leaves)):
+        if tensor_guards is None or not simple or not plain or any(map(_is_mutable_number, leaves)):
             return None
-        guards = _Guards(*call.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        guards = tensor_guards(*call.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return cls(guards, tuple(kwargs), leaves, ambient, call)
 
     def _plain(self, tensors: list[Tensor]) -> bool:

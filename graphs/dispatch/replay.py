@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.contract.eligibility import is_capturing
 from graphs.errors import ChangingValue, MovedStaticTensor, NestedCapture, Refusal
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.objects.cells import Difference
+from graphs.objects.torch_fast_paths import increment_version, is_capturing
 from graphs.recording.failures import StepRaised
 from graphs.recording.recorder import ReplayRaised
 from graphs.state.tensor_state import RandomState
-
-_increment_version: Callable[[Any], None] = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 
 
 class Outdated(NamedTuple):
@@ -82,7 +79,7 @@ def replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
             raise StepRaised(raised.error) from None
         raise
     if entry.bumped or entry.bumped_arguments:
-        _increment_version([*entry.bumped, *map(call.tensors.__getitem__, entry.bumped_arguments)])
+        increment_version([*entry.bumped, *map(call.tensors.__getitem__, entry.bumped_arguments)])
     return produced
 
 

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._dynamo.guards import compute_overlapping_tensors
 
 import passes
+from graphs.compile.torch_dynamo import private
 from graphs.config import BackendOptions
-from graphs.contract.eligibility import is_capturing
 from graphs.dispatch.call_log import CallLog
 from graphs.dynamo.subgraph import RecordedSubgraph, record_subgraph
 from graphs.eager_mode import forced_by, forced_eager
@@ -36,6 +35,7 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
+from graphs.objects.torch_fast_paths import is_capturing
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder, first_call_lock
 from graphs.report import BackendReport, PieceReport
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from graphs.compile.compiled_graph import CompiledGraph
 
 Tensor = torch.Tensor
+_overlapping = private("compute_overlapping_tensors")
 _MOVES = 2  # times that a static input may move before it is copied, or, if it is written, its graph runs unrecorded
 _OVERLAP = "the graph writes in an input that overlaps with another, or inputs overlap otherwise than when it was compiled"
 _count = itertools.count()
@@ -278,8 +279,6 @@ class _Routed:
 
 def _route(module: torch.fx.GraphModule, inputs: Sequence[Any], routes: Any) -> _Routed:
     """Route the grouped projections of a graph whose weights Dynamo calls static; not of one that records gradients."""
-    from torch._dynamo.source import ConstantSource
-
     from graphs.compile.compiled_graph import needs_gradients, placeholders, static_inputs
     from passes.projections.route import routing
 
@@ -296,7 +295,7 @@ def _route(module: torch.fx.GraphModule, inputs: Sequence[Any], routes: Any) -> 
     sources: dict[str, Any] = vars(module)["_param_name_to_source"]
     made = routing(module, named, constants={target: inputs[index] for target, index in static.items()})
     for name in {name for name, _ in module.named_buffers()} - known:
-        sources[name] = ConstantSource(name)  # AOTAutograd asks where each tensor comes from
+        sources[name] = private("ConstantSource")(name)  # AOTAutograd asks where each tensor comes from
     prepared = [(index, names[target], inputs[index]) for target, index in static.items() if not nodes[index].users]
     weights = tuple((index, name, weight, _version(weight)) for index, name, weight in prepared)
     return _Routed(tuple(passes.Change("routing", before, after) for before, after in made), weights)
@@ -320,7 +319,7 @@ def _overlaps(inputs: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
             by_storage.setdefault(storage_id(value), []).append(index)
     pairs = (pair for members in by_storage.values() for pair in itertools.combinations(members, 2))
     offsets = [(a, b, int(inputs[b].storage_offset() - inputs[a].storage_offset())) for a, b in pairs]
-    return tuple(found for found in offsets if compute_overlapping_tensors([inputs[found[0]], inputs[found[1]]], symbolic=False))
+    return tuple(found for found in offsets if _overlapping([inputs[found[0]], inputs[found[1]]], symbolic=False))
 
 
 def _version(tensor: Tensor) -> int:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import passes
 from graphs.compile.fused_region import CompiledRegion
+from graphs.compile.torch_dynamo import private, without_recompile_limit
 from graphs.compiler_options import CompilerOptions
 from graphs.errors import CompileFailed, Refusal, RowsInteract, Site
 from graphs.first_call.recorded_step import RecordedStep
@@ -146,7 +147,7 @@ class CompiledModel:
                 graph.modes = modes
             try:
                 result = self._compiled(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except private("TorchDynamoException") as error:
                 raise _compile_failed(error) from error
         if not self._graphs:
             raise CompileFailed("Dynamo found no operator of the step that it can trace", operator="torch.compile")
@@ -156,7 +157,7 @@ class CompiledModel:
 @contextlib.contextmanager
 def _no_recompile_limit() -> Iterator[None]:
     """Each key is compiled once and may be the ninth of its code: the limit is for guards that keep failing."""
-    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+    with without_recompile_limit():
         yield
 
 

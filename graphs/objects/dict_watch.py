@@ -15,9 +15,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from graphs.objects.torch_fast_paths import dict_version
 
-_number_of = getattr(torch._C._dynamo.guards, "dict_version", None)
+_number_of = dict_version
 
 
 class DictWatch:

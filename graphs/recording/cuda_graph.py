@@ -18,6 +18,7 @@ import torch
 from graphs.contract.padding import Padding
 from graphs.contract.slots import Contract, is_dense
 from graphs.errors import CaptureFailed, Refusal
+from graphs.objects.torch_fast_paths import empty_strided_cuda
 from graphs.recording.copy_kernels import RING, AddressTable, Copier, Move, load_kernels
 from graphs.recording.host_ring import HostRing
 from graphs.recording.recorder import Body
@@ -26,7 +27,7 @@ from graphs.recording.vendor import current_policy
 Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
 _current_device = torch._C._cuda_getDevice
-_fast_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's wrappers call: half the time
+_fast_empty = empty_strided_cuda  # what Inductor's wrappers call: half the time
 _data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _KEEP = Padding("keep")
 LARGE = 1 << 26
