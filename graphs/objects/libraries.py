@@ -72,14 +72,19 @@ def origin_of_code(code: types.CodeType, space: dict[str, Any]) -> str:
 
 
 def origin_of_module(module: types.ModuleType) -> str:
-    """The same for a module; one without a file was built by hand, if it is not one of Python's own."""
+    """The same for a module; one without a file is Python's own, or made by the package in whose name it lies (``torch._C._nn``),
+    or by hand.
+    """
     content = vars(module)
     file = content.get("__file__")
     if isinstance(file, str):
         return origin_of(file)
     spec = content.get("__spec__")
     built_in = content.get("__name__") in sys.builtin_module_names or getattr(spec, "origin", None) in ("built-in", "frozen")
-    return "python" if built_in else "library" if spec is not None else "user"
+    if built_in or spec is not None:
+        return "python" if built_in else "library"
+    package = sys.modules.get(str(content.get("__name__", "")).rpartition(".")[0])
+    return origin_of_module(package) if type(package) is types.ModuleType else "user"
 
 
 @per_class

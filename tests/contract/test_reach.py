@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import graphs
+from graphs.objects.libraries import origin_of_module
 from graphs.python_reads.code_reads import _computes_names
 from graphs.state.python_state import PythonState
 
@@ -540,3 +541,9 @@ def test_a_library_is_not_gone_through_as_a_whole() -> None:
 )
 def test_names_that_are_no_constants_are_told_apart(function: Any, computes: bool) -> None:
     assert _computes_names(function.__code__) is computes
+
+
+def test_a_module_without_a_file_belongs_to_the_package_in_whose_name_it_lies() -> None:
+    assert origin_of_module(torch._C._nn) == origin_of_module(torch._C) == "torch"  # type: ignore[attr-defined]
+    assert origin_of_module(types.ModuleType("made_by_hand")) == "user"
+    assert origin_of_module(types.ModuleType("made.by_hand")) == "user"
