@@ -30,9 +30,13 @@ def without_host_values(
     Raises:
         Refusal: they cannot, or (`RowsInteract`) not for padded rows.
     """
-    advanced = Counters(counters, step.device) if counters else None
+
+    def rewritten() -> RewrittenStep:
+        advanced = Counters(counters, step.device) if counters else None
+        return rewrite(step.without_candidate(), watched, stand_ins, advanced)
+
     try:
-        candidate = rehearsal.run(lambda: rewrite(step.without_candidate(), watched, stand_ins, advanced))
+        candidate = rehearsal.run(rewritten)
     except Refusal:
         raise
     except Exception as error:
