@@ -120,20 +120,10 @@ class CaptureConfig:
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
         require_known_variables()
-        require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
-        require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
-        dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()
-        legal_dims = all(type(dim) is int and dim >= 0 for dim in dims)
-        require(legal_dims, "batch_dims", batch_dims, "a mapping from argument names to dimensions, 0 or more")
-        require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
-        positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
-        require(positive, "max_recordings", max_recordings, "a positive integer")
-        limits = dict(bounds) if isinstance(bounds, Mapping) else {"": 0} if bounds is not None else {}
-        legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
-        require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
+        _require_legal(static, padding, batch_dims, strict, max_recordings, bounds)
         return cls(
             passes=as_passes(passes if passes is not None else env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
-            bounds=limits,
+            bounds=dict(bounds or {}),
             raise_internal=env_flag("GRAPHS_RAISE_INTERNAL", False),
             mode=chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets if buckets is not None else env_sizes("GRAPHS_BUCKETS")),
@@ -147,3 +137,18 @@ class CaptureConfig:
             compiler_options=CompilerOptions.resolve(compiler_options),
             compiler=chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
         )
+
+
+def _require_legal(static: Any, padding: Any, batch_dims: Any, strict: Any, max_recordings: Any, bounds: Any) -> None:
+    """Raise `ConfigError` for the first argument of `graphs.capture` that has a value no variable can give."""
+    require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
+    require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
+    dims = batch_dims.values() if isinstance(batch_dims, Mapping) else ("",) if batch_dims is not None else ()
+    legal_dims = all(type(dim) is int and dim >= 0 for dim in dims)
+    require(legal_dims, "batch_dims", batch_dims, "a mapping from argument names to dimensions, 0 or more")
+    require(strict is None or isinstance(strict, bool), "strict", strict, "True or False")
+    positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
+    require(positive, "max_recordings", max_recordings, "a positive integer")
+    limits = bounds if isinstance(bounds, Mapping) else {"": 0} if bounds is not None else {}
+    legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
+    require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")

@@ -15,7 +15,7 @@ import graphs
 from graphs.dispatch.call_log import NotReplayed
 from graphs.dispatch.variants import _PATIENCE, MAX_VARIANTS
 from graphs.errors import HostSync, ManyWays
-from graphs.rewriting.rewritten_step import Speculation
+from graphs.rewriting.checked_replay import Speculation
 from tests.parity import parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")

@@ -17,8 +17,8 @@ from graphs.guards.python_guards import Guards
 from graphs.numerics.tolerance import OTHER_KERNELS
 from graphs.observation.timing import CallTime
 from graphs.recording.recorder import Recording
+from graphs.rewriting.checked_replay import CheckedReplay
 from graphs.rewriting.proof import Proof
-from graphs.rewriting.rewritten_step import CheckedReplay
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor

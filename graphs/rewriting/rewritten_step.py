@@ -6,10 +6,8 @@ warm-up and the recording run the graph.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import raised_refusal
 from graphs.recording.recorder import Recording
 from graphs.rehearsal.step import Checkpoint, Step
+from graphs.rewriting.checked_replay import CheckedReplay, Speculation
 from graphs.rewriting.forbidding import forbidding
 from graphs.rewriting.python_stores import Stored, Stores
 from graphs.state.counters import Counters
@@ -93,10 +92,7 @@ def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor
 def traced(
     step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
 ) -> passes.TracedStep:
-    """The step as a graph with its host values; its structure says how the graph's flat results make the step's output.
-
-    Args:
-        merge: whether both sides of branches become part of the graph where they can.
+    """The step as a graph with its host values; with ``merge``, both sides of branches are part of it where they can be.
 
     Raises:
         passes.Unremovable: the step does with a host value what no graph can do.
@@ -118,12 +114,9 @@ def traced(
         structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
         return found
 
-    reads = [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
-    held = counters.tensors if counters is not None else []
-    numbers = [passes.Number(tensor, place.value, place.path) for tensor, place in zip(held, places, strict=True)]
     try:
         made = passes.trace_step(
-            *(flat, tensors, reads, _modules(step, trace), numbers, lambda: advanced),
+            *(flat, tensors, _reads(trace), _modules(step, trace), _numbers(counters), lambda: advanced),
             structure=lambda: structure[0],
             snapshot=functools.partial(PythonState, tensors=False) if merge else None,
             forbidding=forbidding() if merge else None,
@@ -135,6 +128,19 @@ def traced(
     if counters is not None and made.advance is not None:
         counters.advance = made.advance
     return made
+
+
+def _reads(trace: EagerTrace) -> list[passes.Read]:
+    """What the host read in a watched run."""
+    return [passes.Read(r.operator, r.frame, r.value, r.index, r.place, r.turn, r.source) for r in trace.reads]
+
+
+def _numbers(counters: Counters | None) -> list[passes.Number]:
+    """The numbers of Python that a step advances, with the tensors that hold them."""
+    if counters is None:
+        return []
+    held = zip(counters.tensors, counters.counters, strict=True)
+    return [passes.Number(tensor, counter.value, counter.path) for tensor, counter in held]
 
 
 class _Hole:
@@ -266,134 +272,3 @@ class RewrittenStep:
         if self.counters is not None:
             self.counters.unknown()
         return CheckedReplay(recording, self.assumption, self.counters, random)
-
-
-class Speculation:
-    """Whether the host values of a run were as its graph assumes, and how to undo it if not.
-
-    The graph counts its runs and leaves ``2 * runs + broken`` in host memory (pinned, where there is a device). The host
-    waits for its own run's number to appear there. It is written at the end of the graph: an assumption may be about anything
-    that the graph computes, and whoever undoes a run must not do so while it still writes.
-    """
-
-    def __init__(self, plan: Sequence[passes.Undo]) -> None:
-        self._plan = plan
-        self._runs: Tensor | None = None
-        self._word = torch.zeros((), dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        self._memory = ctypes.c_int64.from_address(self._word.data_ptr())
-        self._saved: Sequence[Tensor] = ()
-
-    def ran(self, broken: Tensor, saved: Sequence[Tensor]) -> None:
-        """Called by each run, eager or recorded, with what its graph computed."""
-        if self._runs is None:
-            self._runs = torch.zeros((), dtype=torch.int64, device=broken.device)
-        if broken.device.type == "cpu":
-            self._runs.add_(2)
-            self._word.copy_(self._runs + broken)
-        else:
-            from graphs.recording.run_word import count_run
-
-            count_run(self._runs, broken, self._word)
-        self._saved = saved
-
-    def runs(self) -> int:
-        """How many runs there were. Waits for the device."""
-        assert self._runs is not None
-        return int(self._runs.item()) // 2
-
-    def valid(self, run: int) -> bool:
-        """Whether the assumption held in a run, the last one launched. Waits until the device knows.
-
-        Raises:
-            RuntimeError: the device failed before it could say.
-        """
-        spins = 0
-        while self._memory.value >> 1 != run:
-            spins += 1
-            if spins % 4096 == 0 and torch.cuda.current_stream().query() and self._memory.value >> 1 != run:
-                raise RuntimeError(f"run {run} of a recorded step ended without saying whether its assumptions held")
-            if spins > 64:
-                time.sleep(0)  # lets another thread have the interpreter
-        return not self._memory.value & 1
-
-    def undo(self) -> None:
-        """Take back what the last run wrote."""
-        with torch.no_grad():
-            passes.undo(self._plan, self._saved)
-
-
-class CheckedReplay:
-    """A recording of a rewritten step: it knows whether its last replay was right, and keeps Python's numbers.
-
-    Args:
-        recording: what replays the graph.
-        assumption: what the graph assumes of host values, if anything.
-        counters: numbers that the step advances, if any.
-        random: saves the random generators, for steps that draw from them.
-    """
-
-    def __init__(
-        self,
-        recording: Recording,
-        assumption: Speculation | None,
-        counters: Counters | None,
-        random: Callable[[], RandomState] | None,
-    ) -> None:
-        self._recording, self._speculation, self._counters = recording, assumption, counters
-        self._random = random if assumption is not None else None
-        self._before: RandomState | None = None
-        self._run = assumption.runs() if assumption is not None else 0
-        self.outputs = recording.outputs  # type: ignore[attr-defined]
-
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """Replay; `commit_or_rollback` tells whether the results can be used."""
-        if self._random is not None:
-            self._before = self._random()
-        if self._counters is not None:
-            self._counters.load()
-        produced = self._recording.replay(tensors, rows)
-        self._run += 1
-        if self._counters is not None:
-            self._counters.ran()
-        return produced
-
-    def abandoned(self) -> None:
-        """Note that the last replay did not come to its end, and was undone by others."""
-        if self._counters is not None:
-            self._counters.unknown()
-
-    def valid(self) -> bool:
-        """Whether what the graph assumes was true in the last replay. Waits until the device knows."""
-        return self._speculation is None or self._speculation.valid(self._run)
-
-    def commit(self) -> None:
-        """Give Python the numbers that the last replay advanced."""
-        if self._counters is not None:
-            self._counters.store()
-
-    def commit_or_rollback(self) -> bool:
-        """Whether the last replay counts: if so Python's numbers are advanced, else all that it did is undone."""
-        try:
-            held = self.valid()
-        except RuntimeError:
-            self._undo()  # the replay came to its end: eager, which follows, starts from before it
-            raise
-        if held:
-            self.commit()
-        else:
-            self._undo()
-        return held
-
-    def _undo(self) -> None:
-        """Take back all that the last replay did."""
-        assert self._speculation is not None
-        self._speculation.undo()
-        if self._before is not None:
-            self._before.restore()
-        if self._counters is not None:
-            self._counters.undone()
-
-    @property
-    def pool_bytes(self) -> int:
-        """See `graphs.recording.recorder.Recording`."""
-        return self._recording.pool_bytes
