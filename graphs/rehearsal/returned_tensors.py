@@ -92,9 +92,9 @@ def links_to(objects: list[Any], python: PythonState) -> list[Link]:
     """Where objects hang that are handed out as they are: they have to be the same at every call."""
     wanted = {id(value) for value in objects}
     return [
-        Link(place.form.format(key), place.container, key, value, registered=False, parent=None)
-        for place in python._places
-        if place.container is not None and isinstance(place.content, dict)
-        for key, value in place.content.items()
+        Link(cell.form.format(key), cell.container, key, value, parent=None)
+        for cell in python.cells
+        if cell.container is not None and isinstance(cell.content, dict)
+        for key, value in cell.content.items()
         if id(value) in wanted
     ]

@@ -28,7 +28,6 @@ class Link:
     key: Any
     value: Any
     parent: Link | None
-    registered: bool = False
 
 
 Found = tuple[str, Any, Link | None]

@@ -41,6 +41,7 @@ class PythonState:
         tensors: whether to include what tensors are besides their values: which memory they lie in, and how.
 
     Attributes:
+        cells: what is compared and put back.
         owners: links to tensors.
         generators: generators of random numbers of torch's that hang on the roots; their states are the caller's to keep.
         ran: functions whose names were taken in.
@@ -59,8 +60,7 @@ class PythonState:
         seen: set[int] = known._inventory.seen if known is not None else set()
         inventory = Inventory((id(root) for _, root in named), seen, tensors=tensors)
         self._inventory: Inventory = inventory
-        self._cells, self._forms = inventory.cells, inventory.forms
-        self._places = self._cells  # the name that `graphs.rehearsal.returned_tensors` reads them by
+        self.cells, self._forms = inventory.cells, inventory.forms
         self.owners, self.generators = inventory.owners, inventory.generators
         self.ran: list[Ran] = []
         self.complete = True
@@ -97,7 +97,7 @@ class PythonState:
 
     def differences(self) -> list[Difference]:
         """What changed since the snapshot."""
-        found = [difference for cell in self._cells for difference in cell_differences(cell)]
+        found = [difference for cell in self.cells for difference in cell_differences(cell)]
         return [*found, *(difference for form in self._forms for difference in form.differences())]
 
     def shifted(self) -> Callable[[], list[Difference]]:
@@ -105,7 +105,7 @@ class PythonState:
 
         A run that sets one to the same state whenever it is called does not show otherwise. What it left alone is put back.
         """
-        drawing = [cell for cell in self._cells if cell.draw is not None]
+        drawing = [cell for cell in self.cells if cell.draw is not None]
         for cell in drawing:  # one generator may hang in two cells
             cell.draw()  # type: ignore[misc]
         states = [cell.read() for cell in drawing]
@@ -120,7 +120,7 @@ class PythonState:
 
     def changed_entries(self) -> Iterator[tuple[str, Any, Any, Any, Any]]:
         """Path, container, key, value before and value now of all that changed; no container where there is no mapping."""
-        for cell in self._cells:
+        for cell in self.cells:
             if isinstance(cell.content, (dict, list)):
                 for key, before, after in changed_entries(cell):
                     yield cell.form.format(key), cell.container, key, before, after
@@ -130,7 +130,7 @@ class PythonState:
 
     def restore(self) -> None:
         """Put back what the snapshot saw."""
-        for cell in self._cells:
+        for cell in self.cells:
             if cell_differences(cell):
                 cell.write(cell.content)
         for form in self._forms:
