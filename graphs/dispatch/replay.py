@@ -13,7 +13,7 @@ from graphs.objects.cells import Difference
 from graphs.objects.torch_fast_paths import increment_version, is_capturing
 from graphs.recording.failures import StepRaised
 from graphs.recording.recorder import ReplayRaised
-from graphs.state.tensor_state import RandomState
+from graphs.state.tensor_state import RandomState, TensorState
 
 
 class Outdated(NamedTuple):
@@ -63,16 +63,16 @@ def replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
         StepRaised: an operator refused its data, which the step does not catch, and others had written.
     """
     undone = not entry.on_device and (entry.catches or entry.checked is not None)
-    copies = entry.written.copies() if undone else None
+    journal = TensorState() if undone else None
     draws = entry.generators is not None and not entry.on_device and (undone or not entry.written.tensors)
     random = RandomState(torch.device("cpu"), {g: g.get_state() for g in entry.generators or ()}) if draws else None
     try:
-        produced = entry.recording.replay(call.tensors, rows)
+        produced = entry.recording.replay(call.tensors, rows, journal)
     except ReplayRaised as raised:
         if random is not None:
             random.restore()
-        if copies is not None:
-            entry.written.restore(copies)
+        if journal is not None:
+            journal.restore()
             if entry.checked is not None:
                 entry.checked.abandoned()
         elif entry.written.tensors:

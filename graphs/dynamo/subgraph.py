@@ -216,7 +216,7 @@ def _record(
     runs.reset()
     made = recording.replay(inputs, 1)  # the call
     if check:
-        found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.tensors)
+        found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.left())
         if found is not None:
             raise VerifyMismatch(found[1].replace("eager", "the compiled graph"), operator=found[0])
     return subgraph, made

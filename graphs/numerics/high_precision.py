@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.numerics.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, PRECISE, UNINITIALISED, CannotRaise
 from graphs.numerics.ties import Tie, find_ties, is_choice, turn
+from graphs.state.regions import Region
 from graphs.state.storage import RESIZING, storage_id, tensors_in, written_tensors
 
 Tensor = torch.Tensor
@@ -94,6 +95,12 @@ class HighPrecision(TorchDispatchMode):
         with torch.inference_mode(False), torch.no_grad():
             shadow = self._shadow(tensor)
             return shadow.part(tensor) if shadow is not None else _cast(tensor)
+
+    def of_region(self, region: Region) -> Tensor:
+        """As `of`, for what an operator wrote."""
+        with torch.inference_mode(False), torch.no_grad():
+            shadow = self._shadow(region.tensor)
+            return region.entries_of(shadow.part(region.tensor)) if shadow is not None else _cast(region.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

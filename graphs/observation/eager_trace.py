@@ -48,8 +48,8 @@ def trace_eager(
     Args:
         fn: the step with its arguments bound.
         arguments: the tensor arguments, so that they are not taken for externals.
-        before: the trace of an earlier run of the same step. What it saved is not saved again, so `EagerTrace.written` holds
-            only what is written in addition, and checksums are not taken.
+        before: the trace of an earlier run of the same step. Other elements of storages that it wrote are saved there, so
+            `EagerTrace.written` holds only storages that are written in addition, and checksums are not taken.
         into: the trace to fill, for callers that need it when ``fn`` raises.
     """
     trace = into if into is not None else EagerTrace()

@@ -23,6 +23,7 @@ from graphs.recording.copy_kernels import RING, AddressTable, Copier, Move, load
 from graphs.recording.host_ring import HostRing
 from graphs.recording.recorder import Body
 from graphs.recording.vendor import current_policy
+from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
@@ -85,7 +86,7 @@ class CudaRecording:
         self._layouts_at: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]] = {}
         self._owned = owned
 
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """One graph launch, after a copy of each large input; see `graphs.recording.recorder.Recording`.
 
         Inputs may be freed as soon as this returns.
@@ -135,7 +136,7 @@ class StagingRecording(CudaRecording):
         super().__init__(*arguments, owned=owned)
         self._ring = HostRing([slot for slot in self.contract.slots if slot.from_host], RING)
 
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """One graph launch; see `CudaRecording.replay`."""
         if _raw_stream(self._index) != self._order.raw:
             self._order.enter()  # first: what marks the end of earlier replays has to come behind them

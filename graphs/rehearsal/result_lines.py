@@ -25,8 +25,8 @@ def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerT
         kind, which = trace.origins.get(storage_id(tensor), ("", 0)) if has_storage(tensor) else ("", 0)
         if kind == "operation":
             found[f"output {index}"] = trace.operations[which].site
-    for index, tensor in enumerate(first.written.tensors):
-        origin = first.origins.get(storage_id(tensor))
+    for index, region in enumerate(first.written.regions):
+        origin = first.origins.get(region.storage)
         writer = next((o for o in reversed(first.operations) if _writes(o, origin)), None)
         if writer is not None:
             found[f"state written by the step, tensor {index}"] = writer.site
