@@ -95,6 +95,8 @@ def examine(call: FirstCall, reads: CodeReads) -> Examined:
     drawn = _drawn_on_host(step, origin, trace)
     if drawn is not None:
         raise call.refused(drawn, *trace.findings)
+    if trace.imported_dynamo:
+        raise call.deferred("torch.compile")
     if reads.refusals:
         raise call.deferred(reads.refusals[0].operator, reads.refusals[0])
     walk = GuardWalk(reads, step.roots())

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.numerics.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, PRECISE, UNINITIALISED, CannotRaise
 from graphs.numerics.ties import Tie, find_ties, is_choice, turn
 from graphs.state.regions import Region
 from graphs.state.storage import RESIZING, storage_id, tensors_in, written_tensors
+from passes.core.modes import DispatchMode
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ class _Shadow:
         return part._neg_view() if tensor.is_neg() else part
 
 
-class HighPrecision(TorchDispatchMode):
+class HighPrecision(DispatchMode):
     """Runs eager, and what eager rounds once more in float64.
 
     Attributes:

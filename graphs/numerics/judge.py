@@ -33,6 +33,7 @@ from graphs.numerics.high_precision import HighPrecision, raised
 from graphs.numerics.ties import Tie
 from graphs.state.regions import Region
 from graphs.state.tensor_state import Left, TensorState
+from passes.core.modes import as_written
 
 Tensor = torch.Tensor
 WHOLE, SPREAD = 2.0, 2.0
@@ -226,7 +227,7 @@ def _run(rerun: Rerun, regions: Sequence[Region], mode: HighPrecision) -> tuple[
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # weights that autocast rounded before would pass for exact
     try:
-        with torch.compiler.set_stance("force_eager"), mode:
+        with as_written(), mode:
             outputs = list(rerun.run())
     finally:
         torch.set_autocast_cache_enabled(cached)

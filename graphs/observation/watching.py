@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.errors import (
     AutogradInput,
@@ -32,6 +31,7 @@ from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in
 from graphs.state.tensor_state import TensorState
 from passes import Place, inside, user_place
 from passes.core.composites import as_eager, run, taken_apart
+from passes.core.modes import DispatchMode
 from passes.core.source_location import user_line
 
 Tensor = torch.Tensor
@@ -42,7 +42,7 @@ _SUMMED = 1 << 20
 are summed where operators that are not ATen's, or code that asks for their address, are given them."""
 
 
-class Watching(TorchDispatchMode):
+class Watching(DispatchMode):
     """Fills a `EagerTrace` with what reaches the dispatcher."""
 
     supports_higher_order_operators = True

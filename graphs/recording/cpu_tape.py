@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
@@ -25,6 +24,7 @@ from graphs.state.regions import written_region
 from graphs.state.storage import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.state.tensor_state import TensorState
 from passes.core.composites import Calls, as_eager, casts_inside, run, taken_apart
+from passes.core.modes import DispatchMode, as_written
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -60,7 +60,7 @@ def out_overload(func: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     return None
 
 
-class _TapeMode(TorchDispatchMode):
+class _TapeMode(DispatchMode):
     """Writes the tape while the step runs for real."""
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ class TapeRecorder:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
         buffers = contract.filled(tensors)
         mode = _TapeMode()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
+        with torch.no_grad(), as_written(), unnoticed(), Calls(), mode:
             arranged = contract.arrange(buffers, tensors)
             outputs = body(arranged)
             contract.settle(buffers, arranged)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
@@ -31,6 +30,7 @@ from graphs.rewriting.forbidding import without_effects
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes import Forced, Forcing, OutOfRange, Place, inside, refuse_on_device, user_place, with_tensor
 from passes.core.composites import taken_apart
+from passes.core.modes import DispatchMode
 
 Tensor = torch.Tensor
 _MOST = 24
@@ -64,7 +64,7 @@ class Proof:
         self.missing += [branch for branch in tried if branch not in seen]
 
 
-class _Override(TorchDispatchMode):
+class _Override(DispatchMode):
     """Gives the reads of one tensor another one to read."""
 
     def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor], most: int) -> None:
