@@ -64,7 +64,7 @@ class Region:
             self.tensor.copy_(values)
         else:
             bits = _bits(self.tensor)
-            bits.index_put_(self.indices, values.to(bits.device).view(bits.dtype))
+            aten.index_put_.default(bits, [*self.indices], values.to(bits.device).view(bits.dtype))
 
     def is_same(self, other: Region) -> bool:
         """Whether both are the same elements in the same order."""
