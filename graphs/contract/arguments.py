@@ -225,63 +225,6 @@ def replace_tensors(value: Any, replacements: Iterator[Tensor]) -> Any:
     return map_leaves(value, lambda leaf: next(replacements) if of_type(leaf, Tensor) else leaf)
 
 
-def leaf_names(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the tensor leaves and of the opaque leaves, for example ``input_ids`` or ``caches.0.keys``.
-
-    Args:
-        parameters: names of the step's positional parameters; a further positional argument is named by its index.
-    """
-    tensors: list[str] = []
-    opaques: list[str] = []
-    for index, value in enumerate(args):
-        _name(value, parameters[index] if index < len(parameters) else f"arg{index}", tensors, opaques)
-    for name, value in kwargs.items():
-        _name(value, name, tensors, opaques)
-    return tensors, opaques
-
-
-def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None:
-    if of_type(value, Tensor):
-        tensors.append(path)
-        return
-    items = _items(value)
-    if items is None:
-        if not is_constant(value):
-            opaques.append(path)
-        return
-    in_context, in_attributes = _beside(value)
-    opaques += [f"{path}'s context"] * len(in_context)
-    for key, item in items:
-        _name(item, f"{path}.{key}", tensors, opaques)
-    opaques += [f"{path}'s attributes"] * len(in_attributes)
-
-
-def _beside(value: Any) -> tuple[list[Any], list[Any]]:
-    """The objects of a container of a registered kind that it is known by beside its children: of its context, which comes before
-    them in `flatten_call`, and of its attributes, which come after.
-    """
-    in_context: list[Any] = []
-    in_attributes: list[Any] = []
-    if type(value) not in (tuple, list, dict):
-        children, context = pytree_children(value)
-        context_key(context, in_context)
-        _beyond(value, children or [], in_attributes)
-    return in_context, in_attributes
-
-
-def _items(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds, with names; None for a leaf."""
-    if type(value) is dict:
-        return [(str(key), item) for key, item in value.items()]
-    if type(value) in (tuple, list):
-        return [(str(index), item) for index, item in enumerate(value)]
-    children, context = pytree_children(value)
-    if children is None:
-        return None
-    names = context if type(context) in (list, tuple) and len(context) == len(children) else range(len(children))
-    return [(str(name), item) for name, item in zip(names, children, strict=True)]
-
-
 class Argument(NamedTuple):
     """A leaf that is part of the signature by its value or identity, and where: ``signature[place]``."""
 
@@ -291,37 +234,73 @@ class Argument(NamedTuple):
     is_object: bool
 
 
-def changeable(call: Call, parameters: list[str]) -> list[Argument]:
-    """The leaves of a call that may have any number of values: numbers, text and objects, not flags."""
-    found: list[Argument] = []
+class Leaves(NamedTuple):
+    """The leaves of a call by name, for example ``input_ids`` or ``caches.0.keys``.
+
+    Attributes:
+        tensors, opaques: names of `Call.tensors` and of `Call.opaques`.
+        changeable: the leaves that may have any number of values: numbers, text and objects, not flags.
+    """
+
+    tensors: list[str]
+    opaques: list[str]
+    changeable: list[Argument]
+
+
+def named_leaves(call: Call, parameters: list[str]) -> Leaves:
+    """The leaves of a call, named, in the order of `flatten_call`.
+
+    Args:
+        parameters: names of the step's positional parameters; a further positional argument is named by its index.
+    """
+    found = Leaves([], [], [])
     end = 0
     for index, value in enumerate(call.args):
-        end = _find(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
+        end = _name(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
     for name, value in call.kwargs.items():
-        end = _find(value, name, end + 1, found)
+        end = _name(value, name, end + 1, found)
     start = len(call.signature) - end - (repeats(call.tensors) is not None)
-    return [argument._replace(place=argument.place + start) for argument in found]
+    return found._replace(changeable=[argument._replace(place=argument.place + start) for argument in found.changeable])
 
 
-def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
+def _name(value: Any, path: str, index: int, found: Leaves) -> int:
     """Walk as `_flatten` does; returns the index behind what that adds to the signature."""
     kind = type(value)
     if issubclass(kind, Tensor):
+        found.tensors.append(path)
         return index + 6
     if kind in PLAIN:
         if kind in (int, str, bytes):
-            found.append(Argument(index + 1, path, value, False))
+            found.changeable.append(Argument(index + 1, path, value, False))
         return index + 2
-    items = _items(value)
-    if items is None:
-        constant = constant_key(value) is not NOT_CONSTANT
-        found.append(Argument(index if constant else index + 1, path, value, not constant))
-        return index + (1 if constant else 2)
-    in_context, in_attributes = _beside(value)
-    found += [Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1]]
-    registered = kind not in (tuple, list, dict)
-    index += 3 if registered else 2
-    for key, item in items:
-        index = _find(item, f"{path}.{key}", index, found)
-    found += [Argument(index, f"{path}'s attributes", item, True) for item in in_attributes[:1]]
-    return index + 1 if registered else index
+    if kind is dict or kind is list or kind is tuple:
+        index += 2
+        for key, item in value.items() if kind is dict else enumerate(value):
+            index = _name(item, f"{path}.{key!s}", index, found)
+        return index
+    children, context = pytree_children(value)
+    if children is not None:
+        return _name_registered(value, children, context, path, index, found)
+    if constant_key(value) is not NOT_CONSTANT:
+        found.changeable.append(Argument(index, path, value, False))
+        return index + 1
+    found.opaques.append(path)
+    found.changeable.append(Argument(index + 1, path, value, True))
+    return index + 2
+
+
+def _name_registered(value: Any, children: list[Any], context: Any, path: str, index: int, found: Leaves) -> int:
+    """`_name` for a container of a registered kind, which is known by objects of its context and of its attributes too."""
+    in_context: list[Any] = []
+    in_attributes: list[Any] = []
+    context_key(context, in_context)
+    _beyond(value, children, in_attributes)
+    found.opaques.extend([f"{path}'s context"] * len(in_context))
+    found.changeable.extend(Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1])
+    index += 3
+    names = context if type(context) in (list, tuple) and len(context) == len(children) else range(len(children))
+    for name, child in zip(names, children, strict=True):
+        index = _name(child, f"{path}.{name!s}", index, found)
+    found.opaques.extend([f"{path}'s attributes"] * len(in_attributes))
+    found.changeable.extend(Argument(index, f"{path}'s attributes", item, True) for item in in_attributes[:1])
+    return index + 1
