@@ -12,11 +12,11 @@ from graphs.auditing.finding import Finding
 from graphs.auditing.observe import observe
 from graphs.auditing.report import Audit
 from graphs.contract.arguments import flatten_call, named_leaves
-from graphs.contract.eligibility import device_of, inadmissible, parameter_names
+from graphs.contract.eligibility import device_of, host_arguments, inadmissible, parameter_names
 from graphs.contract.settings import ambient_of
 from graphs.eager_mode import forced_eager
 from graphs.errors import MixedDevices, UnsupportedArgument
-from graphs.first_call.host_arguments import host_arguments, on_device
+from graphs.first_call.host_arguments import on_device
 from graphs.rehearsal.step import Step
 
 __all__ = ["Audit", "Finding", "audit"]

@@ -7,7 +7,6 @@ registry is used and its walk is not.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
-from graphs.objects.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
-from graphs.objects.raw_access import attributes_of, class_attribute, elements_of, filled_slots, of_type, slots_of
+from graphs.objects.keys import NOT_CONSTANT, PLAIN, attributes_key, constant_key, context_key, names_key, nested_key
+from graphs.objects.raw_access import attributes_and_slots, class_attribute, elements_of, of_type, set_attributes_and_slots
 
 Tensor = torch.Tensor
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
@@ -80,11 +79,6 @@ def _attribute_key(value: Any) -> Any:
     return type(value) if key is NOT_CONSTANT else key
 
 
-def objects_on(tensor: Tensor) -> list[str]:
-    """Names of attributes of a tensor that are no constants."""
-    return [name for name, value in tensor.__dict__.items() if nested_key(value) is NOT_CONSTANT]
-
-
 def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     kind = type(value)
     if kind is Tensor or issubclass(kind, Tensor):
@@ -113,7 +107,7 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), len(children), context_key(context, opaques))
         for item in children:
             _flatten(item, tensors, opaques, signature)
-        signature.append(_beyond(value, children, opaques))
+        signature.append(attributes_key(value, children, opaques))
         return
     key = constant_key(value)
     if key is NOT_CONSTANT:
@@ -121,28 +115,6 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), id(value))
     else:
         signature.append(key)
-
-
-def _beyond(value: Any, children: list[Any], opaques: list[Any]) -> Any:
-    """The key of the attributes of a container of a registered kind, which the step can read whatever the kind's children are.
-
-    An attribute that is a child, or a list of them, is known by their positions.
-    """
-    attributes = attributes_and_slots(value)
-    if not attributes:
-        return ()
-    child_keys = {id(child): ("child", index) for index, child in enumerate(children)}
-    return tuple([(name, context_key(item, opaques, child_keys)) for name, item in attributes.items()])
-
-
-def attributes_and_slots(value: Any) -> dict[str, Any]:
-    """The attributes of an object, as they lie in its dictionary and its slots."""
-    attributes = attributes_of(value) or {}
-    slots = _slots(type(value))
-    return {**attributes, **filled_slots(slots, value)} if slots else attributes
-
-
-_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
 
 
 def is_constant(value: Any) -> bool:
@@ -191,7 +163,7 @@ def map_children(value: Any, fn: Callable[[Any], Any]) -> Any:
     attributes = attributes_and_slots(value)
     if type(made) is kind and (attributes or attributes_and_slots(made)):
         replaced = {id(child): item for child, item in zip(children, rebuilt, strict=True)}
-        _set_attributes(made, {name: _carried(item, replaced) for name, item in attributes.items()})
+        set_attributes_and_slots(made, {name: _carried(item, replaced) for name, item in attributes.items()})
     return made
 
 
@@ -206,18 +178,6 @@ def _carried(value: Any, replaced: dict[int, Any]) -> Any:
         entries = {key: _carried(item, replaced) for key, item in value.items()}
         return value if all(map(operator.is_, entries.values(), value.values())) else entries
     return value
-
-
-def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
-    """Make attributes and slots of an object those that are given, without asking the object."""
-    slots = _slots(type(value))
-    for name, slot in slots.items():
-        if name in attributes:
-            slot.__set__(value, attributes[name])
-    own = attributes_of(value)
-    if own is not None:
-        own.clear()
-        own.update((name, item) for name, item in attributes.items() if name not in slots)
 
 
 def replace_tensors(value: Any, replacements: Iterator[Tensor]) -> Any:
@@ -279,14 +239,13 @@ def _name(value: Any, path: str, index: int, found: Leaves) -> int:
             index = _name(item, f"{path}.{key!s}", index, found)
         return index
     children, context = pytree_children(value)
-    if children is not None:
-        return _name_registered(value, children, context, path, index, found)
-    if constant_key(value) is not NOT_CONSTANT:
-        found.changeable.append(Argument(index, path, value, False))
-        return index + 1
-    found.opaques.append(path)
-    found.changeable.append(Argument(index + 1, path, value, True))
-    return index + 2
+    if children is None:
+        is_object = constant_key(value) is NOT_CONSTANT
+        if is_object:
+            found.opaques.append(path)
+        found.changeable.append(Argument(index + is_object, path, value, is_object))
+        return index + 1 + is_object
+    return _name_registered(value, children, context, path, index, found)
 
 
 def _name_registered(value: Any, children: list[Any], context: Any, path: str, index: int, found: Leaves) -> int:
@@ -294,7 +253,7 @@ def _name_registered(value: Any, children: list[Any], context: Any, path: str, i
     in_context: list[Any] = []
     in_attributes: list[Any] = []
     context_key(context, in_context)
-    _beyond(value, children, in_attributes)
+    attributes_key(value, children, in_attributes)
     found.opaques.extend([f"{path}'s context"] * len(in_context))
     found.changeable.extend(Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1])
     index += 3

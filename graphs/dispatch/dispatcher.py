@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import PLAIN_TENSORS, Call, Leaves, flatten_call
+from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import parameter_names
 from graphs.contract.settings import active_mode, ambient_of
@@ -46,10 +46,10 @@ class Dispatcher:
         # verifying a replay runs the step as a first call does, so it needs their lock, and from the start of the call
         self.verifies_always = config.verify == "always"
         self.lock = _recording if self.verifies_always else threading.RLock()
-        parameters = parameter_names(model)
+        self._parameters = parameter_names(model)
         self.call_log = CallLog()
         self.routes = Routes(config.max_recordings, self.call_log)
-        self.keys = KeyRecorder(model, config, parameters, self.routes, self.call_log)
+        self.keys = KeyRecorder(model, config, self._parameters, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,7 +105,7 @@ class Dispatcher:
         route = self.routes.by_signature.get(call.signature)
         if isinstance(route, RefusedRoute):
             if route.serves(call):
-                self._refuse(route.refusals)
+                self.eager.refuse(route.refusals)
             route = None
         if route is None:
             route = self._unknown(call)
@@ -120,17 +120,17 @@ class Dispatcher:
         """The call by its leaves; what no key can stand for runs eagerly."""
         inside = active_mode()
         if inside is not None:
-            self._refuse([inside])
+            self.eager.refuse([inside])
         try:
             call = flatten_call(args, kwargs, ambient)
         except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
-            self._refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")])
+            self.eager.refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")])
         foreign = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN_TENSORS), None)
         if foreign is not None:
             detail = f"a {foreign.__name__}: what a subclass makes of an operator is not in a recording"
-            self._refuse([UnsupportedArgument(detail, operator="arguments")])
+            self.eager.refuse([UnsupportedArgument(detail, operator="arguments")])
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-            self._refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")])
+            self.eager.refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")])
         return call
 
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
@@ -151,12 +151,12 @@ class Dispatcher:
         """Serve a call that ``entry`` cannot serve: by another recording of the step if that may help, else by the model."""
         if isinstance(why, Outdated):
             with _recording, self.lock:
-                self.routes.outdated(call, entry, why.refusal)
+                self.routes.note_outdated(call, entry, why.refusal)
         elif isinstance(why, MovedStaticTensor) and self.routes.may_move(call, entry, self.config.static):
             with _recording, self.lock:
-                self.routes.moved(call, entry, why)
+                self.routes.note_moved(call, entry, why)
         else:
-            self._refuse([why])
+            self.eager.refuse([why])
         return self._serve(call.args, call.kwargs)
 
     def _another_variant(self, broken: RecordedStep, rows: int, call: Call) -> Any:
@@ -173,14 +173,14 @@ class Dispatcher:
                     self.routes.lead(call, entry, rows)
                     return output
             if group.refusals:
-                self._refuse(group.refusals)
+                self.eager.refuse(group.refusals)
             if len(variants) < MAX_VARIANTS:
                 return self._replay(*self._unknown(call, beside=broken), call)
             refusal = many_variants(variants)
             group.broken += 1
             if is_hopeless(group):
                 self.routes.refuse(call, [refusal])
-            self._refuse([refusal])
+            self.eager.refuse([refusal])
 
     def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Recorded:
         """The recording of an unknown key, made now, for the call to be replayed; else the call is served and counted here.
@@ -198,57 +198,29 @@ class Dispatcher:
             route = routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
-            leaves = keys.leaves(call)
-            self._require_recordable(call, leaves, beside)
+            leaves = named_leaves(call, self._parameters)
+            refusals = keys.reasons_against(call, leaves, beside)
+            if refusals:
+                self.eager.refuse(refusals)
             try:
                 step = keys.step(call, leaves)
                 recorded = keys.record(step) if beside is None else keys.record_variant(step, beside)
             except Deferred as deferred:
-                routes.deferred(call, leaves, deferred)
-                self._count_deferred(deferred)
+                routes.note_deferred(call, leaves, deferred)
+                self.eager.count_deferred(deferred)
                 raise
             except Refused as refused:
                 if beside is None:
-                    routes.refused(call, leaves, refused.refusals)
+                    routes.note_refused(call, leaves, refused.refusals)
                 else:
                     beside.group.refusals = refused.refusals
-                self._count_refused(refused)
+                self.eager.count_refused(refused)
                 raise
             except AboveLargestBucket as too_large:
                 routes.refuse(call, [too_large])
-                self._refuse([too_large])
-            routes.recorded(call, leaves, recorded[0])
+                self.eager.refuse([too_large])
+            routes.note_recorded(call, leaves, recorded[0])
         return recorded
-
-    def _require_recordable(self, call: Call, leaves: Leaves, beside: RecordedStep | None) -> None:
-        """Run the model where nothing is to be recorded, as far as that can be said before."""
-        refusals = self.routes.habitual(call, leaves) if beside is None else []
-        if refusals:
-            self._refuse(refusals)
-        self.routes.forget_the_dead()
-        refusal = self.routes.full() or self.keys.inadmissible(call)
-        if refusal is not None:
-            self._refuse([refusal])
-
-    def _count_deferred(self, deferred: Deferred) -> None:
-        """Count a first call that was one of its kind; in strict mode it is undone where nothing can stand for it."""
-        if deferred.refusal is not None:
-            if self.config.strict:
-                deferred.undo()
-                raise deferred.refusal from None
-            self.call_log.refused(deferred.refusal)
-        self.call_log.eager_calls += 1
-
-    def _count_refused(self, refused: Refused) -> None:
-        """Count a first call that ended in a refusal; it is undone, and computed once more, where autograd is to record it."""
-        if refused.undo is not None and (torch.is_grad_enabled() or self.config.strict):
-            refused.undo()
-            self._refuse(refused.refusals)
-        self.eager.count(refused.refusals)
-
-    def _refuse(self, refusals: list[Refusal]) -> NoReturn:
-        """Have `call` run the model."""
-        self.eager.refuse(refusals)
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model, because the caller asked for it, or the first call of a module around this one did."""

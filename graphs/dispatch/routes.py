@@ -119,17 +119,17 @@ class Routes:
         detail = f"{len(self.entries)} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
         return TooManyKeys(detail, operator="key")
 
-    def recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
+    def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
         """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
         if not entry.replays:
             self.habits.tried(call.signature, leaves.changeable, entry)
 
-    def refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
+    def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
         """A first call ended in a refusal, and so would those like it."""
         self.habits.tried(call.signature, leaves.changeable, None, refusals)
         self.refuse(call, refusals)
 
-    def deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
+    def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
         """A first call was one of its kind: the next one is tried again, a few times."""
         self.habits.tried(call.signature, leaves.changeable, None)
         self.attempts[call.signature] += 1
@@ -137,7 +137,7 @@ class Routes:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
             self.refuse(call, [deferred.refusal or changing])
 
-    def outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None) -> None:
+    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None) -> None:
         """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
         self.drop(entry)
         if changed is None:
@@ -159,7 +159,7 @@ class Routes:
         declared = any(name in static for _, name in moved)
         return entry.contract.rows is None and not declared and not {index for index, _ in moved} <= known
 
-    def moved(self, call: Call, entry: RecordedStep, why: MovedStaticTensor) -> None:
+    def note_moved(self, call: Call, entry: RecordedStep, why: MovedStaticTensor) -> None:
         """Such arguments are elsewhere: the recording is dropped, unless another thread was faster.
 
         One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
