@@ -103,11 +103,9 @@ class Dispatcher:
                 return self._replay(entry, rows, like)
         call = self._flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
-        if isinstance(route, RefusedRoute):
-            if route.serves(call):
+        if route is None or isinstance(route, RefusedRoute):
+            if route is not None and route.serves(call):
                 self.eager.refuse(route.refusals)
-            route = None
-        if route is None:
             route = self._unknown(call)
         else:
             like_this = FastPath.of(args, kwargs, ambient, call)
@@ -143,9 +141,7 @@ class Dispatcher:
                 output = replayed(entry, rows, call)
                 if output is not UNDONE:
                     return output
-        if why is None:
-            return self._another_variant(entry, rows, call)
-        return self._anew(entry, why, call)
+        return self._another_variant(entry, rows, call) if why is None else self._anew(entry, why, call)
 
     def _anew(self, entry: RecordedStep, why: Refusal | Outdated, call: Call) -> Any:
         """Serve a call that ``entry`` cannot serve: by another recording of the step if that may help, else by the model."""
@@ -160,9 +156,7 @@ class Dispatcher:
         return self._serve(call.args, call.kwargs)
 
     def _another_variant(self, broken: RecordedStep, rows: int, call: Call) -> Any:
-        """Serve a call that decides otherwise than ``broken`` assumes, whose replay was undone: by a variant recorded before,
-        or by a new one.
-        """
+        """Serve a call that ``broken`` does not hold for, its replay undone: by a variant recorded before, or by a new one."""
         with _recording, self.lock:
             group, variants = broken.group, broken.group.variants
             for entry in [other for other in variants if other is not broken]:
@@ -183,13 +177,13 @@ class Dispatcher:
             self.eager.refuse([refusal])
 
     def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Recorded:
-        """The recording of an unknown key, made now, for the call to be replayed; else the call is served and counted here.
+        """The recording of an unknown key, made now, with the state as before the call; what comes of it is counted and noted.
 
         Args:
             beside: a recording of the key whose assumptions do not hold for this call.
 
         Raises:
-            Eagerly: nothing is to be recorded.
+            Eagerly: nothing is to be recorded, and nothing ran.
             Deferred, Refused: nothing was recorded, and the first call ran for real.
             Refusal: in strict mode.
         """
