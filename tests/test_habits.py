@@ -195,7 +195,9 @@ def test_each_place_is_where_the_signature_holds_its_value(args: list[Any], kwar
     if twice:
         args = [*args, *[torch.ones(2)] * 2]
     call = flatten_call(tuple(args), kwargs, ("a", "prefix"))
-    found = named_leaves(call, []).changeable
+    leaves = named_leaves(call, [])
+    found = leaves.changeable
+    assert (len(leaves.tensors), len(leaves.opaques)) == (len(call.tensors), len(call.opaques))
     for argument in found:
         key = call.signature[argument.place]
         plain = type(argument.value) in (int, str, bytes)

@@ -1,4 +1,4 @@
-"""What can be said about a call before anything runs: where its arguments are, and reasons not to record it."""
+"""What can be said about a call before anything runs: names and places of its arguments, reasons not to record it."""
 
 from __future__ import annotations
 
