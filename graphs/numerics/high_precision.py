@@ -23,7 +23,7 @@ from graphs.numerics.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, 
 from graphs.numerics.ties import Tie, find_ties, is_choice, turn
 from graphs.state.regions import Region
 from graphs.state.storage import RESIZING, storage_id, tensors_in, written_tensors
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

@@ -33,7 +33,7 @@ from graphs.numerics.high_precision import HighPrecision, raised
 from graphs.numerics.ties import Tie
 from graphs.state.regions import Region
 from graphs.state.tensor_state import Left, TensorState
-from passes.core.modes import as_written
+from passes.core.composites import as_written
 
 Tensor = torch.Tensor
 WHOLE, SPREAD = 2.0, 2.0

@@ -29,8 +29,7 @@ from graphs.rehearsal.step import Step
 from graphs.rewriting.forbidding import without_effects
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes import Forced, Forcing, OutOfRange, Place, inside, refuse_on_device, user_place, with_tensor
-from passes.core.composites import taken_apart
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode, taken_apart
 
 Tensor = torch.Tensor
 _MOST = 24
