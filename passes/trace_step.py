@@ -18,10 +18,10 @@ from passes.control_flow.branches import Unmergeable
 from passes.control_flow.code_patching import Plan, Starts, Written, branch_in, functions_of, written
 from passes.control_flow.legality import check_predicable
 from passes.control_flow.python_changes import Snapshot
-from passes.core.host_reads import Read
 from passes.core.predicates import leaks, outside
 from passes.core.source_location import Branch
 from passes.core.traced_step import TracedStep
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.tracing.trace import Number, TraceRequest, trace_once
 

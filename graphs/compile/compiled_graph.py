@@ -27,7 +27,7 @@ from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
-from passes.core.node_calls import writes
+from passes.core.schema import may_write
 
 Tensor = torch.Tensor
 _handles = itertools.count()
@@ -68,7 +68,7 @@ class CompiledGraph:
         self.changes: list[passes.Change] = []
         self.modes: Sequence[Any] = ()
         self._original = _copied(module)
-        self.writes = any(writes(node, module) for node in module.graph.nodes)
+        self.writes = any(may_write(node, module) for node in module.graph.nodes)
         self._written: tuple[int, ...] | None = None
         self._constants: dict[int, Any] = {}
         self._handle = next(_handles)

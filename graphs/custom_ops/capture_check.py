@@ -7,7 +7,7 @@ other data; then it is recorded and replayed. Each run is compared with the firs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.recording.choose import recorder_for
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
-from graphs.state.storage import tensors_in, written_arguments
+from graphs.state.storage import tensors_in
 from graphs.state.tensor_state import RandomState
+from passes.core.schema import written_arguments
 
 Tensor = torch.Tensor
 _ITS_OWN_AFFAIR = (OpaqueKernel, UnsupportedArgument)  # an operator launches kernels, and asks where its arguments lie
@@ -264,12 +265,9 @@ def _externals_written(subject: _Subject) -> set[int]:
     return {storage for operation in trace.operations for storage in _written_by(operation)}
 
 
-def _written_by(operation: Operation) -> Iterator[int]:
+def _written_by(operation: Operation) -> set[int]:
     """The storages that one operator wrote, of those that nobody was seen to make."""
-    written = written_arguments(operation.func)
-    for name, value in operation.named():
-        if name in written and isinstance(value, TensorUse) and value.origin[0] == "external":
-            yield int(value.origin[1])
+    return {int(tensor.origin[1]) for tensor in operation.written() if tensor.origin[0] == "external"}
 
 
 def _comparable(trace: EagerTrace) -> EagerTrace:

@@ -10,9 +10,9 @@ from typing import Any
 import sympy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.core.host_reads import Read
 from passes.core.predicates import Loops
 from passes.core.source_location import Branch, Place, Site
+from passes.core.values.host_reads import Read
 
 
 @dataclass(frozen=True)

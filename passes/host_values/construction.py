@@ -18,6 +18,7 @@ from passes.core.aliasing import Aliases
 from passes.core.facts import Assumption
 from passes.core.names import PASS_CONSTANT, fresh_name
 from passes.core.predicates import BranchArm, Iteration
+from passes.core.schema import is_mutable
 from passes.core.source_location import Site
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
@@ -74,7 +75,7 @@ class Construction:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, with its fake value. A write inside a trip of a loop takes place if the trip does."""
-        if self.trips and target._schema.is_mutable and not self._is_local(args[0]):
+        if self.trips and is_mutable(target) and not self._is_local(args[0]):
             return predicated_write(self, target, args, kwargs)
         return self.plain(target, *args, **kwargs)
 

@@ -18,10 +18,11 @@ from passes.control_flow.branches import Forks
 from passes.control_flow.stopping import inside
 from passes.core.composites import run, taken_apart
 from passes.core.facts import Facts
-from passes.core.host_reads import Read, Reads
 from passes.core.predicates import LIMIT, Loops
+from passes.core.schema import is_mutable, shares_first_argument
 from passes.core.source_location import Place, Site, place_of, user_frame, user_place, user_site
 from passes.core.symbols import SYMBOLS, expression_of
+from passes.core.values.host_reads import Read, Reads
 from passes.errors import Unremovable
 from passes.tracing.torch_functions import traced_tensor
 from passes.tracing.torch_symbols import (
@@ -245,7 +246,7 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return args, kwargs
-    if not (func._schema.is_mutable or all(tensor.numel() <= 1 for tensor in tensors)):
+    if not (is_mutable(func) or all(tensor.numel() <= 1 for tensor in tensors)):
         return args, kwargs
     made: tuple[Any, Any] = tree_map_only(Tensor, aten.alias.default, (args, kwargs))
     return made
@@ -272,9 +273,7 @@ def _source(tensor: Tensor) -> str:
 
 def _shares_memory(node: torch.fx.Node) -> bool:
     """Whether the result of a node lies where its first argument does."""
-    schema = getattr(node.target, "_schema", None)
-    given = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
-    return bool(given) and isinstance(node.args[0], torch.fx.Node)
+    return shares_first_argument(node.target) and isinstance(node.args[0], torch.fx.Node)
 
 
 def _note(operator: str, **what: Any) -> None:

@@ -27,12 +27,12 @@ from passes.control_flow.code_patching import Plan, Written, forked
 from passes.control_flow.python_changes import Snapshot
 from passes.control_flow.stopping import EndlessError, Hook
 from passes.core.facts import Assumption, Facts
-from passes.core.host_reads import Read
 from passes.core.names import NUMBER, STATE, is_traced_constant
 from passes.core.predicates import BranchArm, Loops
 from passes.core.source_location import user_site
 from passes.core.symbols import expression_of
 from passes.core.traced_step import Advance, TracedStep, note_storages, placeholders
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.tracing.fake_kernels import StepFakes
 from passes.tracing.float_operations import opaque_floats

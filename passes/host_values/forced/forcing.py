@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from passes.core.aliasing import is_pure
 from passes.core.facts import Facts
-from passes.core.host_reads import Read
 from passes.core.predicates import BranchArm
 from passes.core.source_location import Branch, Place, Site
+from passes.core.values.host_reads import Read
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
