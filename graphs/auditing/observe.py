@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from graphs.objects.cells import Difference
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.step import Checkpoint, Step
-from passes.core.source_location import is_user
+from passes.core.source_location import raised_at
 
 _COST_RUNS = 5
 
@@ -101,8 +100,7 @@ def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
     except Exception as error:
         if may_raise:
             raise
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_user(f)]
-        return Run(trace, None, before.differences(), error, frames[-1] if frames else ("", 0))
+        return Run(trace, None, before.differences(), error, raised_at(error))
     return Run(trace, output, before.differences())
 
 
