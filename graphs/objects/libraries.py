@@ -45,6 +45,13 @@ def origin_of(file: str) -> str:
     return "python" if file.startswith(_PYTHON) else "user"
 
 
+def from_package_on(file: str) -> str:
+    """The path of an installed file from its package on; of another, as it is."""
+    for folder in _INSTALLED:
+        file = file.rpartition(f"{os.sep}{folder}{os.sep}")[2]
+    return file
+
+
 def _has_metadata(path: Path) -> bool:
     """Whether the outermost package of a file has a ``*.dist-info`` folder beside it."""
     top = path
