@@ -151,7 +151,7 @@ def _unrolled(request: TraceRequest) -> TracedStep:
 
 
 def _is_same(first: Any, second: Any) -> bool:
-    """Whether two traces of a step return the same numbers of Python in the same containers: none that counts trips."""
+    """Whether two traces of a step return the same numbers of Python in the same containers: none that counts iterations."""
     (leaves, spec), (others, other) = tree_flatten(first), tree_flatten(second)
     return spec == other and all(
         a is b or (type(a) is type(b) and type(a) in _NUMBERS and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)

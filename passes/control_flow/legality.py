@@ -77,8 +77,8 @@ def _is_elsewhere(node: Node, user: Node) -> bool:
     if trips_of(user)[: len(own)] == own:
         return False
     joins: BranchArm | None = user.meta.get("joins")
-    fork = own[-1].fork if isinstance(own[-1], BranchArm) else None
-    return joins is None or joins.fork != fork or trips_of(user)[: len(own) - 1] != own[:-1]
+    branch = own[-1].branch if isinstance(own[-1], BranchArm) else None
+    return joins is None or joins.branch != branch or trips_of(user)[: len(own) - 1] != own[:-1]
 
 
 def _is_overtaken(node: Node, order: Mapping[Node, int], memory: Mapping[Node, Any]) -> bool:

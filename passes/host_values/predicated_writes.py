@@ -18,7 +18,7 @@ _FILLING = (aten.zero_.default, aten.fill_.Scalar)
 
 
 def predicated_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-    """``target(*args)`` if the trip of the loop takes place, nothing else.
+    """``target(*args)`` if the iteration or the arm takes place, nothing else.
 
     What is added becomes zero (below zero, which leaves zeros of either sign as they are), what is written becomes what is
     there; only for operators of another kind is the tensor copied.

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.control_flow.branches import Forks
+from passes.control_flow.branches import Branches
 from passes.control_flow.stopping import inside
 from passes.core.composites import run, taken_apart
 from passes.core.facts import Facts
@@ -110,9 +110,9 @@ class HintedShapes(ShapeEnv):
 class HintMode(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, branches: Branches) -> None:
         super().__init__()
-        self.forks = forks
+        self.branches = branches
         self.facts, self.loops = facts, loops
         self.reads = Reads(reads)
         self.raised: Unremovable | None = None  # for the step's own lines may catch what tracing raises
@@ -125,8 +125,8 @@ class HintMode(TorchDispatchMode):
         whole = taken_apart(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole
-        place = self.forks.asked or user_place()
-        self.forks.loops.runs(func)
+        place = self.branches.asked or user_place()
+        self.branches.loops.runs(func)
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
@@ -145,10 +145,10 @@ class HintMode(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif not self.forks.naming and self.facts.executed():
+        elif not self.branches.naming and self.facts.executed():
             source = _source(args[0]) if func is aten._local_scalar_dense.default else None
             self._follow(str(func), result, place, source)
-        elif not self.forks.naming and func is aten._local_scalar_dense.default:
+        elif not self.branches.naming and func is aten._local_scalar_dense.default:
             _note(str(func), unread=place)
         return result
 
@@ -169,7 +169,7 @@ class HintMode(TorchDispatchMode):
         for node in newest_nodes():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
+            node.meta.update(site=site, trips=self.loops.trips, joins=self.branches.joining)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -198,7 +198,7 @@ class HintMode(TorchDispatchMode):
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, expression_of(x.shape[dim])
-        joins = self.forks.joining is not None
+        joins = self.branches.joining is not None
         first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole, joins), _index(end, whole, whole, joins)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
