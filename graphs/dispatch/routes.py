@@ -5,8 +5,9 @@ What became of a call is told here, and here alone it is decided what that says 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from graphs.contract.arguments import Call, Leaves
@@ -18,6 +19,7 @@ from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
 
 _MAX_DEFERRALS = 3
+_SIGNATURES = 16  # signatures that are remembered for each recording that may be kept
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -50,8 +52,9 @@ class Routes:
         habits: signatures that differ at every call in one place.
     """
 
-    def __init__(self, max_recordings: int, log: CallLog) -> None:
-        self._limit, self._log = max_recordings, log
+    def __init__(self, max_recordings: int, log: CallLog, *, buckets: int = 0) -> None:
+        self._limit, self._log, self._buckets = max_recordings, log, buckets
+        self._clock = itertools.count(1)
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.clear()
 
@@ -64,12 +67,20 @@ class Routes:
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
-        self.habits = Habits(self._limit)
+        self.habits = Habits(self._limit, self._buckets)
+        self._in_vain = 0  # recordings dropped for a variant of another key before they served a second call
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
         self.last = None
+        entry.used = next(self._clock)
         self.by_signature[call.signature] = (entry, rows)
+
+    def used(self, call: Call, route: Recorded, like_this: FastPath | None) -> None:
+        """Note that a call is served by ``route``, and how to recognise the next one like it."""
+        if self.by_signature.get(call.signature) is route:  # unless another thread has just dropped it
+            route[0].used = next(self._clock)
+            self.last = (like_this, *route) if like_this is not None else None
 
     def refuse(self, call: Call, refusals: list[Refusal]) -> None:
         """Let calls of this signature run eagerly."""
@@ -111,18 +122,54 @@ class Routes:
                 del self.by_signature[attempt.signature]
         return refusals
 
-    def full(self) -> TooManyKeys | None:
-        """Why no further signature is recorded at all."""
-        limit = self._limit
-        if len(self.entries) < limit and len(self.by_signature) < 16 * limit:
+    def against(self, call: Call, names: Sequence[str]) -> Refusal | None:
+        """Why a signature that no recording serves is not recorded now, though it could be; None where it is.
+
+        Args:
+            names: of the tensor arguments.
+        """
+        sizes = self.habits.against_sizes(call.signature, names)
+        if sizes:
+            return sizes[0]
+        full = len(self.entries) >= self._limit or len(self.by_signature) >= _SIGNATURES * self._limit
+        in_vain = self.habits.against_anything(call.signature, full=full)
+        return self._too_many(f"at least {in_vain} of the last were not used again") if in_vain else None
+
+    def against_variant(self, beside: RecordedStep) -> Refusal | None:
+        """Why another recording of the key of ``beside`` is not made: there is no room, or making it was in vain too often."""
+        if len(self.entries) < self._limit:
             return None
-        detail = f"{len(self.entries)} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
-        return TooManyKeys(detail, operator="key")
+        if all(entry.group is beside.group for entry in self.entries.values()):
+            return self._too_many("all of one key")
+        return self._too_many("whose places variants of other keys took in vain") if self._in_vain >= self._limit else None
+
+    def _too_many(self, why: str) -> TooManyKeys:
+        return TooManyKeys(f"{len(self.entries)} recordings (max_recordings={self._limit}), {why}", operator="key")
+
+    def _make_room(self, made: RecordedStep) -> None:
+        """Drop the recordings above the limit that were used least recently, and of those recorded ahead only the last ones."""
+        while len(self.entries) > self._limit:
+            others = [entry for entry in self.entries.values() if entry.group is not made.group]
+            if not others:
+                break
+            oldest = min(others, key=lambda entry: (entry.ahead, entry.used))
+            self._in_vain += len(made.group.variants) > 1 and oldest.replays <= 1
+            self.drop(oldest)
+            self._log.evicted(oldest, self._limit)
+        for signature in list(self.by_signature)[: -_SIGNATURES * self._limit]:
+            del self.by_signature[signature]
 
     def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
         """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
+        entry.used = next(self._clock)
         if not entry.replays:
             self.habits.tried(call.signature, leaves.changeable, entry)
+        self._make_room(entry)
+
+    def made_ahead(self, entry: RecordedStep) -> None:
+        """A recording was made, or asked for, before there was a call."""
+        entry.used = next(self._clock)
+        self._make_room(entry)
 
     def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
         """A first call ended in a refusal, and so would those like it."""

@@ -52,6 +52,8 @@ class RecordedStep:
         written: the tensors that the step writes in place.
         sentinels: padding rows that padded calls may write to.
         replays, real_rows: calls served and the rows they had.
+        used: when it was last found for a call that is not like the one before, or made: a number that grows.
+        ahead: whether it was recorded ahead of the calls.
         candidate: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
@@ -84,6 +86,8 @@ class RecordedStep:
     capture_seconds: float = 0.0
     replays: int = 0
     real_rows: int = 0
+    used: int = 0
+    ahead: bool = False
     candidate: Any = None
     compiler: str = "none"
     compile_seconds: float = 0.0
@@ -104,6 +108,16 @@ class RecordedStep:
 
     def __post_init__(self) -> None:
         self.group = Variants([self])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the recording takes.
+
+        On a device that of its pool, or what the device lost meanwhile, the driver's own included, where that is more.
+        """
+        if self.on_device:
+            return max(self.recording.pool_bytes, self.device_free_delta, self.contract.nbytes)
+        return self.recording.pool_bytes + self.contract.nbytes
 
     @property
     def rounds_otherwise(self) -> bool:
