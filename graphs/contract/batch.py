@@ -93,8 +93,12 @@ class BatchRule:
         declared: Mapping[str, int] | None,
         *,
         clamp: bool = False,
+        at: int | None = None,
     ) -> Plan:
         """Where ``call`` goes. With ``clamp``, a batch above the largest bucket goes to the largest.
+
+        Args:
+            at: the bucket that it is to go to instead of the smallest that holds it.
 
         Raises:
             AboveLargestBucket: the batch fits no bucket.
@@ -107,7 +111,7 @@ class BatchRule:
         real = batch_size(shapes, dims) if dims is not None else None
         if dims is None or not real or (structure, dims) in self._rejected:
             return self._exact(call)
-        rows = bucket_for(real, buckets)
+        rows = bucket_for(real, buckets) if at is None else at
         if rows is None:
             if not clamp:
                 detail = f"the batch has {real} rows, the largest bucket {max(buckets)}"

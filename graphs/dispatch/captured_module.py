@@ -169,8 +169,8 @@ class CapturedModule(Generic[Model]):
             Seconds, bytes and time of a replay of each size, and what was estimated after the first; ``str()`` gives a table.
 
         Raises:
-            ConfigError: before anything runs: sizes or a budget that are not legal, an example without rows or of another size, no
-                known batch dimension, or a budget below what the arguments alone take.
+            ConfigError: before anything runs: sizes or a budget that are not legal, an example without rows or of another size,
+                no known batch dimension, or a budget below what the arguments alone take.
             Refusal: a size cannot be recorded, or the largest takes more than the budget. Those before it stay.
         """
         recordings: Dispatcher = self._graphs_recordings

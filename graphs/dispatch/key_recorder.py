@@ -9,7 +9,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
-from graphs.contract.batch import BatchRule
+from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.ahead.budget import over_budget
@@ -20,7 +20,7 @@ from graphs.eager_mode import forced_eager
 from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract
 from graphs.first_call.host_arguments import record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
-from graphs.first_call.padding_proof import compare_padded
+from graphs.first_call.padding_proof import compare_padded, prove_left_open
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay
@@ -71,18 +71,20 @@ class KeyRecorder:
         refusal = full or inadmissible(call, self._model, host) or carries_objects(call)
         return [refusal] if refusal is not None else []
 
-    def record(self, step: Step, *, ahead: bool = False) -> Recorded:
+    def record(self, step: Step, *, ahead: bool = False, at: int | None = None) -> Recorded:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call.
 
         Args:
             ahead: whether there is no such call yet, and the recording was asked for.
+            at: the bucket to record at, where that is not the smallest that holds the call.
 
         Raises:
             NotNow: it could be recorded, and is not; nothing ran.
+            RowsInteract: it cannot be recorded at the bucket ``at``.
             Deferred, Refused: see `record_key`.
         """
         config, routes, call = self.config, self._routes, step.call
-        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
+        plan = self._plan(step.call, step.names, at)
         if not ahead and plan.key not in routes.entries:
             against = self._over_budget() or routes.against(call, step.names)
             if against is not None:
@@ -96,13 +98,22 @@ class KeyRecorder:
                     entry.group.unmerged = step.unmerged
                 elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
                     with forced_eager("first call"):
+                        prove_left_open(step, entry)
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
                 self._log.refused(reason, outcome="the step is recorded at its exact sizes")
                 plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
+                if entry is not None and entry.left_open:
+                    routes.drop(entry)
+                if at is not None:
+                    raise
                 continue
-            routes.by_signature[call.signature] = (entry, plan.real)
+            if at is None or (self._plan(call, step.names).rows == plan.rows and not step.is_dummy):
+                routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
+
+    def _plan(self, call: Call, names: list[str], at: int | None = None) -> Plan:
+        return self.batch.plan(call, names, self.config.buckets, self.config.batch_dims, clamp=at is not None, at=at)
 
     def record_variant(self, step: Step, beside: RecordedStep) -> Recorded:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
@@ -115,14 +126,15 @@ class KeyRecorder:
         self._routes.lead(call, entry, 1)
         return entry, 1
 
-    def record_ahead(self, call: Call, leaves: Leaves) -> RecordedStep:
-        """The recording for a call that is not made, but may come: at its bucket, or at its exact sizes. State is left as it was.
+    def record_ahead(self, call: Call, leaves: Leaves, at: int | None = None) -> RecordedStep:
+        """The recording for a call that is not made, but may come: at the bucket ``at``, or at its own. State is left as it was.
 
         Raises:
+            RowsInteract: it cannot be recorded at the bucket ``at``.
             Refusal: it cannot be recorded.
         """
         try:
-            entry, _ = self.record(self.step(call, leaves), ahead=True)
+            entry, _ = self.record(self.step(call, leaves), ahead=True, at=at)
         except Refused as refused:
             if refused.undo is not None:
                 refused.undo()
@@ -135,10 +147,9 @@ class KeyRecorder:
         self._routes.made_ahead(entry)
         return entry
 
-    def known(self, call: Call, leaves: Leaves) -> bool:
-        """Whether there is a recording that a call would be served by, as far as its sizes say."""
-        config = self.config
-        return self.batch.plan(call, leaves.tensors, config.buckets, config.batch_dims).key in self._routes.entries
+    def known(self, call: Call, leaves: Leaves, at: int | None = None) -> RecordedStep | None:
+        """The recording at the bucket ``at``, or else that of a call's own, as far as its sizes say; None where there is none."""
+        return self._routes.entries.get(self._plan(call, leaves.tensors, at).key)
 
     def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Leaves]:
         """A call with these arguments, made in the modes of now."""

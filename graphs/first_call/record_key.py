@@ -120,7 +120,7 @@ def _record(
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
         if counters:
             verify_second_replay(plain, entry, rehearsal, stand_ins)
-    if padding is not None:
+    if padding is not None and not step.is_dummy:
         rehearsal.run(lambda: padding.prove(entry))
     timed = functools.partial(time_call, device=step.device, before=rehearsal.reset, enough=_ENOUGH)
     eager = rehearsal.run(lambda: timed(lambda: plain.run(stand_ins)))
@@ -196,6 +196,7 @@ def _recorded(
         uploads=_uploads(step),
         proof=body.proof,
         on_device=step.device.type == "cuda",
+        left_open=step.rows is not None and step.is_dummy,
         generators=[*trace.generators] if draws is not None else None,
         bumped=_bumped(trace, tensors),
         bumped_arguments=[

@@ -68,6 +68,7 @@ class RecordedStep:
         generators: those that the step names, where it draws random numbers; None where it draws none.
         bumped, bumped_arguments: the step's own tensors, and positions of arguments, that replays write where they are: autograd
             is told so.
+        left_open: whether no padding was compared yet, since the step was recorded of rows that are padding themselves.
         from_host: whether some arguments are host tensors, of which the recording has copies.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
@@ -105,6 +106,7 @@ class RecordedStep:
     bumped: list[Tensor] = field(default_factory=list)
     bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
+    left_open: bool = False
 
     def __post_init__(self) -> None:
         self.group = Variants([self])

@@ -26,13 +26,16 @@ class Sized(NamedTuple):
     """A call of one size.
 
     Attributes:
+        call, leaves: with as many rows.
         dims: the batch dimension of each tensor leaf; None for all where it is not known.
+        fewer: the call that is recorded at the bucket of this size, whose rows all count: those of the example, or some of them.
     """
 
     size: int
     call: Call
     leaves: Leaves
     dims: Dims
+    fewer: tuple[Call, Leaves] | None = None
 
 
 def as_sizes(sizes: Iterable[int] | None, config: CaptureConfig) -> tuple[int, ...]:
@@ -111,8 +114,9 @@ def _resized(given: tuple[tuple[Any, ...], dict[str, Any]], sizes: Sequence[int]
     policies = [keys.config.padding.get(name) for name in leaves.tensors]
     calls = []
     for size in sizes:
-        args, kwargs = replace_tensors(given, iter(grown(call.tensors, dims, size, policies)))
-        calls.append(Sized(size, *keys.flattened(args, kwargs), dims))
+        whole = keys.flattened(*replace_tensors(given, iter(grown(call.tensors, dims, size, policies))))
+        fewer = (call, leaves) if size >= rows else whole
+        calls.append(Sized(size, *whole, dims, fewer if keys.config.buckets is not None else None))
     return calls
 
 
@@ -145,7 +149,7 @@ def _of_their_sizes(calls: list[Sized], keys: KeyRecorder) -> list[Sized]:
     known = []
     seen: dict[tuple[Any, ...], int] = {}
     for sized in calls:
-        size, call, leaves, dims = sized
+        size, call, leaves, dims, _ = sized
         keys.step(call, leaves)  # the settings name its arguments
         if declared is not None:
             dims = declared_dims(call, leaves.tensors, declared)
@@ -161,7 +165,7 @@ def _of_their_sizes(calls: list[Sized], keys: KeyRecorder) -> list[Sized]:
             raise ConfigError(
                 f"example({size})", f"a call like example({other})", "a call of its own size, other than the others"
             )
-        known.append(sized._replace(dims=dims))
+        known.append(sized._replace(dims=dims, fewer=(call, leaves) if keys.config.buckets is not None else None))
     return known
 
 
