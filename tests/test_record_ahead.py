@@ -119,6 +119,7 @@ def test_what_a_dummy_row_leaves_open_is_proved_of_the_first_row_that_counts() -
         x = torch.randn(rows, 64)
         assert torch.equal(step(x, torch.arange(rows)), model(x, torch.arange(rows)))
     assert "rows-interact" in {refusal.reason for refusal in step.report().refusals}
+    assert {key.rows for key in step.report().keys} == {None}, "the recording that was left open is kept"
 
 
 def repeated(size: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +220,7 @@ def test_what_does_not_fit_is_refused_and_what_was_recorded_stays() -> None:
     x = torch.randn(4, 64)
     assert torch.equal(step(x, torch.arange(4)), x + (2 * x).relu())
     assert (step.report().eager_calls, step.report().recordings) == (1, 2)
-    with pytest.raises(graphs.Refusal, match="memory-budget.*size 4"):
+    with pytest.raises(graphs.Refusal, match=r"memory-budget.*size 4"):
         captured(strict=True).record(example(), sizes=[8, 4, 1], memory_budget=budget)
 
 
