@@ -27,9 +27,11 @@ def record_made(
         ConfigError: batch dimensions were given for such a step, or what `CapturedModule.record` raises.
         Refusal: it cannot be recorded.
     """
-    captured = isinstance(model, CapturedModule)
-    if captured and batch_dims:
-        raise ConfigError("--batch-dims", dict(batch_dims), "left out: the factory returns a step that is captured")
-    step = model if captured else capture(model, buckets=sizes or None, batch_dims=batch_dims or None)
+    if isinstance(model, CapturedModule):
+        if batch_dims:
+            raise ConfigError("--batch-dims", dict(batch_dims), "left out: the factory returns a step that is captured")
+        step: CapturedModule[Any] = model
+    else:
+        step = capture(model, buckets=sizes or None, batch_dims=batch_dims or None)
     with torch.no_grad():
         return step.record(example, sizes=sizes or None, memory_budget=memory_budget or None, progress=progress)
