@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,9 @@ from graphs.first_call.verify_replay import compare_replay
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from graphs.rehearsal.tried_step import TriedStep
+
+_KNOWN = 8  # steps that a further size is compared with
 
 
 class KeyRecorder:
@@ -141,13 +145,19 @@ class KeyRecorder:
         torch.set_autocast_cache_enabled(False)
         try:
             with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
-                record = record_key_on_device if step.host else record_key
-                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+                recorder = self._recorder(step.device)
+                record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
+                entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
+
+    def _tried(self) -> list[TriedStep]:
+        """The steps that recordings in use were tried as."""
+        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
+        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.
