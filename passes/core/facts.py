@@ -57,6 +57,7 @@ class Facts:
         hints: the value of each symbol in the eager run.
         replacements: symbols that are functions of others (the length of a slice).
         decisions: what the graph assumes.
+        asked: what the step's Python goes on with: conditions whose truth its lines ask for, numbers it needs as they are.
         computed: symbols that operators of the graph make of others, in order.
         checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
@@ -75,6 +76,7 @@ class Facts:
     replacements: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     computed: dict[sympy.Symbol, Computed] = field(default_factory=dict)
     decisions: list[Assumption] = field(default_factory=list)
+    asked: list[sympy.Basic] = field(default_factory=list)
     checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)

@@ -65,6 +65,15 @@ def user_frame() -> FrameType | None:
     return frame
 
 
+def called_by_user() -> str:
+    """The name of the function, of those that run now, that a line of the user's called; empty where there is none."""
+    called: FrameType = sys._getframe(0)
+    frame = called.f_back
+    while frame is not None and not is_user(frame):
+        called, frame = frame, frame.f_back
+    return called.f_code.co_name if frame is not None else ""
+
+
 def place_of(frame: FrameType) -> Place:
     """The place that a frame is at."""
     code, line = frame.f_code, frame.f_lineno

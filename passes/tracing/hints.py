@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.control_flow.branches import Forks
 from passes.control_flow.stopping import inside
-from passes.core.composites import run, taken_apart
+from passes.core.composites import calling, run, taken_apart
 from passes.core.facts import Facts
 from passes.core.host_reads import Read, Reads
 from passes.core.predicates import LIMIT, Loops
-from passes.core.source_location import Place, Site, place_of, user_frame, user_place, user_site
+from passes.core.source_location import Place, Site, called_by_user, place_of, user_frame, user_place, user_site
 from passes.core.symbols import SYMBOLS, expression_of
 from passes.errors import Unremovable
 from passes.tracing.torch_functions import traced_tensor
@@ -90,10 +90,14 @@ class HintedShapes(ShapeEnv):
             self.facts.decide(expression, bool(value), user_site(), place)
             if frame is not None:
                 self.facts.branches[place] = frame.f_code
+            if _asks_for_truth():
+                self.facts.asked.append(expression)
         elif not value.is_Integer:
-            raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
+            detail = "Python needs the number itself, which will hardly ever be the same again"
+            raise Unremovable(detail, "float", user_site(), symbols=expression.free_symbols)
         else:
             self.facts.decide(sympy.Eq(expression, value), True, user_site())
+            self.facts.asked.append(expression)
         return value
 
     def guard_or_defer_runtime_assert(  # type: ignore[override]  # of a method that torch caches
@@ -104,6 +108,12 @@ class HintedShapes(ShapeEnv):
         if self.static(expression) is None:
             self.facts.decide(expression, True, user_site())
         return True
+
+
+def _asks_for_truth() -> bool:
+    """Whether a line of the step's asks, of a number or a tensor; torch asks much while its functions run."""
+    called = called_by_user()
+    return called == "__bool__" or (called == "__torch_function__" and calling() == "__bool__")
 
 
 class HintMode(TorchDispatchMode):
@@ -168,7 +178,7 @@ class HintMode(TorchDispatchMode):
         for node in newest_nodes():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
+            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining, naming=self.forks.naming)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
