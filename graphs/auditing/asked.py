@@ -90,7 +90,7 @@ def ask(seen: Observation) -> Answer:
     told: dict[Read, list[passes.HostValue]] = {}
     for value in values:
         told.setdefault(by_call[value.read.operator, value.read.site, value.read.call], []).append(value)
-    fates = {key: _fate(here, run.trace, complete=reason is None) for key, here in told.items()}
+    fates = {key: _fate(here, run.trace, reason) for key, here in told.items()}
     uploads = {use.site: value.read.site[1] for value in values for use in value.uses if use.operator == _MADE_OF_NUMBERS}
     alone = not seen.runs[-1].changed and is_removable(run.trace.findings)
     return Answer(fates, uploads, refusal_of(reason, run.trace) if reason is not None and alone else None)
@@ -100,9 +100,10 @@ def _key(read: HostRead) -> Read:
     return read.operator, read.function, read.frame
 
 
-def _fate(values: Sequence[passes.HostValue], trace: EagerTrace, *, complete: bool) -> Fate:
+def _fate(values: Sequence[passes.HostValue], trace: EagerTrace, stopped: passes.Unremovable | None) -> Fate:
     """What becomes of values that are read at one line."""
     classes = {CLASS_OF[use.by] for value in values for use in value.uses}
+    complete = stopped is None or (isinstance(stopped, Stored) and bool(classes))  # what is stored shows when the step has run
     reason = next((value.refusal for value in values if value.refusal is not None), None)
     if reason is None:
         unused = complete and not classes

@@ -12,7 +12,6 @@ from graphs.auditing.observe import Observation, Run
 from graphs.auditing.remedies import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_PASS, UNKNOWN, UNSUPPORTED
 from graphs.auditing.report import Audit
 from graphs.auditing.source.value_uses import uses_of
-from graphs.contract.arguments import map_leaves
 from graphs.contract.eligibility import inadmissible
 from graphs.contract.outputs.template import compare_templates
 from graphs.errors import (
@@ -78,7 +77,7 @@ def _read_findings(seen: Observation, answer: Answer) -> Iterator[Finding]:
     for by_run in groups.values():
         latest = max(by_run)
         reads, trace = by_run[latest], seen.runs[latest].trace
-        kind, classes, why = _kind_of(reads[0], trace, seen.runs[latest].output, answer)
+        kind, classes, why = _kind_of(reads[0], trace, answer)
         once = latest == 0 and _is_stable(seen)
         yield finding(
             kind,
@@ -99,7 +98,7 @@ def _is_stable(seen: Observation) -> bool:
     return len(seen.runs) == 3 and seen.runs[-1].error is None and not changed_reads(*seen.runs[:2])
 
 
-def _kind_of(read: HostRead, trace: EagerTrace, output: Any, answer: Answer) -> tuple[str, set[str], str]:
+def _kind_of(read: HostRead, trace: EagerTrace, answer: Answer) -> tuple[str, set[str], str]:
     """Kind, classes, and why no pass applies."""
     fate = answer.fate(read)
     if (DataDependentShape.reason, read.operator, *read.frame) in trace.counts:
@@ -113,22 +112,10 @@ def _kind_of(read: HostRead, trace: EagerTrace, output: Any, answer: Answer) -> 
         return HostSync.reason, {ARITHMETIC}, ""
     if fate is not None and (fate.why or fate.complete):
         return HostSync.reason, {*fate.classes}, fate.why
-    uses = uses_of(read, trace.operations)
-    if fate is not None:
-        uses.classes |= fate.classes
-    if not uses.classes and _returned(read.value, output):
-        return HostSync.reason, {UNSUPPORTED}, NO_PASS["output"]
-    if UNSUPPORTED in uses.classes or (read.value is None and not uses.classes):
-        return HostSync.reason, {*uses.classes, UNSUPPORTED}, NO_PASS["conversion"]
-    return HostSync.reason, uses.classes or ({ARITHMETIC} if uses.uploads else {UNKNOWN}), ""
-
-
-def _returned(value: Any, output: Any) -> bool:
-    """Whether a step returns the number that was read."""
-    leaves: list[Any] = []
-    map_leaves(output, leaves.append)
-    returned = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
-    return bool(returned) and set(value if isinstance(value, list) else [value]) <= set(returned)
+    classes = uses_of(read, trace.operations) | (fate.classes if fate is not None else set())
+    if UNSUPPORTED in classes or (read.value is None and not classes):
+        return HostSync.reason, {*classes, UNSUPPORTED}, NO_PASS["conversion"]
+    return HostSync.reason, classes or {UNKNOWN}, ""
 
 
 def _values(by_run: dict[int, list[HostRead]]) -> str:

@@ -62,6 +62,7 @@ class Facts:
         checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
         reads: the reads of the eager run that gave each symbol its hint.
+        read_again: further reads of the same numbers.
         names: what symbols are called that stand for numbers of Python.
         limits: largest values of counts.
         loops, outcomes: the loops that are being traced, and which way branches inside of them went, by place.
@@ -84,6 +85,7 @@ class Facts:
     limits: dict[sympy.Symbol, int] = field(default_factory=dict)
     loops: Loops | None = None
     reads: dict[sympy.Symbol, list[Read]] = field(default_factory=dict)
+    read_again: dict[sympy.Symbol, list[Read]] = field(default_factory=dict)
     outcomes: dict[Place, bool] = field(default_factory=dict)
     branches: dict[Place, CodeType] = field(default_factory=dict)
     unmerged: dict[Branch, str] = field(default_factory=dict)

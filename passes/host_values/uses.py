@@ -44,7 +44,7 @@ class HostValue:
 
     Attributes:
         read: the read; of a whole tensor, that of one of its numbers.
-        uses: those that were taken; empty where nothing uses it, or none was.
+        uses: those that were taken, of the same number read elsewhere too; empty where nothing uses it, or none was.
         refusal: why a use could not be taken; None where all were.
     """
 
@@ -102,17 +102,17 @@ class Uses:
         """What was noted of each value that the host read, in the order of the reads."""
         for asked in self._facts.asked:
             self.take("branches", asked)
-        symbols: dict[object, list[sympy.Symbol]] = {}
-        for symbol, reads in self._facts.reads.items():
+        found: dict[object, tuple[Read, list[sympy.Symbol]]] = {}
+        for symbol, reads in (*self._facts.reads.items(), *self._facts.read_again.items()):
             for read in reads:
-                symbols.setdefault((read.operator, read.site, read.call), []).append(symbol)
-        return tuple(map(self._value, symbols.values()))
+                found.setdefault((read.operator, read.site, read.call), (read, []))[1].append(symbol)
+        return tuple(self._value(*one) for one in sorted(found.values(), key=lambda one: one[0].call))
 
-    def _value(self, symbols: list[sympy.Symbol]) -> HostValue:
+    def _value(self, read: Read, symbols: list[sympy.Symbol]) -> HostValue:
         """One value, or all numbers of one tensor."""
         uses = dict.fromkeys(use for symbol in symbols for use in self._taken.get(symbol, ()))
         refusal = next((self._refused[symbol] for symbol in symbols if symbol in self._refused), None)
-        return HostValue(self._facts.reads[symbols[0]][0], tuple(uses), refusal)
+        return HostValue(read, tuple(uses), refusal)
 
     def _sources(self, expressions: Iterable[sympy.Basic]) -> set[sympy.Basic]:
         """The symbols that expressions are made of, with those that operators of the graph made them of."""

@@ -196,6 +196,8 @@ class HintMode(TorchDispatchMode):
 
     def _name(self, result: Any, reads: list[Read], site: Site) -> None:
         facts, value = self.facts, reads[0].value
+        for symbol in (symbol for symbol in _symbols_in(result) if symbol in facts.reads):  # torch remembers what it read
+            facts.read_again.setdefault(symbol, []).extend(reads)
         for symbol in _fresh(result, facts) if _is_kind(value, result) else ():
             facts.hints[symbol] = float(value) if isinstance(value, float) else int(value)
             facts.sources[symbol] = site
@@ -263,13 +265,14 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
     """Symbols in a result that nothing is known of."""
-    found: list[sympy.Symbol] = []
-    for value in result if isinstance(result, (tuple, list)) else (result,):
-        parts = value.shape if isinstance(value, Tensor) else (value,)
-        for part in parts:
-            if isinstance(part, SYMBOLS):
-                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.replacements]
-    return list(dict.fromkeys(found))
+    return [symbol for symbol in _symbols_in(result) if symbol not in facts.hints and symbol not in facts.replacements]
+
+
+def _symbols_in(result: Any) -> list[sympy.Symbol]:
+    """The symbols that a result is, or that are sizes of it."""
+    values = result if isinstance(result, (tuple, list)) else (result,)
+    parts = [part for value in values for part in (value.shape if isinstance(value, Tensor) else (value,))]
+    return list(dict.fromkeys(symbol for part in parts if isinstance(part, SYMBOLS) for symbol in part.node.expr.free_symbols))
 
 
 def _source(tensor: Tensor) -> str:
