@@ -15,6 +15,7 @@ from graphs.auditing.remedies import ARITHMETIC, BOUND, CLASS_OF, NO_PASS, UNSUP
 from graphs.errors import Refusal
 from graphs.observation.host_reads import HostRead
 from graphs.observation.operations import EagerTrace
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint
 from graphs.rewriting.python_stores import Stored
 from graphs.rewriting.rewritten_step import host_values, is_removable, refusal_of
@@ -79,13 +80,12 @@ def ask(seen: Observation) -> Answer:
     run = seen.runs[0] if seen.runs[0].changed else seen.runs[-1]
     if run.error is not None or not (run.trace.reads or run.trace.findings):
         return Answer()
-    step, before = dataclasses.replace(seen.step, passes=_PASSES), Checkpoint(seen.step)
+    step, trace = dataclasses.replace(seen.step, passes=_PASSES), run.trace
+    rehearsal = Rehearsal(Checkpoint(seen.step), trace, is_there=True)
     try:
-        values, reason = host_values(step, run.trace, step.call.tensors)
+        values, reason = rehearsal.run(lambda: host_values(step, trace, step.call.tensors))
     except Exception:  # the user's code on tensors without data: a capture names what that raises
         return Answer()
-    finally:
-        before.restore()
     by_call = {(read.operator, read.frame, read.index): _key(read) for read in run.trace.reads}
     told: dict[Read, list[passes.HostValue]] = {}
     for value in values:

@@ -17,9 +17,9 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from passes.core.facts import Facts
-from passes.core.host_reads import Read
 from passes.core.source_location import Site
 from passes.core.symbols import SYMBOLS, expression_of, is_symbol
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 
 
