@@ -48,7 +48,7 @@ def trace_step(
         step, tensors, reads, modules, numbers, advanced: as in `passes.tracing.trace.TraceRequest`.
         unmerged: branches that are not tried, and why: those that could not be merged for another way through the step.
             What turns out not to be mergeable is added.
-        settings: ``structure``, ``restore``, ``snapshot`` and ``forbidding``, as in `TraceRequest`.
+        settings: ``structure``, ``restore``, ``snapshot``, ``forbidding`` and ``partial``, as in `TraceRequest`.
 
     Raises:
         Unremovable: as `trace_once`, of the step as it goes: what only merged branches do leaves them unmerged.

@@ -81,7 +81,7 @@ CALL = (torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([5, 6]), torch.tensor(
         ("mask", "data-dependent-shape", "__getitem__", ("bound",), ("bounded",), 1),
         ("nonzero", "data-dependent-shape", "nonzero", ("bound",), ("bounded",), 1),
         ("constant", "host-constant", "tensor", ("host constant",), ("constants",), 1),
-        ("window", "host-sync", "__getitem__", ("addressing",), ("addressing",), 2),
+        ("window", "host-sync", "__getitem__", ("addressing", "bound"), ("addressing", "bounded"), 2),  # of two numbers
         ("cpu", "host-sync", "cpu", ("unsupported",), (), 1),
     ],
 )
@@ -427,3 +427,74 @@ def test_an_audit_promises_what_a_capture_keeps(model: Callable[..., Any], marke
         assert bool(one.passes) == ((one.file, one.line) not in refused)
         assert one.passes or "no pass takes it here" in one.cure
     assert at(found, marker) and bool(refused) == (model is reshaped)
+
+
+def raised_to(x: Tensor) -> Tensor:
+    return x ** x[0].item()  # exponent
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.bincount(x.long(), minlength=8) * 2  # bincount
+
+
+def in_a_list(x: Tensor) -> Tensor:
+    return x[[int(x[0])]]  # list
+
+
+def with_a_rest(x: Tensor) -> Tensor:
+    return x[int(x[0]) :].sum()  # rest
+
+
+@pytest.mark.parametrize(
+    ("model", "marker", "by"),
+    [
+        (raised_to, "exponent", ("branches",)),  # some exponents have kernels of their own
+        (counted, "bincount", ("branches",)),  # as many bins as in the eager run, which a replay checks
+        (in_a_list, "list", ("arithmetic",)),  # a tensor is made of it, on the device
+        (with_a_rest, "rest", ("addressing", "bounded")),
+    ],
+)
+def test_the_passes_are_those_that_take_the_value(model: Callable[..., Any], marker: str, by: tuple[str, ...]) -> None:
+    assert at(audit(model, torch.tensor([1.0, 5.0, 2.0])), marker)[0].passes == by
+
+
+def unbounded(x: Tensor) -> Tensor:
+    n = int(x[0])  # unbounded
+    return x.new_zeros(n).sum() + x
+
+
+def test_a_value_without_a_bound_is_named_where_it_is_read() -> None:
+    one = one_at(audit(unbounded, torch.tensor([1.0, 5.0])), "unbounded")
+    assert one.classes == ("bound",) and one.passes == ()
+    assert f"no pass takes it in line {one.line + 1}: a length" in one.cure and "bounds={" in one.cure
+
+
+def logging(x: Tensor) -> Tensor:
+    n = int(x[0])  # before the text
+    shown = int(x[1])  # shown
+    row = x[n]
+    str.format("{}", f"{shown}")
+    return row * int(x[-1])  # behind the text
+
+
+def test_a_step_that_cannot_be_traced_to_its_end_is_told_of_as_far_as_it_can() -> None:
+    found = audit(logging, torch.tensor([1.0, 5.0, 7.0]))
+    assert one_at(found, "before the text").passes == ("addressing",)
+    shown = one_at(found, "shown")
+    assert shown.classes == ("unsupported",) and shown.passes == () and "the value leaves the step" in shown.cure
+    assert one_at(found, "behind the text").classes == ("arithmetic",)
+
+
+def test_a_step_that_counts_is_told_of_as_well() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            index = int(x[0])
+            return x.roll(index, 0) + self.calls
+
+    one = next(one for one in audit(Step(), torch.tensor([1.0, 5.0])).findings if one.kind == "host-sync")
+    assert one.classes == ("arithmetic",) and one.source == "index = int(x[0])"
