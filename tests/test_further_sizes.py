@@ -15,9 +15,7 @@ Tensor = torch.Tensor
 
 
 class Counted(torch.nn.Module):
-    """Counts its runs, where no recording of it looks."""
-
-    runs: list[int] = []
+    """A step with a layer and a cache."""
 
     def __init__(self, fn: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
