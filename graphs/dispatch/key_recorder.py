@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class KeyRecorder:
         self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def inadmissible(self, call: Call) -> Refusal | None:
         """Why a call is not recorded, as far as that can be said before anything runs."""
@@ -165,6 +167,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:

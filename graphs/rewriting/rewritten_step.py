@@ -122,6 +122,7 @@ def traced(
             forbidding=forbidding() if merge else None,
             restore=before.restore_python,
             unmerged=step.unmerged,
+            merged=step.merged,
         )
     finally:  # another attempt starts from here
         before.restore_python()
