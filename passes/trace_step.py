@@ -98,17 +98,24 @@ class _Merger:
 
     def _known(self) -> tuple[Merged, TracedStep | None]:
         """The branches that an earlier trace merged, and the graph with them merged; none where they cannot be this time."""
-        given = {
-            place: starts - {(*at,) for file, *at in self._unmerged if file == place[0]} for place, starts in self._merged.items()
-        }
-        plan = {place: starts for place, starts in given.items() if starts}
-        self._functions |= functions_of([*plan])
-        if not plan or not all(self._functions[place] for place in plan):
-            return {}, None
-        try:
-            return plan, self._trace(plan)
-        except (Unmergeable, Unremovable):
-            return {}, None
+        while True:
+            given = {
+                (file, code): starts - {(line, column) for name, line, column in self._unmerged if name == file}
+                for (file, code), starts in self._merged.items()
+            }
+            plan = {place: starts for place, starts in given.items() if starts}
+            self._functions |= functions_of([*plan])
+            if not plan or not all(self._functions[place] for place in plan):
+                return {}, None
+            try:
+                return plan, self._trace(plan)
+            except Unmergeable as reason:
+                file, *start = reason.site
+                if not any(place[0] == file and tuple(start) in starts for place, starts in plan.items()):
+                    return {}, None
+                self._unmerged[reason.site] = str(reason)
+            except Unremovable:
+                return {}, None
 
     def _trace(self, plan: Plan) -> TracedStep:
         """The graph with the branches of ``plan`` merged.
