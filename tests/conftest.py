@@ -18,7 +18,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     # the same examples on every machine: a change breaks a test, chance does not; `make fuzz` looks for new ones
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-gc.set_threshold(20_000, 20, 20)  # a collection goes through all of torch and transformers: a tenth of the time of a first call
+gc.set_threshold(20_000, 20, 20)  # a full collection goes through all of torch and transformers
 torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cores
 
 

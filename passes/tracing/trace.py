@@ -13,10 +13,8 @@ are decomposed by torch's Python versions where it has them: those in C++ ask so
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -108,25 +106,12 @@ def trace_once(request: TraceRequest) -> TracedStep:
     """
     request.restore()
     trace = _Trace(request)
-    with _uncollected():
-        module = trace.run()
+    module = trace.run()
     _forget_unread(trace.facts)
     _hold(module, [number.tensor for number in request.numbers])
     _name_state(module)
     note_storages(module, list(request.tensors))
     return TracedStep(module, trace.facts, trace.structure, trace.advance)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without automatic garbage collection, a tenth of the time of a trace: each goes through all objects of all libraries."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable
 
@@ -59,6 +60,15 @@ def test_what_was_merged_for_one_key_is_merged_at_once_for_the_next(rounds: list
         same_for_both_outcomes(step, either, torch.arange(rows) * 1.0)
     assert [bool(request.plan) for request in rounds] == [False, True, True]
     assert step.report().recordings == 2 and step.report().eager_calls == 0
+
+
+def test_branches_of_functions_that_the_collector_leaves_alone_are_merged(rounds: list[TraceRequest]) -> None:
+    gc.freeze()
+    try:
+        same_for_both_outcomes(graphs.capture(either), either, torch.arange(2.0))
+    finally:
+        gc.unfreeze()
+    assert [bool(request.plan) for request in rounds] == [False, True]
 
 
 def test_a_branch_that_cannot_be_merged_for_the_next_key_is_traced_as_it_goes(rounds: list[TraceRequest]) -> None:
