@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import graphs
+from graphs.__main__ import main
 from graphs.auditing.audit import Audit, Finding, audit
 from tests.corpus.collection import CASES
 from tests.parity import assert_same
@@ -71,6 +73,12 @@ class Decode(nn.Module):
 CALL = (torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([5, 6]), torch.tensor([3, 1]))
 
 
+@functools.cache
+def of_decode() -> Audit:
+    """One audit, which several tests look at."""
+    return audit(Decode(), *CALL)
+
+
 @pytest.mark.parametrize(
     ("marker", "kind", "function", "classes", "passes", "calls"),
     [
@@ -88,14 +96,14 @@ CALL = (torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([5, 6]), torch.tensor(
 def test_each_kind_has_its_line_its_class_and_its_cure(
     marker: str, kind: str, function: str, classes: tuple[str, ...], passes: tuple[str, ...], calls: int
 ) -> None:
-    one = one_at(audit(Decode(), *CALL), marker)
+    one = one_at(of_decode(), marker)
     assert (one.kind, one.function, one.classes, one.passes, one.calls) == (kind, function, classes, passes, calls)
     assert one.cure and one.detail
     assert one.cost_us is not None and one.cost_us > 0
 
 
 def test_nothing_else_is_found_and_the_order_is_that_of_the_step() -> None:
-    found = audit(Decode(), *CALL)
+    found = of_decode()
     lines = [one.line for one in found.findings]
     assert len(found.findings) == 9 and lines == sorted(lines)
     assert found.cost == "time of calls" and found.device == "cpu" and found.steps == 2
@@ -341,7 +349,7 @@ def test_a_step_without_findings_says_so() -> None:
 
 def test_a_captured_module_stands_for_its_model() -> None:
     step = graphs.capture(Decode())
-    assert [one.line for one in audit(step, *CALL).findings] == [one.line for one in audit(Decode(), *CALL).findings]
+    assert [one.line for one in audit(step, *CALL).findings] == [one.line for one in of_decode().findings]
     assert step.report().recordings == 0 and step.report().eager_calls == 0
 
 
@@ -359,8 +367,8 @@ def test_json_holds_everything_and_comes_back() -> None:
 
 
 def test_the_text_shows_lines_values_and_remedies() -> None:
-    text = str(audit(Decode(), *CALL))
-    item = one_at(audit(Decode(), *CALL), "item")
+    text = str(of_decode())
+    item = one_at(of_decode(), "item")
     assert f"  {item.line}   pos = " in text and "int(positions[0].item())" in text
     assert "tests/test_audit.py" in text and "remedy: the value leaves the" in text
     assert "9 findings: passes apply to 8; 1 need the remedy named." in text
@@ -383,28 +391,29 @@ def factory():
 
 
 @pytest.fixture
-def in_a_module(tmp_path: Path) -> Callable[..., str]:
-    """Runs ``python -m graphs audit`` on a module of a temporary directory."""
-    (tmp_path / "steps_to_audit.py").write_text(FACTORY)
-
-    def run(*options: str) -> str:
-        command = [sys.executable, "-m", "graphs", "audit", "steps_to_audit:factory", *options]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+def module(tmp_path: Path) -> Path:
+    """A module in a temporary directory with the factory of a step."""
+    path = tmp_path / "steps_to_audit.py"
+    path.write_text(FACTORY)
+    return path
 
 
-def test_the_command_prints_a_table(in_a_module: Callable[..., str]) -> None:
-    printed = in_a_module()
-    assert "steps_to_audit.py" in printed and "6   if x.sum() > 0:" in printed and "branches" in printed
+def test_the_command_prints_a_table(module: Path) -> None:
+    command = [sys.executable, "-m", "graphs", "audit", "steps_to_audit:factory"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=module.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "steps_to_audit.py" in done.stdout and "6   if x.sum() > 0:" in done.stdout and "branches" in done.stdout
 
 
-def test_the_command_prints_json(in_a_module: Callable[..., str], tmp_path: Path) -> None:
-    (one,) = Audit.from_json(in_a_module("--json")).findings
-    assert (one.kind, one.file, one.line) == ("data-dependent-branch", str(tmp_path / "steps_to_audit.py"), 6)
+def test_the_command_prints_json(module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(module.parent)
+    monkeypatch.delitem(sys.modules, "steps_to_audit", raising=False)
+    with pytest.raises(SystemExit) as done:
+        main(["audit", "steps_to_audit:factory", "--json"])
+    assert not done.value.code
+    (one,) = Audit.from_json(capsys.readouterr().out).findings
+    assert (one.kind, one.file, one.line) == ("data-dependent-branch", str(module), 6)
 
 
 def scaled(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class KeyRecorder:
         self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
         """Why a call is not recorded, as far as that can be said before anything runs.
@@ -186,6 +188,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:

@@ -162,6 +162,7 @@ def traced(
             restore=runs.undo,
             unmerged=step.unmerged,
             partial=partial,
+            merged=step.merged,
         )
     )
     if counters is not None and made.advance is not None:

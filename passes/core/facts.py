@@ -89,10 +89,6 @@ class Facts:
     outcomes: dict[Place, bool] = field(default_factory=dict)
     branches: dict[Place, CodeType] = field(default_factory=dict)
     unmerged: dict[Branch, str] = field(default_factory=dict)
-    naturals: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
-    shorter: dict[Any, sympy.Basic] = field(
-        default_factory=dict
-    )  # of `passes.host_values.upper_bounds`, for which sympy takes long
     _resolved: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _known: set[sympy.Basic] = field(default_factory=set)
