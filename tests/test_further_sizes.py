@@ -122,3 +122,8 @@ def test_buckets_share_the_proof_of_padding(further: list[int]) -> None:
                 expected = step(x)
             torch.testing.assert_close(step(x), expected)
     assert step.report().recordings == 3
+
+
+def test_the_report_says_where_a_size_was_timed() -> None:
+    lines = str(run(by_row, torch.no_grad, (5, 2))).splitlines()
+    assert ["timed at another size" in line for line in lines if "exact sizes" in line] == [False, True]
