@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from graphs.guards.container_guards import MappingGuard, SequenceGuard, SetGuard
+from graphs.guards.memory_guards import guard_inside, guard_memory, keeps_memory
 from graphs.guards.traversal import Traversal
 from graphs.guards.value_guards import AliveGuard, CellGuard, FunctionGuard, TypeGuard
-from graphs.objects.c_objects import elements_in, held_inside, local_attributes, names_looked_up, partial_content, reader_of
+from graphs.objects.c_objects import held_inside, local_attributes, names_looked_up, partial_content
 from graphs.objects.cells import ABSENT, reference_to
 from graphs.objects.dict_watch import real_dict
 from graphs.objects.kinds import Kind, kind_of
@@ -63,7 +64,7 @@ def guard_weakly_held(into: Traversal, path: str, reference: weakref.ref[Any]) -
     if id(value) in into.seen:
         return
     held = of_type(value, _COMPARED_BY_HOLDING) or sequence_class(value) is not None
-    if held or kind_of(value) in (Kind.NUMPY, Kind.MEMORY):
+    if held or keeps_memory(value):
         into.refuse(path, f"a {type(value).__name__} is held weakly, which what compares it at each call would keep alive")
         return
     into.enter(path, value)
@@ -169,10 +170,9 @@ def _descriptor(into: Traversal, path: str, value: Any) -> None:
 
 
 def _memory(into: Traversal, path: str, value: Any) -> None:
-    read = reader_of(value)
-    if read is not None:
-        into.add_value(path, read, by_value=True)
-    into.pending += [(f"{path}[{index}]", item) for index, item in enumerate(elements_in(value))]
+    guard_memory(into, path, value)
+    if attributes_of(value) is not None:  # of NumPy, and written in Python
+        _plain_object(into, path, value)
 
 
 def _iterator(into: Traversal, path: str, value: Any) -> None:
@@ -221,6 +221,7 @@ def _container(into: Traversal, path: str, value: Any) -> None:
             into.add(SetGuard(path + "{}", value))
         into.pending += [(form.format(index), item) for index, item in enumerate(items)]
     if type(value) not in _WITHOUT_ATTRIBUTES:
+        guard_inside(into, path, value)
         _plain_object(into, path, value)
 
 
