@@ -1,4 +1,4 @@
-"""Guards of what C code keeps of an object: memory that is no tensor, files in memory, the state of queues and digests.
+"""Guards of what C code keeps of an object: memory that is no tensor, files in memory, queues and digests, objects of C++.
 
 It is compared by value at each call where it is small enough for that; what is not, or hides behind an address, refuses the step.
 """
@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from graphs.guards.traversal import Traversal
 from graphs.objects.c_objects import Memory, elements_in, memory_of
 from graphs.objects.kinds import Kind, kind_of
 from graphs.state.c_state import IN_MEMORY, cell_inside, leads_to_memory
+
+_PACKED = tuple(
+    f"__torch__.torch.classes.{namespace}." for namespace in ("quantized", "rnn", "sparse", "xnnpack", "mkldnn", "mkl")
+)
+"""Names of the classes of torch's that hold packed weights."""
 
 
 def guard_memory(into: Traversal, path: str, value: Any) -> None:
@@ -28,6 +35,10 @@ def guard_memory(into: Traversal, path: str, value: Any) -> None:
 def guard_inside(into: Traversal, path: str, value: Any) -> None:
     """Guard what an object of any class holds that no attribute of it shows."""
     kind = type(value)
+    if kind is torch.ScriptObject:
+        if not value._type().qualified_name().startswith(_PACKED):  # packed weights are made anew, never written
+            into.refuse(path, f"what a {value._type().qualified_name()} of C++ holds cannot be compared at each call")
+        return
     if issubclass(kind, (bytes, BaseException)):  # cannot change; the arguments of an exception are attributes to it
         return
     if not issubclass(kind, IN_MEMORY) and memory_of(value) is not None:

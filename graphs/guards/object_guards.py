@@ -25,7 +25,7 @@ from graphs.objects.c_objects import held_inside, local_attributes, names_looked
 from graphs.objects.cells import ABSENT, reference_to
 from graphs.objects.dict_watch import real_dict
 from graphs.objects.kinds import Kind, kind_of
-from graphs.objects.libraries import origin_of_code, origin_of_type
+from graphs.objects.libraries import in_torchs_models, origin_of_code, origin_of_type
 from graphs.objects.raw_access import (
     IMMUTABLE_TYPE,
     attributes_of,
@@ -47,7 +47,7 @@ _COMPARED_BY_HOLDING = (Tensor, dict, types.FunctionType, type, functools.partia
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, set, frozenset, deque, OrderedDict)
 _GRADIENT: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
-"""Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
+"""Packages whose objects are machinery, not settings of a step; torch's layers and the like are entered all the same."""
 
 
 def guard_object(into: Traversal, path: str, value: Any) -> None:
@@ -230,7 +230,7 @@ def _plain_object(into: Traversal, path: str, value: Any) -> None:
     kind = type(value)
     origin, layer, package = origin_of_type(kind), of_type(value, torch.nn.Module), module_name(kind)
     users = origin == "user"
-    if not users and not layer and package.partition(".")[0] in _FOREIGN and not package.startswith("torch.nn"):
+    if not users and not layer and package.partition(".")[0] in _FOREIGN and not in_torchs_models(package):
         return
     whole = (
         origin == "python"  # its code is not observed, so every attribute counts
