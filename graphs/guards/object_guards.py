@@ -33,6 +33,7 @@ from graphs.objects.raw_access import (
     class_attribute,
     closure_of,
     elements_of,
+    filled_slots,
     functions_in,
     module_name,
     of_type,
@@ -238,6 +239,9 @@ def _plain_object(into: Traversal, path: str, value: Any) -> None:
         or (into.scope.everything and (users or not into.scope.reads.complete))
     )
     relevant = None if whole else into.relevant
+    lazy = _filled_later(into, kind, value) if origin == "python" else frozenset()
+    if lazy and relevant is None:
+        relevant = functools.partial(_is_none_of, lazy)
     if not kind.__flags__ & IMMUTABLE_TYPE:
         into.add(TypeGuard(path, value), watched=not users)
     _attributes(into, path, value, relevant, layer=layer)
@@ -266,6 +270,20 @@ def _attributes(into: Traversal, path: str, value: Any, relevant: Callable[[Any]
 def _is_looked_up(names: frozenset[str], key: str) -> bool:
     """Whether a class attribute is one of ``names``, or looked up by Python itself (``__call__``, ``__len__``)."""
     return key in names or (key.startswith("__") and key.endswith("__") and key not in OF_CLASSES and key not in DESCRIPTIONS)
+
+
+def _filled_later(into: Traversal, kind: type[Any], value: Any) -> frozenset[str]:
+    """Slots and cached properties of a class of Python's own that are empty: whoever looks at the object fills them with what
+    they mean already. The step did not look, or it would have filled them itself.
+    """
+    slots = slots_of(kind)
+    caches = (name for base in bases_of(kind) for name, item in vars(base).items() if of_type(item, functools.cached_property))
+    filled = filled_slots(slots, value).keys() | (attributes_of(value) or {}).keys()
+    return frozenset((*slots, *caches)) - filled - into.names
+
+
+def _is_none_of(names: frozenset[str], key: Any) -> bool:
+    return key not in names
 
 
 def _is_code(item: Any) -> bool:

@@ -168,3 +168,15 @@ def test_a_dictionary_with_tensors_as_keys_is_guarded(context: Any) -> None:
             assert torch.equal(captured(x), expected(x)), call
     report = captured.report()
     assert report.replays >= 4 and "internal-error" not in {refusal.reason for refusal in report.refusals}, report
+
+
+def test_keys_that_have_no_order_are_compared_by_identity() -> None:
+    first, second = torch.zeros(2), torch.zeros(4)
+    mapping: dict[Any, Any] = {first: 1, second: 2, "a": 3, 5: 4, None: 5}
+    guards = Guards([], [MappingGuard("{}", mapping, lambda key: True)])
+    for _ in range(8):
+        mapping[second] = 7
+        mapping[second] = 2
+        assert guards.changed() is None
+    mapping[second] = 3
+    assert guards.changed() is not None
