@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -26,6 +30,9 @@ from graphs.first_call.verify_replay import compare_replay
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from graphs.rehearsal.tried_step import TriedStep
+
+_KNOWN = 8  # steps that a further size is compared with
 
 
 class KeyRecorder:
@@ -42,6 +49,7 @@ class KeyRecorder:
         self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
         """Why a call is not recorded, as far as that can be said before anything runs.
@@ -138,14 +146,20 @@ class KeyRecorder:
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
-                record = record_key_on_device if step.host else record_key
-                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+            with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
+                recorder = self._recorder(step.device)
+                record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
+                entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
+
+    def _tried(self) -> list[TriedStep]:
+        """The steps that recordings in use were tried as."""
+        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
+        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.
@@ -174,6 +188,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:
@@ -185,3 +200,18 @@ class KeyRecorder:
     def _host(self, call: Call) -> tuple[int, ...]:
         """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
         return host_arguments(call) if self._config.buckets is None else ()
+
+
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Have the garbage collector leave alone what is there already: a first call makes objects enough to have it look at all of
+    torch and transformers several times, for a third of the time that it takes.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()

@@ -18,13 +18,16 @@ from passes.core.aliasing import Aliases
 from passes.core.facts import Assumption
 from passes.core.names import PASS_CONSTANT, fresh_name
 from passes.core.predicates import BranchArm, Iteration
+from passes.core.schema import is_mutable
 from passes.core.source_location import Site
+from passes.core.symbols import expression_of, is_symbol
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
 from passes.errors import Unremovable
 from passes.host_values.predicated_writes import predicated_write
 from passes.host_values.scalars import Scalars
 from passes.host_values.upper_bounds import Bounds
+from passes.host_values.uses import Uses
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -39,6 +42,7 @@ class Construction:
         facts, bounds: what is known of the symbols, and their largest values.
         site, trips: the user's line, and the iterations and branch arms, that new nodes belong to.
         aliases: which nodes of the new graph share memory.
+        uses: which passes took which host values.
         checks: 0-d flags that have to be true besides what the graph assumes of host values.
     """
 
@@ -48,6 +52,7 @@ class Construction:
         self.bounds = Bounds(self.facts, bounds)
         self.site: Site = ("", 0)
         self.trips: tuple[Iteration | BranchArm, ...] = ()
+        self.uses = Uses(self.facts)
         self.checks: list[Node] = []
         self._checked = checked
         self._cache: dict[Any, Node] = {}
@@ -60,10 +65,13 @@ class Construction:
 
     def scalar(self, value: Any) -> Any:
         """A number as it is, or the 0-d tensor (int64, float64 or bool) that stands for a symbol."""
+        if is_symbol(value):
+            self.uses.take("arithmetic", expression_of(value))
         return self._scalars.of(value)
 
     def number(self, expression: sympy.Basic) -> Any:
         """An integer or boolean expression as a number, or as a 0-d tensor."""
+        self.uses.take_given(expression)
         return self._scalars.number(expression)
 
     def home(self, device: torch.device, *numbers: Any) -> torch.device:
@@ -73,8 +81,8 @@ class Construction:
         return next((away for away in found if away.type != "cpu"), device) if device.type == "cpu" else device
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node, with its fake value. A write inside a trip of a loop takes place if the trip does."""
-        if self.trips and target._schema.is_mutable and not self._is_local(args[0]):
+        """A new node, with its fake value. A write inside an iteration takes place if the iteration does."""
+        if self.trips and is_mutable(target) and not self._is_local(args[0]):
             return predicated_write(self, target, args, kwargs)
         return self.plain(target, *args, **kwargs)
 
@@ -93,12 +101,12 @@ class Construction:
         return node
 
     def _is_local(self, tensor: Node) -> bool:
-        """Whether a tensor was made by the trip that runs now."""
+        """Whether a tensor was made by the iteration that runs now."""
         root = self.aliases.root(tensor)
         return isinstance(root, Node) and tuple(root.meta.get("trips", ()))[: len(self.trips)] == self.trips
 
     def running(self) -> Any:
-        """Whether the trips and sides that the current node belongs to take place: a 0-d flag, or True where they must."""
+        """Whether the iterations and arms that the current node belongs to take place: a 0-d flag, or True where they must."""
         return self.number(sympy.And(*[trip.predicate for trip in self.trips]))
 
     def constant(self, value: Tensor) -> Node:
@@ -130,15 +138,20 @@ class Construction:
         return made
 
     def assume(self, condition: sympy.Basic) -> None:
-        """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
+        """Add a condition to what the graph assumes; in an iteration or an arm it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.predicate) for trip in self.trips], condition), True, self.site)
+
+    def assume_value(self, expression: sympy.Basic, value: Any) -> None:
+        """Take numbers that only the device knows for what they were in the eager run, as an assumption."""
+        self.uses.take("branches", expression)
+        self.assume(sympy.Eq(expression, value))
 
     def require(self, holds: Node, expression: sympy.Basic | None = None, *, here: bool = False) -> None:
         """Raise the flag in runs where a 0-d flag is false: there eager raises, or goes a way of its own.
 
         Args:
             expression: the same as a condition on host values, where it is one.
-            here: whether that matters only if the trips and sides take place that the current node belongs to.
+            here: whether that matters only if the iterations and arms take place that the current node belongs to.
 
         Raises:
             Unremovable: nothing checks the flag, or it is false in the traced run.
@@ -158,6 +171,6 @@ class Construction:
         """Whether what the current operator relies on can be checked by the graph, for all of its runs."""
         return self._checked and not self.trips
 
-    def is_uncertain(self, decision: Assumption) -> bool:
+    def is_uncertain(self, assumption: Assumption) -> bool:
         """Whether the graph has to check what it assumes."""
-        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.condition)))
+        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(assumption.condition)))

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import returns_view, silently_written
+from passes.core.schema import is_mutable, returns_view, silently_written
 from passes.core.symbols import is_symbol
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
@@ -26,6 +26,8 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
+Rules = Mapping[Any, Sequence[tuple[str, Rule]]]
+"""The rules of an operator, each with the name of its pass; those that come first are asked first."""
 _MOVES = (aten._to_copy.default, aten.copy_.default)
 
 
@@ -42,8 +44,8 @@ class Rewriter(PaddedConstruction):
     def __init__(
         self,
         traced: TracedStep,
-        rules: Mapping[Any, Rule],
-        default: Rule | None = None,
+        rules: Rules,
+        default: Sequence[tuple[str, Rule]] = (),
         bounds: Mapping[str, int] | None = None,
         exact: frozenset[sympy.Symbol] = frozenset(),
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
@@ -65,7 +67,11 @@ class Rewriter(PaddedConstruction):
         """
         for node in self.module.graph.nodes:
             self.site, self.trips = node.meta.get("site", self.site), tuple(node.meta.get("trips", ()))
-            self.env[node] = self._visit(node)
+            try:
+                self.env[node] = self._visit(node)
+            except Unremovable as reason:
+                self.uses.refuse(node, reason)
+                raise
         return self.graph
 
     def _visit(self, node: Node) -> Any:
@@ -81,9 +87,9 @@ class Rewriter(PaddedConstruction):
                 if isinstance(made, Node) and _keeps_zeros(made, args[:1]):
                     made.meta["zeros"] = args[0].meta["zeros"]
                 return made
-        schema = getattr(node.target, "_schema", None)
-        conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
-        if schema is not None and (self.sized_by_symbols(node) or conditional):
+        is_operator = getattr(node.target, "_schema", None) is not None
+        conditional = is_operator and self.trips and (is_mutable(node.target) or node.target in PARTIAL)
+        if is_operator and (self.sized_by_symbols(node) or conditional):
             return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; what has a condition
         if self.trips and silently_written(node.target, args, kwargs):  # type: ignore[arg-type]
             raise Unremovable("it writes statistics in a way that has no condition", str(node.target), self.site)
@@ -101,9 +107,12 @@ class Rewriter(PaddedConstruction):
 
     def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the rule of an operator makes of it, or the default where that has nothing to say."""
-        rule = self.rules.get(node.target)
-        made = rule(self, node, args, kwargs) if rule is not None else None
-        return self.default(self, node, args, kwargs) if made is None and self.default is not None else made
+        for by, rule in (*self.rules.get(node.target, ()), *self.default):
+            with self.uses.under(by, node):
+                made = rule(self, node, args, kwargs)
+            if made is not None:
+                return made
+        return None
 
     def _loaded(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of an old node in the new graph."""
@@ -156,7 +165,7 @@ class Rewriter(PaddedConstruction):
                 )
             symbols = {s for length in self.lengths(value).values() for s in self.facts.resolve(length).free_symbols}
             if symbols:
-                raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols)
+                raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols=symbols)
         self._scalars.check_definitions()
         if self.finish is not None:
             values = self.finish(self, list(values))

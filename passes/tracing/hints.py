@@ -14,14 +14,15 @@ import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.control_flow.branches import Forks
+from passes.control_flow.branches import Branches
 from passes.control_flow.stopping import inside
-from passes.core.composites import run, taken_apart
+from passes.core.composites import calling, run, taken_apart
 from passes.core.facts import Facts
-from passes.core.host_reads import Read, Reads
 from passes.core.predicates import LIMIT, Loops
-from passes.core.source_location import Place, Site, place_of, user_frame, user_place, user_site
+from passes.core.schema import is_mutable, shares_first_argument
+from passes.core.source_location import Place, Site, called_by_user, place_of, user_frame, user_place, user_site
 from passes.core.symbols import SYMBOLS, expression_of
+from passes.core.values.host_reads import Read, Reads
 from passes.errors import Unremovable
 from passes.tracing.torch_functions import traced_tensor
 from passes.tracing.torch_symbols import (
@@ -90,10 +91,14 @@ class HintedShapes(ShapeEnv):
             self.facts.decide(expression, bool(value), user_site(), place)
             if frame is not None:
                 self.facts.branches[place] = frame.f_code
+            if _asks_for_truth():
+                self.facts.asked.append(expression)
         elif not value.is_Integer:
-            raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
+            detail = "Python needs the number itself, which will hardly ever be the same again"
+            raise Unremovable(detail, "float", user_site(), symbols=expression.free_symbols)
         else:
             self.facts.decide(sympy.Eq(expression, value), True, user_site())
+            self.facts.asked.append(expression)
         return value
 
     def guard_or_defer_runtime_assert(  # type: ignore[override]  # of a method that torch caches
@@ -106,12 +111,18 @@ class HintedShapes(ShapeEnv):
         return True
 
 
+def _asks_for_truth() -> bool:
+    """Whether a line of the step's asks, of a number or a tensor; torch asks much while its functions run."""
+    called = called_by_user()
+    return called == "__bool__" or (called == "__torch_function__" and calling() == "__bool__")
+
+
 class HintMode(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, branches: Branches) -> None:
         super().__init__()
-        self.forks = forks
+        self.branches = branches
         self.facts, self.loops = facts, loops
         self.reads = Reads(reads)
         self.raised: Unremovable | None = None  # for the step's own lines may catch what tracing raises
@@ -124,8 +135,8 @@ class HintMode(TorchDispatchMode):
         whole = taken_apart(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole
-        place = self.forks.asked or user_place()
-        self.forks.loops.runs(func)
+        place = self.branches.asked or user_place()
+        self.branches.loops.runs(func)
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
@@ -144,10 +155,10 @@ class HintMode(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif not self.forks.naming and self.facts.executed():
+        elif not self.branches.naming and self.facts.executed():
             source = _source(args[0]) if func is aten._local_scalar_dense.default else None
             self._follow(str(func), result, place, source)
-        elif not self.forks.naming and func is aten._local_scalar_dense.default:
+        elif not self.branches.naming and func is aten._local_scalar_dense.default:
             _note(str(func), unread=place)
         return result
 
@@ -168,7 +179,8 @@ class HintMode(TorchDispatchMode):
         for node in newest_nodes():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
+            joins, naming = self.branches.joining, self.branches.naming
+            node.meta.update(site=site, trips=self.loops.trips, joins=joins, naming=naming)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -186,6 +198,8 @@ class HintMode(TorchDispatchMode):
 
     def _name(self, result: Any, reads: list[Read], site: Site) -> None:
         facts, value = self.facts, reads[0].value
+        for symbol in (symbol for symbol in _symbols_in(result) if symbol in facts.reads):  # torch remembers what it read
+            facts.read_again.setdefault(symbol, []).extend(reads)
         for symbol in _fresh(result, facts) if _is_kind(value, result) else ():
             facts.hints[symbol] = float(value) if isinstance(value, float) else int(value)
             facts.sources[symbol] = site
@@ -197,7 +211,7 @@ class HintMode(TorchDispatchMode):
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, expression_of(x.shape[dim])
-        joins = self.forks.joining is not None
+        joins = self.branches.joining is not None
         first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole, joins), _index(end, whole, whole, joins)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
@@ -245,7 +259,7 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return args, kwargs
-    if not (func._schema.is_mutable or all(tensor.numel() <= 1 for tensor in tensors)):
+    if not (is_mutable(func) or all(tensor.numel() <= 1 for tensor in tensors)):
         return args, kwargs
     made: tuple[Any, Any] = tree_map_only(Tensor, aten.alias.default, (args, kwargs))
     return made
@@ -253,13 +267,14 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
     """Symbols in a result that nothing is known of."""
-    found: list[sympy.Symbol] = []
-    for value in result if isinstance(result, (tuple, list)) else (result,):
-        parts = value.shape if isinstance(value, Tensor) else (value,)
-        for part in parts:
-            if isinstance(part, SYMBOLS):
-                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.replacements]
-    return list(dict.fromkeys(found))
+    return [symbol for symbol in _symbols_in(result) if symbol not in facts.hints and symbol not in facts.replacements]
+
+
+def _symbols_in(result: Any) -> list[sympy.Symbol]:
+    """The symbols that a result is, or that are sizes of it."""
+    values = result if isinstance(result, (tuple, list)) else (result,)
+    parts = [part for value in values for part in (value.shape if isinstance(value, Tensor) else (value,))]
+    return list(dict.fromkeys(symbol for part in parts if isinstance(part, SYMBOLS) for symbol in part.node.expr.free_symbols))
 
 
 def _source(tensor: Tensor) -> str:
@@ -272,9 +287,7 @@ def _source(tensor: Tensor) -> str:
 
 def _shares_memory(node: torch.fx.Node) -> bool:
     """Whether the result of a node lies where its first argument does."""
-    schema = getattr(node.target, "_schema", None)
-    given = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
-    return bool(given) and isinstance(node.args[0], torch.fx.Node)
+    return shares_first_argument(node.target) and isinstance(node.args[0], torch.fx.Node)
 
 
 def _note(operator: str, **what: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -9,6 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from passes.core.schema import is_mutable
 from passes.core.symbols import expression_of, is_symbol
 from passes.host_values.rewriter import Rewriter, Rule
 from passes.host_values.rules.addressing import gather
@@ -49,7 +51,7 @@ def _cut(rw: Rewriter, node: Node, sizes: dict[int, int], rank: int) -> Node:
 def elementwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """A pointwise operator on padded tensors; in place, what is beyond the true lengths stays."""
     args = aligned(rw, args)
-    if node.target._schema.is_mutable:  # type: ignore[union-attr]
+    if is_mutable(node.target):
         return in_place(rw, node, args, kwargs)
     return rw.padded(rw.call(node.target, *args, **kwargs), rw.expected(node))
 
@@ -141,7 +143,14 @@ def _are_equal(rw: Rewriter, left: sympy.Basic, right: sympy.Basic) -> bool:
     if difference.is_number:
         return bool(difference == 0)
     hint = rw.facts.hint(difference)
-    return (hint is None or hint == 0) and bool(sympy.simplify(difference) == 0)
+    return (hint is None or hint == 0) and bool(_simplified(difference) == 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _simplified(expression: sympy.Basic) -> sympy.Basic:
+    """``sympy.simplify``, which takes long, and is asked the same at each view of a tensor and for each variant of a step."""
+    simplified: sympy.Basic = sympy.simplify(expression)
+    return simplified
 
 
 def _is_one(size: Any) -> bool:
@@ -153,7 +162,7 @@ def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
     """Whether the left product is the one to extend."""
     ratio = left / right if right != 0 else sympy.Integer(2)
     if not ratio.is_number and left.free_symbols & right.free_symbols:
-        ratio = sympy.simplify(ratio)
+        ratio = _simplified(ratio)
     return not more or (ratio.is_number and ratio < 1) or (not ratio.is_number and not left.free_symbols)
 
 
