@@ -10,7 +10,6 @@ import torch
 
 from graphs.contract.arguments import Call
 from graphs.contract.buckets import Shape, batch_size, bucket_for, inferred_batch_dims, is_contiguous, resized
-from graphs.contract.padding import Padding, pad_rows
 from graphs.errors import AboveLargestBucket, ConfigError
 
 Tensor = torch.Tensor
@@ -34,14 +33,10 @@ class Plan:
     dims: Dims
 
 
-def grown(tensors: Sequence[Tensor], dims: Dims, rows: int, policies: Sequence[Padding | None]) -> list[Tensor]:
-    """The tensors with ``rows`` rows: cut, or with rows added as the padding of each says; what was one object still is.
-
-    Args:
-        policies: of each tensor; None repeats the last row, as what keeps its padding does, having none yet.
-    """
+def grown(tensors: Sequence[Tensor], dims: Dims, rows: int) -> list[Tensor]:
+    """The tensors with ``rows`` rows: cut, or with the last row repeated. What was one object still is."""
     resized: dict[int, Tensor] = {}
-    for tensor, dim, policy in zip(tensors, dims, policies, strict=True):
+    for tensor, dim in zip(tensors, dims, strict=True):
         if id(tensor) in resized:
             continue
         sized = tensor
@@ -49,8 +44,8 @@ def grown(tensors: Sequence[Tensor], dims: Dims, rows: int, policies: Sequence[P
             cut = tensor.narrow(dim, 0, rows)
             sized = cut.contiguous() if tensor.is_contiguous() else cut
         elif dim is not None:
-            out = tensor.new_empty((*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :]))
-            sized = pad_rows(tensor, dim, rows, Padding() if policy is None or policy.kind == "keep" else policy, out)
+            last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+            sized = torch.cat([tensor, *[last] * (rows - tensor.shape[dim])], dim)
         resized[id(tensor)] = sized
     return [resized[id(tensor)] for tensor in tensors]
 
@@ -93,12 +88,8 @@ class BatchRule:
         declared: Mapping[str, int] | None,
         *,
         clamp: bool = False,
-        at: int | None = None,
     ) -> Plan:
         """Where ``call`` goes. With ``clamp``, a batch above the largest bucket goes to the largest.
-
-        Args:
-            at: the bucket that it is to go to instead of the smallest that holds it.
 
         Raises:
             AboveLargestBucket: the batch fits no bucket.
@@ -111,7 +102,7 @@ class BatchRule:
         real = batch_size(shapes, dims) if dims is not None else None
         if dims is None or not real or (structure, dims) in self._rejected:
             return self._exact(call)
-        rows = bucket_for(real, buckets) if at is None else at
+        rows = bucket_for(real, buckets)
         if rows is None:
             if not clamp:
                 detail = f"the batch has {real} rows, the largest bucket {max(buckets)}"

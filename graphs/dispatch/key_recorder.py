@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
-from graphs.contract.batch import BatchRule, Plan
+from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.ahead.budget import over_budget
@@ -23,10 +27,13 @@ from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded, prove_left_open
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.first_call.verify_replay import compare_replay
+from graphs.first_call.verify_replay import compare_replay, time_replay
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from graphs.rehearsal.tried_step import TriedStep
+
+_KNOWN = 8  # steps that a further size is compared with
 
 
 class NotNow(Exception):
@@ -54,6 +61,7 @@ class KeyRecorder:
         self.memory_budget = config.memory_budget
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
         """Why a call is not recorded, as far as that can be said before anything runs.
@@ -71,20 +79,18 @@ class KeyRecorder:
         refusal = full or inadmissible(call, self._model, host) or carries_objects(call)
         return [refusal] if refusal is not None else []
 
-    def record(self, step: Step, *, ahead: bool = False, at: int | None = None) -> Recorded:
+    def record(self, step: Step, *, ahead: bool = False) -> Recorded:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call.
 
         Args:
             ahead: whether there is no such call yet, and the recording was asked for.
-            at: the bucket to record at, where that is not the smallest that holds the call.
 
         Raises:
             NotNow: it could be recorded, and is not; nothing ran.
-            RowsInteract: it cannot be recorded at the bucket ``at``.
             Deferred, Refused: see `record_key`.
         """
         config, routes, call = self.config, self._routes, step.call
-        plan = self._plan(step.call, step.names, at)
+        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
         if not ahead and plan.key not in routes.entries:
             against = self._over_budget() or routes.against(call, step.names)
             if against is not None:
@@ -105,15 +111,9 @@ class KeyRecorder:
                 plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
                 if entry is not None and entry.left_open:
                     routes.drop(entry)
-                if at is not None:
-                    raise
                 continue
-            if at is None or (self._plan(call, step.names).rows == plan.rows and not step.is_dummy):
-                routes.by_signature[call.signature] = (entry, plan.real)
+            routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
-
-    def _plan(self, call: Call, names: list[str], at: int | None = None) -> Plan:
-        return self.batch.plan(call, names, self.config.buckets, self.config.batch_dims, clamp=at is not None, at=at)
 
     def record_variant(self, step: Step, beside: RecordedStep) -> Recorded:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
@@ -126,15 +126,15 @@ class KeyRecorder:
         self._routes.lead(call, entry, 1)
         return entry, 1
 
-    def record_ahead(self, call: Call, leaves: Leaves, at: int | None = None) -> RecordedStep:
-        """The recording for a call that is not made, but may come: at the bucket ``at``, or at its own. State is left as it was.
+    def record_ahead(self, call: Call, leaves: Leaves) -> RecordedStep:
+        """The recording for a call that is not made, but may come, with the time of its replay. State is left as it was.
 
         Raises:
-            RowsInteract: it cannot be recorded at the bucket ``at``.
             Refusal: it cannot be recorded.
         """
+        step = self.step(call, leaves)
         try:
-            entry, _ = self.record(self.step(call, leaves), ahead=True, at=at)
+            entry, rows = self.record(step, ahead=True)
         except Refused as refused:
             if refused.undo is not None:
                 refused.undo()
@@ -144,12 +144,15 @@ class KeyRecorder:
             detail = f"the step initialises {deferred}; call it once first"
             raise ChangingValue(detail, operator=str(deferred)) from deferred
         entry.ahead = True
+        if entry.replay is None:  # of a further size
+            entry.replay = time_replay(step, entry, rows)
         self._routes.made_ahead(entry)
         return entry
 
-    def known(self, call: Call, leaves: Leaves, at: int | None = None) -> RecordedStep | None:
-        """The recording at the bucket ``at``, or else that of a call's own, as far as its sizes say; None where there is none."""
-        return self._routes.entries.get(self._plan(call, leaves.tensors, at).key)
+    def known(self, call: Call, leaves: Leaves) -> RecordedStep | None:
+        """The recording that serves calls like this one, as far as their sizes say; None where there is none."""
+        plan = self.batch.plan(call, leaves.tensors, self.config.buckets, self.config.batch_dims)
+        return self._routes.entries.get(plan.key)
 
     def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Leaves]:
         """A call with these arguments, made in the modes of now."""
@@ -182,14 +185,20 @@ class KeyRecorder:
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
-                record = record_key_on_device if step.host else record_key
-                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+            with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
+                recorder = self._recorder(step.device)
+                record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
+                entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
+
+    def _tried(self) -> list[TriedStep]:
+        """The steps that recordings in use were tried as."""
+        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
+        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.
@@ -218,6 +227,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:
@@ -229,3 +239,18 @@ class KeyRecorder:
     def _host(self, call: Call) -> tuple[int, ...]:
         """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
         return host_arguments(call) if self.config.buckets is None else ()
+
+
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Have the garbage collector leave alone what is there already: a first call makes objects enough to have it look at all of
+    torch and transformers several times, for a third of the time that it takes.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()

@@ -11,6 +11,7 @@ from typing import Any
 
 from graphs.guards.guard import Bind
 from graphs.objects.cells import ABSENT, Difference, same, text_of
+from graphs.objects.dict_watch import numbered_versions, version_in
 from graphs.objects.raw_access import elements_of, items_of
 
 _UNROLLED = 24  # items of a sequence that are compared by expressions of their own
@@ -38,8 +39,15 @@ class MappingGuard:
     ) -> None:
         self._form, self.mapping, self._relevant = form, mapping, relevant
         self._ignored = ignored
-        self.entries = self._present()
-        self._length = _length(mapping)
+        self._take(self._present())
+
+    def _take(self, entries: list[tuple[Any, Any]]) -> None:
+        """Take what there is now for what has to be there."""
+        self._version = version_in(self.mapping)
+        self.entries, self._length = entries, _length(self.mapping)
+        counted = {id(key) for key, _ in entries}
+        others = [] if self._relevant is None else [key for key, _ in _items(self.mapping) if id(key) not in counted]
+        self._others = frozenset(others) if all(type(key) is str for key in others) else None
 
     def _present(self) -> list[tuple[Any, Any]]:
         return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
@@ -53,8 +61,8 @@ class MappingGuard:
         """The first entry that was exchanged, removed or added, or stands in another place."""
         now = self._present()
         if self._relevant is not None:  # attributes: their order means nothing
-            now.sort(key=_first_of)
-            self.entries.sort(key=_first_of)
+            now.sort(key=_place_of)
+            self.entries.sort(key=_place_of)
         for (key, value), (other, current) in zip(self.entries, now, strict=False):
             if not same(key, other):
                 kept = any(same(key, one) for one, _ in now)
@@ -67,21 +75,32 @@ class MappingGuard:
             key, value = longer[min(len(now), len(self.entries))]
             texts = ("absent", text_of(value)) if absent else (text_of(value), "absent")
             return Difference(self._form.format(_text_of_key(key)), *texts)
-        self.entries, self._length = now, _length(self.mapping)
+        self._take(now)
         return None
 
     def _unchanged(self) -> bool:
         return self.difference() is None
 
     def conditions(self, bind: Bind) -> Iterator[str]:
-        """Every entry by identity, and the length, which tells of new ones."""
-        if type(self.mapping) not in (dict, OrderedDict, types.MappingProxyType) or (self._ignored and self._relevant is None):
+        """The version of the dictionary where it has one; else, or where it was written, what it holds."""
+        compared = "\n            and ".join(self._comparisons(bind))
+        if self._version is None:
+            yield compared
+        else:
+            yield f"({bind(numbered_versions())}({bind(self.mapping)}) == {self._version} or ({compared}))"
+
+    def _comparisons(self, bind: Bind) -> Iterator[str]:
+        """Every entry by identity; the length and the keys that do not count, which together tell of new ones that do."""
+        by_key = self._relevant is not None
+        known = type(self.mapping) in (dict, OrderedDict, types.MappingProxyType)
+        if not known or self._others is None or (self._ignored and not by_key) or (by_key and not _are_texts(self.entries)):
             yield f"{bind(self._unchanged)}()"
             return
         name = bind(self.mapping)
         yield f"len({name}) == {self._length}" if self._length else f"not {name}"
-        if self._relevant is not None:
+        if by_key:
             yield from (f"{name}[{key!r}] is {bind(value)}" for key, value in self.entries)
+            yield from (f"{name}.keys() >= {bind(self._others)}",) if self._others else ()
         elif self.entries:
             yield f"{bind(_all_identical)}({name}, {bind([key for key, _ in self.entries])})"
             yield f"{bind(_all_identical)}({name}.values(), {bind([value for _, value in self.entries])})"
@@ -193,8 +212,14 @@ def _length(mapping: Mapping[Any, Any]) -> int:
     return dict.__len__(mapping) if isinstance(mapping, dict) else len(mapping)
 
 
-def _first_of(entry: tuple[Any, Any]) -> Any:
-    return entry[0]
+def _place_of(entry: tuple[Any, Any]) -> tuple[int, Any]:
+    """Where an entry stands in an order that asks no key of the user's: texts first, what cannot be ordered by its identity."""
+    key = entry[0]
+    return (0, key) if type(key) is str else (1, key) if type(key) is int else (2, id(key))
+
+
+def _are_texts(entries: list[tuple[Any, Any]]) -> bool:
+    return all(type(key) is str for key, _ in entries)
 
 
 def _text_of_key(key: Any) -> Any:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from graphs.guards.container_guards import MappingGuard, SequenceGuard, SetGuard
+from graphs.guards.memory_guards import guard_inside, guard_memory, keeps_memory
 from graphs.guards.traversal import Traversal
 from graphs.guards.value_guards import AliveGuard, CellGuard, FunctionGuard, TypeGuard
-from graphs.objects.c_objects import elements_in, held_inside, local_attributes, names_looked_up, partial_content, reader_of
+from graphs.objects.c_objects import held_inside, local_attributes, names_looked_up, partial_content
 from graphs.objects.cells import ABSENT, reference_to
 from graphs.objects.dict_watch import real_dict
 from graphs.objects.kinds import Kind, kind_of
-from graphs.objects.libraries import origin_of_code, origin_of_type
+from graphs.objects.libraries import in_torchs_models, origin_of_code, origin_of_type
 from graphs.objects.raw_access import (
     IMMUTABLE_TYPE,
     attributes_of,
@@ -32,6 +33,7 @@ from graphs.objects.raw_access import (
     class_attribute,
     closure_of,
     elements_of,
+    filled_slots,
     functions_in,
     module_name,
     of_type,
@@ -46,7 +48,7 @@ _COMPARED_BY_HOLDING = (Tensor, dict, types.FunctionType, type, functools.partia
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, set, frozenset, deque, OrderedDict)
 _GRADIENT: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
 _FOREIGN = frozenset(("torch", "triton", "typing", "importlib", "threading", "concurrent", "sympy", "abc", "warnings"))
-"""Packages whose objects are machinery, not settings of a step; ``torch.nn`` is entered all the same."""
+"""Packages whose objects are machinery, not settings of a step; torch's layers and the like are entered all the same."""
 
 
 def guard_object(into: Traversal, path: str, value: Any) -> None:
@@ -63,7 +65,7 @@ def guard_weakly_held(into: Traversal, path: str, reference: weakref.ref[Any]) -
     if id(value) in into.seen:
         return
     held = of_type(value, _COMPARED_BY_HOLDING) or sequence_class(value) is not None
-    if held or kind_of(value) in (Kind.NUMPY, Kind.MEMORY):
+    if held or keeps_memory(value):
         into.refuse(path, f"a {type(value).__name__} is held weakly, which what compares it at each call would keep alive")
         return
     into.enter(path, value)
@@ -169,10 +171,9 @@ def _descriptor(into: Traversal, path: str, value: Any) -> None:
 
 
 def _memory(into: Traversal, path: str, value: Any) -> None:
-    read = reader_of(value)
-    if read is not None:
-        into.add_value(path, read, by_value=True)
-    into.pending += [(f"{path}[{index}]", item) for index, item in enumerate(elements_in(value))]
+    guard_memory(into, path, value)
+    if attributes_of(value) is not None:  # of NumPy, and written in Python
+        _plain_object(into, path, value)
 
 
 def _iterator(into: Traversal, path: str, value: Any) -> None:
@@ -221,6 +222,7 @@ def _container(into: Traversal, path: str, value: Any) -> None:
             into.add(SetGuard(path + "{}", value))
         into.pending += [(form.format(index), item) for index, item in enumerate(items)]
     if type(value) not in _WITHOUT_ATTRIBUTES:
+        guard_inside(into, path, value)
         _plain_object(into, path, value)
 
 
@@ -229,7 +231,7 @@ def _plain_object(into: Traversal, path: str, value: Any) -> None:
     kind = type(value)
     origin, layer, package = origin_of_type(kind), of_type(value, torch.nn.Module), module_name(kind)
     users = origin == "user"
-    if not users and not layer and package.partition(".")[0] in _FOREIGN and not package.startswith("torch.nn"):
+    if not users and not layer and package.partition(".")[0] in _FOREIGN and not in_torchs_models(package):
         return
     whole = (
         origin == "python"  # its code is not observed, so every attribute counts
@@ -237,6 +239,9 @@ def _plain_object(into: Traversal, path: str, value: Any) -> None:
         or (into.scope.everything and (users or not into.scope.reads.complete))
     )
     relevant = None if whole else into.relevant
+    lazy = _filled_later(into, kind, value) if origin == "python" else frozenset()
+    if lazy and relevant is None:
+        relevant = functools.partial(_is_none_of, lazy)
     if not kind.__flags__ & IMMUTABLE_TYPE:
         into.add(TypeGuard(path, value), watched=not users)
     _attributes(into, path, value, relevant, layer=layer)
@@ -265,6 +270,20 @@ def _attributes(into: Traversal, path: str, value: Any, relevant: Callable[[Any]
 def _is_looked_up(names: frozenset[str], key: str) -> bool:
     """Whether a class attribute is one of ``names``, or looked up by Python itself (``__call__``, ``__len__``)."""
     return key in names or (key.startswith("__") and key.endswith("__") and key not in OF_CLASSES and key not in DESCRIPTIONS)
+
+
+def _filled_later(into: Traversal, kind: type[Any], value: Any) -> frozenset[str]:
+    """Slots and cached properties of a class of Python's own that are empty: whoever looks at the object fills them with what
+    they mean already. The step did not look, or it would have filled them itself.
+    """
+    slots = slots_of(kind)
+    caches = (name for base in bases_of(kind) for name, item in vars(base).items() if of_type(item, functools.cached_property))
+    filled = filled_slots(slots, value).keys() | (attributes_of(value) or {}).keys()
+    return frozenset((*slots, *caches)) - filled - into.names
+
+
+def _is_none_of(names: frozenset[str], key: Any) -> bool:
+    return key not in names
 
 
 def _is_code(item: Any) -> bool:

@@ -9,9 +9,10 @@ import _thread
 import contextvars
 import functools
 import gc
+import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from graphs.objects.kinds import Kind, kind_of
 from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, bases_of, class_attribute
@@ -22,17 +23,54 @@ ARGUMENTS: Any = vars(BaseException)["args"]
 """The descriptor of an exception's arguments, whatever a class makes of that name."""
 
 
-def reader_of(value: Any) -> Callable[[], Any] | None:
-    """What reads the content of memory, with its layout, to be compared by value; None for what is too large or has none."""
-    if kind_of(value) is not Kind.NUMPY:
-        return functools.partial(_bytes_of, value) if _size_of(value) <= SMALL else None
-    if not hasattr(value, "tobytes") or value.nbytes > SMALL:
+class Memory(NamedTuple):
+    """Memory that C code keeps of an object.
+
+    Attributes:
+        size: bytes.
+        read: gives the content, with its layout, to be compared by value.
+    """
+
+    size: int
+    read: Callable[[], Any]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its content can be compared at each call."""
+        return self.size <= SMALL
+
+
+def memory_of(value: Any) -> Memory | None:
+    """The memory of an array or of any other object that lends some; None where there is none."""
+    if kind_of(value) is Kind.NUMPY and hasattr(value, "tobytes"):
+        return Memory(value.nbytes, functools.partial(_content_of(value), value))
+    if is_users_array(value):
+        return Memory(_bare(value).nbytes, lambda: _content_of(_bare(value))(_bare(value)))
+    if not lends_memory(value):
         return None
-    return functools.partial(_identities_in if value.dtype.hasobject else _array_content, value)
+    return Memory(memoryview(value).nbytes, functools.partial(_bytes_of, value))
+
+
+def lends_memory(value: Any) -> bool:
+    """Whether memory of an object can be seen, lent by code written in C: a class in Python may answer for itself (3.12)."""
+    if isinstance(class_attribute(type(value), "__buffer__"), types.FunctionType):
+        return False
+    try:
+        with memoryview(value):
+            return True
+    except (TypeError, ValueError, BufferError):
+        return False
+
+
+def is_users_array(value: Any) -> bool:
+    """Whether a value is an array of a class that was derived from NumPy's elsewhere."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and issubclass(type(value), numpy.ndarray) and kind_of(value) is not Kind.NUMPY
 
 
 def elements_in(value: Any) -> list[Any]:
     """The objects in an array of objects."""
+    value = _bare(value) if is_users_array(value) else value
     has_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
     return value.ravel().tolist() if has_objects and value.dtype == object else []
 
@@ -87,8 +125,14 @@ def local_attributes(value: Any) -> dict[str, Any]:
     return attributes_of(value) or _thread._local.__getattribute__(value, "__dict__")
 
 
-def _size_of(value: Any) -> int:
-    return memoryview(value).nbytes
+def _bare(value: Any) -> Any:
+    """An array as NumPy's own class, which answers for itself. Not kept, since an array with views cannot grow."""
+    numpy = sys.modules["numpy"]
+    return numpy.ndarray.view(value, numpy.ndarray)
+
+
+def _content_of(array: Any) -> Callable[[Any], Any]:
+    return _identities_in if array.dtype.hasobject else _array_content
 
 
 def _bytes_of(value: Any) -> bytes:

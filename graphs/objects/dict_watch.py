@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from graphs.objects.torch_fast_paths import dict_version
@@ -42,6 +42,39 @@ class DictWatch:
             self._changes += 1
         self._number = number
         return self._changes
+
+
+def version_in(mapping: Any) -> int | None:
+    """A number that another write to a dictionary makes another one: below Python 3.12, where dictionaries cannot be watched.
+
+    None where there is none. Writes that only change an order (`OrderedDict.move_to_end`) do not count.
+    """
+    version = numbered_versions()
+    return version(mapping) if version is not None and type(mapping) is dict else None
+
+
+@functools.cache
+def numbered_versions() -> Callable[[dict[Any, Any]], int] | None:
+    """What tells the version of a dictionary; None where Python keeps none, or does not change it with each write."""
+    if _number_of is None or sys.version_info >= (3, 12) or sys.implementation.name != "cpython":
+        return None
+    probe = _Probe()
+    holder = real_dict(vars(_Probe))
+
+    def store() -> None:
+        probe.value = object()
+
+    writes: list[tuple[Any, Callable[[], object]]] = [(vars(probe), store)] * 50  # until the store is specialised
+    writes += [(vars(probe), lambda: setattr(probe, "other", 0)), (vars(probe), lambda: delattr(probe, "other"))]
+    writes += [(holder, lambda: setattr(_Probe, "value", object()))]
+    return _number_of if holder is not None and all(_renumbers(_number_of, *write) for write in writes) else None
+
+
+def _renumbers(version: Callable[[Any], int], dictionary: Any, write: Callable[[], object]) -> bool:
+    before = version(dictionary)
+    untouched = version(dictionary) == before
+    write()
+    return untouched and version(dictionary) != before
 
 
 class _Probe:

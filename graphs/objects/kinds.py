@@ -82,7 +82,8 @@ def _kind_of_class(kind: type[Any]) -> Kind:
         return found
     package = module_name(kind).partition(".")[0]
     if package == "numpy":
-        return Kind.NUMPY
+        hides = kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None  # an array behind a cursor
+        return Kind.ITERATOR if hides else Kind.NUMPY
     if package == "mmap" or issubclass(kind, (*_BUFFERS, *_classes_of_ctypes())):
         return Kind.MEMORY
     if kind.__flags__ & IMMUTABLE_TYPE and class_attribute(kind, "__next__") is not None:

@@ -24,6 +24,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 _TORCH = tuple(os.path.dirname(path) + os.sep for path in torch.__path__ for path in (os.path.join(path, ""),))
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _OWN_PACKAGES = tuple(_OWN + name + os.sep for name in ("graphs", "passes"))
+_MODELS_OF_TORCH = ("torch.nn.", "torch.ao.", "torch.optim.", "torch.distributions.", "torch.amp.grad_scaler")
 MODELS = ("bench", "ops")
 """Folders of this package with lines that a step may consist of."""
 add_library("graphs", MODELS)
@@ -43,6 +44,11 @@ def origin_of(file: str) -> str:
     if any(part in _INSTALLED for part in path.parts) or _has_metadata(path):
         return "library"
     return "python" if file.startswith(_PYTHON) else "user"
+
+
+def in_torchs_models(module: str) -> bool:
+    """Whether a module of torch's holds parts of a step, with attributes that decide what they compute, and no machinery."""
+    return module.startswith(_MODELS_OF_TORCH)
 
 
 def from_package_on(file: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
-from graphs.objects.libraries import origin_of
+from graphs.objects.libraries import in_torchs_models, origin_of
 from graphs.python_reads.effects import NAMES, SEEDS, refused_call, refused_loads
 from passes.core.source_location import first_frame, is_user, line_of
 
@@ -73,7 +73,7 @@ class CodeReads:
 
     Attributes:
         codes: the functions that ran and the globals they ran in, by identity of the code; neither Python's own nor, but for
-            ``torch.nn``, torch's.
+            its layers and the like, torch's.
         refusals: calls that no replay can stand for.
         variables: context variables that were read or set, with what they held before.
         settings: functions of torch and of Python that told the step a setting, by name.
@@ -296,8 +296,8 @@ class Observer:
 
 
 def _is_layers_code(code: types.CodeType, module: str) -> bool:
-    """Whether a function of torch is one of its layers', whose attributes count; not what registers attributes with them."""
-    return module.startswith("torch.nn.") and code.co_name not in ("__setattr__", "__delattr__", "__init__")
+    """Whether a function is one of torch's layers and the like, whose attributes count; not what registers attributes."""
+    return in_torchs_models(module) and code.co_name not in ("__setattr__", "__delattr__", "__init__")
 
 
 def is_collecting(frame: types.FrameType | None) -> bool:

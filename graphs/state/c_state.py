@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from graphs.objects.c_objects import ARGUMENTS, is_released
+from graphs.objects.c_objects import ARGUMENTS, is_released, lends_memory
 from graphs.objects.cells import Cell
 from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute
 
@@ -115,14 +115,8 @@ def _write_file(base: Any, value: Any, content: tuple[Any, ...] | None) -> None:
 
 
 def _has_buffer(value: Any) -> bool:
-    """Whether an object lends writable memory, by code written in C: a class in Python may answer for itself (3.12)."""
-    if isinstance(class_attribute(type(value), "__buffer__"), types.FunctionType):
-        return False
-    try:
-        with memoryview(value) as view:
-            return not view.readonly
-    except (TypeError, ValueError, BufferError):
-        return False
+    """Whether an object lends writable memory."""
+    return lends_memory(value) and not memoryview(value).readonly
 
 
 def _lends_nothing(view: memoryview) -> bool:
@@ -136,14 +130,22 @@ def _memory(path: str, value: Any) -> Cell:
     with memoryview(value) as view:
         large, form = view.nbytes > _LARGE, view.format
     read = functools.partial(_summary if large else _content, value)
-    if large or (issubclass(kind, _DATA) and _points(form)):
+    if large or (issubclass(kind, _DATA) and points(form)):
         return _cell(path + "{}", read, None)
     return _cell(path + "{}", read, functools.partial(_write_memory, value))
 
 
-def _points(form: str) -> bool:
+def points(form: str, kinds: str = "OPzZ&X") -> bool:
     """Whether memory of ctypes holds addresses: of objects it owns, which bytes alone would not keep alive."""
-    return not set(re.sub(r":[^:]*:", "", form).replace("T{", "{")).isdisjoint("OPzZ&X")
+    return not set(re.sub(r":[^:]*:", "", form).replace("T{", "{")).isdisjoint(kinds)
+
+
+def leads_to_memory(value: Any) -> bool:
+    """Whether code that has an object of ctypes reads through an address in it: a pointer, or text that is pointed to."""
+    if not issubclass(type(value), _DATA):
+        return False
+    with memoryview(value) as view:
+        return points(view.format, "zZ&")
 
 
 def _position(value: Any) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +15,7 @@ from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
 from graphs.dispatch.routes import Routes
 from graphs.environment import as_bytes
-from graphs.errors import ConfigError, OverBudget, RowsInteract
+from graphs.errors import ConfigError, OverBudget
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import SizeReport, SizesReport
 
@@ -100,7 +99,7 @@ class SizesAhead:
 
     def _recorded(self, sized: Sized) -> tuple[SizeReport, RecordedStep]:
         started, known = time.perf_counter(), self._known(sized)
-        entry = known or self._made(sized)
+        entry = known or self._keys.record_ahead(sized.call, sized.leaves)
         seconds = 0.0 if known else time.perf_counter() - started
         exact = self._keys.config.buckets is not None and entry.contract.rows is None
         note = "recorded before" if known else "at its exact size: padding it would change the real rows" if exact else ""
@@ -108,15 +107,8 @@ class SizesAhead:
         us = max(replay.host_us, replay.device_us or 0.0) if replay is not None else None
         return SizeReport(sized.size, True, seconds, entry.memory_bytes, us, note), entry
 
-    def _made(self, sized: Sized) -> RecordedStep:
-        """The recording of a size: at its bucket, of a call whose rows count; where padding reaches these, at its exact size."""
-        if sized.fewer is not None:
-            with contextlib.suppress(RowsInteract):  # which is logged
-                return self._keys.record_ahead(*sized.fewer, at=sized.size)
-        return self._keys.record_ahead(sized.call, sized.leaves)
-
     def _known(self, sized: Sized) -> RecordedStep | None:
-        return self._keys.known(sized.call, sized.leaves, at=sized.size if sized.fewer is not None else None)
+        return self._keys.known(sized.call, sized.leaves)
 
     def _taken(self) -> int:
         """Bytes that all recordings of the module take."""

@@ -26,16 +26,13 @@ class Sized(NamedTuple):
     """A call of one size.
 
     Attributes:
-        call, leaves: with as many rows.
         dims: the batch dimension of each tensor leaf; None for all where it is not known.
-        fewer: the call that is recorded at the bucket of this size, whose rows all count: those of the example, or some of them.
     """
 
     size: int
     call: Call
     leaves: Leaves
     dims: Dims
-    fewer: tuple[Call, Leaves] | None = None
 
 
 def as_sizes(sizes: Iterable[int] | None, config: CaptureConfig) -> tuple[int, ...]:
@@ -85,8 +82,7 @@ def _is_named(value: Any) -> bool:
 def calls_of(example: Example, sizes: Sequence[int], keys: KeyRecorder) -> list[Sized]:
     """A call of each size, in the order of ``sizes``: nothing of the step has run.
 
-    Rows are cut off, or added as the padding of their argument says, by default as the last row again; or the example is a
-    function that is called for each size.
+    Rows are cut off, or the last one is repeated; or the example is a function that is called for each size.
 
     Raises:
         ConfigError: the batch dimension is not known, or the example has no size along it or another than it was asked for.
@@ -111,12 +107,10 @@ def _resized(given: tuple[tuple[Any, ...], dict[str, Any]], sizes: Sequence[int]
     rows = batch_size([tuple(tensor.shape) for tensor in call.tensors], dims)
     if not rows:
         raise ConfigError("example", f"a batch of {rows or 'no'} rows", "one or more rows along batch_dims, in some argument")
-    policies = [keys.config.padding.get(name) for name in leaves.tensors]
     calls = []
     for size in sizes:
-        whole = keys.flattened(*replace_tensors(given, iter(grown(call.tensors, dims, size, policies))))
-        fewer = (call, leaves) if size >= rows else whole
-        calls.append(Sized(size, *whole, dims, fewer if keys.config.buckets is not None else None))
+        args, kwargs = replace_tensors(given, iter(grown(call.tensors, dims, size)))
+        calls.append(Sized(size, *keys.flattened(args, kwargs), dims))
     return calls
 
 
@@ -149,7 +143,7 @@ def _of_their_sizes(calls: list[Sized], keys: KeyRecorder) -> list[Sized]:
     known = []
     seen: dict[tuple[Any, ...], int] = {}
     for sized in calls:
-        size, call, leaves, dims, _ = sized
+        size, call, leaves, dims = sized
         keys.step(call, leaves)  # the settings name its arguments
         if declared is not None:
             dims = declared_dims(call, leaves.tensors, declared)
@@ -165,7 +159,7 @@ def _of_their_sizes(calls: list[Sized], keys: KeyRecorder) -> list[Sized]:
             raise ConfigError(
                 f"example({size})", f"a call like example({other})", "a call of its own size, other than the others"
             )
-        known.append(sized._replace(dims=dims, fewer=(call, leaves) if keys.config.buckets is not None else None))
+        known.append(sized._replace(dims=dims))
     return known
 
 
