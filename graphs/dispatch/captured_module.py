@@ -155,8 +155,9 @@ class CapturedModule(Generic[Model]):
         Call it in the modes that the step is called in, for example under ``torch.no_grad()``.
 
         Args:
-            example: the arguments of one call: a tuple, a dict of keyword arguments, or a pair of both. Along ``batch_dims``
-                rows are cut off, or the last one is repeated. Or a function of the size that returns one of these, for example with a cache of its own for each size, which the caller keeps.
+            example: the arguments of one call: a tuple, a dict of keyword arguments, or a pair of both. Along ``batch_dims`` its
+                rows are cut off, or the last one is repeated. Or a function of the size that returns one of these, for example
+                with a cache of its own for each size, which the caller keeps.
             sizes: numbers of rows; with ``buckets``, some of these. Default: all buckets.
             memory_budget: bytes, or text like ``"2GiB"``, that all recordings of the step may take from now on. Default: that
                 of `capture`, else four fifths of what is free on the device, for this call only. A size that is estimated not to
