@@ -104,10 +104,12 @@ def test_a_dummy_row_in_the_spare_slot_serves_as_an_example() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
-def test_what_a_dummy_row_leaves_open_is_proved_of_the_first_row_that_counts() -> None:
-    def model(x: Tensor, slot: Tensor) -> Tensor:
-        return x + x.sum(0)
-
+@pytest.mark.parametrize(
+    "model",
+    [lambda x, slot: x + x.sum(0), lambda x, slot: torch.where(x.amax() > 100, -x, x)],
+    ids=["a sum", "what only poisoned rows show"],
+)
+def test_what_a_dummy_row_leaves_open_is_proved_of_the_first_row_that_counts(model: Callable[..., Tensor]) -> None:
     step = graphs.capture(model, buckets=[4], batch_dims={"x": 0, "slot": 0}, padding={"slot": graphs.sentinel(SPARE)})
     step.record((torch.zeros(1, 64), torch.tensor([SPARE])))
     for rows in (2, 3, 4, 2):
