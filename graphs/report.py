@@ -87,6 +87,8 @@ class CaptureReport:
         eager_calls: calls served by the model itself: refused, switched off, or the observed first call of a key.
         refusals: why calls were not replayed.
         keys: one entry per recording.
+        moved: times that a recording was pointed at other tensors, instead of a step being recorded anew: a new cache, other
+            weights.
         projection_bytes: bytes of the weights that the model's `graphs.GroupedProjection` modules hold, by path.
     """
 
@@ -98,6 +100,7 @@ class CaptureReport:
     refusals: tuple[RefusalCount, ...]
     keys: tuple[KeyReport, ...]
     projection_bytes: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as a JSON object with the attribute names as keys."""
@@ -108,6 +111,8 @@ class CaptureReport:
             f"graphs: {self.recordings} recording(s) on {self.device}, {self.replays} replay(s), "
             f"{self.eager_calls} eager call(s), mode {self.mode}"
         ]
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         for key in self.keys:
             lines += _key_lines(key)
         if self.projection_bytes:

@@ -31,6 +31,10 @@ class StaticTensors:
 
     Attributes:
         links: those from the model or an opaque argument to every tensor that the recording reads.
+        hanging: path and tensor of all those tensors.
+        named: position and name of the static arguments.
+        own: identities of the tensors that hang on the model or an opaque argument, read or not.
+        own_arguments: those that were arguments of the recorded call.
 
     Args:
         arguments: position, name and tensor of the static arguments.
@@ -41,6 +45,7 @@ class StaticTensors:
         copied_back: positions of copied arguments that the step writes: no other tensor must share their memory.
         same: positions of arguments that are the very object at another position.
         given: the arguments of the recorded call.
+        own: identities of all tensors that ``owners`` link to, where not all of these are given.
     """
 
     def __init__(
@@ -53,18 +58,22 @@ class StaticTensors:
         copied_back: Sequence[int] = (),
         same: Sequence[int] = (),
         given: Sequence[Tensor] = (),
+        own: frozenset[int] | None = None,
     ) -> None:
+        self.named = [(index, name) for index, name, _ in arguments]
+        self.longest, self.copied_back, self.same = longest, list(copied_back), list(same)
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
         self._written = _Memory((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
         self._in_place = _Memory(map(_storage_range, externals))
-        self._copied_back, self._same = list(copied_back), {*same}
+        self._copied_back, self._same = self.copied_back, {*same}
         self._longest = longest
         self._static = static
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
         self.links = list({(id(link.container), link.key): link for owner in hanging for link in _chain(owner)}.values())
+        self.hanging = [(owner.path, owner.value) for owner in hanging]
         self._names = {id(owner.value): owner.path for owner in hanging}
         self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
@@ -72,15 +81,15 @@ class StaticTensors:
         self._layouts = [_layout(tensor) for tensor in self._tensors]
         windows = [self._tensors[start : start + WINDOW] for start in range(0, len(self._tensors), WINDOW)]
         self._guards = cycle([(_tensor_guards(window), window) for window in windows] or [(None, [])])
-        self._own = frozenset(id(owner.value) for owner in owners)
-        self._own_arguments = self._own_among(given)
+        self.own = self._own = frozenset(id(owner.value) for owner in owners) if own is None else own
+        self.own_arguments = self._own_among(given)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether everything is where it was. ``tensors`` are the tensor leaves of this call."""
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if not self._own.isdisjoint(map(id, tensors)) and self._own_among(tensors) != self._own_arguments:
+        if not self._own.isdisjoint(map(id, tensors)) and self._own_among(tensors) != self.own_arguments:
             return False
         if self._written.starts and not self._lie_apart(tensors):
             return False
@@ -151,7 +160,7 @@ class StaticTensors:
         moved = self.moved_arguments(tensors)
         return (
             not moved
-            and self._own_among(tensors) == self._own_arguments
+            and self._own_among(tensors) == self.own_arguments
             and self._overlapping(tensors) is None
             and self._shared_when_copied(tensors) is None
         )
@@ -164,7 +173,7 @@ class StaticTensors:
                 return MovedStaticTensor(text, operator=name)
         shared = self._overlapping(tensors)
         shared = self._shared_when_copied(tensors) if shared is None else shared
-        if self._own_among(tensors) != self._own_arguments:
+        if self._own_among(tensors) != self.own_arguments:
             return MovedStaticTensor("an argument is a tensor of the step's own, or no longer is", operator="arguments")
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")

@@ -17,7 +17,8 @@ from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder
-from graphs.dispatch.replay import Outdated, filled, replayed, stale
+from graphs.dispatch.moved import MovedTensors
+from graphs.dispatch.replay import Outdated, filled, replayed, stale, unpointed
 from graphs.dispatch.routes import Refused as RefusedRoute
 from graphs.dispatch.routes import Routes
 from graphs.dispatch.variants import MAX_VARIANTS, is_hopeless, many_variants
@@ -53,6 +54,7 @@ class Dispatcher:
         self.call_log = CallLog()
         self.routes = Routes(parameters, config.max_recordings, self.call_log)
         self.keys = KeyRecorder(model, config, parameters, self.routes, self.call_log)
+        self.moved = MovedTensors(self.keys, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,7 +135,7 @@ class Dispatcher:
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, replay, and put the output together."""
         with self.lock:
-            why = stale(entry, call)
+            why = stale(entry, call) or unpointed(entry)
             if why is None:
                 if self.verifies_always:
                     self.keys.verify(entry, rows, call)
@@ -144,11 +146,22 @@ class Dispatcher:
                     return filled(entry, produced, call)
         if why is None:
             return self._another_variant(entry, rows, call)
+        if isinstance(why, (Outdated, MovedStaticTensor)):
+            found = self._elsewhere(entry, rows, why, call)
+            if found is not None:
+                return self._replay(found, rows, call)
         if isinstance(why, Outdated):
             return self._outdated(entry, why, call)
         if isinstance(why, MovedStaticTensor) and self._releases(entry, why, call):
             return self._serve(call.args, call.kwargs)
         return self._refuse([why])
+
+    def _elsewhere(self, entry: RecordedStep, rows: int, why: Outdated | MovedStaticTensor, call: Call) -> RecordedStep | None:
+        """The recording pointed at tensors of the step that moved; None where that is not it, or cannot be."""
+        if why == Outdated():
+            return None
+        with _recording, self.lock:
+            return self.moved.elsewhere(entry, rows, call)
 
     def _releases(self, entry: RecordedStep, moved: MovedStaticTensor, call: Call) -> bool:
         """Whether a recording was dropped since arguments that it writes in place are elsewhere.
@@ -206,6 +219,9 @@ class Dispatcher:
             route = self.routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return self._replay(route[0], route[1], call)
+            found = self.moved.unknown(call) if beside is None else None
+            if found is not None:
+                return self._replay(*found, call)
             self._require_recordable(call, beside)
             try:
                 keys = self.keys
@@ -263,7 +279,7 @@ class Dispatcher:
     def _outdated(self, entry: RecordedStep, why: Outdated, call: Call) -> Any:
         """Drop a recording that froze what has changed since; record anew, but refuse by name what changes often."""
         with _recording, self.lock:
-            self.routes.drop(entry)
+            self.routes.drop_outdated(entry, why.change)
             refusal = why.refusal
             if refusal is not None:
                 self.routes.attempts[call.signature] += entry.replays < _OFTEN
@@ -285,7 +301,7 @@ class Dispatcher:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:
             devices = ", ".join(sorted(map(str, self.keys.recorders))) or "no device"
-            return self.call_log.report(devices, mode, list(self.routes.entries.values()))
+            return self.call_log.report(devices, mode, self.routes.recordings())
 
     def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record every bucket ahead of time; see `KeyRecorder.record_buckets`."""

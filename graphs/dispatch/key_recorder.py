@@ -9,7 +9,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
-from graphs.contract.batch import BatchRule
+from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import CallLog
@@ -23,6 +23,7 @@ from graphs.first_call.padding_proof import compare_padded
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay
+from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
@@ -46,8 +47,9 @@ class KeyRecorder:
     def inadmissible(self, call: Call) -> Refusal | None:
         """Why a call is not recorded, as far as that can be said before anything runs."""
         limit, routes = self._config.max_recordings, self._routes
-        if len(routes.entries) >= limit or len(routes.by_signature) >= 16 * limit:
-            detail = f"{len(routes.entries)} recordings for {len(routes.by_signature)} keys (max_recordings={limit})"
+        recordings = routes.make_room(limit)
+        if recordings >= limit or len(routes.by_signature) >= 16 * limit:
+            detail = f"{recordings} recordings for {len(routes.by_signature)} keys (max_recordings={limit})"
             return TooManyKeys(detail, operator="key")
         return inadmissible(call, self._model, self._host(call)) or carries_objects(call)
 
@@ -63,7 +65,9 @@ class KeyRecorder:
                 if entry is None:
                     entry = routes.entries[plan.key] = self._first_call(step)
                     entry.group.unmerged = step.unmerged
+                    self._describe(entry, step, plan)
                 elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
+                    entry.point()
                     with forced_eager("first call"):
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
@@ -72,6 +76,21 @@ class KeyRecorder:
                 continue
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
+
+    def plan(self, call: Call) -> Plan:
+        """Where a call goes.
+
+        Raises:
+            AboveLargestBucket: it fits no bucket.
+        """
+        config = self._config
+        return self.batch.plan(call, self.step(call).names, config.buckets, config.batch_dims)
+
+    def _describe(self, entry: RecordedStep, step: Step, plan: Plan) -> None:
+        """Keep what another call has to look like for this recording to be pointed at its tensors."""
+        entry.blueprint = blueprint_of(entry, step.call, step.opaque_names)
+        if entry.blueprint is not None:
+            self._routes.blueprints.setdefault(anonymous(plan.key, step.call), []).append(entry.blueprint)
 
     def record_variant(self, beside: RecordedStep, call: Call) -> tuple[RecordedStep, int]:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""

@@ -143,11 +143,11 @@ class SequenceGuard:
     """
 
     def __init__(self, form: str, sequence: Sequence[Any], items: list[Any], ignored: Collection[int] = ()) -> None:
-        self.form, self._sequence, self.items, self._ignored = form, sequence, items, ignored
+        self.form, self.sequence, self.items, self._ignored = form, sequence, items, ignored
 
     def difference(self) -> Difference | None:
         """The first item that was exchanged, or the length."""
-        now = elements_of(self._sequence)
+        now = elements_of(self.sequence)
         if len(now) != len(self.items):
             return Difference(self.form.format("..."), f"{len(self.items)} items", f"{len(now)} items")
         for index, (value, current) in enumerate(zip(self.items, now, strict=True)):
@@ -158,7 +158,7 @@ class SequenceGuard:
 
     def exchanged(self) -> list[tuple[Any, Any]] | None:
         """Items that stand in the place of others now, each with what was there; None where there are more or fewer."""
-        now = elements_of(self._sequence)
+        now = elements_of(self.sequence)
         if len(now) != len(self.items):
             return None
         pairs = enumerate(zip(self.items, now, strict=True))
@@ -166,14 +166,14 @@ class SequenceGuard:
 
     def adopt(self) -> None:
         """Take what stands there now for what was there."""
-        self.items = elements_of(self._sequence)
+        self.items = elements_of(self.sequence)
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """The length and every item; long sequences in one comparison."""
-        if type(self._sequence) not in (list, deque):
-            yield f"{bind(functools.partial(_same_elements, self._sequence, self.items, self._ignored))}()"
+        if type(self.sequence) not in (list, deque):
+            yield f"{bind(functools.partial(_same_elements, self.sequence, self.items, self._ignored))}()"
             return
-        name = bind(self._sequence)
+        name = bind(self.sequence)
         yield f"len({name}) == {len(self.items)}" if self.items else f"not {name}"
         if len(self.items) <= _UNROLLED or self._ignored:
             yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self.items) if i not in self._ignored)

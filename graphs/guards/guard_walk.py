@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal
-from graphs.guards.container_guards import MappingGuard, NamesGuard
+from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
 from graphs.guards.namespace_guards import guard_environment, guard_module, guard_namespaces
 from graphs.guards.object_guards import guard_object, guard_weakly_held, version_of
@@ -122,6 +122,7 @@ class GuardWalk:
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for links to tensors that the walk did not find: behind objects that no observed function names."""
         guarded = {id(guard.mapping) for guard in self._all() if isinstance(guard, (MappingGuard, NamesGuard))}
+        guarded |= {id(guard.sequence) for guard in self._all() if isinstance(guard, SequenceGuard)}
         left = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in left if isinstance(link.container, dict)}
         for identity, container in dicts.items():

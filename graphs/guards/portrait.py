@@ -116,6 +116,13 @@ def _contents(visited: Sequence[Any], numbers: dict[int, _Part]) -> list[tuple[A
     return found
 
 
+def guards_of_tensor(path: str, tensor: Tensor, scope: Scope) -> list[Guard]:
+    """The guards of one tensor, but for its layout."""
+    into = Traversal(Scope(scope.reads, scope.advanced, _Everything(), scope.codes, scope.extra))
+    guard_object(into, path, tensor)
+    return [*into.watched, *into.polled]
+
+
 def alike(first: Any, second: Any) -> bool:
     """Whether two patterns say the same."""
     if type(first) is tuple:

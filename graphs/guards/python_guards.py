@@ -8,7 +8,7 @@ module level writes) is compared in one generated expression.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,28 +104,25 @@ class Guards:
             if pairs is None:
                 return None
             found += pairs
-        beside = self._beside.exchanged() if self._beside is not None else []
-        return None if beside is None else [*found, *beside]
+        return found
 
-    def adopt(self, exchanged: Sequence[tuple[Any, Any]], made: Callable[[str, Any, Scope], Sequence[Guard]]) -> None:
+    def adopt(self, present: Mapping[int, Any], made: Callable[[str, Any, Scope], Sequence[Guard]]) -> None:
         """Take what stands in containers now for what was there.
 
         Args:
-            exchanged: as the method of this name gave it.
+            present: what stands there, by the identity of what did.
             made: the guards of an object by its path.
         """
-        if self._beside is not None:
-            self._beside.adopt(exchanged, made)
         about = self.about
         if about is None:
             return
-        present = {id(before): now for before, now in exchanged}
         gone = {identity: path for identity, path in about.subjects.values() if identity in present}
         for guard in (*self._watched, *self._polled):
             if isinstance(guard, (MappingGuard, SequenceGuard)) and guard.difference() is not None:
                 guard.adopt()
         self._watched = self._without(self._watched, frozenset(gone))
         self._polled = self._without(self._polled, frozenset(gone))
+        about.subjects = self._subjects_of(self._watched, self._polled)
         for identity, path in gone.items():
             new = list(made(path, present[identity], about.scope))
             about.subjects.update((id(guard), (id(present[identity]), path)) for guard in new)
@@ -138,7 +135,13 @@ class Guards:
         if about is None or not about.own:
             return self
         kept = self._without(self._watched, about.own), self._without(self._polled, about.own)
-        return Guards(*kept, About(about.subjects, about.scope))
+        return Guards(*kept, About(self._subjects_of(*kept), about.scope))
+
+    def _subjects_of(self, *guards: Sequence[Guard]) -> dict[int, tuple[int, str]]:
+        """What the guards that are left are about: an identity may be another guard's once one is gone."""
+        assert self.about is not None
+        known = self.about.subjects
+        return {id(guard): known[id(guard)] for part in guards for guard in part if id(guard) in known}
 
     def _without(self, guards: Sequence[Guard], subjects: frozenset[int]) -> list[Guard]:
         assert self.about is not None

@@ -71,6 +71,13 @@ class TensorState:
             for index, (whole, saved) in reversed([*enumerate(self._saved.values())]):
                 whole.copy_(saved if copies is None or index >= len(copies) else copies[index])
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> TensorState:
+        """Tensors that are known to be written, each the whole of its storage; nothing is copied."""
+        state = cls()
+        state._saved = {storage_id(tensor): (tensor, tensor) for tensor in tensors}
+        return state
+
     def release(self) -> None:
         """Free the saved values and keep only which tensors were written."""
         self._saved = {key: (whole, whole) for key, (whole, _) in self._saved.items()}

@@ -1,0 +1,149 @@
+"""A recording pointed at the static tensors of a call: when that may be done, and what is compared before it is relied on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graphs.contract.arguments import Call
+from graphs.contract.places import form_of
+from graphs.contract.static_tensors import StaticTensors
+from graphs.errors import Refusal
+from graphs.first_call.recorded_step import RecordedStep, reference_to
+from graphs.guards.portrait import Portrait, alike, guards_of_tensor, portrait
+from graphs.guards.python_guards import Guards
+from graphs.objects.raw_access import of_type
+from graphs.pointing.blueprint import Blueprint, Located
+from graphs.recording.recorder import CannotPoint
+from graphs.state.inventory import Link
+
+Tensor = torch.Tensor
+_SETTLED = 64  # addresses of the model's tensors that are remembered as compared
+Compare = Callable[[RecordedStep], Refusal | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointed:
+    """What came of pointing a recording at the tensors of a call.
+
+    Attributes:
+        step: the recorded step of these tensors.
+        compared: whether tensors of the model's had to be compared with eager.
+        exchanged: whether some of these are other tensors than before, so that other steps of the recording are out of date.
+    """
+
+    step: RecordedStep
+    compared: bool
+    exchanged: bool
+
+
+def point_anew(blueprint: Blueprint, call: Call, opaque_names: Sequence[str], compare: Compare) -> Pointed | None:
+    """Point a recording at the static tensors of a call; None where something else than their addresses changed.
+
+    A replay is compared with an eager run, both undone, the first time a place behind an argument moves: from then on it is
+    known that its address stands in the words that were found. Tensors of the model's are compared at each new address: what a
+    step keeps that was computed from a weight does not show in addresses.
+
+    Args:
+        compare: runs a step eagerly and as a replay, and tells how they differ.
+
+    Raises:
+        CannotPoint: the recording is not usable any more.
+    """
+    exchanged = _exchanged(blueprint)
+    if exchanged is None:
+        return None
+    seen, scope = None, blueprint.shared.about
+    if blueprint.pattern is not None and scope is not None:
+        seen = portrait(list(zip(opaque_names, call.opaques, strict=True)), scope.scope, blueprint.names)
+        if seen is None or not alike(seen.pattern, blueprint.pattern):
+            return None
+    located = blueprint.locate(call, seen, exchanged)
+    if located is None:
+        return None
+    step = _step(blueprint, call, located, seen)
+    if step is None:
+        return None
+    step.point()
+    compared = _prove(blueprint, step, located, compare)
+    if exchanged:
+        blueprint.shared.adopt(exchanged, guards_of_tensor)
+        blueprint.adopt(exchanged)
+    return Pointed(step, compared, bool(exchanged))
+
+
+def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
+    """Tensors of the model's that stand in the place of others, by the identity of those; None where more than that changed."""
+    if blueprint.shared.changed() is None:
+        return {}
+    pairs = blueprint.shared.exchanged()
+    handed_out = {id(tensor) for tensor in blueprint.skeleton.template.tensors_of_step}
+    if pairs is None or not all(_is_like(old, new) and id(old) not in handed_out for old, new in pairs):
+        return None
+    exchanged = {id(old): new for old, new in pairs}
+    consistent = all(exchanged[id(old)] is new for old, new in pairs)
+    return exchanged if consistent and len({id(new) for new in exchanged.values()}) == len(exchanged) else None
+
+
+def _is_like(old: Any, new: Any) -> bool:
+    """Whether one tensor may stand in the place of another."""
+    if not (of_type(old, Tensor) and of_type(new, Tensor)) or (form := form_of(old)) is None:
+        return False
+    return form == form_of(new) and (not old.is_leaf or (old.grad is None and new.grad is None))
+
+
+def _step(blueprint: Blueprint, call: Call, located: Located, seen: Portrait | None) -> RecordedStep | None:
+    """The recorded step of the tensors of a call; None where an argument is a tensor of the step's own."""
+    contract, written = blueprint.skeleton.contract, blueprint.written_at(located)
+    externals = [located.tensor(piece) for piece in blueprint.external]
+    behind = {id(tensor) for _, tensor in seen.tensors} if seen is not None else set[int]()
+    named = [(a.position, a.path, call.tensors[a.position]) for a in blueprint.anchors if a.position is not None]
+    statics = StaticTensors(
+        *(named, externals, written.tensors),
+        [Link(path, None, None, located.tensors[anchor], None) for path, anchor in blueprint.hanging],
+        *(contract.longest, contract.written, [index for index, _ in contract.same], call.tensors),
+        own=blueprint.others | behind,
+    )
+    statics.links.clear()
+    if statics.own_arguments:
+        return None
+    guards = blueprint.shared
+    if seen is not None:
+        guards = Guards(seen.watched, seen.with_layouts(statics.placed), beside=blueprint.shared)
+    return dataclasses.replace(
+        blueprint.skeleton,
+        statics=statics,
+        opaques=[reference_to(opaque) for opaque in call.opaques],
+        externals=externals,
+        written=written,
+        guards=guards,
+        bumped=[located.tensor(piece) for piece in blueprint.bumped],
+        storages=located.storages,
+        blueprint=blueprint,
+        replays=0,
+        real_rows=0,
+    )
+
+
+def _prove(blueprint: Blueprint, step: RecordedStep, located: Located, compare: Compare) -> bool:
+    """Compare where that has not been done; returns whether the model's own tensors were.
+
+    Raises:
+        CannotPoint: a replay differs from eager.
+    """
+    of_model = blueprint.of_model
+    addresses = tuple(located.storages[place].data_ptr() for place in sorted(of_model))
+    elsewhere = bool(located.moved & of_model) and addresses not in blueprint.settled
+    if not elsewhere and located.moved <= blueprint.proven | of_model:
+        return False
+    mismatch = compare(step)
+    if mismatch is not None:
+        raise CannotPoint(f"{mismatch.detail} once it is pointed at the tensors of this call ({mismatch.operator})")
+    blueprint.proven |= located.moved - of_model
+    if len(blueprint.settled) >= _SETTLED:
+        blueprint.settled.clear()
+    blueprint.settled.add(addresses)
+    return elsewhere
