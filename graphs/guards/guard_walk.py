@@ -113,7 +113,7 @@ class GuardWalk:
         into = self._traversal
         view = portrait(self._last, into.scope) if self._last and not behind else None
         own = frozenset(self._own & view.visited) if view is not None else frozenset[int]()
-        return Guards(into.watched, [*into.polled, *more, *behind], About(into.subjects, into.scope, view, own))
+        return Guards(into.watched, [*into.polled, *more, *behind], About(into.subjects, into.scope.kept(), view, own))
 
     def changed(self) -> Difference | None:
         """The first value that is not what it was when the walk saw it."""

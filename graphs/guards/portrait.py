@@ -74,7 +74,7 @@ def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[st
     Args:
         scope: what the functions of the step look up; ``names``, where these are known, are the names in it.
     """
-    into = Traversal(Scope(scope.reads, scope.advanced, _Everything(), scope.codes, scope.extra), names)
+    into = Traversal(_anywhere(scope), names)
     into.pending += reversed(list(roots))
     numbers: dict[int, _Part] = {}
     tensors: list[tuple[str, Tensor]] = []
@@ -101,6 +101,11 @@ def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[st
     return None if None in described else Portrait(tuple(described), tensors, frozenset(numbers), into.watched, into.polled)
 
 
+def _anywhere(scope: Scope) -> Scope:
+    """The scope for a look that leaves the layout of tensors to whoever pairs them."""
+    return Scope(scope.reads, {}, _Everything(), scope.codes, scope.extra, scope.everything)
+
+
 def _contents(visited: Sequence[Any], numbers: dict[int, _Part]) -> list[tuple[Any, ...] | None]:
     """The classes of the objects that have a number, and the items of those that no guard compares, since they never change."""
     found: list[tuple[Any, ...] | None] = []
@@ -118,7 +123,7 @@ def _contents(visited: Sequence[Any], numbers: dict[int, _Part]) -> list[tuple[A
 
 def guards_of_tensor(path: str, tensor: Tensor, scope: Scope) -> list[Guard]:
     """The guards of one tensor, but for its layout."""
-    into = Traversal(Scope(scope.reads, scope.advanced, _Everything(), scope.codes, scope.extra))
+    into = Traversal(_anywhere(scope))
     guard_object(into, path, tensor)
     return [*into.watched, *into.polled]
 

@@ -27,7 +27,7 @@ class Scope:
         reads: what the observed run asked for.
         advanced: container and key of the numbers that the recording advances itself.
         placed: identities of tensors whose place and layout are checked elsewhere.
-        codes, extra: what is known from an earlier look.
+        codes, extra, everything: what is known from an earlier look.
 
     Attributes:
         codes: functions that ran or were found, with their globals, by identity of the code.
@@ -42,16 +42,21 @@ class Scope:
         placed: frozenset[int],
         codes: Mapping[int, tuple[types.CodeType, dict[str, Any]]] | None = None,
         extra: Iterable[str] = (),
+        everything: bool | None = None,
     ) -> None:
         self.reads, self.advanced, self.placed = reads, advanced, placed
         self.codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = dict(reads.codes if codes is None else codes)
         self.extra: set[str] = set(extra)
-        self.everything = not reads.complete or reads.computed()
+        self.everything = not reads.complete or reads.computed() if everything is None else everything
 
     @property
     def size(self) -> tuple[int, int]:
         """How many functions and names there are."""
         return len(self.codes), len(self.extra)
+
+    def kept(self) -> Scope:
+        """The same for looks at other objects later; it holds nothing of the run."""
+        return Scope(CodeReads(complete=self.reads.complete), {}, frozenset(), self.codes, self.extra, self.everything)
 
     def names(self) -> frozenset[str]:
         """The attributes that some function can look up."""
