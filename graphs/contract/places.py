@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Spot:
 
     def on(self, storage: Storage) -> Tensor:
         """A tensor at the same spot of another storage."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):  # which turns gradients on, and nothing here requires one
             tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
             tensor.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload]
             tensor = torch._conj(tensor) if self.conj else tensor
@@ -86,4 +87,4 @@ def form_of(tensor: Tensor) -> tuple[Any, ...] | None:
 def lie_apart(storages: Sequence[Storage]) -> bool:
     """Whether no two storages share memory."""
     ranges = sorted((storage.data_ptr(), storage.nbytes()) for storage in storages)
-    return all(start + size <= following for (start, size), (following, _) in zip(ranges, ranges[1:], strict=False))
+    return all(start + size <= following for (start, size), (following, _) in pairwise(ranges))

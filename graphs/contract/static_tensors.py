@@ -46,6 +46,7 @@ class StaticTensors:
         same: positions of arguments that are the very object at another position.
         given: the arguments of the recorded call.
         own: identities of all tensors that ``owners`` link to, where not all of these are given.
+        beside: further tensors read in place, which are checked there.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class StaticTensors:
         same: Sequence[int] = (),
         given: Sequence[Tensor] = (),
         own: frozenset[int] | None = None,
+        beside: StaticTensors | None = None,
     ) -> None:
+        self._beside = beside
         self.named = [(index, name) for index, name, _ in arguments]
         self.longest, self.copied_back, self.same = longest, list(copied_back), list(same)
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
@@ -95,7 +98,16 @@ class StaticTensors:
             return False
         if self._copied_back and self._shared_when_copied(tensors) is not None:
             return False
+        beside = self._beside
+        if beside is not None and not (beside._stayed() and beside._laid_out()):
+            return False
         return self._stayed() and self._laid_out()
+
+    def in_place(self) -> bool:
+        """Whether the tensors that are no arguments are where they were, all in the layout that they had."""
+        if not self._stayed():
+            return False
+        return all(self._laid_out() for _ in range(-(-len(self._tensors) // WINDOW)))
 
     def _laid_out(self) -> bool:
         """Whether the tensors of this call's window have the layout they had. Torch's guards also look at the modes that are
@@ -138,7 +150,8 @@ class StaticTensors:
             others = [t for i, t in enumerate(tensors) if i != index and i not in self._same]
             if any(t.data_ptr() < end and start < t.data_ptr() + extent(t) for t in others):
                 return index
-            if self._in_place.reached(start, end - start):
+            parts = [self] if self._beside is None else [self, self._beside]
+            if any(part._in_place.reached(start, end - start) for part in parts):
                 return index
         return None
 
@@ -153,7 +166,8 @@ class StaticTensors:
     @property
     def placed(self) -> set[int]:
         """Identities of the tensors whose place and layout are checked here."""
-        return {id(tensor) for tensor in self._tensors}
+        beside = self._beside.placed if self._beside is not None else set[int]()
+        return {id(tensor) for tensor in self._tensors} | beside
 
     def arguments_fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing is wrong with the arguments of a call: what moved is the step's own, and stays where it is now."""
@@ -183,6 +197,8 @@ class StaticTensors:
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
             if _layout(tensor) != layout:
                 return MovedStaticTensor(f"it has another layout, {_layout(tensor)}, than {layout} when recorded", operator=name)
+        if self._beside is not None:
+            return self._beside.moved(tensors)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
 
 

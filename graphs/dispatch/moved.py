@@ -5,7 +5,6 @@ from __future__ import annotations
 from graphs.contract.arguments import Call
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
-from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import AboveLargestBucket, MovedStaticTensor, Refusal
@@ -31,7 +30,7 @@ class MovedTensors:
         self._keys, self._routes, self._log = keys, routes, log
 
     def unknown(self, call: Call) -> tuple[RecordedStep, int] | None:
-        """The recording for a call that is known but for its opaque arguments, and the rows of the call; None where there is none."""
+        """The recording for a call that is known but for its opaque arguments, and the rows of the call; else None."""
         if not self._routes.blueprints:
             return None
         try:
@@ -54,7 +53,7 @@ class MovedTensors:
         return found.step, plan.real
 
     def elsewhere(self, entry: RecordedStep, rows: int, call: Call) -> RecordedStep | None:
-        """The recorded step that takes the place of ``entry``, some of whose tensors moved; None where it has to be recorded anew."""
+        """The recorded step in the place of ``entry``, some of whose tensors moved; None where it has to be recorded anew."""
         blueprint: Blueprint | None = entry.blueprint
         if blueprint is None or not blueprint.usable or self._routes.attempts[call.signature] > 1:
             return None
@@ -78,7 +77,7 @@ class MovedTensors:
         except CannotPoint as why:
             self._forget(blueprint, why)
             return None
-        if found is None or stale(found.step, call) is not None:
+        if found is None or not found.step.statics.unchanged(call.tensors):
             return None
         self._log.moved += 1
         return found

@@ -48,7 +48,7 @@ class Routes:
     def __init__(self, parameters: list[str], max_recordings: int, log: CallLog) -> None:
         self._parameters, self._limit, self._log = parameters, max_recordings, log
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
-        self.blueprints = {}
+        self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -56,7 +56,7 @@ class Routes:
         for entry in self.recordings():
             self._log.dropped(entry)
         self.entries = {}
-        self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
+        self.blueprints = {}
         self.by_signature: dict[tuple[Any, ...], Route] = {}
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
@@ -126,8 +126,8 @@ class Routes:
         found = [entry for entry in self.entries.values() if entry.blueprint is None]
         for blueprint in self._all_blueprints():
             steps = [blueprint.skeleton, *self.steps_of(blueprint)]
-            served = {"replays": sum(s.replays for s in steps), "real_rows": sum(s.real_rows for s in steps)}
-            found.append(dataclasses.replace(blueprint.skeleton, **served))
+            replays, rows = sum(step.replays for step in steps), sum(step.real_rows for step in steps)
+            found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
         return found
 
     def make_room(self, limit: int) -> int:

@@ -23,6 +23,7 @@ from graphs.first_call.recorded_step import RecordedStep
 from graphs.guards.portrait import Portrait
 from graphs.guards.python_guards import Guards
 from graphs.rewriting.rewritten_step import RewrittenStep
+from graphs.state.inventory import Link
 from graphs.state.storage import has_storage
 from graphs.state.tensor_state import TensorState
 
@@ -54,6 +55,21 @@ class Piece(NamedTuple):
 
 
 @dataclass
+class OfModel:
+    """The places that nothing but tensors of the model's leads to, as they are now.
+
+    Attributes:
+        tensors: by anchor; None for the anchors of other places.
+        storages: by place, likewise.
+        statics: the check that they stay there.
+    """
+
+    tensors: list[Tensor | None]
+    storages: list[Storage | None]
+    statics: StaticTensors
+
+
+@dataclass
 class Located:
     """Where the places are for one call.
 
@@ -61,11 +77,13 @@ class Located:
         storages: by place.
         tensors: by anchor.
         moved: numbers of the places that are not where they were recorded.
+        of_model: those among them that are the model's.
     """
 
     storages: list[Storage]
     tensors: list[Tensor]
     moved: set[int]
+    of_model: OfModel
 
     def tensor(self, piece: Piece) -> Tensor:
         """The tensor that is now what a piece describes."""
@@ -89,6 +107,7 @@ class Blueprint:
         proven: places that were once moved and the replay then compared with eager.
         settled: addresses of the model's own places that a replay was compared at.
         usable: False once the recording has refused to be pointed.
+        last: the model's places when they were looked at last.
     """
 
     skeleton: RecordedStep
@@ -106,6 +125,7 @@ class Blueprint:
     settled: set[tuple[int, ...]]
     shared: Guards
     usable: bool = True
+    last: OfModel | None = None
 
     def locate(self, call: Call, seen: Portrait | None, exchanged: Mapping[int, Tensor]) -> Located | None:
         """Where the places are for a call; None where something about them is not as it was recorded.
@@ -114,28 +134,54 @@ class Blueprint:
             seen: the opaque arguments of the call.
             exchanged: tensors of the model's that stand in the place of others, by the identity of those.
         """
-        tensors = [self._tensor(anchor, call, seen, exchanged) for anchor in self.anchors]
-        storages: list[Storage | None] = [self.fixed.get(place) for place in range(len(self.recorded))]
-        for anchor, tensor in zip(self.anchors, tensors, strict=True):
-            if tensor is None or form_of(tensor) != anchor.form:
-                return None
-            storage, known = tensor.untyped_storage(), storages[anchor.place]
-            if known is not None and known._cdata != storage._cdata:
-                return None
-            storages[anchor.place] = storage
+        of_model = self.last
+        if of_model is None or exchanged or not of_model.statics.in_place():
+            of_model = self._locate_model(exchanged)
+        if of_model is None:
+            return None
+        tensors, storages = list(of_model.tensors), list(of_model.storages)
+        for index, anchor in enumerate(self.anchors):
+            if tensors[index] is None:
+                tensors[index] = self._tensor(anchor, call, seen, exchanged)
+                if not _stands(anchor, tensors[index], storages):
+                    return None
         found = [storage for storage in storages if storage is not None]
         if len(found) < len(storages) or not lie_apart(found):
             return None
         moved = {number for number, storage in enumerate(found) if storage.data_ptr() != self.recorded[number][0]}
-        return Located(found, [tensor for tensor in tensors if tensor is not None], moved)
+        return Located(found, [tensor for tensor in tensors if tensor is not None], moved, of_model)
+
+    def _locate_model(self, exchanged: Mapping[int, Tensor]) -> OfModel | None:
+        """Where the places of the model's are, with everything about its tensors compared."""
+        others = {anchor.place for anchor in self.anchors if anchor.own is None}
+        tensors: list[Tensor | None] = [None] * len(self.anchors)
+        storages: list[Storage | None] = [self.fixed.get(place) for place in range(len(self.recorded))]
+        for index, anchor in enumerate(self.anchors):
+            if anchor.place not in others:
+                tensors[index] = _own(anchor, exchanged)
+                if not _stands(anchor, tensors[index], storages):
+                    return None
+        hanging = [(path, tensors[anchor]) for path, anchor in self.hanging]
+        links = [Link(path, None, None, tensor, None) for path, tensor in hanging if tensor is not None]
+        statics = StaticTensors(
+            [], [self._made(p, tensors, storages) for p in self.external if p.spot.place not in others], [], links
+        )
+        statics.links.clear()
+        return OfModel(tensors, storages, statics)
+
+    @staticmethod
+    def _made(piece: Piece, tensors: Sequence[Tensor | None], storages: Sequence[Storage | None]) -> Tensor:
+        found = tensors[piece.anchor] if piece.anchor is not None else None
+        storage = storages[piece.spot.place]
+        assert storage is not None
+        return piece.spot.on(storage) if found is None else found
 
     def _tensor(self, anchor: Anchor, call: Call, seen: Portrait | None, exchanged: Mapping[int, Tensor]) -> Tensor | None:
         if anchor.position is not None:
             return call.tensors[anchor.position]
         if anchor.number is not None:
             return seen.tensors[anchor.number][1] if seen is not None else None
-        own = anchor.own() if anchor.own is not None else None
-        return exchanged.get(id(own), own) if own is not None else None
+        return _own(anchor, exchanged)
 
     @property
     def of_model(self) -> set[int]:
@@ -162,6 +208,20 @@ class Blueprint:
     def written_at(self, located: Located) -> TensorState:
         """The tensors that the step writes."""
         return TensorState.of(located.tensor(piece) for piece in self.written)
+
+
+def _own(anchor: Anchor, exchanged: Mapping[int, Tensor]) -> Tensor | None:
+    own = anchor.own() if anchor.own is not None else None
+    return exchanged.get(id(own), own) if own is not None else None
+
+
+def _stands(anchor: Anchor, tensor: Tensor | None, storages: list[Storage | None]) -> bool:
+    """Whether a tensor may be that of an anchor; notes the storage of its place, on which all anchors of it have to agree."""
+    if tensor is None or form_of(tensor) != anchor.form:
+        return False
+    storage, known = tensor.untyped_storage(), storages[anchor.place]
+    storages[anchor.place] = storage
+    return known is None or known._cdata == storage._cdata
 
 
 def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -> Blueprint | None:
@@ -193,10 +253,17 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
     storages = places.storages
     entry.storages, entry.recorded = storages, [(storage.data_ptr(), storage.nbytes()) for storage in storages]
     entry.recording.at = storages
+    external, written, bumped = (part or [] for part in found)
     return Blueprint(
-        *(_skeleton(entry), list(entry.recorded), anchors, fixed),
-        *(view.pattern if view is not None else None, about.scope.names()),
-        *(part or [] for part in found),
+        skeleton=_skeleton(entry),
+        recorded=list(entry.recorded),
+        anchors=anchors,
+        fixed=fixed,
+        pattern=view.pattern if view is not None else None,
+        names=about.scope.names(),
+        external=external,
+        written=written,
+        bumped=bumped,
         hanging=[(path, pieces.anchors[id(tensor)]) for path, tensor in entry.statics.hanging],
         others=entry.statics.own - numbers,
         proven=set(),

@@ -72,6 +72,7 @@ def point_anew(blueprint: Blueprint, call: Call, opaque_names: Sequence[str], co
     if exchanged:
         blueprint.shared.adopt(exchanged, guards_of_tensor)
         blueprint.adopt(exchanged)
+    blueprint.last = located.of_model
     return Pointed(step, compared, bool(exchanged))
 
 
@@ -97,15 +98,21 @@ def _is_like(old: Any, new: Any) -> bool:
 
 def _step(blueprint: Blueprint, call: Call, located: Located, seen: Portrait | None) -> RecordedStep | None:
     """The recorded step of the tensors of a call; None where an argument is a tensor of the step's own."""
-    contract, written = blueprint.skeleton.contract, blueprint.written_at(located)
+    contract, written, of_model = blueprint.skeleton.contract, blueprint.written_at(located), located.of_model
     externals = [located.tensor(piece) for piece in blueprint.external]
     behind = {id(tensor) for _, tensor in seen.tensors} if seen is not None else set[int]()
-    named = [(a.position, a.path, call.tensors[a.position]) for a in blueprint.anchors if a.position is not None]
+    movable = [of_model.storages[piece.spot.place] is None for piece in blueprint.external]
     statics = StaticTensors(
-        *(named, externals, written.tensors),
-        [Link(path, None, None, located.tensors[anchor], None) for path, anchor in blueprint.hanging],
-        *(contract.longest, contract.written, [index for index, _ in contract.same], call.tensors),
+        [(a.position, a.path, call.tensors[a.position]) for a in blueprint.anchors if a.position is not None],
+        [tensor for tensor, may_move in zip(externals, movable, strict=True) if may_move],
+        written.tensors,
+        [Link(path, None, None, located.tensors[a], None) for path, a in blueprint.hanging if of_model.tensors[a] is None],
+        contract.longest,
+        contract.written,
+        [index for index, _ in contract.same],
+        call.tensors,
         own=blueprint.others | behind,
+        beside=of_model.statics,
     )
     statics.links.clear()
     if statics.own_arguments:

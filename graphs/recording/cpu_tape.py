@@ -31,7 +31,11 @@ _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor
 
 @dataclass
 class _Instruction:
-    """One operator of the tape and the storages it reads and writes."""
+    """One operator of the tape and the storages it reads and writes.
+
+    Attributes:
+        make: makes ``call`` of ``keep``: arguments, keywords and results.
+    """
 
     call: Callable[[], Any]
     reads: set[int]
@@ -40,11 +44,6 @@ class _Instruction:
     func: OpOverload
     make: Callable[..., Callable[[], Any]]
     keep: tuple[Any, ...] = field(repr=False, default=())
-
-    @classmethod
-    def of(cls, make: Callable[..., Callable[[], Any]], keep: tuple[Any, ...], *sets: set[int], func: OpOverload) -> _Instruction:
-        """The instruction that ``make`` makes of ``keep``: arguments, keywords and results."""
-        return cls(make(*keep), *sets, func, make, keep)
 
     def exchange(self, keep: tuple[Any, ...]) -> None:
         """Run on other tensors from now on."""
@@ -115,7 +114,8 @@ class _TapeMode(TorchDispatchMode):
         casts = list(casts_inside(func, args, kwargs))
         if casts:
             make = functools.partial(_casting, make, casts)
-        self.instructions.append(_Instruction.of(make, (args, kwargs, result), reads, written | made, made, func=func))
+        keep = args, kwargs, result
+        self.instructions.append(_Instruction(make(*keep), reads, written | made, made, func, make, keep))
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
         """The instructions that have to run at each replay.
@@ -141,9 +141,7 @@ def _as_they_are(value: Any) -> Any:
     return _mapped(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
 
 
-def _casting(
-    make: Callable[..., Callable[[], Any]], casts: Sequence[tuple[str, torch.dtype]], *keep: Any
-) -> Callable[[], Any]:
+def _casting(make: Callable[..., Callable[[], Any]], casts: Sequence[tuple[str, torch.dtype]], *keep: Any) -> Callable[[], Any]:
     call = make(*keep)
     for kind, dtype in casts:
         call = torch.autocast(kind, dtype, cache_enabled=False)(call)

@@ -136,7 +136,8 @@ class DriverCalls:
         if not function:
             function, what = getattr(kernel, "kern", None), "kernel_parameter"
         if function not in self._sizes:
-            found, offset, size = [], _Size(), _Size()
+            found: list[tuple[int, int]] = []
+            offset, size = _Size(), _Size()
             while not (end := self._status(what, _pointer(function), _Size(len(found)), *map(ctypes.byref, (offset, size)))):
                 found.append((offset.value, size.value))
             if end != _INVALID_VALUE:  # which says that there is no further one

@@ -87,7 +87,9 @@ class OutputTemplate:
     def tensors_of_step(self) -> list[Tensor]:
         """The tensors of the step's own that are handed out as they are, or of which views are."""
         holes = [hole for hole, _ in _holes(self.structure, self.structure)]
-        sources = [hole.value if isinstance(hole, Held) else hole.source for hole in holes if isinstance(hole, (Held, View))]
+        sources: list[Any] = [
+            hole.value if isinstance(hole, Held) else hole.source for hole in holes if isinstance(hole, (Held, View))
+        ]
         return [source for source in sources if of_type(source, Tensor)]
 
     def seen(self, produced: Sequence[Tensor]) -> list[Tensor]:
