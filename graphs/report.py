@@ -170,6 +170,7 @@ class PieceReport:
         replays: calls served by a recording.
         compiled_calls: calls served by the compiled function.
         refusals: why.
+        moved: times that a recording was pointed at other tensors.
     """
 
     index: int
@@ -187,6 +188,7 @@ class PieceReport:
     capture_seconds: float
     pool_bytes: int
     refusals: tuple[RefusalCount, ...]
+    moved: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -194,6 +196,8 @@ class PieceReport:
             f"{self.capture_seconds:.2f} s, {self.replays} replay(s), {self.compiled_calls} compiled call(s), "
             f"pool {self.pool_bytes / 2**20:.1f} MiB",
         ]
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         lines += [f"  {rewrite}" for rewrite in self.rewrites[:_SHOWN]]
         left = Counter(rewrite.partition(":")[0] for rewrite in self.rewrites[_SHOWN:])
         lines += [f"  {name}: {count} more, in `rewrites`" for name, count in left.items()]

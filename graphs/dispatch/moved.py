@@ -55,9 +55,9 @@ class MovedTensors:
     def elsewhere(self, entry: RecordedStep, rows: int, call: Call) -> RecordedStep | None:
         """The recorded step in the place of ``entry``, some of whose tensors moved; None where it has to be recorded anew."""
         blueprint: Blueprint | None = entry.blueprint
-        if blueprint is None or not blueprint.usable or self._routes.attempts[call.signature] > 1:
+        if blueprint is None or not blueprint.usable:
             return None
-        found = self._pointed(blueprint, call, rows)
+        found = self._pointed(blueprint, call, rows, weights=self._routes.attempts[call.signature] <= 1)
         if found is None:
             return None
         self._routes.attempts[call.signature] += found.compared and entry.replays < _OFTEN
@@ -65,7 +65,7 @@ class MovedTensors:
         self._only(blueprint, found)
         return found.step
 
-    def _pointed(self, blueprint: Blueprint, call: Call, rows: int) -> Pointed | None:
+    def _pointed(self, blueprint: Blueprint, call: Call, rows: int, *, weights: bool = True) -> Pointed | None:
         names = self._keys.step(call).opaque_names if call.opaques else []
 
         def compare(step: RecordedStep) -> Refusal | None:
@@ -73,7 +73,7 @@ class MovedTensors:
                 return compare_replay(self._keys.step(call), step, rows)
 
         try:
-            found = point_anew(blueprint, call, names, compare)
+            found = point_anew(blueprint, call, names, compare, weights=weights)
         except CannotPoint as why:
             self._forget(blueprint, why)
             return None

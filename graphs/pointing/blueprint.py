@@ -28,6 +28,7 @@ from graphs.state.storage import has_storage
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
+_SETTLED = 64  # addresses of the model's tensors that are remembered as compared
 
 
 class Anchor(NamedTuple):
@@ -187,6 +188,12 @@ class Blueprint:
     def of_model(self) -> set[int]:
         """The places that a tensor of the model's leads to."""
         return {anchor.place for anchor in self.anchors if anchor.own is not None}
+
+    def settle(self, addresses: tuple[int, ...]) -> None:
+        """Remember that a replay was compared with the model's places at these addresses."""
+        if len(self.settled) >= _SETTLED:
+            self.settled.clear()
+        self.settled.add(addresses)
 
     def adopt(self, exchanged: Mapping[int, Tensor]) -> None:
         """Take tensors of the model's for those whose place they took."""

@@ -21,7 +21,6 @@ from graphs.recording.recorder import CannotPoint
 from graphs.state.inventory import Link
 
 Tensor = torch.Tensor
-_SETTLED = 64  # addresses of the model's tensors that are remembered as compared
 Compare = Callable[[RecordedStep], Refusal | None]
 
 
@@ -40,7 +39,9 @@ class Pointed:
     exchanged: bool
 
 
-def point_anew(blueprint: Blueprint, call: Call, opaque_names: Sequence[str], compare: Compare) -> Pointed | None:
+def point_anew(
+    blueprint: Blueprint, call: Call, opaque_names: Sequence[str], compare: Compare, *, weights: bool = True
+) -> Pointed | None:
     """Point a recording at the static tensors of a call; None where something else than their addresses changed.
 
     A replay is compared with an eager run, both undone, the first time a place behind an argument moves: from then on it is
@@ -49,6 +50,7 @@ def point_anew(blueprint: Blueprint, call: Call, opaque_names: Sequence[str], co
 
     Args:
         compare: runs a step eagerly and as a replay, and tells how they differ.
+        weights: whether tensors of the model's may be where no replay has been compared yet.
 
     Raises:
         CannotPoint: the recording is not usable any more.
@@ -67,13 +69,21 @@ def point_anew(blueprint: Blueprint, call: Call, opaque_names: Sequence[str], co
     step = _step(blueprint, call, located, seen)
     if step is None:
         return None
+    of_model = blueprint.of_model
+    addresses = tuple(located.storages[place].data_ptr() for place in sorted(of_model))
+    unknown = bool(located.moved & of_model) and addresses not in blueprint.settled
+    if unknown and not weights:
+        return None
     step.point()
-    compared = _prove(blueprint, step, located, compare)
+    if unknown or not located.moved <= blueprint.proven | of_model:
+        _prove(blueprint, step, compare)
+        blueprint.proven |= located.moved - of_model
+        blueprint.settle(addresses)
     if exchanged:
         blueprint.shared.adopt(exchanged, guards_of_tensor)
         blueprint.adopt(exchanged)
     blueprint.last = located.of_model
-    return Pointed(step, compared, bool(exchanged))
+    return Pointed(step, unknown, bool(exchanged))
 
 
 def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
@@ -135,22 +145,13 @@ def _step(blueprint: Blueprint, call: Call, located: Located, seen: Portrait | N
     )
 
 
-def _prove(blueprint: Blueprint, step: RecordedStep, located: Located, compare: Compare) -> bool:
-    """Compare where that has not been done; returns whether the model's own tensors were.
+def _prove(blueprint: Blueprint, step: RecordedStep, compare: Compare) -> None:
+    """Compare a replay with eager.
 
     Raises:
-        CannotPoint: a replay differs from eager.
+        CannotPoint: they differ.
     """
-    of_model = blueprint.of_model
-    addresses = tuple(located.storages[place].data_ptr() for place in sorted(of_model))
-    elsewhere = bool(located.moved & of_model) and addresses not in blueprint.settled
-    if not elsewhere and located.moved <= blueprint.proven | of_model:
-        return False
     mismatch = compare(step)
     if mismatch is not None:
+        blueprint.usable = False
         raise CannotPoint(f"{mismatch.detail} once it is pointed at the tensors of this call ({mismatch.operator})")
-    blueprint.proven |= located.moved - of_model
-    if len(blueprint.settled) >= _SETTLED:
-        blueprint.settled.clear()
-    blueprint.settled.add(addresses)
-    return elsewhere
