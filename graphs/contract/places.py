@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from graphs.contract.slots import physical
-from graphs.objects.keys import nested_key
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
@@ -75,13 +74,12 @@ class Spot:
 
 
 def form_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Everything about a tensor but its address and its content; None where it has no memory to be exchanged."""
+    """What a tensor is but for its address, its content and what hangs on it; None where it has no memory to be exchanged."""
     if not has_storage(tensor):
         return None
     layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.storage_offset()
     flags = tensor.requires_grad, tensor.is_inference(), tensor.is_conj(), tensor.is_neg()
-    attributes = nested_key(tensor.__dict__) if tensor.__dict__ else ()
-    return (type(tensor), *layout, tensor.untyped_storage().nbytes(), *flags, attributes)
+    return (type(tensor), *layout, tensor.untyped_storage().nbytes(), *flags)
 
 
 def lie_apart(storages: Sequence[Storage]) -> bool:

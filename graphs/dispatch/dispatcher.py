@@ -177,7 +177,7 @@ class Dispatcher:
         with _recording, self.lock:
             if entry in self.routes.entries.values():
                 self.call_log.refused(moved, outcome="the step is recorded anew")
-                self.routes.drop(entry)
+                self.routes.discard(entry)
                 if entry.replays < _OFTEN:
                     self.routes.moving[call.signature] = known | positions
         return True

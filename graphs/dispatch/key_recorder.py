@@ -142,7 +142,7 @@ class KeyRecorder:
         with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
-            self._routes.drop(entry)
+            self._routes.discard(entry)
             raise mismatch
 
     def _first_call(self, step: Step) -> RecordedStep:

@@ -108,12 +108,19 @@ class Routes:
             self.drop(entry)
         self._log.dropped(blueprint.skeleton)
 
+    def discard(self, entry: RecordedStep) -> None:
+        """Forget one recording for whatever tensors it could serve."""
+        if entry.blueprint is not None:
+            self.forget(entry.blueprint)
+        if entry in self.entries.values():
+            self.drop(entry)
+
     def drop_outdated(self, entry: RecordedStep, change: Difference | None) -> None:
         """Forget one recording some of whose Python values changed, and hold nothing that may be about to die."""
         blueprint = entry.blueprint
         if blueprint is not None and (not blueprint.usable or blueprint.shared.changed() is not None):
-            self.forget(blueprint)
-        if entry in self.entries.values():
+            self.discard(entry)
+        elif entry in self.entries.values():
             self.drop(entry)
         if change is not None:
             entry.guards.give_up(change)
@@ -158,7 +165,7 @@ class Routes:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:
                 for variant in list(entry.group.variants):
-                    self.drop(variant)
+                    self.discard(variant)
             elif isinstance(route, Refused):
                 del self.by_signature[attempt.signature]
         return refusals

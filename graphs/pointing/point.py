@@ -15,6 +15,7 @@ from graphs.errors import Refusal
 from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.guards.portrait import Portrait, alike, guards_of_tensor, portrait
 from graphs.guards.python_guards import Guards
+from graphs.objects.keys import NOT_CONSTANT, nested_key
 from graphs.objects.raw_access import of_type
 from graphs.pointing.blueprint import Blueprint, Located
 from graphs.recording.recorder import CannotPoint
@@ -103,7 +104,10 @@ def _is_like(old: Any, new: Any) -> bool:
     """Whether one tensor may stand in the place of another."""
     if not (of_type(old, Tensor) and of_type(new, Tensor)) or (form := form_of(old)) is None:
         return False
-    return form == form_of(new) and (not old.is_leaf or (old.grad is None and new.grad is None))
+    attributes = nested_key(old.__dict__), nested_key(new.__dict__)
+    if form != form_of(new) or NOT_CONSTANT in attributes or attributes[0] != attributes[1]:
+        return False
+    return not old.is_leaf or (old.grad is None and new.grad is None)
 
 
 def _step(blueprint: Blueprint, call: Call, located: Located, seen: Portrait | None) -> RecordedStep | None:
