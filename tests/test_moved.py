@@ -123,7 +123,9 @@ def test_a_cache_that_died_is_freed_and_its_recording_serves_the_next() -> None:
     del cache
     other = fresh()
     with torch.no_grad():
-        pair.step(torch.randn(1, 4), Cache(*(layer.keys for layer in other.layers)))  # another key, or not: the occasion to tidy up
+        pair.step(
+            torch.randn(1, 4), Cache(*(layer.keys for layer in other.layers))
+        )  # another key, or not: the occasion to tidy up
     gc.collect()
     assert [reference() for reference in dead] == [None, None]
     pair.feed(fresh(), fresh(), inputs(3))
@@ -348,8 +350,8 @@ def test_a_replay_that_differs_once_it_is_pointed_is_not_used(monkeypatch: pytes
         self._calls[index] = calls[index]
 
     monkeypatch.setattr(TapeRecording, "point", forget_a_layer)
-    pair = Pair()
-    pair.feed(fresh(), fresh(), inputs(3))
+    pair, cache = Pair(), fresh()
+    pair.feed(cache, fresh(), inputs(3))
     pair.feed(fresh(), fresh(), inputs(3, 2))
     report = pair.step.report()
     assert (report.recordings, report.moved) == (1, 0)
@@ -384,6 +386,15 @@ def test_a_recording_that_refuses_to_go_back_is_given_up(monkeypatch: pytest.Mon
     pair.feed(first, reference, inputs(3))
     pair.feed(second, other, inputs(3))
     assert pair.step.report().eager_calls == 0
+
+
+def test_a_cache_with_a_function_of_its_own_is_another_cache() -> None:
+    step = graphs.capture(lambda x, cache: cache.change(cache.layers[0].keys.add_(x)))
+    for factor in (1.0, 2.0, 3.0):
+        cache = fresh()
+        cache.change = lambda y, factor=factor: y * factor  # type: ignore[attr-defined]
+        for count in (1, 2):
+            assert torch.equal(step(torch.ones(1, 4), cache), torch.full((8, 4), factor * count))
 
 
 def test_a_value_that_a_step_reads_of_the_new_cache_is_guarded() -> None:

@@ -9,7 +9,7 @@ it is the same object.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -21,7 +21,7 @@ from graphs.guards.guard import Guard
 from graphs.guards.object_guards import guard_object, layout_of
 from graphs.guards.traversal import LEAVES, Scope, Traversal
 from graphs.guards.value_guards import TypeGuard, ValueGuard
-from graphs.objects.cells import same
+from graphs.objects.cells import reference_to, same
 from graphs.objects.kinds import NOT_ENTERED, Kind, kind_of
 from graphs.objects.raw_access import elements_of, of_type
 
@@ -36,6 +36,13 @@ class _Part:
     """An object of the portrait, by the order in which it was visited."""
 
     number: int
+
+
+@dataclass(frozen=True)
+class _Same:
+    """An object that both have to have, held weakly where that can be."""
+
+    reference: Callable[[], Any]
 
 
 class _Everything(frozenset[int]):
@@ -95,7 +102,7 @@ def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[st
             tensors.append((path, value))
         if kind is Kind.TENSOR or (into.size, len(into.pending)) != known:
             numbers[id(value)] = _Part(len(numbers))
-    if into.incomparable or into.weakly:
+    if into.incomparable or into.weakly or any(id(root) not in numbers for _, root in roots):
         return None
     described = [*(_described(guard, numbers) for guard in (*into.watched, *into.polled)), *_contents(into.keep, numbers)]
     return None if None in described else Portrait(tuple(described), tensors, frozenset(numbers), into.watched, into.polled)
@@ -113,7 +120,7 @@ def _contents(visited: Sequence[Any], numbers: dict[int, _Part]) -> list[tuple[A
         if id(value) not in numbers:
             continue  # nothing is known of it: it has to be the same object
         if of_type(value, tuple):
-            found.append((type(value), tuple(numbers.get(id(item), item) for item in elements_of(value))))
+            found.append((type(value), *(_part(item, numbers) for item in elements_of(value))))
         elif of_type(value, (set, frozenset)):
             return [None]
         else:
@@ -132,14 +139,24 @@ def alike(first: Any, second: Any) -> bool:
     """Whether two patterns say the same."""
     if type(first) is tuple:
         return type(second) is tuple and len(first) == len(second) and all(map(alike, first, second))
+    if type(first) is _Same and type(second) is _Same:
+        found = first.reference()
+        return found is not None and found is second.reference()
     return first == second if type(first) is _Part and type(second) is _Part else same(first, second)
+
+
+def _part(value: Any, numbers: dict[int, _Part]) -> Any:
+    """A value as a pattern has it."""
+    if type(value) in LEAVES:
+        return value
+    return numbers[id(value)] if id(value) in numbers else _Same(reference_to(value))
 
 
 def _described(guard: Guard, numbers: dict[int, _Part]) -> tuple[Any, ...] | None:
     """What a guard compares, with the objects of the portrait by their numbers; None where that cannot be said."""
 
     def part(value: Any) -> Any:
-        return numbers.get(id(value), value)
+        return _part(value, numbers)
 
     if isinstance(guard, MappingGuard):
         entries = sorted(guard.entries, key=itemgetter(0)) if guard.by_name else guard.entries
