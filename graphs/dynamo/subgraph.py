@@ -118,7 +118,8 @@ class RecordedSubgraph:
         """Whether inputs that the graph only reads moved, and what they were lives on: weights of another model."""
         moved = {*self.moved(inputs)} - {*self.written}
         before = [reference() for index, reference in zip(self._static, self._objects, strict=True) if index in moved]
-        return any(tensor is not None for tensor in before) and not any(inputs[i] is t for i, t in zip(sorted(moved), before))
+        now = [inputs[index] for index in sorted(moved)]
+        return any(old is not None and old is not new for old, new in zip(before, now, strict=True))
 
     def point(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
         """Have the recording use the static inputs of a call, which moved.
