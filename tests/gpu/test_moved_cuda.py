@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import graphs
-from graphs.recording.cuda_graph import CudaRecording
+from graphs.dynamo.backend import backend_report
 from graphs.recording.recorder import CannotPoint
 
 Tensor = torch.Tensor
@@ -246,6 +246,8 @@ def test_copies_and_fills_of_the_driver_move(device: torch.device) -> None:
 
 
 def test_a_driver_that_refuses_leads_to_another_recording(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphs.recording.cuda_graph import CudaRecording
+
     def refuse(self: CudaRecording, recorded: Any, storages: Any) -> None:
         raise CannotPoint("the driver refused")
 
@@ -293,7 +295,5 @@ def test_the_backend_points_its_graphs(compiler: str, device: torch.device) -> N
             if turn % 2:
                 model.layer.weight.data = model.layer.weight.data * 1.5
                 twin.layer.weight.data.mul_(1.5)
-    from graphs.dynamo.backend import backend_report
-
     piece = backend_report().pieces[-1]
     assert (piece.recordings, piece.moved, piece.refusals) == (1, 4, ())
