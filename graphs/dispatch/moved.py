@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphs.contract.arguments import Call
+from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
 from graphs.dispatch.routes import Routes
@@ -29,12 +29,12 @@ class MovedTensors:
     def __init__(self, keys: KeyRecorder, routes: Routes, log: CallLog) -> None:
         self._keys, self._routes, self._log = keys, routes, log
 
-    def unknown(self, call: Call) -> tuple[RecordedStep, int] | None:
+    def unknown(self, call: Call, leaves: Leaves) -> tuple[RecordedStep, int] | None:
         """The recording for a call that is known but for its opaque arguments, and the rows of the call; else None."""
         if not self._routes.blueprints:
             return None
         try:
-            plan = self._keys.plan(call)
+            plan = self._keys.plan(self._keys.step(call, leaves))
         except AboveLargestBucket:
             return None
         known = self._routes.blueprints.get(anonymous(plan.key, call), ())
@@ -66,14 +66,14 @@ class MovedTensors:
         return found.step
 
     def _pointed(self, blueprint: Blueprint, call: Call, rows: int, *, weights: bool = True) -> Pointed | None:
-        names = self._keys.step(call).opaque_names if call.opaques else []
+        leaves = self._keys.leaves(call)
 
         def compare(step: RecordedStep) -> Refusal | None:
             with forced_eager("first call"):
-                return compare_replay(self._keys.step(call), step, rows)
+                return compare_replay(self._keys.step(call, leaves), step, rows)
 
         try:
-            found = point_anew(blueprint, call, names, compare, weights=weights)
+            found = point_anew(blueprint, call, leaves.opaques, compare, weights=weights)
         except CannotPoint as why:
             self._forget(blueprint, why)
             return None

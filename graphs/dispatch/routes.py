@@ -1,20 +1,27 @@
-"""Where the signatures of a module's calls lead: to a recording, or to the reasons why there is none."""
+"""Where the signatures of a module's calls lead: to a recording, or to the reasons why there is none.
+
+What became of a call is told here, and here alone it is decided what that says of the next call like it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from graphs.contract.arguments import Call
+from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
-from graphs.errors import Refusal
+from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
+from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.objects.cells import Difference
 from graphs.pointing.blueprint import Blueprint
+
+_MAX_DEFERRALS = 3
+_OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
 class Refused(NamedTuple):
@@ -28,8 +35,10 @@ class Refused(NamedTuple):
         return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
 
 
-Route = tuple[RecordedStep, int] | Refused
-"""Where a signature leads: a recording and the rows of the call, or the reasons why not."""
+Recorded = tuple[RecordedStep, int]
+"""A recording, and the rows of the call."""
+Route = Recorded | Refused
+"""Where a signature leads: a recording, or the reasons why there is none."""
 
 
 class Routes:
@@ -45,8 +54,8 @@ class Routes:
         blueprints: recordings that can be pointed at other tensors, by key without the identities of opaque arguments.
     """
 
-    def __init__(self, parameters: list[str], max_recordings: int, log: CallLog) -> None:
-        self._parameters, self._limit, self._log = parameters, max_recordings, log
+    def __init__(self, max_recordings: int, log: CallLog) -> None:
+        self._limit, self._log = max_recordings, log
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
@@ -61,7 +70,7 @@ class Routes:
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
-        self.habits = Habits(self._parameters, self._limit)
+        self.habits = Habits(self._limit)
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
@@ -115,7 +124,7 @@ class Routes:
         if entry in self.entries.values():
             self.drop(entry)
 
-    def drop_outdated(self, entry: RecordedStep, change: Difference | None) -> None:
+    def _drop_outdated(self, entry: RecordedStep, change: Difference | None) -> None:
         """Forget one recording some of whose Python values changed, and hold nothing that may be about to die."""
         blueprint = entry.blueprint
         if blueprint is not None and (not blueprint.usable or blueprint.shared.changed() is not None):
@@ -137,10 +146,10 @@ class Routes:
             found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
         return found
 
-    def make_room(self, limit: int) -> int:
+    def _make_room(self) -> int:
         """How many recordings there are, once those were dropped that no object is left for, if that many are too many."""
         for blueprint in [b for b in self._all_blueprints() if not self.steps_of(b)]:
-            if len(self.recordings()) < limit:
+            if len(self.recordings()) < self._limit:
                 break
             self.forget(blueprint)
         return len(self.recordings())
@@ -155,12 +164,12 @@ class Routes:
             s: r for s, r in kept if not isinstance(r, Refused) or all(reference() is not None for reference in r.opaques)
         }
 
-    def habitual(self, call: Call) -> list[Refusal]:
+    def habitual(self, call: Call, leaves: Leaves) -> list[Refusal]:
         """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
 
         The recordings of those are dropped.
         """
-        refusals, given_up = self.habits.against(call)
+        refusals, given_up = self.habits.against(call.signature, leaves.changeable)
         for attempt in given_up:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:
@@ -169,3 +178,64 @@ class Routes:
             elif isinstance(route, Refused):
                 del self.by_signature[attempt.signature]
         return refusals
+
+    def full(self) -> TooManyKeys | None:
+        """Why no further signature is recorded at all."""
+        limit, recordings = self._limit, self._make_room()
+        if recordings < limit and len(self.by_signature) < 16 * limit:
+            return None
+        detail = f"{recordings} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
+        return TooManyKeys(detail, operator="key")
+
+    def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
+        """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
+        if not entry.replays:
+            self.habits.tried(call.signature, leaves.changeable, entry)
+
+    def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
+        """A first call ended in a refusal, and so would those like it."""
+        self.habits.tried(call.signature, leaves.changeable, None, refusals)
+        self.refuse(call, refusals)
+
+    def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
+        """A first call was one of its kind: the next one is tried again, a few times."""
+        self.habits.tried(call.signature, leaves.changeable, None)
+        self.attempts[call.signature] += 1
+        if self.attempts[call.signature] > _MAX_DEFERRALS:
+            changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
+            self.refuse(call, [deferred.refusal or changing])
+
+    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None, change: Difference | None = None) -> None:
+        """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
+        self._drop_outdated(entry, change)
+        if changed is None:
+            return
+        self.attempts[call.signature] += entry.replays < _OFTEN
+        if self.attempts[call.signature] > 1:
+            self.refuse(call, [changed])  # which this call is counted under
+        else:
+            self._log.refused(changed, outcome="the step is recorded anew")
+
+    def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
+        """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
+
+        Args:
+            static: names of the arguments that were declared to stay.
+        """
+        moved = entry.statics.moved_arguments(call.tensors)
+        known = self.moving.get(call.signature, frozenset())
+        declared = any(name in static for _, name in moved)
+        return entry.contract.rows is None and not declared and not {index for index, _ in moved} <= known
+
+    def note_moved(self, call: Call, entry: RecordedStep, why: MovedStaticTensor) -> None:
+        """Such arguments are elsewhere: the recording is dropped, unless another thread was faster.
+
+        One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
+        """
+        if entry not in self.entries.values():
+            return
+        self._log.refused(why, outcome="the step is recorded anew")
+        self.discard(entry)
+        if entry.replays < _OFTEN:
+            moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}
+            self.moving[call.signature] = self.moving.get(call.signature, frozenset()) | moved

@@ -33,9 +33,9 @@ from graphs.objects.torch_fast_paths import equal_addresses
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import CannotPoint, Recorder, Recording
 from graphs.rehearsal.record_body import record_body
-from graphs.rehearsal.rehearsal import Runs
+from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id
-from graphs.state.tensor_state import RandomState, TensorState
+from graphs.state.tensor_state import RandomState
 
 if TYPE_CHECKING:
     from graphs.compile.compiled_graph import CompiledGraph
@@ -144,9 +144,11 @@ class RecordedSubgraph:
 
     def _difference(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[str, str] | None:
         """How a replay differs from the compiled function; nothing is left of either."""
-        state, random = TensorState(), RandomState(graph.device)
-        for index in self.written:
-            state.save(inputs[index])
+        trace, random = EagerTrace(), RandomState(graph.device)
+        aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
+        given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
+        graph.watch(aliases, given, trace)  # which saves what is written, and puts it back
+        state = trace.written
 
         def undo() -> None:
             state.restore()
@@ -157,7 +159,7 @@ class RecordedSubgraph:
             reference = [v for v, out in zip(outputs, self._outputs, strict=True) if isinstance(out, _Made)]
             written = state.copies()
             undo()
-            return tolerance.run_difference(reference, self.recording.replay(inputs, 1), written, state.tensors)
+            return tolerance.run_difference(reference, self.recording.replay(inputs, 1), written, state.left())
         finally:
             undo()
 
@@ -226,7 +228,8 @@ class _FirstCall:
         if any(tensor.device != graph.device for tensor in tensors):
             raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
         self.graph, self.inputs = graph, inputs
-        self.trace, self._random = EagerTrace(), RandomState(graph.device)
+        self.trace = EagerTrace()
+        self.runs = Runs(States(self.trace.written, RandomState(graph.device)), self.trace)
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]  # for operators like t_()
         given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
         try:
@@ -239,12 +242,6 @@ class _FirstCall:
             findings.append(UnsupportedOperator("it changes the shape or strides of an input", operator=graph.name))
         if findings:
             raise findings[0]
-        self.runs = Runs(self, self.trace)
-
-    def restore(self) -> None:
-        """Put back the tensors that were written, and the generators."""
-        self.trace.written.restore()
-        self._random.restore()
 
 
 def _record(
@@ -275,7 +272,7 @@ def _record(
     runs.reset()
     made = recording.replay(inputs, 1)  # the call
     if check:
-        found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.tensors)
+        found = tolerance.run_difference([reference[p] for p in positions], made, state, trace.written.left())
         if found is not None:
             raise VerifyMismatch(found[1].replace("eager", "the compiled graph"), operator=found[0])
     return subgraph, made
