@@ -89,13 +89,7 @@ class Dispatcher:
             self.routes.refuse(call, [refusal])
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a recording gives: one that is known, or one made for this call.
-
-        Raises:
-            Eagerly, StepRaised: see there.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
-        """
+        """What a recording gives: one that is known, or one made for this call. Raises what `_unknown` does, and `StepRaised`."""
         ambient = ambient_of(self.model)
         last = self.routes.last
         if last is not None:
@@ -146,12 +140,10 @@ class Dispatcher:
         return self._another_variant(entry, rows, call) if why is None else self._anew(entry, rows, why, call)
 
     def _anew(self, entry: RecordedStep, rows: int, why: Refusal | Outdated, call: Call) -> Any:
-        """Serve a call that ``entry`` cannot serve: by its recording pointed at tensors that moved, by another recording of the
-        step if that may help, else by the model.
-        """
-        if isinstance(why, (Outdated, MovedStaticTensor)) and why != Outdated():
+        """Serve a call that ``entry`` cannot serve: by its recording, pointed at what moved; by another; else by the model."""
+        if isinstance(why, (Outdated, MovedStaticTensor)):
             with _recording, self.lock:
-                found = self.moved.elsewhere(entry, rows, call)
+                found = self.moved.elsewhere(entry, rows, why, call)
             if found is not None:
                 return self._replay(found, rows, call)
         if isinstance(why, Outdated):
@@ -186,15 +178,14 @@ class Dispatcher:
             self.eager.refuse([refusal])
 
     def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Recorded:
-        """The recording of an unknown key, made now, with the state as before the call; what comes of it is counted and noted.
+        """The recording of an unknown key, pointed at its tensors or made now; the state is as before, what came of it is noted.
 
         Args:
             beside: a recording of the key whose assumptions do not hold for this call.
 
         Raises:
             Eagerly: nothing is to be recorded, and nothing ran.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
+            Deferred, Refused: nothing was recorded, and the first call ran for real. `Refusal` in strict mode.
         """
         routes, keys = self.routes, self.keys
         with _recording, self.lock:
@@ -202,8 +193,7 @@ class Dispatcher:
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
             leaves = named_leaves(call, self._parameters)
-            pointed = self.moved.unknown(call, leaves) if beside is None else None
-            if pointed is not None:
+            if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
                 return pointed
             refusals = keys.reasons_against(call, leaves, beside)
             if refusals:

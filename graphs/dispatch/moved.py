@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
+from graphs.dispatch.replay import Outdated
 from graphs.dispatch.routes import Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import AboveLargestBucket, MovedStaticTensor, Refusal
@@ -52,9 +53,11 @@ class MovedTensors:
         self._routes.forget_the_dead()
         return found.step, plan.real
 
-    def elsewhere(self, entry: RecordedStep, rows: int, call: Call) -> RecordedStep | None:
+    def elsewhere(self, entry: RecordedStep, rows: int, why: Outdated | MovedStaticTensor, call: Call) -> RecordedStep | None:
         """The recorded step in the place of ``entry``, some of whose tensors moved; None where it has to be recorded anew."""
         blueprint: Blueprint | None = entry.blueprint
+        if why == Outdated():
+            return None
         if blueprint is None or not blueprint.usable:
             return None
         found = self._pointed(blueprint, call, rows, weights=self._routes.attempts[call.signature] <= 1)

@@ -234,15 +234,13 @@ def _stands(anchor: Anchor, tensor: Tensor | None, storages: list[Storage | None
 def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -> Blueprint | None:
     """The blueprint of a recording that was just made; None for one that is never pointed elsewhere.
 
-    That is one with assumptions or counters, whose undo log and numbers belong to the tensors it was made with, and one that
-    uses memory of which is not known what leads there though it may belong to an opaque argument.
+    That is one whose undo log or counters belong to its tensors, and one that uses memory to which, as far as is known, nothing
+    leads, though it may belong to an opaque argument.
     """
     about = entry.guards.about
     view = about.view if about is not None else None
-    if about is None or entry.checked is not None or isinstance(entry.candidate, RewrittenStep) or entry.uploads:
+    if about is None or not _is_movable(entry):
         return None
-    if entry.statics.own_arguments:
-        return None  # the step may compare the argument with what is its own
     given = [call.tensors[index] for index, _ in entry.statics.named]
     used = [*entry.externals, *given]
     if not all(map(has_storage, used)) or (call.opaques and view is None):
@@ -257,10 +255,8 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
     found = [pieces.of(part) for part in (entry.externals, entry.written.tensors, entry.bumped)]
     if any(part is None for part in found) or any(piece.anchor is None for piece in found[2] or ()):
         return None
-    storages = places.storages
-    entry.storages, entry.recorded = storages, [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-    entry.recording.at = storages
     external, written, bumped = (part or [] for part in found)
+    _settle(entry, places.storages)
     return Blueprint(
         skeleton=_skeleton(entry),
         recorded=list(entry.recorded),
@@ -277,6 +273,18 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
         settled=set(),
         shared=entry.guards.shared(),
     )
+
+
+def _settle(entry: RecordedStep, storages: list[Storage]) -> None:
+    """Note where the memory of a recording is, now that it was recorded there."""
+    entry.storages, entry.recorded = storages, [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+    entry.recording.at = storages
+
+
+def _is_movable(entry: RecordedStep) -> bool:
+    """Whether nothing but addresses ties a recording to its tensors: a step may compare an argument with what is its own."""
+    rewritten = entry.checked is not None or isinstance(entry.candidate, RewrittenStep) or bool(entry.uploads)
+    return not rewritten and not entry.statics.own_arguments
 
 
 def _skeleton(entry: RecordedStep) -> RecordedStep:

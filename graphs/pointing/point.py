@@ -53,17 +53,12 @@ def point_anew(
         compare: runs a step eagerly and as a replay, and tells how they differ.
         weights: whether tensors of the model's may be where no replay has been compared yet.
 
-    Raises:
-        CannotPoint: the recording is not usable any more.
+    Raises `CannotPoint` where the recording is not usable any more.
     """
     exchanged = _exchanged(blueprint)
-    if exchanged is None:
+    seen = _seen(blueprint, call, opaque_names)
+    if exchanged is None or (seen is None and blueprint.pattern is not None):
         return None
-    seen, scope = None, blueprint.shared.about
-    if blueprint.pattern is not None and scope is not None:
-        seen = portrait(list(zip(opaque_names, call.opaques, strict=True)), scope.scope, blueprint.names)
-        if seen is None or not alike(seen.pattern, blueprint.pattern):
-            return None
     located = blueprint.locate(call, seen, exchanged)
     if located is None:
         return None
@@ -85,6 +80,15 @@ def point_anew(
         blueprint.adopt(exchanged)
     blueprint.last = located.of_model
     return Pointed(step, unknown, bool(exchanged))
+
+
+def _seen(blueprint: Blueprint, call: Call, opaque_names: Sequence[str]) -> Portrait | None:
+    """The opaque arguments of a call; None where there are none, or where they are not like those that were recorded."""
+    about = blueprint.shared.about
+    if blueprint.pattern is None or about is None:
+        return None
+    seen = portrait(list(zip(opaque_names, call.opaques, strict=True)), about.scope, blueprint.names)
+    return seen if seen is not None and alike(seen.pattern, blueprint.pattern) else None
 
 
 def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
