@@ -137,31 +137,21 @@ class RecordedSubgraph:
             raise CannotPoint("other static inputs share memory than when it was recorded")
         self.recording.point(self._recorded, storages)
         if not moved <= self._proven:
-            found = self._difference(graph, inputs)
+            try:
+                found = self._difference(graph, inputs)
+            except Refusal as refusal:
+                raise CannotPoint(refusal.detail) from refusal
             if found is not None:
                 raise CannotPoint(f"{found[1]} once it is pointed at the inputs of this call ({found[0]})")
             self._proven |= moved
 
     def _difference(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[str, str] | None:
         """How a replay differs from the compiled function; nothing is left of either."""
-        trace, random = EagerTrace(), RandomState(graph.device)
-        aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-        given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
-        graph.watch(aliases, given, trace)  # which saves what is written, and puts it back
-        state = trace.written
-
-        def undo() -> None:
-            state.restore()
-            random.restore()
-
-        try:
-            outputs = graph(*inputs)
-            reference = [v for v, out in zip(outputs, self._outputs, strict=True) if isinstance(out, _Made)]
-            written = state.copies()
-            undo()
-            return tolerance.run_difference(reference, self.recording.replay(inputs, 1), written, state.left())
-        finally:
-            undo()
+        first = _FirstCall(graph, inputs)
+        runs, written = first.runs, first.trace.written
+        outputs, state = runs.run(lambda: (graph(*inputs), written.copies()))
+        reference = [value for value, out in zip(outputs, self._outputs, strict=True) if isinstance(out, _Made)]
+        return runs.run(lambda: tolerance.run_difference(reference, self.recording.replay(inputs, 1), state, written.left()))
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the recording and return the outputs of the graph."""

@@ -238,11 +238,10 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
     leads, though it may belong to an opaque argument.
     """
     about = entry.guards.about
-    view = about.view if about is not None else None
     if about is None or not _is_movable(entry):
         return None
-    given = [call.tensors[index] for index, _ in entry.statics.named]
-    used = [*entry.externals, *given]
+    view = about.view
+    used = [*entry.externals, *(call.tensors[index] for index, _ in entry.statics.named)]
     if not all(map(has_storage, used)) or (call.opaques and view is None):
         return None
     places = Places(used)
