@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from graphs.rehearsal.tried_step import TriedStep
+
+_KNOWN = 8  # steps that a further size is compared with
 
 
 class KeyRecorder:
@@ -45,6 +50,7 @@ class KeyRecorder:
         self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
         """Why a call is not recorded, as far as that can be said before anything runs.
@@ -158,8 +164,9 @@ class KeyRecorder:
         torch.set_autocast_cache_enabled(False)
         try:
             with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
-                record = record_key_on_device if step.host else record_key
-                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+                recorder = self._recorder(step.device)
+                record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
+                entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
@@ -169,6 +176,11 @@ class KeyRecorder:
     def leaves(self, call: Call) -> Leaves:
         """The leaves of a call by name."""
         return named_leaves(call, self._parameters)
+
+    def _tried(self) -> list[TriedStep]:
+        """The steps that recordings in use were tried as."""
+        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
+        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.
@@ -197,6 +209,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:
