@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -122,9 +122,9 @@ class Blueprint:
     bumped: list[Piece]
     hanging: list[tuple[str, int]]
     others: frozenset[int]
-    proven: set[int]
-    settled: set[tuple[int, ...]]
     shared: Guards
+    proven: set[int] = field(default_factory=set)
+    settled: set[tuple[int, ...]] = field(default_factory=set)
     usable: bool = True
     last: OfModel | None = None
 
@@ -268,8 +268,6 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
         bumped=bumped,
         hanging=[(path, pieces.anchors[id(tensor)]) for path, tensor in entry.statics.hanging],
         others=entry.statics.own - numbers,
-        proven=set(),
-        settled=set(),
         shared=entry.guards.shared(),
     )
 
