@@ -87,6 +87,8 @@ class CaptureReport:
         eager_calls: calls served by the model itself: refused, switched off, or the observed first call of a key.
         refusals: why calls were not replayed.
         keys: one entry per recording.
+        moved: times that a recording was pointed at other tensors, instead of a step being recorded anew: a new cache, other
+            weights.
         projection_bytes: bytes of the weights that the model's `graphs.GroupedProjection` modules hold, by path.
     """
 
@@ -98,6 +100,7 @@ class CaptureReport:
     refusals: tuple[RefusalCount, ...]
     keys: tuple[KeyReport, ...]
     projection_bytes: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as a JSON object with the attribute names as keys."""
@@ -108,6 +111,8 @@ class CaptureReport:
             f"graphs: {self.recordings} recording(s) on {self.device}, {self.replays} replay(s), "
             f"{self.eager_calls} eager call(s), mode {self.mode}"
         ]
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         for key in self.keys:
             lines += _key_lines(key)
         if self.projection_bytes:
@@ -166,6 +171,7 @@ class PieceReport:
         replays: calls served by a recording.
         compiled_calls: calls served by the compiled function.
         refusals: why.
+        moved: times that a recording was pointed at other tensors.
     """
 
     index: int
@@ -183,6 +189,7 @@ class PieceReport:
     capture_seconds: float
     pool_bytes: int
     refusals: tuple[RefusalCount, ...]
+    moved: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -190,6 +197,8 @@ class PieceReport:
             f"{self.capture_seconds:.2f} s, {self.replays} replay(s), {self.compiled_calls} compiled call(s), "
             f"pool {self.pool_bytes / 2**20:.1f} MiB",
         ]
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         lines += [f"  {rewrite}" for rewrite in self.rewrites[:_SHOWN]]
         left = Counter(rewrite.partition(":")[0] for rewrite in self.rewrites[_SHOWN:])
         lines += [f"  {name}: {count} more, in `rewrites`" for name, count in left.items()]

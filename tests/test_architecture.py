@@ -61,6 +61,7 @@ FLOORS = {
         ("rewriting",),
         ("compile",),
         ("first_call",),
+        ("pointing",),
         ("auditing", "custom_ops"),
         ("dispatch",),
         ("dynamo", "parity"),

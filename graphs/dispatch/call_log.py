@@ -21,6 +21,7 @@ class CallLog:
 
     def __init__(self) -> None:
         self.eager_calls = 0
+        self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
 
@@ -57,6 +58,7 @@ class CallLog:
             recordings=len(entries),
             replays=self._replays_dropped + sum(entry.replays for entry in entries),
             eager_calls=self.eager_calls,
+            moved=self.moved,
             refusals=self.refusals,
             keys=tuple(_key_report(entry) for entry in entries),
         )

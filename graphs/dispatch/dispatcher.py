@@ -17,7 +17,8 @@ from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder
-from graphs.dispatch.replay import UNDONE, Outdated, replayed, stale
+from graphs.dispatch.moved import MovedTensors
+from graphs.dispatch.replay import UNDONE, Outdated, replayed, stale, unpointed
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.dispatch.routes import Refused as RefusedRoute
 from graphs.dispatch.variants import MAX_VARIANTS, is_hopeless, many_variants
@@ -50,6 +51,7 @@ class Dispatcher:
         self.call_log = CallLog()
         self.routes = Routes(config.max_recordings, self.call_log)
         self.keys = KeyRecorder(model, config, self._parameters, self.routes, self.call_log)
+        self.moved = MovedTensors(self.keys, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,13 +89,7 @@ class Dispatcher:
             self.routes.refuse(call, [refusal])
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a recording gives: one that is known, or one made for this call.
-
-        Raises:
-            Eagerly, StepRaised: see there.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
-        """
+        """What a recording gives: one that is known, or one made for this call. Raises what `_unknown` does, and `StepRaised`."""
         ambient = ambient_of(self.model)
         last = self.routes.last
         if last is not None:
@@ -134,20 +130,25 @@ class Dispatcher:
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, and replay."""
         with self.lock:
-            why = stale(entry, call)
+            why = stale(entry, call) or unpointed(entry)
             if why is None:
                 if self.verifies_always:
                     self.keys.verify(entry, rows, call)
                 output = replayed(entry, rows, call)
                 if output is not UNDONE:
                     return output
-        return self._another_variant(entry, rows, call) if why is None else self._anew(entry, why, call)
+        return self._another_variant(entry, rows, call) if why is None else self._anew(entry, rows, why, call)
 
-    def _anew(self, entry: RecordedStep, why: Refusal | Outdated, call: Call) -> Any:
-        """Serve a call that ``entry`` cannot serve: by another recording of the step if that may help, else by the model."""
+    def _anew(self, entry: RecordedStep, rows: int, why: Refusal | Outdated, call: Call) -> Any:
+        """Serve a call that ``entry`` cannot serve: by its recording, pointed at what moved; by another; else by the model."""
+        if isinstance(why, (Outdated, MovedStaticTensor)):
+            with _recording, self.lock:
+                found = self.moved.elsewhere(entry, rows, why, call)
+            if found is not None:
+                return self._replay(found, rows, call)
         if isinstance(why, Outdated):
             with _recording, self.lock:
-                self.routes.note_outdated(call, entry, why.refusal)
+                self.routes.note_outdated(call, entry, why.refusal, why.change)
         elif isinstance(why, MovedStaticTensor) and self.routes.may_move(call, entry, self.config.static):
             with _recording, self.lock:
                 self.routes.note_moved(call, entry, why)
@@ -177,15 +178,14 @@ class Dispatcher:
             self.eager.refuse([refusal])
 
     def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Recorded:
-        """The recording of an unknown key, made now, with the state as before the call; what comes of it is counted and noted.
+        """The recording of an unknown key, pointed at its tensors or made now; the state is as before, what came of it is noted.
 
         Args:
             beside: a recording of the key whose assumptions do not hold for this call.
 
         Raises:
             Eagerly: nothing is to be recorded, and nothing ran.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
+            Deferred, Refused: nothing was recorded, and the first call ran for real. `Refusal` in strict mode.
         """
         routes, keys = self.routes, self.keys
         with _recording, self.lock:
@@ -193,6 +193,8 @@ class Dispatcher:
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
             leaves = named_leaves(call, self._parameters)
+            if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
+                return pointed
             refusals = keys.reasons_against(call, leaves, beside)
             if refusals:
                 self.eager.refuse(refusals)
@@ -224,7 +226,7 @@ class Dispatcher:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:
             devices = ", ".join(sorted(map(str, self.keys.recorders))) or "no device"
-            return self.call_log.report(devices, mode, list(self.routes.entries.values()))
+            return self.call_log.report(devices, mode, self.routes.recordings())
 
     def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record every bucket ahead of time; see `KeyRecorder.record_buckets`."""

@@ -13,7 +13,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves, replace_tensors
-from graphs.contract.batch import BatchRule
+from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import CallLog
@@ -27,6 +27,7 @@ from graphs.first_call.padding_proof import compare_padded
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay
+from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
@@ -69,7 +70,7 @@ class KeyRecorder:
     def record(self, step: Step) -> Recorded:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
         config, routes, call = self._config, self._routes, step.call
-        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
+        plan = self.plan(step)
         while True:
             entry = routes.entries.get(plan.key)
             step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
@@ -77,7 +78,9 @@ class KeyRecorder:
                 if entry is None:
                     entry = routes.entries[plan.key] = self._first_call(step)
                     entry.group.unmerged = step.unmerged
+                    self._describe(entry, step, plan)
                 elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
+                    entry.point()
                     with forced_eager("first call"):
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
@@ -86,6 +89,20 @@ class KeyRecorder:
                 continue
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
+
+    def plan(self, step: Step) -> Plan:
+        """Where a call goes.
+
+        Raises:
+            AboveLargestBucket: it fits no bucket.
+        """
+        return self.batch.plan(step.call, step.names, self._config.buckets, self._config.batch_dims)
+
+    def _describe(self, entry: RecordedStep, step: Step, plan: Plan) -> None:
+        """Keep what another call has to look like for this recording to be pointed at its tensors."""
+        entry.blueprint = blueprint_of(entry, step.call, step.opaque_names)
+        if entry.blueprint is not None:
+            self._routes.blueprints.setdefault(anonymous(plan.key, step.call), []).append(entry.blueprint)
 
     def record_variant(self, step: Step, beside: RecordedStep) -> Recorded:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
@@ -133,11 +150,11 @@ class KeyRecorder:
         Raises:
             VerifyMismatch: it does.
         """
-        step = self.step(call, named_leaves(call, self._parameters))
+        step = self.step(call, self.leaves(call))
         with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
-            self._routes.drop(entry)
+            self._routes.discard(entry)
             raise mismatch
 
     def _first_call(self, step: Step) -> RecordedStep:
@@ -155,6 +172,10 @@ class KeyRecorder:
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         return entry
+
+    def leaves(self, call: Call) -> Leaves:
+        """The leaves of a call by name."""
+        return named_leaves(call, self._parameters)
 
     def _tried(self) -> list[TriedStep]:
         """The steps that recordings in use were tried as."""

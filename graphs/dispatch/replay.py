@@ -12,7 +12,7 @@ from graphs.first_call.recorded_step import RecordedStep
 from graphs.objects.cells import Difference
 from graphs.objects.torch_fast_paths import increment_version, is_capturing
 from graphs.recording.failures import StepRaised
-from graphs.recording.recorder import ReplayRaised
+from graphs.recording.recorder import CannotPoint, ReplayRaised
 from graphs.state.tensor_state import RandomState, TensorState
 
 UNDONE = object()
@@ -55,6 +55,16 @@ def stale(entry: RecordedStep, call: Call) -> Refusal | Outdated | None:
         return Outdated(moved=moved) if entry.statics.arguments_fit(tensors) else moved
     if entry.on_device and is_capturing():
         return NestedCapture("the current stream is being recorded by somebody else", operator="replay")
+    return None
+
+
+def unpointed(entry: RecordedStep) -> Outdated | None:
+    """Have the recording, which others may share, use the tensors of ``entry``; why not, where it does not let itself be."""
+    try:
+        entry.point()
+    except CannotPoint as why:
+        entry.blueprint.usable = False
+        return Outdated(moved=MovedStaticTensor(str(why), operator="recording"))
     return None
 
 

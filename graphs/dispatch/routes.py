@@ -5,6 +5,7 @@ What became of a call is told here, and here alone it is decided what that says 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from graphs.dispatch.habits import Habits
 from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
 from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
+from graphs.objects.cells import Difference
+from graphs.pointing.blueprint import Blueprint
 
 _MAX_DEFERRALS = 3
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
@@ -48,18 +51,21 @@ class Routes:
         attempts: how often a signature came to no lasting recording.
         moving: positions of arguments that are elsewhere at each call, by signature.
         habits: signatures that differ at every call in one place.
+        blueprints: recordings that can be pointed at other tensors, by key without the identities of opaque arguments.
     """
 
     def __init__(self, max_recordings: int, log: CallLog) -> None:
         self._limit, self._log = max_recordings, log
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
+        self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        for entry in list(self.entries.values()):
+        for entry in self.recordings():
             self._log.dropped(entry)
         self.entries = {}
+        self.blueprints = {}
         self.by_signature: dict[tuple[Any, ...], Route] = {}
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
@@ -84,7 +90,69 @@ class Routes:
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         kept = self.by_signature.items()
         self.by_signature = {s: r for s, r in kept if isinstance(r, Refused) or r[0] is not entry}
-        self._log.dropped(entry)
+        blueprint = entry.blueprint
+        if blueprint is None or blueprint not in self._all_blueprints():
+            self._log.dropped(entry)
+        else:
+            blueprint.leave(entry)
+
+    def replace(self, entry: RecordedStep, by: RecordedStep) -> None:
+        """Let all that led to a recorded step lead to another one of the same recording."""
+        self.last = None
+        self.habits.dropped(entry)
+        by.replays, by.real_rows = entry.replays, entry.real_rows
+        self.entries = {key: by if other is entry else other for key, other in self.entries.items()}
+        for signature, route in self.by_signature.items():
+            if not isinstance(route, Refused) and route[0] is entry:
+                self.by_signature[signature] = (by, route[1])
+
+    def steps_of(self, blueprint: Blueprint) -> list[RecordedStep]:
+        """The recorded steps of one recording, the oldest first."""
+        return [entry for entry in self.entries.values() if entry.blueprint is blueprint]
+
+    def forget(self, blueprint: Blueprint) -> None:
+        """Drop a recording with all its steps."""
+        self.blueprints = {key: [one for one in kept if one is not blueprint] for key, kept in self.blueprints.items()}
+        for entry in self.steps_of(blueprint):
+            self.drop(entry)
+        self._log.dropped(blueprint.skeleton)
+
+    def discard(self, entry: RecordedStep) -> None:
+        """Forget one recording for whatever tensors it could serve."""
+        if entry.blueprint is not None:
+            self.forget(entry.blueprint)
+        if entry in self.entries.values():
+            self.drop(entry)
+
+    def _drop_outdated(self, entry: RecordedStep, change: Difference | None) -> None:
+        """Forget one recording some of whose Python values changed, and hold nothing that may be about to die."""
+        blueprint = entry.blueprint
+        if blueprint is not None and (not blueprint.usable or blueprint.shared.changed() is not None):
+            self.discard(entry)
+        elif entry in self.entries.values():
+            self.drop(entry)
+        if change is not None:
+            entry.guards.give_up(change)
+
+    def _all_blueprints(self) -> list[Blueprint]:
+        return [blueprint for kept in self.blueprints.values() for blueprint in kept]
+
+    def recordings(self) -> list[RecordedStep]:
+        """The recordings, each with the calls that it served for whatever tensors."""
+        found = [entry for entry in self.entries.values() if entry.blueprint is None]
+        for blueprint in self._all_blueprints():
+            steps = [blueprint.skeleton, *self.steps_of(blueprint)]
+            replays, rows = sum(step.replays for step in steps), sum(step.real_rows for step in steps)
+            found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
+        return found
+
+    def _make_room(self) -> int:
+        """How many recordings there are, once those were dropped that no object is left for, if that many are too many."""
+        for blueprint in [b for b in self._all_blueprints() if not self.steps_of(b)]:
+            if len(self.recordings()) < self._limit:
+                break
+            self.forget(blueprint)
+        return len(self.recordings())
 
     def forget_the_dead(self) -> None:
         """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
@@ -106,17 +174,17 @@ class Routes:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:
                 for variant in list(entry.group.variants):
-                    self.drop(variant)
+                    self.discard(variant)
             elif isinstance(route, Refused):
                 del self.by_signature[attempt.signature]
         return refusals
 
     def full(self) -> TooManyKeys | None:
         """Why no further signature is recorded at all."""
-        limit = self._limit
-        if len(self.entries) < limit and len(self.by_signature) < 16 * limit:
+        limit, recordings = self._limit, self._make_room()
+        if recordings < limit and len(self.by_signature) < 16 * limit:
             return None
-        detail = f"{len(self.entries)} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
+        detail = f"{recordings} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
         return TooManyKeys(detail, operator="key")
 
     def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
@@ -137,9 +205,9 @@ class Routes:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
             self.refuse(call, [deferred.refusal or changing])
 
-    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None) -> None:
+    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None, change: Difference | None = None) -> None:
         """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
-        self.drop(entry)
+        self._drop_outdated(entry, change)
         if changed is None:
             return
         self.attempts[call.signature] += entry.replays < _OFTEN
@@ -167,7 +235,7 @@ class Routes:
         if entry not in self.entries.values():
             return
         self._log.refused(why, outcome="the step is recorded anew")
-        self.drop(entry)
+        self.discard(entry)
         if entry.replays < _OFTEN:
             moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}
             self.moving[call.signature] = self.moving.get(call.signature, frozenset()) | moved

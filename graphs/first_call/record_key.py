@@ -86,7 +86,8 @@ def _guarded(entry: RecordedStep, call: FirstCall, reads: CodeReads, advanced: S
     call.trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     links = [*statics.links, *links_to(entry.template.held, call.start.python)]
-    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed)
+    opaques = list(zip(step.opaque_names, step.call.opaques, strict=True))
+    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques)
     statics.links.clear()  # they hold objects on the way, and are guarded now
     caught = step.device.type == "cpu" and catches(reads)  # on a device no operator raises
     seconds = time.perf_counter() - started

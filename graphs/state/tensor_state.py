@@ -125,6 +125,14 @@ class TensorState:
                 if values is not None:
                     region.write(values)
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> TensorState:
+        """Tensors that are known to be written, each the whole of its storage; nothing is copied."""
+        state = cls()
+        state._known = {storage_id(tensor): tensor for tensor in tensors}
+        state._partial = dict.fromkeys(state._known, 0)
+        return state
+
     def release(self) -> None:
         """Free the saved values and keep only which tensors were written; which elements of them, other calls tell anew."""
         self._saved = [(region, None) for region, _ in self._saved if region.storage not in self._partial]
