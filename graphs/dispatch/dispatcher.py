@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import parameter_names
+from graphs.contract.eligibility import name_of, parameter_names
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.eager_calls import EagerCalls
@@ -30,8 +31,11 @@ from graphs.errors import (
     Refusal,
     UnsupportedArgument,
 )
+from graphs.events.listeners import listeners
+from graphs.events.ranges import attended_replay
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.recorded_step import RecordedStep
+from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
 from graphs.report import CaptureReport
@@ -50,10 +54,13 @@ class Dispatcher:
         self.verifies_always = config.verify == "always"
         self.lock = _recording if self.verifies_always else threading.RLock()
         parameters = parameter_names(model)
-        self.call_log = CallLog()
+        self.name = config.name or name_of(model)
+        self.call_log = CallLog(self.name)
         self.routes = Routes(parameters, config.max_recordings, self.call_log)
-        self.keys = KeyRecorder(model, config, parameters, self.routes, self.call_log)
+        self.keys = KeyRecorder(model, config, self.name, parameters, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
+        if config.ranges:
+            listeners.want_ranges()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
@@ -132,7 +139,7 @@ class Dispatcher:
 
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, replay, and put the output together."""
-        with self.lock:
+        with self._attended(entry, rows) if listeners.at_replays or profiler._is_profiler_enabled else self.lock:
             why = stale(entry, call)
             if why is None:
                 if self.verifies_always:
@@ -149,6 +156,11 @@ class Dispatcher:
         if isinstance(why, MovedStaticTensor) and self._releases(entry, why, call):
             return self._serve(call.args, call.kwargs)
         return self._refuse([why])
+
+    def _attended(self, entry: RecordedStep, rows: int) -> AbstractContextManager[None]:
+        """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
+        bucket, asked = entry.contract.rows, self.config.ranges
+        return attended_replay(self.lock, entry, asked, step=self.name, key=entry.key, rows=bucket, real_rows=rows)
 
     def _releases(self, entry: RecordedStep, moved: MovedStaticTensor, call: Call) -> bool:
         """Whether a recording was dropped since arguments that it writes in place are elsewhere.
@@ -178,14 +190,15 @@ class Dispatcher:
             for entry in [other for other in variants if other is not broken]:
                 if stale(entry, call) is not None:
                     continue
-                produced = replayed(entry, rows, call)
-                if entry.checked is None or entry.checked.commit_or_rollback():
-                    variants.remove(entry)
-                    variants.insert(0, entry)
-                    self.routes.lead(call, entry, rows)
-                    entry.replays += 1
-                    entry.real_rows += rows
-                    return filled(entry, produced, call)
+                with self._attended(entry, rows):
+                    produced = replayed(entry, rows, call)
+                    if entry.checked is None or entry.checked.commit_or_rollback():
+                        variants.remove(entry)
+                        variants.insert(0, entry)
+                        self.routes.lead(call, entry, rows)
+                        entry.replays += 1
+                        entry.real_rows += rows
+                        return filled(entry, produced, call)
             if broken.group.refusals:
                 return self._refuse(broken.group.refusals)
             refusal = many_variants(variants)

@@ -17,6 +17,8 @@ from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract, TooManyKeys
+from graphs.events import Recorded, emit
+from graphs.events.ranges import recording_range
 from graphs.first_call.host_arguments import host_arguments, record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded
@@ -37,9 +39,16 @@ class KeyRecorder:
     """
 
     def __init__(
-        self, model: Callable[..., Any], config: CaptureConfig, parameters: list[str], routes: Routes, log: CallLog
+        self,
+        model: Callable[..., Any],
+        config: CaptureConfig,
+        name: str,
+        parameters: list[str],
+        routes: Routes,
+        log: CallLog,
     ) -> None:
-        self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
+        self._model, self._config, self._name = model, config, name
+        self._parameters, self._routes, self._log = parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
 
@@ -132,13 +141,16 @@ class KeyRecorder:
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
+            marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self._config.ranges)
+            with marked, forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
                 record = record_key_on_device if step.host else record_key
                 entry = record(step, self._recorder(step.device), owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+        seconds, size = entry.capture_seconds, entry.recording.pool_bytes
+        emit(Recorded(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry
 
     def step(self, call: Call) -> Step:

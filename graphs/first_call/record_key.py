@@ -25,6 +25,7 @@ from graphs.contract.outputs.template import OutputTemplate
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static_tensors import StaticTensors, alone, sharing
 from graphs.errors import MovedStaticTensor
+from graphs.events.ranges import first_call_run
 from graphs.first_call.candidate_step import compare_candidate, cover, prepare, without_host_values
 from graphs.first_call.candidates import record_compiled
 from graphs.first_call.consecutive import require_steady
@@ -158,6 +159,7 @@ def _body(
     return _Body(dataclasses.replace(step, form=template), externals, template, proof)
 
 
+@first_call_run("R", "warm-up and reference")
 def _warm_up(
     body: _Body, recorder: Recorder, contract: Contract, stand_ins: list[Tensor], trace: EagerTrace
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,7 +191,7 @@ def _recorded(
         [reference_to(opaque) for opaque in step.call.opaques],
         body.externals,
         trace.written,
-        ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
+        step.shapes(stand_ins),
         device_free_delta=free - _free_memory(step.device),
         candidate=None if step.plain is None else step.model,
         checked=checked,
