@@ -32,7 +32,7 @@ class CallLog:
         name: what events call it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "") -> None:
         self._name = name
         self.eager_calls = 0
         self._replays_dropped = 0

@@ -31,7 +31,8 @@ def no_hooks() -> dict[str, OrderedDict[int, Any]]:
 
 def call_with_hooks(module: nn.Module, serve: Serve, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``serve(args, kwargs)`` with the forward hooks of ``module`` before and after it."""
-    output, ran = None, set[int]()
+    output: Any = None
+    ran: set[int] = set()
     try:
         args, kwargs = _before(module, args, kwargs)
         output = serve(args, kwargs)
