@@ -148,7 +148,7 @@ def capture(
     return CapturedModule(model, config) if isinstance(model, nn.Module) else CapturedStep(model, config)
 
 
-class CapturedStep(Generic[P, R]):
+class CapturedStep(Generic[P, R_co]):
     """A callable with recordings: made by `capture`, called like the callable.
 
     Attributes of the model are read and written through it (``step.config``, ``step.parameters()``, ``step.eval()``).
@@ -156,13 +156,13 @@ class CapturedStep(Generic[P, R]):
     themselves (``generate``) call the model, not its recordings.
     """
 
-    def __init__(self, model: Callable[P, R], config: CaptureConfig) -> None:
+    def __init__(self, model: Callable[P, R_co], config: CaptureConfig) -> None:
         object.__setattr__(self, "_graphs_model", model)
         object.__setattr__(self, "_graphs_mode", config.mode)
         object.__setattr__(self, "_graphs_aside", config.mode == "eager")
         object.__setattr__(self, "_graphs_recordings", Dispatcher(model, config))
 
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
         if torch.compiler.is_dynamo_compiling() or self._graphs_aside or forced_by():
             return self._graphs_call_aside(args, kwargs)
@@ -235,14 +235,14 @@ class CapturedStep(Generic[P, R]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._graphs_model!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep[P, R]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep[P, R_co]:
         return type(self)(copy.deepcopy(self._graphs_model, memo), self._graphs_recordings.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._graphs_model, self._graphs_recordings.config)
 
 
-class CapturedModule(CapturedStep[P, R], nn.Module):
+class CapturedModule(CapturedStep[P, R_co], nn.Module):
     """A captured ``nn.Module``, which is one itself.
 
     Its parameters, buffers, submodules, state dict (with the same keys), training mode and backward hooks are the model's, in a
@@ -251,7 +251,7 @@ class CapturedModule(CapturedStep[P, R], nn.Module):
     A deep copy and a pickled one have the model's state, the settings and the hooks, and no recordings.
     """
 
-    def __init__(self, model: Callable[P, R], config: CaptureConfig) -> None:
+    def __init__(self, model: Callable[P, R_co], config: CaptureConfig) -> None:
         super().__init__(model, config)
         self.__setstate__(no_hooks())
 
@@ -281,7 +281,7 @@ class CapturedModule(CapturedStep[P, R], nn.Module):
             object.__setattr__(self, kind, hooks[kind])
         object.__setattr__(self, "_graphs_aside", self._graphs_is_aside())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule[P, R]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule[P, R_co]:
         twin = type(self)(copy.deepcopy(self._graphs_model, memo), self._graphs_recordings.config)
         twin.__setstate__(copy.deepcopy({kind: getattr(self, kind) for kind in KINDS}, memo))
         return twin
