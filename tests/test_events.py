@@ -262,15 +262,15 @@ def ranges_of(call: Any) -> list[str]:
     """The names of our ranges that PyTorch's profiler sees during a call."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         call()
-    return [event.name for event in trace.events() if event.name.startswith("graphs.")]
+    return [event.name for event in trace.events() if event.name.startswith("graphs::")]
 
 
 def test_a_profiler_sees_recordings_and_replays_by_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     step = graphs.capture(plus_one, buckets=[4], batch_dims={"x": 0}, name="decode")
-    assert ranges_of(lambda: step(X)) == ["graphs.record decode 4 rows", "graphs.replay decode 4 rows"]
+    assert ranges_of(lambda: step(X)) == ["graphs::record decode 4 rows", "graphs::replay decode 4 rows"]
     exact = graphs.capture(plus_one)
     exact(X)
-    assert ranges_of(lambda: exact(X)) == ["graphs.replay plus_one x[3, 4]"]
+    assert ranges_of(lambda: exact(X)) == ["graphs::replay plus_one x[3, 4]"]
     assert ranges_of(lambda: graphs.capture(plus_one, ranges=False)(X)) == []
     monkeypatch.setenv("GRAPHS_RANGES", "0")
     assert ranges_of(lambda: graphs.capture(plus_one)(X)) == []
@@ -303,8 +303,8 @@ def test_ranges_that_are_asked_for_are_of_nvtx(by: str, pushed: list[str], monke
     step = graphs.capture(plus_one, ranges=True if by == "argument" else None, name="{decode}")
     for call in (step, other, step):
         call(X)
-    replay = ["graphs.replay {decode} x[3, 4]", "-"]
-    assert pushed == ["graphs.record {decode} x[3, 4]", "-", *replay, *replay]
+    replay = ["graphs::replay {decode} x[3, 4]", "-"]
+    assert pushed == ["graphs::record {decode} x[3, 4]", "-", *replay, *replay]
 
 
 def test_a_range_is_closed_when_the_step_raises(pushed: list[str]) -> None:

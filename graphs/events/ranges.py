@@ -60,7 +60,7 @@ def attended_replay(
         step, key, rows, real_rows: as `Replayed` has them.
     """
     started = time.perf_counter()
-    with marked(f"graphs.replay {step} {size_text(key, rows)}".strip(), asked), lock:
+    with marked(f"graphs::replay {step} {size_text(key, rows)}".strip(), asked), lock:
         before = recording.replays
         yield
         served = recording.replays > before
@@ -70,7 +70,7 @@ def attended_replay(
 
 def recording_range(step: str, key: str, rows: int | None, asked: bool | None) -> AbstractContextManager[None]:
     """The range around everything that precedes the first replay of a recording."""
-    return marked(f"graphs.record {step} {size_text(key, rows)}".strip(), asked)
+    return marked(f"graphs::record {step} {size_text(key, rows)}".strip(), asked)
 
 
 def first_call_run(letter: str, what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
