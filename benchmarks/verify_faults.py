@@ -30,7 +30,8 @@ import torch
 
 import graphs
 from graphs.bench.decode.llama import TOY, WIDE, Decoding, build_llama
-from graphs.contract.arguments import flatten_call
+from graphs.contract.arguments import flatten_call, named_leaves
+from graphs.contract.eligibility import parameter_names
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import NotReplayed
 from graphs.eager_mode import forced_eager
@@ -178,12 +179,13 @@ def verdict(subject: Subject, ids: Tensor, fault: Any) -> Any:
     recordings = subject.step._graphs_recordings
     call = flatten_call(args, kwargs, ambient_of(subject.model))
     entry, rows = recordings.routes.by_signature[call.signature]
+    step = recordings.keys.step(call, named_leaves(call, parameter_names(subject.model)))
     for variant in entry.group.variants:
         original = variant.recording
         variant.recording = Planted(original, fault(variant))
         try:
             with forced_eager("first call"):
-                found = compare_replay(recordings.keys.step(call), variant, rows)
+                found = compare_replay(step, variant, rows)
         finally:
             variant.recording = original
         if found is not None or variant.checked is None or variant.checked.valid():

@@ -170,7 +170,7 @@ _fails = _raising(ZeroDivisionError("a fault"))
 PLACES = [
     ("graphs.dispatch.dispatcher.flatten_call", Dispatcher),
     ("graphs.dispatch.key_recorder.device_of", key_recorder),
-    ("graphs.dispatch.key_recorder.leaf_names", key_recorder),
+    ("graphs.dispatch.dispatcher.named_leaves", key_recorder),
     ("graphs.first_call.record_key.Checkpoint", record_key),
     ("graphs.first_call.consecutive.compare_traces", record_key),
     ("graphs.first_call.record_key.make_contract", record_key),

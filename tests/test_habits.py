@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphs
-from graphs.contract.arguments import changeable, flatten_call
+from graphs.contract.arguments import flatten_call, named_leaves
 from graphs.dispatch import key_recorder
 from graphs.objects.keys import constant_key
 
@@ -195,7 +195,9 @@ def test_each_place_is_where_the_signature_holds_its_value(args: list[Any], kwar
     if twice:
         args = [*args, *[torch.ones(2)] * 2]
     call = flatten_call(tuple(args), kwargs, ("a", "prefix"))
-    found = changeable(call, [])
+    leaves = named_leaves(call, [])
+    found = leaves.changeable
+    assert (len(leaves.tensors), len(leaves.opaques)) == (len(call.tensors), len(call.opaques))
     for argument in found:
         key = call.signature[argument.place]
         plain = type(argument.value) in (int, str, bytes)

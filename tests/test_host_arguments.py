@@ -10,6 +10,7 @@ import torch
 
 import graphs
 from graphs.config import CaptureConfig
+from graphs.contract import eligibility
 from graphs.contract.arguments import flatten_call
 from graphs.contract.slots import make_contract
 from graphs.dispatch.dispatcher import Dispatcher
@@ -145,7 +146,7 @@ def test_positions_are_those_of_small_dense_host_tensors() -> None:
     def positions(*tensors: Any) -> tuple[int, ...]:
         from graphs.contract.arguments import Call
 
-        return host_arguments.host_arguments(Call(list(tensors), [], ()))
+        return eligibility.host_arguments(Call(list(tensors), [], ()))
 
     gpu, value = OnGpu(), torch.tensor(1.0)
     assert positions(value, value) == (), "a step on the CPU has no other arguments"

@@ -20,7 +20,8 @@ from graphs.dispatch.call_log import NotReplayed
 from graphs.first_call import candidates
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference, difference, measure
-from graphs.state.tensor_state import TensorState
+from graphs.state.regions import whole_region
+from graphs.state.tensor_state import Left, TensorState
 from tests.models.rounding import CACHE, FAULTS, VOCABULARY, Decoder, Reordered, unrounded
 
 Tensor = torch.Tensor
@@ -101,8 +102,8 @@ def test_a_fault_that_the_tolerance_lets_pass_is_refused() -> None:
     FAULTS["mask"](wrong)
     with torch.no_grad():
         logits = wrong(*case.arguments)
-    tolerance_factor = tolerance.OTHER_KERNELS
-    assert tolerance.run_difference(case.expected, [logits], case.state, [wrong.cache], tolerance_factor=tolerance_factor) is None
+    tolerance_factor, left = tolerance.OTHER_KERNELS, Left([wrong.cache], [whole_region(wrong.cache)])
+    assert tolerance.run_difference(case.expected, [logits], case.state, left, tolerance_factor=tolerance_factor) is None
     refused = case.verdict(lambda: (logits, wrong.cache))
     assert refused is not None and "against a run in float64" in refused[1]
 

@@ -11,12 +11,12 @@ from graphs.auditing.diagnose import diagnose
 from graphs.auditing.finding import Finding
 from graphs.auditing.observe import observe
 from graphs.auditing.report import Audit
-from graphs.contract.arguments import flatten_call, leaf_names
-from graphs.contract.eligibility import device_of, inadmissible, parameter_names
+from graphs.contract.arguments import flatten_call, named_leaves
+from graphs.contract.eligibility import device_of, host_arguments, inadmissible, parameter_names
 from graphs.contract.settings import ambient_of
 from graphs.eager_mode import forced_eager
 from graphs.errors import MixedDevices, UnsupportedArgument
-from graphs.first_call.host_arguments import host_arguments, on_device
+from graphs.first_call.host_arguments import on_device
 from graphs.rehearsal.step import Step
 
 __all__ = ["Audit", "Finding", "audit"]
@@ -68,14 +68,14 @@ def step_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
     refusal = inadmissible(call, model, host)
     if refusal is not None and not isinstance(refusal, MixedDevices):
         raise refusal
-    names, opaque_names = leaf_names(args, kwargs, parameter_names(model))
+    leaves = named_leaves(call, parameter_names(model))
     step = Step(
         model=model,
         call=call,
         args=args,
         kwargs=kwargs,
-        names=names,
-        opaque_names=opaque_names,
+        names=leaves.tensors,
+        opaque_names=leaves.opaques,
         static=(),
         padding={},
         device=device_of(call, model),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from graphs.contract.arguments import PLAIN_TENSORS, attributes_and_slots, pytree_children
+from graphs.contract.arguments import PLAIN_TENSORS, pytree_children
 from graphs.objects.keys import PLAIN
-from graphs.objects.raw_access import IMMUTABLE_TYPE, elements_of, items_of, of_type, sequence_class
+from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_and_slots, elements_of, items_of, of_type, sequence_class
 from graphs.state.python_state import PythonState
 
 _WITHOUT_PARTS = (type, ModuleType, FunctionType)

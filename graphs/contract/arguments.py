@@ -7,7 +7,6 @@ registry is used and its walk is not.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
-from graphs.objects.keys import NOT_CONSTANT, PLAIN, constant_key, context_key, names_key, nested_key
-from graphs.objects.raw_access import attributes_of, class_attribute, elements_of, filled_slots, of_type, slots_of
+from graphs.objects.keys import NOT_CONSTANT, PLAIN, attributes_key, constant_key, context_key, names_key, nested_key
+from graphs.objects.raw_access import attributes_and_slots, class_attribute, elements_of, of_type, set_attributes_and_slots
 
 Tensor = torch.Tensor
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
@@ -80,11 +79,6 @@ def _attribute_key(value: Any) -> Any:
     return type(value) if key is NOT_CONSTANT else key
 
 
-def objects_on(tensor: Tensor) -> list[str]:
-    """Names of attributes of a tensor that are no constants."""
-    return [name for name, value in tensor.__dict__.items() if nested_key(value) is NOT_CONSTANT]
-
-
 def _flatten(value: Any, tensors: list[Tensor], opaques: list[Any], signature: list[Any]) -> None:
     kind = type(value)
     if kind is Tensor or issubclass(kind, Tensor):
@@ -113,7 +107,7 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), len(children), context_key(context, opaques))
         for item in children:
             _flatten(item, tensors, opaques, signature)
-        signature.append(_beyond(value, children, opaques))
+        signature.append(attributes_key(value, children, opaques))
         return
     key = constant_key(value)
     if key is NOT_CONSTANT:
@@ -121,28 +115,6 @@ def _flatten_other(value: Any, tensors: list[Tensor], opaques: list[Any], signat
         signature += (type(value), id(value))
     else:
         signature.append(key)
-
-
-def _beyond(value: Any, children: list[Any], opaques: list[Any]) -> Any:
-    """The key of the attributes of a container of a registered kind, which the step can read whatever the kind's children are.
-
-    An attribute that is a child, or a list of them, is known by their positions.
-    """
-    attributes = attributes_and_slots(value)
-    if not attributes:
-        return ()
-    child_keys = {id(child): ("child", index) for index, child in enumerate(children)}
-    return tuple([(name, context_key(item, opaques, child_keys)) for name, item in attributes.items()])
-
-
-def attributes_and_slots(value: Any) -> dict[str, Any]:
-    """The attributes of an object, as they lie in its dictionary and its slots."""
-    attributes = attributes_of(value) or {}
-    slots = _slots(type(value))
-    return {**attributes, **filled_slots(slots, value)} if slots else attributes
-
-
-_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
 
 
 def is_constant(value: Any) -> bool:
@@ -191,7 +163,7 @@ def map_children(value: Any, fn: Callable[[Any], Any]) -> Any:
     attributes = attributes_and_slots(value)
     if type(made) is kind and (attributes or attributes_and_slots(made)):
         replaced = {id(child): item for child, item in zip(children, rebuilt, strict=True)}
-        _set_attributes(made, {name: _carried(item, replaced) for name, item in attributes.items()})
+        set_attributes_and_slots(made, {name: _carried(item, replaced) for name, item in attributes.items()})
     return made
 
 
@@ -208,78 +180,9 @@ def _carried(value: Any, replaced: dict[int, Any]) -> Any:
     return value
 
 
-def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
-    """Make attributes and slots of an object those that are given, without asking the object."""
-    slots = _slots(type(value))
-    for name, slot in slots.items():
-        if name in attributes:
-            slot.__set__(value, attributes[name])
-    own = attributes_of(value)
-    if own is not None:
-        own.clear()
-        own.update((name, item) for name, item in attributes.items() if name not in slots)
-
-
 def replace_tensors(value: Any, replacements: Iterator[Tensor]) -> Any:
     """Rebuild ``value`` with its tensors taken one after the other from ``replacements``."""
     return map_leaves(value, lambda leaf: next(replacements) if of_type(leaf, Tensor) else leaf)
-
-
-def leaf_names(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the tensor leaves and of the opaque leaves, for example ``input_ids`` or ``caches.0.keys``.
-
-    Args:
-        parameters: names of the step's positional parameters; a further positional argument is named by its index.
-    """
-    tensors: list[str] = []
-    opaques: list[str] = []
-    for index, value in enumerate(args):
-        _name(value, parameters[index] if index < len(parameters) else f"arg{index}", tensors, opaques)
-    for name, value in kwargs.items():
-        _name(value, name, tensors, opaques)
-    return tensors, opaques
-
-
-def _name(value: Any, path: str, tensors: list[str], opaques: list[str]) -> None:
-    if of_type(value, Tensor):
-        tensors.append(path)
-        return
-    items = _items(value)
-    if items is None:
-        if not is_constant(value):
-            opaques.append(path)
-        return
-    in_context, in_attributes = _beside(value)
-    opaques += [f"{path}'s context"] * len(in_context)
-    for key, item in items:
-        _name(item, f"{path}.{key}", tensors, opaques)
-    opaques += [f"{path}'s attributes"] * len(in_attributes)
-
-
-def _beside(value: Any) -> tuple[list[Any], list[Any]]:
-    """The objects of a container of a registered kind that it is known by beside its children: of its context, which comes before
-    them in `flatten_call`, and of its attributes, which come after.
-    """
-    in_context: list[Any] = []
-    in_attributes: list[Any] = []
-    if type(value) not in (tuple, list, dict):
-        children, context = pytree_children(value)
-        context_key(context, in_context)
-        _beyond(value, children or [], in_attributes)
-    return in_context, in_attributes
-
-
-def _items(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds, with names; None for a leaf."""
-    if type(value) is dict:
-        return [(str(key), item) for key, item in value.items()]
-    if type(value) in (tuple, list):
-        return [(str(index), item) for index, item in enumerate(value)]
-    children, context = pytree_children(value)
-    if children is None:
-        return None
-    names = context if type(context) in (list, tuple) and len(context) == len(children) else range(len(children))
-    return [(str(name), item) for name, item in zip(names, children, strict=True)]
 
 
 class Argument(NamedTuple):
@@ -291,37 +194,72 @@ class Argument(NamedTuple):
     is_object: bool
 
 
-def changeable(call: Call, parameters: list[str]) -> list[Argument]:
-    """The leaves of a call that may have any number of values: numbers, text and objects, not flags."""
-    found: list[Argument] = []
+class Leaves(NamedTuple):
+    """The leaves of a call by name, for example ``input_ids`` or ``caches.0.keys``.
+
+    Attributes:
+        tensors, opaques: names of `Call.tensors` and of `Call.opaques`.
+        changeable: the leaves that may have any number of values: numbers, text and objects, not flags.
+    """
+
+    tensors: list[str]
+    opaques: list[str]
+    changeable: list[Argument]
+
+
+def named_leaves(call: Call, parameters: list[str]) -> Leaves:
+    """The leaves of a call, named, in the order of `flatten_call`.
+
+    Args:
+        parameters: names of the step's positional parameters; a further positional argument is named by its index.
+    """
+    found = Leaves([], [], [])
     end = 0
     for index, value in enumerate(call.args):
-        end = _find(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
+        end = _name(value, parameters[index] if index < len(parameters) else f"arg{index}", end, found)
     for name, value in call.kwargs.items():
-        end = _find(value, name, end + 1, found)
+        end = _name(value, name, end + 1, found)
     start = len(call.signature) - end - (repeats(call.tensors) is not None)
-    return [argument._replace(place=argument.place + start) for argument in found]
+    return found._replace(changeable=[argument._replace(place=argument.place + start) for argument in found.changeable])
 
 
-def _find(value: Any, path: str, index: int, found: list[Argument]) -> int:
+def _name(value: Any, path: str, index: int, found: Leaves) -> int:
     """Walk as `_flatten` does; returns the index behind what that adds to the signature."""
     kind = type(value)
     if issubclass(kind, Tensor):
+        found.tensors.append(path)
         return index + 6
     if kind in PLAIN:
         if kind in (int, str, bytes):
-            found.append(Argument(index + 1, path, value, False))
+            found.changeable.append(Argument(index + 1, path, value, False))
         return index + 2
-    items = _items(value)
-    if items is None:
-        constant = constant_key(value) is not NOT_CONSTANT
-        found.append(Argument(index if constant else index + 1, path, value, not constant))
-        return index + (1 if constant else 2)
-    in_context, in_attributes = _beside(value)
-    found += [Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1]]
-    registered = kind not in (tuple, list, dict)
-    index += 3 if registered else 2
-    for key, item in items:
-        index = _find(item, f"{path}.{key}", index, found)
-    found += [Argument(index, f"{path}'s attributes", item, True) for item in in_attributes[:1]]
-    return index + 1 if registered else index
+    if kind is dict or kind is list or kind is tuple:
+        index += 2
+        for key, item in value.items() if kind is dict else enumerate(value):
+            index = _name(item, f"{path}.{key!s}", index, found)
+        return index
+    children, context = pytree_children(value)
+    if children is None:
+        is_object = constant_key(value) is NOT_CONSTANT
+        if is_object:
+            found.opaques.append(path)
+        found.changeable.append(Argument(index + is_object, path, value, is_object))
+        return index + 1 + is_object
+    return _name_registered(value, children, context, path, index, found)
+
+
+def _name_registered(value: Any, children: list[Any], context: Any, path: str, index: int, found: Leaves) -> int:
+    """`_name` for a container of a registered kind, which is known by objects of its context and of its attributes too."""
+    in_context: list[Any] = []
+    in_attributes: list[Any] = []
+    context_key(context, in_context)
+    attributes_key(value, children, in_attributes)
+    found.opaques.extend([f"{path}'s context"] * len(in_context))
+    found.changeable.extend(Argument(index + 2, f"{path}'s context", item, True) for item in in_context[:1])
+    index += 3
+    names = context if type(context) in (list, tuple) and len(context) == len(children) else range(len(children))
+    for name, child in zip(names, children, strict=True):
+        index = _name(child, f"{path}.{name!s}", index, found)
+    found.opaques.extend([f"{path}'s attributes"] * len(in_attributes))
+    found.changeable.extend(Argument(index, f"{path}'s attributes", item, True) for item in in_attributes[:1])
+    return index + 1

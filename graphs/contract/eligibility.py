@@ -1,4 +1,4 @@
-"""What can be said about a call before anything runs: the names of its arguments, and reasons not to record it."""
+"""What can be said about a call before anything runs: names and places of its arguments, reasons not to record it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,34 @@ from typing import Any
 
 import torch
 
-from graphs.contract.arguments import Call, objects_on
+from graphs.contract.arguments import Call
+from graphs.contract.slots import is_dense
 from graphs.errors import MixedDevices, NestedCapture, Refusal, Scripted, UnsupportedArgument
+from graphs.objects.keys import objects_on
 from graphs.objects.torch_fast_paths import is_capturing
 
 Tensor = torch.Tensor
+SMALL = 4096
+"""Bytes up to which a host argument gets a slot: the pinned ring holds 512 of each."""
+
+
+def host_arguments(call: Call) -> tuple[int, ...]:
+    """Positions of small dense host tensors among arguments on a device."""
+    if all(tensor.device.type != "cuda" for tensor in call.tensors):
+        return ()
+    return tuple(index for index, tensor in enumerate(call.tensors) if _is_small(tensor))
+
+
+def _is_small(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.nbytes <= SMALL and is_dense(tensor.shape, tensor.stride())
 
 
 def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Refusal | None:
     """Reasons that need no run to be seen.
 
     Args:
-        host: positions of host tensors that the recording will hold copies of; see `graphs.first_call.host_arguments`.
+        host: positions of host tensors that the recording will hold copies of; see `host_arguments`.
     """
     if isinstance(model, torch.nn.Module):
         scripted = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)

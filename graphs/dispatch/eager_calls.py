@@ -11,6 +11,7 @@ from graphs.config import CaptureConfig
 from graphs.dispatch.call_log import CallLog
 from graphs.eager_mode import forced_by
 from graphs.errors import InternalError, Refusal
+from graphs.first_call.outcomes import Deferred, Refused
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
 from graphs.recording.recorder import ReplayRaised
 
@@ -68,6 +69,22 @@ class EagerCalls:
         for index, refusal in enumerate(refusals):
             self._log.refused(refusal, calls=int(index == 0))
         self._log.eager_calls += 1
+
+    def count_deferred(self, first_call: Deferred) -> None:
+        """Count a first call that was one of its kind; in strict mode it is undone where it did what no replay can stand for."""
+        if first_call.refusal is not None:
+            if self._config.strict:
+                first_call.undo()
+                raise first_call.refusal from None
+            self._log.refused(first_call.refusal)
+        self._log.eager_calls += 1
+
+    def count_refused(self, first_call: Refused) -> None:
+        """Count a first call that ended in a refusal; where autograd is to record it, it is undone and runs once more."""
+        if first_call.undo is not None and (torch.is_grad_enabled() or self._config.strict):
+            first_call.undo()
+            self.refuse(first_call.refusals)
+        self.count(first_call.refusals)
 
     def refuse(self, refusals: list[Refusal]) -> NoReturn:
         """Have `call` run the model."""

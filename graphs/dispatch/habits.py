@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphs.contract.arguments import Argument, Call, changeable
+from graphs.contract.arguments import Argument
 from graphs.errors import ChangingValue, Refusal
 from graphs.first_call.recorded_step import RecordedStep
 
@@ -80,22 +80,23 @@ class _Habit:
 class Habits:
     """The places in which signatures of one captured module differ.
 
+    A signature is asked about and noted together with its leaves that may have any number of values (`Leaves.changeable`).
+
     Args:
-        parameters: names of the parameters of its call.
         most: recordings that it may keep.
     """
 
-    def __init__(self, parameters: list[str], most: int) -> None:
-        self._parameters, self._most = parameters, most
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._habits: OrderedDict[tuple[Any, ...], _Habit] = OrderedDict()
 
-    def against(self, call: Call) -> tuple[list[Refusal], list[Attempt]]:
+    def against(self, signature: tuple[Any, ...], changeable: list[Argument]) -> tuple[list[Refusal], list[Attempt]]:
         """Why not to try to record an unknown signature (empty: nothing speaks against it), and attempts to give up."""
-        for argument in changeable(call, self._parameters) if self._habits else ():
-            habit = self._habits.get(_place(call, argument))
+        for argument in changeable if self._habits else ():
+            habit = self._habits.get(_place(signature, argument))
             if habit is None:
                 continue
-            count, given_up = habit.appearances(call.signature[argument.place], argument), list[Attempt]()
+            count, given_up = habit.appearances(signature[argument.place], argument), list[Attempt]()
             if count >= habit.needed:
                 given_up = habit.in_vain()
                 if given_up:
@@ -107,18 +108,19 @@ class Habits:
 
     def tried(
         self,
-        call: Call,
+        signature: tuple[Any, ...],
+        changeable: list[Argument],
         entry: RecordedStep | None,
         refusals: Sequence[Refusal] = (),
     ) -> None:
         """Note an attempt to record a signature, and what came of it."""
-        attempt = Attempt(call.signature, weakref.ref(entry) if entry is not None else lambda: None, refusals=refusals)
-        for argument in changeable(call, self._parameters):
-            place = _place(call, argument)
+        attempt = Attempt(signature, weakref.ref(entry) if entry is not None else lambda: None, refusals=refusals)
+        for argument in changeable:
+            place = _place(signature, argument)
             habit = self._habits.pop(place, None)
             if habit is None:
                 habit = _Habit(max(self._most, _FEW))
-                habit.appearances(call.signature[argument.place], argument)
+                habit.appearances(signature[argument.place], argument)
             habit.attempts.append(attempt)
             self._habits[place] = habit
             if len(self._habits) > _PLACES:
@@ -133,8 +135,8 @@ class Habits:
                     attempt.entry = lambda: None
 
 
-def _place(call: Call, argument: Argument) -> tuple[Any, ...]:
-    signature, index = call.signature, argument.place
+def _place(signature: tuple[Any, ...], argument: Argument) -> tuple[Any, ...]:
+    index = argument.place
     return index, signature[:index], signature[index + 1 :]
 
 

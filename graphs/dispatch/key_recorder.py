@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import Call, flatten_call, leaf_names, replace_tensors
+from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves, replace_tensors
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import carries_objects, device_of, inadmissible
+from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.replay import stale
-from graphs.dispatch.routes import Routes
+from graphs.dispatch.routes import Recorded, Routes
 from graphs.eager_mode import forced_eager
-from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract, TooManyKeys
-from graphs.events import Recorded, emit
+from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract
+from graphs.events import Recorded as RecordedEvent
+from graphs.events import emit
 from graphs.events.ranges import recording_range
-from graphs.first_call.host_arguments import host_arguments, record_key_on_device
+from graphs.first_call.host_arguments import record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded
 from graphs.first_call.record_key import record_key
@@ -52,18 +53,24 @@ class KeyRecorder:
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
 
-    def inadmissible(self, call: Call) -> Refusal | None:
-        """Why a call is not recorded, as far as that can be said before anything runs."""
-        limit, routes = self._config.max_recordings, self._routes
-        if len(routes.entries) >= limit or len(routes.by_signature) >= 16 * limit:
-            detail = f"{len(routes.entries)} recordings for {len(routes.by_signature)} keys (max_recordings={limit})"
-            return TooManyKeys(detail, operator="key")
-        return inadmissible(call, self._model, self._host(call)) or carries_objects(call)
+    def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
+        """Why a call is not recorded, as far as that can be said before anything runs.
 
-    def record(self, call: Call) -> tuple[RecordedStep, int]:
+        Args:
+            beside: a recording of the key that assumes what does not hold for this call.
+        """
+        routes = self._routes
+        habitual = routes.habitual(call, leaves) if beside is None else []
+        if habitual:
+            return habitual
+        routes.forget_the_dead()
+        host = self._host(call)
+        refusal = routes.full() or inadmissible(call, self._model, host) or carries_objects(call)
+        return [refusal] if refusal is not None else []
+
+    def record(self, step: Step) -> Recorded:
         """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
-        config, routes = self._config, self._routes
-        step = self.step(call)
+        config, routes, call = self._config, self._routes, step.call
         plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
         while True:
             entry = routes.entries.get(plan.key)
@@ -82,9 +89,9 @@ class KeyRecorder:
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
 
-    def record_variant(self, beside: RecordedStep, call: Call) -> tuple[RecordedStep, int]:
+    def record_variant(self, step: Step, beside: RecordedStep) -> Recorded:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
-        step = self.step(call)
+        call = step.call
         step.unmerged = beside.group.unmerged
         entry = self._first_call(step)
         entry.group = beside.group
@@ -104,7 +111,7 @@ class KeyRecorder:
         """
         config = self._config
         call = flatten_call(args, kwargs, ambient_of(self._model))
-        step = self.step(call)
+        step = self.step(call, named_leaves(call, self._parameters))
         plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims, clamp=True)
         if plan.rows is None or config.buckets is None:
             raise ConfigError("batch_dims", config.batch_dims, "the batch dimension of each padded argument, with buckets= given")
@@ -112,7 +119,7 @@ class KeyRecorder:
             sized_args, sized_kwargs = replace_tensors((args, kwargs), iter(plan.resize(call.tensors, rows)))
             sized = flatten_call(sized_args, sized_kwargs, ambient_of(self._model))
             try:
-                self.record(sized)
+                self.record(self.step(sized, named_leaves(sized, self._parameters)))
             except Refused as refused:
                 if refused.undo is not None:
                     refused.undo()
@@ -128,7 +135,7 @@ class KeyRecorder:
         Raises:
             VerifyMismatch: it does.
         """
-        step = self.step(call)
+        step = self.step(call, named_leaves(call, self._parameters))
         with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
@@ -150,13 +157,16 @@ class KeyRecorder:
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
         seconds, size = entry.capture_seconds, entry.recording.pool_bytes
-        emit(Recorded(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
+        emit(RecordedEvent(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry
 
-    def step(self, call: Call) -> Step:
-        """A call as what its first call sees of it."""
-        config = self._config
-        names, opaque_names = leaf_names(call.args, call.kwargs, self._parameters)
+    def step(self, call: Call, leaves: Leaves) -> Step:
+        """A call as what its first call sees of it.
+
+        Raises:
+            ConfigError: a setting names an argument that is not there.
+        """
+        config, names = self._config, leaves.tensors
         for setting, given in (("static", config.static), ("padding", config.padding), ("batch_dims", config.batch_dims or ())):
             for name in given:
                 if name not in names and name.split(".")[0] not in self._parameters:
@@ -167,7 +177,7 @@ class KeyRecorder:
             args=call.args,
             kwargs=call.kwargs,
             names=names,
-            opaque_names=opaque_names,
+            opaque_names=leaves.opaques,
             static=tuple(i for i, name in enumerate(names) if name in config.static),
             padding=dict(config.padding),
             device=device_of(call, self._model),

@@ -1,4 +1,4 @@
-"""One replay: whether a recording may serve a call, what it produces, and the output put together."""
+"""One replay: whether a recording may serve a call, and the output that it gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from graphs.objects.cells import Difference
 from graphs.objects.torch_fast_paths import increment_version, is_capturing
 from graphs.recording.failures import StepRaised
 from graphs.recording.recorder import ReplayRaised
-from graphs.state.tensor_state import RandomState
+from graphs.state.tensor_state import RandomState, TensorState
+
+UNDONE = object()
+"""What `replayed` gives where an assumption of the recording does not hold for the call: all of the replay was undone."""
 
 
 class Outdated(NamedTuple):
@@ -55,24 +58,24 @@ def stale(entry: RecordedStep, call: Call) -> Refusal | Outdated | None:
     return None
 
 
-def replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
-    """What a replay produces.
+def replayed(entry: RecordedStep, rows: int, call: Call) -> Any:
+    """The output of one replay; `UNDONE` where it met what the recording does not hold for, and was taken back.
 
     Raises:
         ReplayRaised: an operator refused its data, and nothing is left of the replay: the model is to be run.
         StepRaised: an operator refused its data, which the step does not catch, and others had written.
     """
     undone = not entry.on_device and (entry.catches or entry.checked is not None)
-    copies = entry.written.copies() if undone else None
+    journal = TensorState() if undone else None
     draws = entry.generators is not None and not entry.on_device and (undone or not entry.written.tensors)
     random = RandomState(torch.device("cpu"), {g: g.get_state() for g in entry.generators or ()}) if draws else None
     try:
-        produced = entry.recording.replay(call.tensors, rows)
+        produced = entry.recording.replay(call.tensors, rows, journal)
     except ReplayRaised as raised:
         if random is not None:
             random.restore()
-        if copies is not None:
-            entry.written.restore(copies)
+        if journal is not None:
+            journal.restore()
             if entry.checked is not None:
                 entry.checked.abandoned()
         elif entry.written.tensors:
@@ -80,14 +83,13 @@ def replayed(entry: RecordedStep, rows: int, call: Call) -> list[torch.Tensor]:
         raise
     if entry.bumped or entry.bumped_arguments:
         increment_version([*entry.bumped, *map(call.tensors.__getitem__, entry.bumped_arguments)])
-    return produced
-
-
-def filled(entry: RecordedStep, produced: list[torch.Tensor], call: Call) -> Any:
-    """The output of a replay. It was put together once at capture, so what raises is a class of the user's that now does."""
+    if entry.checked is not None and not entry.checked.commit_or_rollback():
+        return UNDONE
+    entry.replays += 1
+    entry.real_rows += rows
     try:
         return entry.template.fill(produced, call.tensors, call.opaques)
-    except Exception as error:
+    except Exception as error:  # it was put together once at capture: a class of the user's now raises
         if entry.written.tensors:  # the step has taken place: the model must not run as well
             raise StepRaised(error) from None
         raise

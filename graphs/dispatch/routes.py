@@ -1,17 +1,24 @@
-"""Where the signatures of a module's calls lead: to a recording, or to the reasons why there is none."""
+"""Where the signatures of a module's calls lead: to a recording, or to the reasons why there is none.
+
+What became of a call is told here, and here alone it is decided what that says of the next call like it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from graphs.contract.arguments import Call
+from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
-from graphs.errors import Refusal
+from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
+from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
+
+_MAX_DEFERRALS = 3
+_OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
 class Refused(NamedTuple):
@@ -25,8 +32,10 @@ class Refused(NamedTuple):
         return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
 
 
-Route = tuple[RecordedStep, int] | Refused
-"""Where a signature leads: a recording and the rows of the call, or the reasons why not."""
+Recorded = tuple[RecordedStep, int]
+"""A recording, and the rows of the call."""
+Route = Recorded | Refused
+"""Where a signature leads: a recording, or the reasons why there is none."""
 
 
 class Routes:
@@ -41,8 +50,8 @@ class Routes:
         habits: signatures that differ at every call in one place.
     """
 
-    def __init__(self, parameters: list[str], max_recordings: int, log: CallLog) -> None:
-        self._parameters, self._limit, self._log = parameters, max_recordings, log
+    def __init__(self, max_recordings: int, log: CallLog) -> None:
+        self._limit, self._log = max_recordings, log
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.clear()
 
@@ -55,7 +64,7 @@ class Routes:
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
-        self.habits = Habits(self._parameters, self._limit)
+        self.habits = Habits(self._limit)
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
@@ -87,12 +96,12 @@ class Routes:
             s: r for s, r in kept if not isinstance(r, Refused) or all(reference() is not None for reference in r.opaques)
         }
 
-    def habitual(self, call: Call) -> list[Refusal]:
+    def habitual(self, call: Call, leaves: Leaves) -> list[Refusal]:
         """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
 
         The recordings of those are dropped.
         """
-        refusals, given_up = self.habits.against(call)
+        refusals, given_up = self.habits.against(call.signature, leaves.changeable)
         for attempt in given_up:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:
@@ -101,3 +110,64 @@ class Routes:
             elif isinstance(route, Refused):
                 del self.by_signature[attempt.signature]
         return refusals
+
+    def full(self) -> TooManyKeys | None:
+        """Why no further signature is recorded at all."""
+        limit = self._limit
+        if len(self.entries) < limit and len(self.by_signature) < 16 * limit:
+            return None
+        detail = f"{len(self.entries)} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
+        return TooManyKeys(detail, operator="key")
+
+    def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
+        """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
+        if not entry.replays:
+            self.habits.tried(call.signature, leaves.changeable, entry)
+
+    def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
+        """A first call ended in a refusal, and so would those like it."""
+        self.habits.tried(call.signature, leaves.changeable, None, refusals)
+        self.refuse(call, refusals)
+
+    def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
+        """A first call was one of its kind: the next one is tried again, a few times."""
+        self.habits.tried(call.signature, leaves.changeable, None)
+        self.attempts[call.signature] += 1
+        if self.attempts[call.signature] > _MAX_DEFERRALS:
+            changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
+            self.refuse(call, [deferred.refusal or changing])
+
+    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None) -> None:
+        """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
+        self.drop(entry)
+        if changed is None:
+            return
+        self.attempts[call.signature] += entry.replays < _OFTEN
+        if self.attempts[call.signature] > 1:
+            self.refuse(call, [changed])  # which this call is counted under
+        else:
+            self._log.refused(changed, outcome="the step is recorded anew")
+
+    def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
+        """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
+
+        Args:
+            static: names of the arguments that were declared to stay.
+        """
+        moved = entry.statics.moved_arguments(call.tensors)
+        known = self.moving.get(call.signature, frozenset())
+        declared = any(name in static for _, name in moved)
+        return entry.contract.rows is None and not declared and not {index for index, _ in moved} <= known
+
+    def note_moved(self, call: Call, entry: RecordedStep, why: MovedStaticTensor) -> None:
+        """Such arguments are elsewhere: the recording is dropped, unless another thread was faster.
+
+        One that stayed where it was for long, a cache, is recorded at its new address; others are copied from then on.
+        """
+        if entry not in self.entries.values():
+            return
+        self._log.refused(why, outcome="the step is recorded anew")
+        self.drop(entry)
+        if entry.replays < _OFTEN:
+            moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}
+            self.moving[call.signature] = self.moving.get(call.signature, frozenset()) | moved

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from graphs.contract.arguments import Call, replace_tensors
-from graphs.contract.slots import Traits, is_dense, physical
+from graphs.contract.slots import Traits, physical
 from graphs.errors import MixedDevices, Refusal, UnsupportedOutput
 from graphs.first_call.observe import irreversible_change, observe
 from graphs.first_call.outcomes import Deferred, FirstCall, Refused
@@ -39,21 +39,7 @@ from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-SMALL = 4096
-"""Bytes up to which a host argument gets a slot: the pinned ring holds 512 of each."""
 _TO_DEVICE = "keep what the step makes of a host tensor on the device, or pass it as a device tensor"
-
-
-def host_arguments(call: Call) -> tuple[int, ...]:
-    """Positions of small dense host tensors among arguments on a device."""
-    if all(tensor.device.type != "cuda" for tensor in call.tensors):
-        return ()
-    return tuple(index for index, tensor in enumerate(call.tensors) if _is_small(tensor))
-
-
-def _is_small(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.nbytes <= SMALL and is_dense(tensor.shape, tensor.stride())
 
 
 def on_device(step: Step) -> Step:
@@ -96,12 +82,12 @@ def record_key_on_device(step: Step, recorder: Recorder, *, owned: bool, check: 
         raise
     if refusal is None:
         return _recorded(call, copied, recorder, owned=owned, check=check)
-    raise Refused(step.run(), [refusal], origin.restore)
+    raise Refused(step.run(), [refusal], call.undo)
 
 
 def _recorded(call: FirstCall, copied: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
     """The first call on device copies; where that ran the step for real, it is undone and runs on the arguments as they are."""
-    step, undo = call.step, call.origin.restore
+    step, undo = call.step, call.undo
     try:
         entry = record_key(copied, recorder, owned=owned, check=check)
     except Refused as refused:

@@ -11,7 +11,7 @@ from graphs.contract.slots import Contract
 from graphs.errors import RowsInteract
 from graphs.events.ranges import first_call_run
 from graphs.first_call.recorded_step import RecordedStep, sliced
-from graphs.first_call.verify_replay import judged, rehearsal_of
+from graphs.first_call.verify_replay import find_written, judged, rehearsal_of
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun
 from graphs.observation.eager_trace import trace_again
@@ -35,7 +35,15 @@ class PaddingProof:
         self._rerun = Rerun(
             rehearsal.reset, lambda: step.template(step.run(self._tensors), self._tensors, externals)[1], rehearsal.first.written
         )
+        self._find_written(step, contract)
         rehearsal.run(lambda: self._run(step, externals))
+
+    def _find_written(self, step: Step, contract: Contract) -> None:
+        tensors = self._tensors
+        try:
+            find_written(step, self._rehearsal, tolerance.padded(contract, tensors), *tolerance.poisons(contract, tensors))
+        except Exception as error:  # a replay would be given the same
+            raise RowsInteract(f"a run with padded rows raised {type(error).__name__}: {error}") from error
 
     def _run(self, step: Step, externals: list[Tensor]) -> None:
         try:
@@ -91,7 +99,7 @@ class PaddingProof:
         self, entry: RecordedStep, expected: Sequence[Tensor], state: Sequence[Tensor], outputs: Sequence[Tensor], when: str
     ) -> None:
         """Raise unless a replay gave what it has to: ``expected``, or what eager gives but for rounding."""
-        found = tolerance.run_difference(expected, outputs, state, entry.written.tensors, entry.sentinels)
+        found = tolerance.run_difference(expected, outputs, state, entry.written.left(), entry.sentinels)
         if found is not None:
             found = judged(entry, self._expected, outputs, self._state, self._rerun)
         if found is not None:
@@ -123,6 +131,7 @@ def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
         Exception: what the step raises at this size.
     """
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
+    find_written(step, rehearsal, tolerance.padded(entry.contract, tensors))
     start, written = rehearsal.start, rehearsal.first.written
     expected, state, random = rehearsal.run(lambda: _exact_run(step, entry, rows, rehearsal))
 
@@ -134,7 +143,7 @@ def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
         _compare_random(random, start)
         if any(_strides(a) != _strides(b) for a, b in zip(expected, produced, strict=True)):
             raise RowsInteract(f"with {rows} rows an output lies in memory otherwise")
-        found = tolerance.run_difference(expected, produced, state, written.tensors, entry.sentinels)
+        found = tolerance.run_difference(expected, produced, state, written.left(), entry.sentinels)
         if found is None:
             return None
         rerun = Rerun(rehearsal.reset, lambda: entry.template.tensors(step.run(tensors)), written)

@@ -11,6 +11,7 @@ from graphs.events.ranges import first_call_run
 from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
+from graphs.observation.eager_trace import trace_again
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
@@ -26,7 +27,7 @@ def verify_first_replay(
     seen = entry.template.seen
     expected = seen(sliced(reference, entry.contract.output_dims, rows))
     produced = seen(entry.recording.replay(tensors, rows))
-    found = tolerance.run_difference(expected, produced, state, entry.written.tensors)
+    found = tolerance.run_difference(expected, produced, state, entry.written.left())
     if found is not None:
         raise VerifyMismatch(f"{found[1]} in the first replay of the recording", operator=found[0])
 
@@ -58,6 +59,7 @@ def verify_second_replay(plain: Step, entry: RecordedStep, rehearsal: Rehearsal,
 def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
+    find_written(step, rehearsal, tensors, tolerance.padded(entry.contract, tensors))
     written = rehearsal.first.written
 
     def eager() -> list[Tensor]:
@@ -73,7 +75,7 @@ def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch
 
     def compared() -> tuple[str, str] | None:
         produced = entry.template.seen(entry.recording.replay(tensors, rows))
-        found = tolerance.run_difference(expected, produced, state, written.tensors, entry.sentinels)
+        found = tolerance.run_difference(expected, produced, state, written.left(), entry.sentinels)
         if found is None or not entry.rounds_otherwise:
             return found
         return judged(entry, expected, produced, state, Rerun(rehearsal.reset, eager, written))
@@ -92,8 +94,15 @@ def judged(
 
 
 def rehearsal_of(step: Step, entry: RecordedStep) -> Rehearsal:
-    """Runs from the present state, with what a recording writes saved."""
+    """Runs from the present state, with what a recording writes saved; of large tensors once it is seen: `find_written`."""
     trace = EagerTrace()
     for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
-        trace.written.save(tensor)
+        trace.written.expect(tensor)
     return Rehearsal(Checkpoint(step, trace), trace)
+
+
+def find_written(step: Step, rehearsal: Rehearsal, *calls: list[Tensor]) -> None:
+    """Have what eager runs of these calls write saved where it is not yet: a replay writes there too."""
+    if rehearsal.first.written.is_partial:
+        for tensors in calls:
+            rehearsal.run(lambda tensors=tensors: trace_again(lambda: step.run(tensors), tensors, rehearsal.first))  # type: ignore[misc]

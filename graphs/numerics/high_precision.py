@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.numerics.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, PRECISE, UNINITIALISED, CannotRaise
 from graphs.numerics.ties import Tie, find_ties, is_choice, turn
+from graphs.state.regions import Region
 from graphs.state.storage import RESIZING, storage_id, tensors_in, written_tensors
+from passes.core.composites import DispatchMode
+from passes.core.schema import is_mutable
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -59,7 +61,7 @@ class _Shadow:
         return part._neg_view() if tensor.is_neg() else part
 
 
-class HighPrecision(TorchDispatchMode):
+class HighPrecision(DispatchMode):
     """Runs eager, and what eager rounds once more in float64.
 
     Attributes:
@@ -94,6 +96,12 @@ class HighPrecision(TorchDispatchMode):
         with torch.inference_mode(False), torch.no_grad():
             shadow = self._shadow(tensor)
             return shadow.part(tensor) if shadow is not None else _cast(tensor)
+
+    def of_region(self, region: Region) -> Tensor:
+        """As `of`, for what an operator wrote."""
+        with torch.inference_mode(False), torch.no_grad():
+            shadow = self._shadow(region.tensor)
+            return region.entries_of(shadow.part(region.tensor)) if shadow is not None else _cast(region.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,7 +177,7 @@ class HighPrecision(TorchDispatchMode):
         if packet in UNINITIALISED or packet in DECISIONS or packet in DRAWS:
             return True
         if packet in MOVES and not self._rounded(given):
-            return not func._schema.is_mutable
+            return not is_mutable(func)
         seeded = torch.Tag.nondeterministic_seeded in func.tags and packet not in PRECISE
         if (seeded or any(t.dtype in _FLOAT8 for t in results)) and self._rounded(given):
             self.gaps.setdefault(str(func), "it draws random numbers" if seeded else "it rounds to 8 bits")

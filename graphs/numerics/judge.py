@@ -31,7 +31,9 @@ import torch
 from graphs.numerics import tolerance
 from graphs.numerics.high_precision import HighPrecision, raised
 from graphs.numerics.ties import Tie
-from graphs.state.tensor_state import TensorState
+from graphs.state.regions import Region
+from graphs.state.tensor_state import Left, TensorState
+from passes.core.composites import as_written
 
 Tensor = torch.Tensor
 WHOLE, SPREAD = 2.0, 2.0
@@ -74,14 +76,14 @@ class Excess:
 class Rerun:
     """How the step runs once more in eager: put its state back, then run it; outputs in the order they are compared in."""
 
-    restore: Callable[[], object]
+    reset: Callable[[], object]
     run: Callable[[], Sequence[Tensor]]
     written: TensorState
 
 
 @dataclass(frozen=True)
 class _Precise:
-    """One run of eager with float64 beside it: ``(eager, float64)`` of each output, then of each tensor written.
+    """One run of eager with float64 beside it: ``(eager, float64)`` of each output, then of ``regions``, the written.
 
     ``spread`` holds, for tensors too small to tell the size of errors, the mean square of errors in `_SAMPLES` runs.
     """
@@ -90,6 +92,7 @@ class _Precise:
     gaps: dict[str, str]
     ties: list[Tie]
     spread: list[Tensor | None]
+    regions: Sequence[Region]
 
 
 def candidate_difference(
@@ -111,24 +114,25 @@ def candidate_difference(
         sentinels: rows of written tensors in which anything may stand.
         tolerance_factor: factor on the tolerance where no run in float64 is possible.
     """
-    found = tolerance.run_difference(expected, produced, state, rerun.written.tensors, sentinels)
+    found = tolerance.run_difference(expected, produced, state, rerun.written.left(), sentinels)
     if found is None:
         return None
     produced = [out.clone() for out in produced]
-    left = [copy.to(like.device) for copy, like in zip(rerun.written.copies(), state, strict=True)]
+    regions = rerun.written.regions[: len(state)]
+    left = [region.live.to(like.device, copy=True) for region, like in zip(regions, state, strict=True)]
     candidate, names = [*produced, *left], _names(len(produced), len(left))
     pairs = list(zip([*expected, *state], candidate, strict=True))
     if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return found
-    precise, why = _in_float64(rerun, frozenset())
+    precise, why = _in_float64(rerun, regions, frozenset())
     if precise is not None and not why and _refused(precise, [*expected, *state], names, ()) is not None:
         why = "eager does not repeat itself"
     if precise is not None and not why and (share := max(map(_share, precise.results), default=0.0)) > MEANINGLESS:
         why = f"rounding makes up {share:.0%} of what it computes"
     if precise is None or why:
-        found = tolerance.run_difference(expected, produced, state, left, sentinels, tolerance_factor)
+        found = tolerance.run_difference(expected, produced, state, Left(left, regions), sentinels, tolerance_factor)
         return (found[0], f"{found[1]}; by tolerance, since {why}") if found is not None else None
-    refused = _with_ties(precise, candidate, names, sentinels, rerun)
+    refused = _with_ties(precise, candidate, names, sentinels, rerun, regions)
     if refused is None:
         return None
     return refused[0], f"{found[1] if found[0] == refused[0] else 'differs from eager'}; {refused[1]}"
@@ -142,26 +146,30 @@ def _refused(
     precise: _Precise, candidate: Sequence[Tensor], names: Sequence[str], sentinels: Sequence[int]
 ) -> tuple[str, str] | None:
     """The first of these results that is off by more than is accepted, and how."""
-    for (eager, exact), spread, tensor, name in zip(precise.results, precise.spread, candidate, names, strict=True):
+    regions = [*[None] * (len(names) - len(precise.regions)), *precise.regions]
+    rows = zip(precise.results, precise.spread, candidate, names, regions, strict=True)
+    for (eager, exact), spread, tensor, name, region in rows:
         text = difference(eager, tensor, exact, spread)
-        spared = _without(sentinels, eager, tensor) if text and name.startswith("state") else iter(())
+        spared = _without(sentinels, eager, tensor, region) if text and region is not None else iter(())
         if text and all(difference(eager, kept, exact, spread) for kept in spared):
             return name, text
     return None
 
 
-def _without(sentinels: Sequence[int], eager: Tensor, tensor: Tensor) -> Iterator[Tensor]:
+def _without(sentinels: Sequence[int], eager: Tensor, tensor: Tensor, region: Region) -> Iterator[Tensor]:
     """``tensor`` with one row of one dimension as eager has it."""
     for row in sentinels:
-        for dim, size in enumerate(tensor.shape):
-            if -size <= row < size:
-                kept = tensor.to(eager.device, copy=True)
-                kept.select(dim, row).copy_(eager.select(dim, row))
-                yield kept
+        for mask in region.in_row(row):
+            yield torch.where(mask.to(eager.device), eager, tensor.to(eager.device))
 
 
 def _with_ties(
-    precise: _Precise, candidate: Sequence[Tensor], names: Sequence[str], sentinels: Sequence[int], rerun: Rerun
+    precise: _Precise,
+    candidate: Sequence[Tensor],
+    names: Sequence[str],
+    sentinels: Sequence[int],
+    rerun: Rerun,
+    regions: Sequence[Region],
 ) -> tuple[str, str] | None:
     """Like `_refused`, where choices between what rounding cannot tell apart may have gone either way.
 
@@ -171,7 +179,7 @@ def _with_ties(
     nearest, turned, runs, waiting = _distance(precise, candidate), frozenset[Tie](), 0, list(precise.ties)
     while refused is not None and waiting and runs < _RUNS:
         tie, runs = waiting.pop(0), runs + 1
-        other, why = _in_float64(rerun, turned | {tie}, precise.spread)
+        other, why = _in_float64(rerun, regions, turned | {tie}, precise.spread)
         distance = _distance(other, candidate) if other is not None and not why else math.inf
         if other is not None and distance < nearest:
             nearest, turned = distance, turned | {tie}
@@ -186,42 +194,45 @@ def _distance(precise: _Precise, candidate: Sequence[Tensor]) -> float:
     return sum(_relative_square(exact, tensor) for (_, exact), tensor in zip(precise.results, candidate, strict=True))
 
 
-def _in_float64(rerun: Rerun, turned: frozenset[Tie], spread: list[Tensor | None] | None = None) -> tuple[_Precise | None, str]:
+def _in_float64(
+    rerun: Rerun, regions: Sequence[Region], turned: frozenset[Tie], spread: list[Tensor | None] | None = None
+) -> tuple[_Precise | None, str]:
     """Eager once more, with float64 beside it; and why that is not possible, or not enough.
 
     ``spread`` is that of another run, if there is one: a turned choice changes numbers, not the size of errors.
     """
     try:
-        mode, results = _run(rerun, HighPrecision(turned))
-        spread = _spread(rerun, results) if spread is None else spread
+        mode, results = _run(rerun, regions, HighPrecision(turned))
+        spread = _spread(rerun, regions, results) if spread is None else spread
     except Exception as error:  # an operator that no dispatch mode can see, no room, or one that is not eager's own
         return None, f"the step cannot be run in float64: {type(error).__name__}: {error}"
     operator, reason = next(iter(mode.gaps.items()), ("", ""))
     why = f"{operator} does not run in float64: {reason}" if operator else ""
-    return _Precise(results, mode.gaps, mode.ties, spread), why
+    return _Precise(results, mode.gaps, mode.ties, spread, regions), why
 
 
-def _spread(rerun: Rerun, results: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+def _spread(rerun: Rerun, regions: Sequence[Region], results: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
     """The mean square of errors in `_SAMPLES` runs with random rounding, of tensors too small to tell it themselves."""
     small = [i for i, (eager, _) in enumerate(results) if eager.is_floating_point() and 0 < eager.numel() < _ROW]
     squares = {index: torch.zeros_like(results[index][1]) for index in small}
     for seed in range(_SAMPLES if small else 0):
-        _, noisy = _run(rerun, HighPrecision(seed=seed))
+        _, noisy = _run(rerun, regions, HighPrecision(seed=seed))
         for index, square in squares.items():
             square += (noisy[index][1] - results[index][1]).square() / _SAMPLES
     return [squares.get(index) for index in range(len(results))]
 
 
-def _run(rerun: Rerun, mode: HighPrecision) -> tuple[HighPrecision, list[tuple[Tensor, Tensor]]]:
-    rerun.restore()
+def _run(rerun: Rerun, regions: Sequence[Region], mode: HighPrecision) -> tuple[HighPrecision, list[tuple[Tensor, Tensor]]]:
+    rerun.reset()
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # weights that autocast rounded before would pass for exact
     try:
-        with torch.compiler.set_stance("force_eager"), mode:
+        with as_written(), mode:
             outputs = list(rerun.run())
     finally:
         torch.set_autocast_cache_enabled(cached)
-    return mode, [(tensor.clone(), mode.of(tensor)) for tensor in [*outputs, *rerun.written.tensors]]
+    made = [(tensor.clone(), mode.of(tensor)) for tensor in outputs]
+    return mode, made + [(region.live.clone(), mode.of_region(region)) for region in regions]
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from graphs.contract.slots import Contract
+from graphs.state.regions import Region
+from graphs.state.tensor_state import Left
 
 Tensor = torch.Tensor
 _RELATIVE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -96,7 +98,7 @@ def poisons(contract: Contract, tensors: Sequence[Tensor]) -> list[list[Tensor]]
     cannot take any value. Last, the padding is real rows again, the first ones first, in every slot alike. A slot with
     a sentinel or a kept pad is left as it will be in production. Poisons that change nothing are left out.
     """
-    plain = _padded(contract, tensors)
+    plain = padded(contract, tensors)
     fills: list[Callable[[Tensor], object]] = [
         lambda rest: _fill(rest, float("nan")),
         lambda rest: _fill(rest, 1e3),
@@ -106,7 +108,8 @@ def poisons(contract: Contract, tensors: Sequence[Tensor]) -> list[list[Tensor]]
     return [leaves for leaves in made if not bitwise_equal(plain, leaves)]
 
 
-def _padded(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
+def padded(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensor leaves at the recorded size, with the padding that a replay gives them."""
     return contract.arrange(contract.filled(tensors), tensors)
 
 
@@ -116,7 +119,7 @@ def _poisonable(contract: Contract) -> list[tuple[int, int]]:
 
 
 def _poisoned(contract: Contract, tensors: Sequence[Tensor], fill: Callable[[Tensor], object]) -> list[Tensor]:
-    leaves = _padded(contract, tensors)
+    leaves = padded(contract, tensors)
     for index, dim in _poisonable(contract):
         real = tensors[index].shape[dim]
         fill(leaves[index].narrow(dim, real, leaves[index].shape[dim] - real))
@@ -133,7 +136,7 @@ def _fill(rest: Tensor, value: float) -> None:
 
 
 def _rolled(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
-    leaves = _padded(contract, tensors)
+    leaves = padded(contract, tensors)
     for index, dim in _poisonable(contract):
         real, rows = tensors[index].shape[dim], leaves[index].shape[dim]
         order = torch.arange(rows - real, device=leaves[index].device) % real
@@ -142,16 +145,17 @@ def _rolled(contract: Contract, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def state_difference(
-    expected: Sequence[Tensor], actual: Sequence[Tensor], sentinels: Sequence[int], tolerance_factor: float = 1.0
+    expected: Sequence[Tensor], left: Left, sentinels: Sequence[int], tolerance_factor: float = 1.0
 ) -> tuple[int, str] | None:
-    """Like `first_difference` for the tensors a step writes, where padded rows may write to the rows ``sentinels``.
+    """Like `first_difference` for what a step writes, where padded rows may write to the rows ``sentinels``.
 
-    A declared sentinel is a row that no sequence owns, so what differs may lie in that row of one dimension.
+    A declared sentinel is a row that no sequence owns, so what differs may lie in that row of one dimension. ``left`` may hold
+    more than is expected: regions that were found later.
     """
-    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
+    for index, (a, b, region) in enumerate(zip(expected, left.values, left.regions, strict=False)):
         b = b.to(a.device)  # copies go to host memory where the device has no room
         text = difference(a, b, tolerance_factor)
-        if text and not any(_only_in_row(a, b, row, tolerance_factor) for row in sentinels):
+        if text and not any(_only_in_row(a, b, region, row, tolerance_factor) for row in sentinels):
             return index, text
     return None
 
@@ -160,31 +164,25 @@ def run_difference(
     outputs: Sequence[Tensor],
     produced: Sequence[Tensor],
     state: Sequence[Tensor],
-    written: Sequence[Tensor],
+    left: Left,
     sentinels: Sequence[int] = (),
     tolerance_factor: float = 1.0,
 ) -> tuple[str, str] | None:
     """What deviates first in a run, and how: an output, else a tensor that the step writes.
 
     Args:
-        outputs, state: what they have to be; produced, written: what the run gave and left.
+        outputs, state: what they have to be; produced, left: what the run gave and left.
         sentinels: see `state_difference`.
         tolerance_factor: factor on the tolerance; see `OTHER_KERNELS`.
     """
     found = first_difference(outputs, produced, tolerance_factor)
     if found is not None:
         return f"output {found[0]}", found[1]
-    found = state_difference(state, written, sentinels, tolerance_factor)
+    found = state_difference(state, left, sentinels, tolerance_factor)
     return (f"state written by the step, tensor {found[0]}", found[1]) if found is not None else None
 
 
-def _only_in_row(expected: Tensor, actual: Tensor, row: int, tolerance_factor: float) -> bool:
+def _only_in_row(expected: Tensor, actual: Tensor, region: Region, row: int, tolerance_factor: float) -> bool:
     error, limit = _deviation(expected, actual)
     wrong = error > limit * tolerance_factor
-    for dim, size in enumerate(expected.shape):
-        if -size <= row < size:
-            rest = wrong.clone()
-            rest.select(dim, row).zero_()
-            if not bool(rest.any()):
-                return True
-    return False
+    return any(not bool((wrong & ~mask.to(wrong.device)).any()) for mask in region.in_row(row))

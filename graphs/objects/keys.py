@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_of, class_attribute, filled_slots, slots_of
+from graphs.objects.raw_access import IMMUTABLE_TYPE, attributes_and_slots, attributes_of, class_attribute, filled_slots, slots_of
 
 PLAIN = frozenset(
     (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -49,26 +49,33 @@ def constant_key(value: Any) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return kind, value
-    if issubclass(kind, enum.Enum):
-        return _Same(value) if _is_bare(value) else NOT_CONSTANT  # members are made once
+    if kind in _ATOMS:
+        return kind, _atom(value), ()
     if kind is slice:
         parts = [constant_key(part) for part in (value.start, value.stop, value.step)]
         return (slice, *parts) if NOT_CONSTANT not in parts else NOT_CONSTANT
     if kind is range:
         return range, *(constant_key(part) for part in (value.start, value.stop, value.step))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and issubclass(kind, numpy.generic):
+    numpy, is_member = sys.modules.get("numpy"), issubclass(kind, enum.Enum)
+    if numpy is not None and issubclass(kind, numpy.generic) and not is_member:
         return kind, str(numpy.generic.dtype.__get__(value).descr), numpy.generic.tobytes(value)
-    if issubclass(kind, _ATOMS):
-        attributes = _attributes_key(value)
-        return (kind, _atom(value), attributes) if attributes is not NOT_CONSTANT else NOT_CONSTANT
+    if is_member or issubclass(kind, _ATOMS):
+        return _subclass_key(value, attributes_of(value) or {})
     return NOT_CONSTANT
 
 
-def _is_bare(member: enum.Enum) -> bool:
-    """Whether nothing hangs on a member of an enumeration but its name and a value that cannot change."""
-    attributes = attributes_of(member) or {}
-    return attributes.keys() <= _OF_MEMBERS and constant_key(attributes.get("_value_")) is not NOT_CONSTANT
+def _subclass_key(value: Any, attributes: dict[str, Any]) -> Any:
+    """The key of a member of an enumeration, or of a number or text of a subclass; `NOT_CONSTANT` where more hangs on it than
+    a key can hold.
+    """
+    kind = type(value)
+    if issubclass(kind, enum.Enum):  # members are made once; only their name and a value that cannot change may hang on them
+        is_bare = attributes.keys() <= _OF_MEMBERS and constant_key(attributes.get("_value_")) is not NOT_CONSTANT
+        return _Same(value) if is_bare else NOT_CONSTANT
+    if any(type.__getattribute__(base, "__dict__").get("__slots__") for base in type.__getattribute__(kind, "__mro__")):
+        return NOT_CONSTANT
+    key = nested_key(attributes)
+    return (kind, _atom(value), key) if key is not NOT_CONSTANT else NOT_CONSTANT
 
 
 def _atom(value: Any) -> Any:
@@ -81,16 +88,6 @@ def _atom(value: Any) -> Any:
     if issubclass(kind, int):
         return int.__add__(value, 0)
     return str.__str__(value) if issubclass(kind, str) else bytes.__getitem__(value, slice(None))
-
-
-def _attributes_key(value: Any) -> Any:
-    """The key of what hangs on a value of a subclass; `NOT_CONSTANT` where that cannot be told."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return ()
-    if any(type.__getattribute__(base, "__dict__").get("__slots__") for base in type.__getattribute__(kind, "__mro__")):
-        return NOT_CONSTANT
-    return nested_key(attributes_of(value) or {})
 
 
 def nested_key(value: Any) -> Any:
@@ -145,3 +142,20 @@ def context_key(
     if objects is not None and not (issubclass(kind, type) and context.__flags__ & IMMUTABLE_TYPE):
         objects.append(context)
     return _Same(context)
+
+
+def attributes_key(value: Any, children: list[Any], objects: list[Any]) -> Any:
+    """The key of the attributes of a container of a registered kind, which the step can read whatever the kind's children are.
+
+    An attribute that is a child, or a list of them, is known by their positions. ``objects`` as in `context_key`.
+    """
+    attributes = attributes_and_slots(value)
+    if not attributes:
+        return ()
+    child_keys = {id(child): ("child", index) for index, child in enumerate(children)}
+    return tuple([(name, context_key(item, objects, child_keys)) for name, item in attributes.items()])
+
+
+def objects_on(tensor: torch.Tensor) -> list[str]:
+    """Names of attributes of a tensor that are no constants."""
+    return [name for name, value in tensor.__dict__.items() if nested_key(value) is NOT_CONSTANT]

@@ -88,6 +88,28 @@ def filled_slots(slots: dict[str, types.MemberDescriptorType], value: Any) -> di
     return content
 
 
+_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
+
+
+def attributes_and_slots(value: Any) -> dict[str, Any]:
+    """The attributes of an object, as they lie in its dictionary and its slots."""
+    attributes = attributes_of(value) or {}
+    slots = _slots(type(value))
+    return {**attributes, **filled_slots(slots, value)} if slots else attributes
+
+
+def set_attributes_and_slots(value: Any, attributes: dict[str, Any]) -> None:
+    """Make attributes and slots of an object those that are given, without asking the object."""
+    slots = _slots(type(value))
+    for name, slot in slots.items():
+        if name in attributes:
+            slot.__set__(value, attributes[name])
+    own = attributes_of(value)
+    if own is not None:
+        own.clear()
+        own.update((name, item) for name, item in attributes.items() if name not in slots)
+
+
 def functions_in(descriptor: Any) -> list[Any]:
     """The functions behind a property, static method or class method."""
     if of_type(descriptor, property):

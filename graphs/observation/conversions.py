@@ -21,6 +21,8 @@ from passes.core.source_location import is_user, user_line
 Tensor = torch.Tensor
 _VERSION = getattr(Tensor, "_version").__get__  # noqa: B009  # its stub is a number
 _ASKED = "decide by shape, strides, dtype or values instead, or pass what was decided as an argument"
+_ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LENDS = ("numpy", "__array__", "__dlpack__")
 
 
@@ -47,6 +49,7 @@ class Conversions(Calls):
             detail, site = "the boundaries are read on the host", Site.at(user_line(caller))
             self.watch.trace.found(HiddenRead(detail, operator="torch.tensor_split", site=site), "tensor_split")
         elif func in OF_THE_OBJECT and not self.watch.inside:
+            self._hand_out(func, args)
             self._read_property(func, args, _asking(caller))
         self.watch.function.append(func)
         try:
@@ -67,6 +70,12 @@ class Conversions(Calls):
         at = Site.at(user_line(frame))
         detail = "the step asks whether gradients are recorded: they are, but not in a recording"
         self.watch.trace.found(AutogradInput(detail, operator=operator, site=at), operator)
+
+    def _hand_out(self, func: Any, args: Any) -> None:
+        """Take note of a tensor whose address somebody asks for: they may write there."""
+        if func in _ADDRESSES and type(args[0]) in _PLAIN:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                self.watch.hand_out(args[:1])
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
         """Report what the user's own code asks of an argument and no copy of it can answer."""

@@ -19,6 +19,7 @@ from graphs.observation.fused_modules import unnoticed
 from graphs.observation.grad_questions import grad_questions
 from graphs.observation.operations import EagerTrace, Operation
 from graphs.observation.watching import Watching, checksum, raw_launches
+from passes.core.composites import as_written, is_dynamo_there
 from passes.core.source_location import is_user
 
 Tensor = torch.Tensor
@@ -48,16 +49,18 @@ def trace_eager(
     Args:
         fn: the step with its arguments bound.
         arguments: the tensor arguments, so that they are not taken for externals.
-        before: the trace of an earlier run of the same step. What it saved is not saved again, so `EagerTrace.written` holds
-            only what is written in addition, and checksums are not taken.
+        before: the trace of an earlier run of the same step. Other elements of storages that it wrote are saved there, so
+            `EagerTrace.written` holds only storages that are written in addition, and checksums are not taken.
         into: the trace to fill, for callers that need it when ``fn`` raises.
     """
     trace = into if into is not None else EagerTrace()
     watch = Watching(trace, arguments, before)
     conversions = Conversions(watch)
     asking = grad_questions(conversions.asked_by, is_user) if conversions.grad_mode else contextlib.nullcontext()
-    with torch.compiler.set_stance("force_eager"), raw_launches(watch), unnoticed(), asking, conversions, watch:
+    had_dynamo = is_dynamo_there()
+    with as_written(), raw_launches(watch), unnoticed(), asking, conversions, watch:
         output = fn()
+    trace.imported_dynamo = is_dynamo_there() and not had_dynamo
     for operator, frame, error in watch.raised:
         detail = f"the step catches the {type(error).__name__} that an operator raises with this call's data"
         trace.found(StepRaises(detail, operator=operator, site=Site.at(frame)))

@@ -6,18 +6,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.errors import Site
 from graphs.observation.fused_modules import unnoticed
 from graphs.state.storage import is_wrapper, tensors_in
-from passes.core.composites import Calls, run, taken_apart
+from passes.core.composites import Calls, DispatchMode, as_written, run, taken_apart
 from passes.core.source_location import user_line
 
 
-class LastOperator(TorchDispatchMode):
+class LastOperator(DispatchMode):
     """Remembers the operator that runs now."""
 
     supports_higher_order_operators = True
@@ -43,7 +41,7 @@ def last_operation(body: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], La
     mode = LastOperator()
 
     def watched(tensors: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
+        with as_written(), unnoticed(), Calls(), mode:
             return body(tensors)
 
     return watched, mode

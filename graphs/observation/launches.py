@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.core.composites import DispatchMode
 
 _SUBMITTING = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(Launch(Cooperative)?Kernel|GraphLaunch|Mem(cpy|set)\w*Async)")
 
 
-class _OperatorCount(TorchDispatchMode):
+class _OperatorCount(DispatchMode):
     """Counts the operators dispatched while it is active."""
 
     graphs_observer = True

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphs.errors import Refusal, Site
 from graphs.observation.host_reads import HostRead
 from graphs.state.tensor_state import TensorState
+from passes.core.schema import written_values
 
 Tensor = torch.Tensor
 
@@ -52,6 +53,11 @@ class Operation:
             for position, value in enumerate(self.arguments)
         ]
 
+    def written(self) -> list[TensorUse]:
+        """The tensors that the operator wrote."""
+        values = written_values(self.func, (), dict(self.named()))
+        return [v for value in values for v in (value if type(value) is tuple else (value,)) if isinstance(v, TensorUse)]
+
 
 @dataclass
 class EagerTrace:
@@ -70,6 +76,7 @@ class EagerTrace:
         checksums: of each external when it was first seen.
         origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
         made_at: the lines that made each output and wrote each tensor, by what a mismatch calls them; filled by the trial.
+        imported_dynamo: whether the step did so: what it compiled was not run as it is written.
         storages: what keeps identities of storages that are gone from being those of new ones.
     """
 
@@ -86,6 +93,7 @@ class EagerTrace:
     origins: dict[int, tuple[str, int]] = field(default_factory=dict)
     storages: list[StorageWeakRef] = field(default_factory=list)
     made_at: dict[str, Site] = field(default_factory=dict)
+    imported_dynamo: bool = False
 
     def found(self, refusal: Refusal, asked: str = "") -> None:
         """Count a finding, and add it unless the same line has reported it."""

@@ -6,13 +6,12 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.errors import (
     AutogradInput,
@@ -27,17 +26,22 @@ from graphs.observation.grad_questions import GradWrites
 from graphs.observation.host_reads import FILLS, HostRead, finding, may_read, values_read
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.state.op_registry import check_once
+from graphs.state.regions import written_region
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
+from graphs.state.tensor_state import TensorState
 from passes import Place, inside, user_place
-from passes.core.composites import as_eager, run, taken_apart
+from passes.core.composites import DispatchMode, as_eager, run, taken_apart
 from passes.core.source_location import user_line
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _WIDTH = 2048
+_SUMMED = 1 << 20
+"""Bytes up to which every tensor of the host that a step reads is summed, to find writes that no operator declares. Larger ones
+are summed where operators that are not ATen's, or code that asks for their address, are given them."""
 
 
-class Watching(TorchDispatchMode):
+class Watching(DispatchMode):
     """Fills a `EagerTrace` with what reaches the dispatcher."""
 
     supports_higher_order_operators = True
@@ -50,6 +54,7 @@ class Watching(TorchDispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
+        self._handed_out: set[int] = set()
         self.origins = trace.origins
         self.turns: Counter[tuple[str, Place]] = Counter()
         self.raised: list[tuple[str, tuple[str, int], Exception]] = []
@@ -143,6 +148,20 @@ class Watching(TorchDispatchMode):
         self.turns[str(func), place] += 1
         return place, self.turns[str(func), place] - 1
 
+    def _is_summed(self, tensor: Tensor, storage: int) -> bool:
+        if not has_storage(tensor):
+            return False
+        return tensor.is_cuda or storage in self._handed_out or tensor.untyped_storage().nbytes() <= _SUMMED
+
+    def hand_out(self, tensors: Sequence[Tensor]) -> None:
+        """Have the bits of tensors summed, however large, that code which may write without saying so is about to be given."""
+        for tensor in tensors:
+            storage = storage_id(tensor)
+            self._handed_out.add(storage)
+            is_known = self.origins.get(storage) == ("external", storage) and storage not in self.trace.checksums
+            if is_known and self.before is None and has_storage(tensor):
+                self.trace.checksums[storage] = checksum(tensor)
+
     def _source(self, func: OpOverload, args: Any) -> str:
         """The operator that made the tensor whose one number is read; empty if none of the step's did."""
         if func is not aten._local_scalar_dense.default:
@@ -179,6 +198,8 @@ class Watching(TorchDispatchMode):
         described = self._describe((*args, *kwargs.items()), tensors)
         if func is aten.lift_fresh.default:
             described = (*described, _host_data(tensors[0]))
+        if func.namespace != "aten":
+            self.hand_out(tensors)
         operation = Operation(func, described, frame)
         refusal = None if self._fills_with_host_data(func, args) else finding(func, args, kwargs, tensors, self.function)
         refusal = _unrecordable(func, tensors) or refusal
@@ -190,10 +211,14 @@ class Watching(TorchDispatchMode):
             detail = "in grad mode autograd refuses to write this tensor, or to write to it from one that requires a gradient"
             trace.found(AutogradInput(detail, operator=str(func), site=operation.site), self.asked)
         for tensor in written:
-            saved = self.before is not None and storage_id(tensor) in self.before.written
-            if self._origin(tensor)[0] != "operation" and not saved:
-                trace.written.save(tensor)
+            if self._origin(tensor)[0] != "operation":
+                self._saving(tensor).save_region(written_region(func, args, kwargs, tensor))
         return tensors
+
+    def _saving(self, tensor: Tensor) -> TensorState:
+        """Where what is written of a tensor is saved: with what the run before wrote of it, else with this one's."""
+        before = self.before
+        return before.written if before is not None and storage_id(tensor) in before.written else self.trace.written
 
     def _fills_with_host_data(self, func: OpOverload, args: Any) -> bool:
         """Whether a mask is filled with a number that the step made from host data: there is nothing to wait for."""
@@ -231,7 +256,7 @@ class Watching(TorchDispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
-            if self.before is None and has_storage(tensor):
+            if self.before is None and self._is_summed(tensor, storage):
                 self.trace.checksums[storage] = checksum(tensor)
             origin = self.origins[storage] = ("external", storage)
         return origin

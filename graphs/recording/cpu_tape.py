@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.observation.fused_modules import unnoticed
 from graphs.recording.recorder import Body, ReplayRaised
+from graphs.state.regions import written_region
 from graphs.state.storage import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
-from passes.core.composites import Calls, as_eager, casts_inside, run, taken_apart
+from graphs.state.tensor_state import TensorState
+from passes.core.composites import Calls, DispatchMode, as_eager, as_written, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written
@@ -58,7 +59,7 @@ def out_overload(func: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     return None
 
 
-class _TapeMode(TorchDispatchMode):
+class _TapeMode(DispatchMode):
     """Writes the tape while the step runs for real."""
 
     def __init__(self) -> None:
@@ -179,6 +180,11 @@ class TapeRecording:
         self._owned = owned
         self._program = program
         self._calls = [instruction.call for instruction in program]
+        own = {storage for i in program for storage in i.creates} | {storage_id(buffer) for buffer in buffers}
+        self._lasting = [
+            [t for t in written_tensors(i.func, i.keep[0], i.keep[1]) if storage_id(t) not in own] if i.keep else []
+            for i in program
+        ]
         self._slots = list(zip(contract.slots, buffers, strict=True))
         self._written = [(slot, buffer) for slot, buffer in self._slots if slot.written]
         self.pool_bytes = sum(
@@ -187,6 +193,13 @@ class TapeRecording:
                 s._cdata: s for i in program for t in tensors_in(i.keep[2]) for s in [t.untyped_storage()] if s._cdata in i.writes
             }.values()
         )
+
+    def _saving(self, journal: TensorState) -> Iterator[Callable[[], Any]]:
+        """The operators, with what each is about to write beyond intermediates saved before it runs."""
+        for instruction, written in zip(self._program, self._lasting, strict=True):
+            for tensor in written:
+                journal.save_region(written_region(instruction.func, instruction.keep[0], instruction.keep[1], tensor))
+            yield instruction.call
 
     def poison(self) -> None:
         """Overwrite every intermediate that a replay computes, so that a result left over from recording is seen."""
@@ -201,14 +214,15 @@ class TapeRecording:
         """The operators that a replay runs, in order."""
         return [str(instruction.func) for instruction in self._program]
 
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """Run the tape on the slots of ``tensors``; see `graphs.recording.recorder.Recording`."""
+        calls = self._calls if journal is None else self._saving(journal)
         with torch.inference_mode(), torch._C._DisableAutocast():
             for slot, buffer in self._slots:
                 slot.fill(buffer, tensors[slot.index])
             done = 0
             try:
-                for done, call in enumerate(self._calls):  # noqa: B007
+                for done, call in enumerate(calls):  # noqa: B007
                     call()
             except Exception as error:
                 raise ReplayRaised(error, str(self._program[done].func)) from error
@@ -253,7 +267,7 @@ class TapeRecorder:
         """Run ``body`` once for real and keep its operators. The caller restores the state that the run changed."""
         buffers = contract.filled(tensors)
         mode = _TapeMode()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), unnoticed(), Calls(), mode:
+        with torch.no_grad(), as_written(), unnoticed(), Calls(), mode:
             arranged = contract.arrange(buffers, tensors)
             outputs = body(arranged)
             contract.settle(buffers, arranged)

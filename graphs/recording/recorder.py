@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from graphs.contract.slots import Contract
+from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
 Body = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -34,8 +35,12 @@ class Recording(Protocol):
             shared with the other recordings of the module).
     """
 
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """Copy the slots of ``tensors`` in, run, and return the outputs with ``rows`` real rows."""
+    def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
+        """Copy the slots of ``tensors`` in, run, and return the outputs with ``rows`` real rows.
+
+        Args:
+            journal: where a recording whose operators may raise saves what each is about to write; none of a device does.
+        """
         ...
 
     @property

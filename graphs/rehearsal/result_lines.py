@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import Refusal, Site, VerifyMismatch
-from graphs.observation.operations import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
@@ -25,8 +25,8 @@ def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerT
         kind, which = trace.origins.get(storage_id(tensor), ("", 0)) if has_storage(tensor) else ("", 0)
         if kind == "operation":
             found[f"output {index}"] = trace.operations[which].site
-    for index, tensor in enumerate(first.written.tensors):
-        origin = first.origins.get(storage_id(tensor))
+    for index, region in enumerate(first.written.regions):
+        origin = first.origins.get(region.storage)
         writer = next((o for o in reversed(first.operations) if _writes(o, origin)), None)
         if writer is not None:
             found[f"state written by the step, tensor {index}"] = writer.site
@@ -34,9 +34,7 @@ def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerT
 
 
 def _writes(operation: Operation, origin: tuple[str, int] | None) -> bool:
-    named = dict(operation.named())
-    written = [named.get(a.name) for a in operation.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(isinstance(value, TensorUse) and value.origin == origin for value in written)
+    return any(tensor.origin == origin for tensor in operation.written())
 
 
 def with_line(refusal: Refusal, trace: EagerTrace) -> Refusal:

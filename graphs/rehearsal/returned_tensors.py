@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from graphs.contract.arguments import objects_on
 from graphs.contract.outputs.template import map_output, tensor_refusal
 from graphs.errors import AutogradInput, Refusal, UnsupportedOutput
+from graphs.objects.keys import objects_on
 from graphs.objects.raw_access import of_type
 from graphs.observation.operations import EagerTrace
 from graphs.state.python_state import Link, PythonState

@@ -11,7 +11,7 @@ import torch
 import passes
 from graphs.recording.recorder import Recording
 from graphs.state.counters import Counters
-from graphs.state.tensor_state import RandomState
+from graphs.state.tensor_state import RandomState, TensorState
 
 Tensor = torch.Tensor
 
@@ -93,13 +93,13 @@ class CheckedReplay:
         self._run = assumption.runs() if assumption is not None else 0
         self.outputs = recording.outputs  # type: ignore[attr-defined]
 
-    def replay(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """Replay; `commit_or_rollback` tells whether the results can be used."""
         if self._random is not None:
             self._before = self._random()
         if self._counters is not None:
             self._counters.load()
-        produced = self._recording.replay(tensors, rows)
+        produced = self._recording.replay(tensors, rows, journal)
         self._run += 1
         if self._counters is not None:
             self._counters.ran()

@@ -9,14 +9,12 @@ and one that the graph's own flag refuses, prove nothing: there the flag, or eag
 from __future__ import annotations
 
 import dis
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.errors import Site, VerifyMismatch
@@ -30,7 +28,8 @@ from graphs.rehearsal.step import Step
 from graphs.rewriting.forbidding import without_effects
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes import Forced, Forcing, OutOfRange, Place, inside, refuse_on_device, user_place, with_tensor
-from passes.core.composites import taken_apart
+from passes.core.composites import DispatchMode, taken_apart
+from passes.core.source_location import frames_of
 
 Tensor = torch.Tensor
 _MOST = 24
@@ -64,7 +63,7 @@ class Proof:
         self.missing += [branch for branch in tried if branch not in seen]
 
 
-class _Override(TorchDispatchMode):
+class _Override(DispatchMode):
     """Gives the reads of one tensor another one to read."""
 
     def __init__(self, forcing: Forcing, outcome: Callable[[Tensor], Tensor], most: int) -> None:
@@ -143,7 +142,7 @@ def unmerged(step: Step, proof: Proof) -> bool:
 
 def _raised_as_written(error: BaseException) -> bool:
     """Whether an exception was raised by a ``raise`` statement, not by a signal that came in between."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    frame = frames_of(error)[-1]
     return frame.f_code.co_code[frame.f_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
@@ -196,9 +195,9 @@ class _Forced:
             return _ASSUMED
         if not override.done:  # the step goes another way before it comes to a read
             return _REFUSED
-        written = self.rehearsal.first.written.tensors
+        left = self.rehearsal.first.written.left()
         factor = tolerance.OTHER_KERNELS
-        found = tolerance.run_difference(expected, self.template.select(results), state, written, tolerance_factor=factor)
+        found = tolerance.run_difference(expected, self.template.select(results), state, left, tolerance_factor=factor)
         if found is None and more.written.tensors:
             found = ("state", "a tensor is written by the step alone")
         if found is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,14 @@ class RegisteredOperator:
         function: the Python function behind it; None for an operator written in C++.
         graph_safe: what its author says; None if it is to be checked.
         check: how.
+        writes: by name of an argument that it writes, what tells the rows; see `graphs.register_op`.
         verdicts: what the check found, by device type; None where it found nothing.
     """
 
     function: Callable[..., Any] | None
     graph_safe: bool | None
     check: Check
+    writes: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     verdicts: dict[str, Refusal | None] = field(default_factory=dict)
 
 

@@ -4,91 +4,135 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from graphs.state.storage import has_storage, storage_id
+from graphs.state.regions import Region, whole_region
+from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor
+SMALL = 64 << 10
+"""Bytes up to which a storage is saved whole, so that a write beside what eager writes is seen there as well."""
+
+
+class Left(NamedTuple):
+    """What runs left in regions that they write."""
+
+    values: list[Tensor]
+    regions: list[Region]
 
 
 class TensorState:
-    """Copies of storages, each taken before its first write.
+    """What a step writes, saved before it is written: whole storages where they are small, else the elements written.
 
     A copy goes to host memory when the device has no room for it: slower once, and never an out-of-memory error.
     """
 
     def __init__(self) -> None:
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int, Tensor] = {}
+        self._saved: list[tuple[Region, Tensor | None]] = []
+        self._partial: dict[int, int] = {}  # bytes saved of storages that are not saved whole
 
     def __contains__(self, storage: int) -> bool:
-        return storage in self._saved
+        return storage in self._known
 
     def save(self, tensor: Tensor) -> None:
         """Copy the whole storage of ``tensor`` unless it is saved already; one without storage is copied itself."""
-        if not has_storage(tensor):
-            self._saved.setdefault(storage_id(tensor), (tensor, tensor.clone()))
+        self.save_region(whole_region(tensor))
+
+    def save_region(self, region: Region) -> None:
+        """Copy what is about to be written, and all of its storage if that is not much more; once."""
+        if self._covers(region):
             return
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._saved:
-            whole = _whole(tensor)
-            self._saved[storage._cdata] = (whole, _copy(whole))
+        storage, whole, live = region.storage, region.whole, region.live
+        size = self._partial.get(storage, 0) + live.nbytes
+        if region.is_whole or whole.nbytes <= SMALL or 2 * size > whole.nbytes:
+            region, live = Region(storage, whole, whole), whole
+            self._partial.pop(storage, None)
+        else:
+            self._partial[storage] = size
+        self._known.setdefault(storage, whole)
+        self._saved.append((region, _copy(live)))
+
+    def expect(self, tensor: Tensor) -> None:
+        """Know that the step writes to the storage of ``tensor``; what it writes there is saved when it is seen."""
+        region = whole_region(tensor)
+        if region.whole.nbytes <= SMALL:
+            self.save_region(region)
+        elif region.storage not in self._known:
+            self._known[region.storage], self._partial[region.storage] = region.whole, 0
+
+    def _covers(self, region: Region) -> bool:
+        if region.storage in self._known and region.storage not in self._partial:
+            return True
+        return any(known.storage == region.storage and known.is_same(region) for known, _ in self._saved)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether of some storage not everything is saved: a run of which is not known where it writes has to be watched."""
+        return bool(self._partial)
 
     def changed(self, known: Sequence[TensorState]) -> TensorState:
         """What is not as it was saved, and is not ``known`` to be written."""
         found = TensorState()
-        found._saved = {
-            key: (whole, copy)
-            for key, (whole, copy) in self._saved.items()
-            if not any(key in state for state in known) and not torch.equal(_bits(whole), _bits(copy))
-        }
+        for region, copy in self._saved:
+            is_known = any(region.storage in state for state in known)
+            if copy is not None and not is_known and not torch.equal(_bytes(region.live), _bytes(copy)):
+                found._known[region.storage] = region.whole
+                found._saved.append((region, copy))
         return found
 
     def also(self, other: TensorState) -> None:
         """Cover what another saved, as it was then."""
-        self._saved = {**self._saved, **other._saved}
+        self._saved += [(region, copy) for region, copy in other._saved if region.storage not in self._known]
+        self._partial |= {storage: size for storage, size in other._partial.items() if storage not in self._known}
+        self._known = {**other._known, **self._known}
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Leave out the storages of ``tensors``."""
-        for tensor in tensors:
-            self._saved.pop(tensor.untyped_storage()._cdata, None)
+        for storage in map(storage_id, tensors):
+            self._known.pop(storage, None)
+            self._partial.pop(storage, None)
+            self._saved = [(region, copy) for region, copy in self._saved if region.storage != storage]
 
     @property
     def tensors(self) -> list[Tensor]:
         """The live tensors that were written, each whole: the full storage, not the view that was written."""
-        return [whole for whole, _ in self._saved.values()]
+        return [*self._known.values()]
+
+    @property
+    def regions(self) -> list[Region]:
+        """What is saved, in the order of `copies`."""
+        return [region for region, _ in self._saved]
+
+    def left(self) -> Left:
+        """What is saved, as it is now, in the order of `copies`."""
+        return Left([region.live for region, _ in self._saved], self.regions)
 
     def copies(self) -> list[Tensor]:
-        """Copies of the live tensors as they are now."""
-        return [_copy(whole) for whole, _ in self._saved.values()]
+        """Copies of what is saved, as it is now."""
+        return [_copy(region.live) for region, _ in self._saved]
 
     def restore(self, copies: list[Tensor] | None = None) -> None:
         """Write back the saved values, or ``copies`` made by `copies`; what was saved since then as it was.
 
-        Last saved, first restored: two storages may be one memory, of which the later copy holds writes to the earlier.
+        Last saved, first restored: two regions may share memory, and the later copy then holds writes to the earlier.
         """
         with torch.no_grad():
-            for index, (whole, saved) in reversed([*enumerate(self._saved.values())]):
-                whole.copy_(saved if copies is None or index >= len(copies) else copies[index])
+            for index, (region, saved) in reversed([*enumerate(self._saved)]):
+                values = saved if copies is None or index >= len(copies) else copies[index]
+                if values is not None:
+                    region.write(values)
 
     def release(self) -> None:
-        """Free the saved values and keep only which tensors were written."""
-        self._saved = {key: (whole, whole) for key, (whole, _) in self._saved.items()}
+        """Free the saved values and keep only which tensors were written; which elements of them, other calls tell anew."""
+        self._saved = [(region, None) for region, _ in self._saved if region.storage not in self._partial]
+        self._partial = dict.fromkeys(self._partial, 0)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole storage of ``tensor``, in the shape of its base where that is dense, else flat."""
-    base = tensor if tensor._base is None else tensor._base
-    storage = tensor.untyped_storage()
-    count = storage.nbytes() // tensor.element_size()
-    dense = base.is_contiguous() and base.dtype == tensor.dtype and base.numel() == count
-    with torch.inference_mode(False):
-        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
-        return flat.view(base.shape) if dense else flat
-
-
-def _bits(whole: Tensor) -> Tensor:
-    return whole.reshape(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _copy(whole: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """Arguments: what is part of the key, and arguments that share memory."""
 
+import enum
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 import graphs
+from graphs.contract.arguments import flatten_call, named_leaves
 from graphs.dispatch.call_log import NotReplayed
+from graphs.objects.keys import constant_key
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +132,51 @@ def test_a_subclass_is_asked_nothing_but_what_the_step_asks(wrapped: bool) -> No
             step([x] if wrapped else x)
     assert asked == ["mul"] * 3
     assert [refusal.reason for refusal in step.report().refusals] == ["unsupported-argument"]
+
+
+class Level(enum.Enum):
+    LOW = 1
+
+
+class Opaque:
+    pass
+
+
+class Held:
+    """A container that has an object for its context, and for an attribute too."""
+
+    def __init__(self, child: Any) -> None:
+        self.child, self.note = child, lambda: None
+
+
+@pytest.fixture
+def _held_is_a_container() -> Any:
+    _pytree.register_pytree_node(Held, lambda held: ([held.child], held.note), lambda children, _: Held(*children))
+    yield
+    _pytree._deregister_pytree_node(Held)
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.mark.usefixtures("_held_is_a_container")
+def test_leaves_are_named_beside_what_the_call_holds() -> None:
+    x, opaque, number = torch.ones(2), Opaque(), 2.5
+    held = Held(x)
+    call = flatten_call((x, [3, Level.LOW, opaque]), {"pair": Pair(held, {"a": x, 1: number}), "flag": True})
+    leaves = named_leaves(call, ["first"])
+    assert leaves.tensors == ["first", "pair.0.0", "pair.1.a"]
+    assert leaves.opaques == ["arg1.2", "pair.0's context", "pair.0's attributes"]
+    assert [value is expected for value, expected in zip(call.opaques, (opaque, held.note, held.note), strict=True)] == [True] * 3
+    named = {argument.name: (argument.value, argument.is_object) for argument in leaves.changeable}
+    assert named == {
+        "arg1.0": (3, False),
+        "arg1.1": (Level.LOW, False),
+        "arg1.2": (opaque, True),
+        "pair.0's context": (held.note, True),
+        "pair.0's attributes": (held.note, True),
+        "pair.1.1": (number, False),
+    }
+    places = {argument.name: argument.place for argument in leaves.changeable}
+    assert call.signature[places["arg1.2"]] == id(opaque)
+    assert call.signature[places["pair.1.1"]] == constant_key(number)  # behind the container

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
-
 from graphs.errors import Site
+from passes.core.composites import as_written
 from passes.core.source_location import is_user
 
 _NAMED = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME")
@@ -29,7 +28,7 @@ def executed_code(fn: Callable[[], Any]) -> set[CodeType]:
     before = sys.getprofile()
     sys.setprofile(called)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with as_written():
             fn()
     finally:
         sys.setprofile(before)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from graphs.observation.fused_modules import unnoticed
-from passes.core.composites import Calls
+from passes.core.composites import Calls, as_written
 from passes.core.source_location import user_site
 
 Place = tuple[tuple[str, int], str]
@@ -55,7 +55,7 @@ def time_places(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         watch = _Stopwatch(places)
-        with torch.compiler.set_stance("force_eager"), unnoticed(), watch:
+        with as_written(), unnoticed(), watch:
             run()
         for place, seconds in watch.seconds.items():
             samples[place].append(seconds * 1e6)

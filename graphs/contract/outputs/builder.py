@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from graphs.contract.arguments import attributes_and_slots, pytree_children
+from graphs.contract.arguments import pytree_children
 from graphs.contract.outputs.holes import HOLES, Held, Leaf, Part, View, children_of, is_record, made_record, record_parts
 from graphs.contract.outputs.views import Bits
 from graphs.errors import UnsupportedOutput
 from graphs.objects.cells import ABSENT
 from graphs.objects.keys import context_key
-from graphs.objects.raw_access import class_attribute, of_type
+from graphs.objects.raw_access import attributes_and_slots, class_attribute, of_type
 
 Tensor = torch.Tensor
 Build = Callable[..., Any]
