@@ -15,7 +15,9 @@ from torch import Tensor
 
 import graphs
 from graphs import errors
+from graphs.errors import ConfigError, UndeclaredWrite
 from graphs.recording.cpu_tape import TapeRecorder
+from graphs.state.op_registry import overload_of, registered
 
 MEMORY = ctypes.c_int(0)
 ADDRESS = ctypes.addressof(MEMORY)
@@ -272,3 +274,56 @@ def test_what_is_no_operator_is_named() -> None:
         graphs.capture_check(lambda x: x, (torch.ones(2),))
     with pytest.raises(errors.ConfigError, match=r"one overload: .*aten\.add\.Tensor"):
         graphs.capture_check(torch.ops.aten.add, (torch.ones(2), torch.ones(2)))
+
+
+def _one_row(cache: Tensor, x: Tensor, slot: Tensor) -> Tensor:
+    cache[slot] = x
+    return x * 2
+
+
+def _row_and_first(cache: Tensor, x: Tensor, slot: Tensor) -> Tensor:
+    cache[slot] = x
+    cache[0] += 1
+    return x * 2
+
+
+def _slots(cache: Tensor, x: Tensor, slot: Tensor) -> Tensor:
+    return slot
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_of_a_cache_the_rows_are_saved_that_its_operator_names(mode: Any) -> None:
+    op = graphs.register_op(_one_row, name=f"rows::one_{mode.__name__}", mutates_args=("cache",), writes={"cache": _slots})
+    asked: list[int] = []
+    registered(overload_of(op)).writes["cache"] = lambda *given: (asked.append(1), _slots(*given))[1]  # type: ignore[index, union-attr]
+    with mode():
+        cache, twin = torch.zeros(4096, 64), torch.zeros(4096, 64)
+        step = graphs.capture(lambda x, slot: op(cache, x, slot) + cache[slot - 1])
+        for turn in range(4):
+            x, slot = torch.randn(2, 64), torch.tensor([turn, 100 + turn])
+            expected = op(twin, x, slot) + twin[slot - 1]
+            assert torch.equal(step(x, slot), expected)
+            assert torch.equal(cache, twin)
+    assert asked and step.report().replays == 4
+
+
+def test_a_write_beside_the_named_rows_is_caught() -> None:
+    op = graphs.register_op(_row_and_first, name="rows::two", mutates_args=("cache",), writes={"cache": _slots})
+    with pytest.raises(UndeclaredWrite, match="beyond the rows"):
+        graphs.capture_check(op, (torch.zeros(4096, 64), torch.randn(2, 64), torch.tensor([3, 100])))
+
+
+def test_rows_of_what_is_not_written_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="writes"):
+        graphs.register_op(_one_row, name="rows::three", mutates_args=("cache",), writes={"x": _slots})
+
+
+def _clamped(x: Tensor, y: Tensor) -> Tensor:
+    x.copy_(y.clamp(min=0))
+    return y * 2
+
+
+def test_a_write_that_changes_nothing_at_first_is_caught() -> None:
+    op = graphs.register_op(_clamped, name="rows::clamped")
+    with pytest.raises(UndeclaredWrite, match="'x'"):
+        graphs.capture_check(op, (torch.ones(3), torch.ones(3)))

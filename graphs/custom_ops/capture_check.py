@@ -38,6 +38,7 @@ from graphs.recording.choose import recorder_for
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
+from graphs.state.regions import written_region
 from graphs.state.storage import tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.schema import written_arguments
@@ -152,7 +153,9 @@ def _check(subject: _Subject, datasets: list[list[Tensor]], random: RandomState)
     _check_repeats(subject, eager, first, reference)
     runs = [("the same data", subject.tensors, reference)]
     for data in datasets:
-        result = eager(_copies(data))
+        given = _copies(data)
+        result = eager(given)
+        _check_written(subject, data, given)
         _check_other_data(subject, trace, reference, data, result)
         runs.append(("other data", data, result))
     _check_replays(subject, draws, [*runs, runs[0]], trace)
@@ -181,13 +184,38 @@ def _check_trace(subject: _Subject, trace: EagerTrace, tensors: list[Tensor], ke
     if found is not None:
         detail = f"inside it, {found.operator}: {found.detail}"
         raise subject.error(type(found), detail, site=found.site, remedy=found.remedy)
-    for name, declared, given, left in zip(subject.names, subject.declared, subject.tensors, tensors, strict=True):
-        if not declared and not tolerance.bitwise_equal([given], [left]):
-            raise subject.error(UndeclaredWrite, f"it writes its argument {name!r}, which mutates_args does not name")
+    _check_written(subject, subject.tensors, tensors)
     for operation in trace.operations:
+        unnamed = [index for kind, index in (tensor.origin for tensor in operation.written()) if kind == "argument"]
+        for index in unnamed:
+            if not subject.declared[index]:
+                detail = (
+                    f"inside it, {operation.func} writes its argument {subject.names[index]!r}, which mutates_args does not name"
+                )
+                raise subject.error(UndeclaredWrite, detail, site=operation.site)
         if not kept.isdisjoint(_written_by(operation)):
             detail = f"inside it, {operation.func} writes a tensor that is not an argument"
             raise subject.error(HiddenState, detail, site=operation.site)
+
+
+def _check_written(subject: _Subject, before: Sequence[Tensor], after: list[Tensor]) -> None:
+    """That a call changed only the arguments that its author declares, and of them the rows that ``writes`` names."""
+    for index, (name, declared) in enumerate(zip(subject.names, subject.declared, strict=True)):
+        if not declared and not tolerance.bitwise_equal([before[index]], [after[index]]):
+            raise subject.error(UndeclaredWrite, f"it writes its argument {name!r}, which mutates_args does not name")
+        if declared and not tolerance.bitwise_equal([_with_rows_of(subject, before, after, index)], [after[index]]):
+            raise subject.error(UndeclaredWrite, f"it writes its argument {name!r} beyond the rows that writes names")
+
+
+def _with_rows_of(subject: _Subject, before: Sequence[Tensor], after: list[Tensor], index: int) -> Tensor:
+    """An argument as it was before a call, with what its author says that is written as it is after it."""
+    copies = _copies(before)
+    args, kwargs = subject.bound(copies)
+    region = written_region(subject.func, args, kwargs, copies[index])
+    if region.indices is None:
+        return after[index]
+    region.write(region.entries_of(after[index].contiguous()))
+    return copies[index]
 
 
 def _check_hidden(subject: _Subject, before: PythonState, states: list[Tensor]) -> None:

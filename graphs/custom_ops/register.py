@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def register_op(
     graph_safe: bool | str = "check",
     device_types: str | Sequence[str] | None = None,
     tags: Sequence[torch.Tag] = (),
+    writes: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
     """Make a kernel an operator: `graphs.capture` sees it by name, knows what it writes, and knows whether to record it.
 
@@ -53,22 +54,27 @@ def register_op(
         graph_safe: ``"check"`` (default): `graphs.capture_check` decides, on copies of the arguments of its first call on a
             device type; ``True``: it is recorded unchecked; ``False``: steps with it run eagerly. The module says more.
         device_types: where the function runs (``"cuda"``); default: everywhere.
+        writes: by name of an argument that it writes, a function of the operator's arguments that returns which of its rows:
+            whole numbers ``[n]`` for the first dimension, or a tuple of such for the first dimensions (pages and offsets), on the
+            device of the argument; None for all of it. A first call saves, compares and puts back these alone, instead of a whole
+            cache for a row. Operators of ATen with indices say it themselves. `graphs.capture_check` finds writes elsewhere.
         tags: of the operator, such as ``torch.Tag.nondeterministic_seeded`` for one that draws random numbers.
 
     Returns:
         What is called: the ``CustomOpDef`` of a function, or the operator given.
 
     Raises:
-        ConfigError: ``graph_safe`` is none of these, ``name`` is no qualified name, or ``mutates_args`` contradicts a schema.
+        ConfigError: ``graph_safe`` is none of these, ``name`` is no qualified name, ``mutates_args`` contradicts a schema, or
+            ``writes`` names what is not written.
     """
     safe = _is_safe(graph_safe)
     if fn is None:
-        settings = {"name": name, "mutates_args": mutates_args, "fake": fake, "graph_safe": graph_safe}
+        settings = {"name": name, "mutates_args": mutates_args, "fake": fake, "graph_safe": graph_safe, "writes": writes}
         return functools.partial(register_op, **settings, device_types=device_types, tags=tags)  # type: ignore[arg-type]
     if isinstance(fn, (OpOverload, OpOverloadPacket)):
-        return _complete(fn, mutates_args, fake, safe)
+        return _complete(fn, mutates_args, fake, RegisteredOperator(None, safe, capture_check, dict(writes or {})))
     of_new = {"mutates_args": mutates_args, "device_types": device_types, **({"tags": tuple(tags)} if tags else {})}
-    return _new_operator(fn, _qualified(fn, name), of_new, fake, safe)
+    return _new_operator(fn, _qualified(fn, name), of_new, fake, RegisteredOperator(fn, safe, capture_check, dict(writes or {})))
 
 
 def _is_safe(graph_safe: bool | str) -> bool | None:
@@ -79,27 +85,41 @@ def _is_safe(graph_safe: bool | str) -> bool | None:
 
 
 def _complete(
-    op: OpOverload | OpOverloadPacket, mutates_args: str | Iterable[str], fake: Callable[..., Any] | None, safe: bool | None
+    op: OpOverload | OpOverloadPacket,
+    mutates_args: str | Iterable[str],
+    fake: Callable[..., Any] | None,
+    operator: RegisteredOperator,
 ) -> OpOverload | OpOverloadPacket:
     """Add to an operator that exists what its registration lacks."""
     overload = overload_of(op)
     _check_schema(overload, mutates_args)
     if fake is not None:
         torch.library.register_fake(overload._schema.name, fake)
-    register(overload, RegisteredOperator(None, safe, capture_check))
+    _register(overload, operator)
     return op
 
 
 def _new_operator(
-    fn: Callable[..., Any], name: str, settings: dict[str, Any], fake: Callable[..., Any] | None, safe: bool | None
+    fn: Callable[..., Any],
+    name: str,
+    settings: dict[str, Any],
+    fake: Callable[..., Any] | None,
+    operator: RegisteredOperator,
 ) -> CustomOpDef:
     """Make a function an operator, with ``settings`` of `torch.library.custom_op`."""
     custom = torch.library.custom_op(name, fn, **settings)
     assert isinstance(custom, CustomOpDef)
     if fake is not None:
         custom.register_fake(fake)
-    register(custom._opoverload, RegisteredOperator(fn, safe, capture_check))
+    _register(custom._opoverload, operator)
     return custom
+
+
+def _register(overload: OpOverload, operator: RegisteredOperator) -> None:
+    unknown = [name for name in operator.writes if name not in written_arguments(overload)]
+    if unknown:
+        raise ConfigError("writes", unknown, f"arguments that it writes: {sorted(written_arguments(overload))}")
+    register(overload, operator)
 
 
 def _qualified(fn: Callable[..., Any], name: str | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,7 +151,7 @@ class KeyRecorder:
         torch.set_autocast_cache_enabled(False)
         try:
             marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self._config.ranges)
-            with marked, forced_eager("first call"):  # a captured module inside this one is recorded as a part of it
+            with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
                 record = record_key_on_device if step.host else record_key
                 entry = record(step, self._recorder(step.device), owned=owned, check=check)
         finally:
@@ -198,3 +200,18 @@ class KeyRecorder:
     def _host(self, call: Call) -> tuple[int, ...]:
         """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
         return host_arguments(call) if self._config.buckets is None else ()
+
+
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Have the garbage collector leave alone what is there already: a first call makes objects enough to have it look at all of
+    torch and transformers several times, for a third of the time that it takes.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()

@@ -123,7 +123,8 @@ def _record(
             verify_second_replay(plain, entry, rehearsal, stand_ins)
     if padding is not None:
         rehearsal.run(lambda: padding.prove(entry))
-    timed = functools.partial(time_call, device=step.device, before=rehearsal.reset, enough=_ENOUGH)
+    between = rehearsal.reset if counters else rehearsal.rewind
+    timed = functools.partial(time_call, device=step.device, before=between, enough=_ENOUGH)
     eager = rehearsal.run(lambda: timed(lambda: plain.run(stand_ins)))
     replay = rehearsal.run(lambda: timed(lambda: entry.recording.replay(tensors, step.real)))
     return dataclasses.replace(entry, eager=eager, replay=replay)

@@ -110,6 +110,10 @@ class Rehearsal(Runs):
     def __init__(self, start: Checkpoint, first: EagerTrace, *, is_there: bool = False) -> None:
         super().__init__(start, first, is_there=is_there)
 
+    def rewind(self) -> None:
+        """Be at the start as far as tensors and generators go, for runs that are known to change nothing of Python's."""
+        self.start.restore_tensors()
+
     def covering(self, fn: Callable[[], T]) -> T:
         """As `run`, for a run that is watched into ``first``: what it writes belongs to the start from then on."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import Refusal, Site, VerifyMismatch
-from graphs.observation.operations import EagerTrace, Operation
+from graphs.observation.operations import EagerTrace
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
@@ -25,16 +25,12 @@ def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerT
         kind, which = trace.origins.get(storage_id(tensor), ("", 0)) if has_storage(tensor) else ("", 0)
         if kind == "operation":
             found[f"output {index}"] = trace.operations[which].site
+    writers = {tensor.origin: operation for operation in first.operations for tensor in operation.written()}
     for index, region in enumerate(first.written.regions):
-        origin = first.origins.get(region.storage)
-        writer = next((o for o in reversed(first.operations) if _writes(o, origin)), None)
+        writer = writers.get(first.origins.get(region.storage, ("", 0)))
         if writer is not None:
             found[f"state written by the step, tensor {index}"] = writer.site
     return found
-
-
-def _writes(operation: Operation, origin: tuple[str, int] | None) -> bool:
-    return any(tensor.origin == origin for tensor in operation.written())
 
 
 def with_line(refusal: Refusal, trace: EagerTrace) -> Refusal:

@@ -183,10 +183,14 @@ class Checkpoint:
 
     def restore(self) -> None:
         """Put everything back."""
+        self.restore_tensors()
+        self.restore_python()
+
+    def restore_tensors(self) -> None:
+        """Put back tensors and random generators, and nothing else."""
         if self._written is not None:
             self._written.restore(self._copies)
         self._random.restore()
-        self.restore_python()
 
     def restore_python(self) -> None:
         """Put Python objects back, and nothing else."""

@@ -142,9 +142,11 @@ def _copy(whole: Tensor) -> Tensor:
 
 def _has_room(whole: Tensor) -> bool:
     """Whether the device can hold a copy and still run the step: a first call makes up to four, the step needs some too."""
-    if not whole.is_cuda:
+    if not whole.is_cuda or whole.nbytes <= SMALL:
         return True
     free, _ = torch.cuda.mem_get_info(whole.device)
+    if 8 * whole.nbytes < free:
+        return True
     cached = torch.cuda.memory_reserved(whole.device) - torch.cuda.memory_allocated(whole.device)
     return 8 * whole.nbytes < free + cached
 
