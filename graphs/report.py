@@ -118,7 +118,8 @@ class CaptureReport:
 
 def _key_lines(key: KeyReport) -> list[str]:
     rows = "exact sizes" if key.rows is None else f"bucket {key.rows}, {key.padding_waste:.0%} padding"
-    even = "never pays" if key.break_even_calls is None else f"pays after {key.break_even_calls} calls"
+    never = "never pays" if key.eager_host_us is not None else "timed at another size"
+    even = never if key.break_even_calls is None else f"pays after {key.break_even_calls} calls"
     lines = [f"  {key.key} ({rows}): {key.replays} replays, recorded in {key.capture_seconds:.2f} s, {even}"]
     if key.eager_host_us is not None and key.replay_host_us is not None:
         text = f"      host {key.eager_host_us:.0f} us eager, {key.replay_host_us:.0f} us replayed"

@@ -8,7 +8,9 @@ from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.host_values.forced.forced_run import Forced, OutOfRange, refuse_on_device
 from passes.host_values.forced.forcing import Forcing, with_tensor
+from passes.host_values.lengths import NoBound
 from passes.host_values.on_host import refuse_host_results
+from passes.host_values.uses import HostValue
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
@@ -31,6 +33,8 @@ __all__ = [
     "Forced",
     "ForcedGraph",
     "Forcing",
+    "HostValue",
+    "NoBound",
     "Number",
     "OutOfRange",
     "Pass",

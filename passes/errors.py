@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class PassesError(Exception):
@@ -67,10 +67,16 @@ class Unremovable(PassesError):
         operator: the operator or Python construct.
         site: file and line of the user's program.
         remedy: what to pass or change.
+        symbols: the symbols of a traced step that it is about, as far as that is known.
+        host_values: what became of the values that the host read, up to here; see `passes.host_values.uses.HostValue`.
     """
 
-    def __init__(self, detail: str, operator: str, site: tuple[str, int] = ("", 0), remedy: str = "") -> None:
+    def __init__(
+        self, detail: str, operator: str, site: tuple[str, int] = ("", 0), remedy: str = "", *, symbols: Iterable[Any] = ()
+    ) -> None:
         self.detail, self.operator, self.site, self.remedy = detail, operator, site, remedy
+        self.symbols = frozenset(symbols)
+        self.host_values: tuple[Any, ...] = ()
         where = f" at {site[0]}:{site[1]}" if site[0] else ""
         super().__init__(f"{operator}{where}: {detail}" + (f". {remedy}" if remedy else ""))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,8 @@ from passes.core.verify import left_symbols, stale_reads, unguarded_indices, unp
 from passes.errors import Unremovable
 from passes.host_values import rules as bounded
 from passes.host_values.forced.forcing import ITEM, Marks, chosen, copied, unmark
-from passes.host_values.lengths import NoRule, symbolic_sizes
-from passes.host_values.rewriter import Rewriter, Rule
+from passes.host_values.lengths import NoBound, NoRule, symbolic_sizes
+from passes.host_values.rewriter import Rewriter, Rule, Rules
 from passes.host_values.rules import addressing, arithmetic
 from passes.host_values.rules.grouped_products import GROUPED, needs_offsets
 from passes.optimize.cse import merge_duplicates
@@ -34,11 +35,13 @@ TABLES: dict[str, Mapping[Any, Rule]] = {
     "bounded": bounded.RULES,
 }
 
+_NAMES = (*TABLES, "branches")
+
 
 def remove_host_values(
     traced: TracedStep,
     bounds: Mapping[str, int] | None = None,
-    only: Sequence[str] = (*TABLES, "branches"),
+    only: Sequence[str] = _NAMES,
     *,
     forced: bool = False,
 ) -> RewrittenGraph:
@@ -60,17 +63,35 @@ def remove_host_values(
     if not (facts.hints or facts.assumptions or sized):
         return unchanged
     rewriter = _rewritten(traced, bounds, only, forced)
+    with _told(rewriter):
+        return _finished(traced, rewriter)
+
+
+def _finished(traced: TracedStep, rewriter: Rewriter) -> RewrittenGraph:
+    """The graph that a rewriter has built, made one that any run may take."""
+    unchanged = RewrittenGraph.unchanged(traced)
     marked = _forced(traced.module, rewriter, rewriter.marks, unchanged.results) if rewriter.marks is not None else None
     unmark(rewriter.graph)
     traced.module.graph = rewriter.graph
     verify(traced.module, "the rewriting", stale_reads, unpredicated_writes)
-    return replace(_guarded(unchanged, rewriter.changes), forced=marked)
+    made = _guarded(unchanged, rewriter.changes)
+    return replace(made, forced=marked, host_values=rewriter.uses.host_values())
+
+
+@contextlib.contextmanager
+def _told(rewriter: Rewriter) -> Iterator[None]:
+    """Have a refusal tell what had become of the host values."""
+    try:
+        yield
+    except Unremovable as reason:
+        reason.host_values = rewriter.uses.host_values()
+        raise
 
 
 def _rewritten(traced: TracedStep, bounds: Mapping[str, int] | None, only: Sequence[str], forced: bool) -> Rewriter:
     """The rewriter that has built the new graph, with as few lengths taken at their hints as the rules allow."""
     facts, count = traced.facts, count_results(traced.module.graph)
-    rules, default = _rules(only), bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
+    rules, default = _rules(only), _default(only)
     checked, exact, guarded = "branches" in only, frozenset[sympy.Symbol](), False
     finish = speculate.flag if checked else _certain
     before = len(facts.assumptions), dict(facts.replacements)
@@ -79,25 +100,37 @@ def _rewritten(traced: TracedStep, bounds: Mapping[str, int] | None, only: Seque
         rewriter = Rewriter(traced, rules, default, bounds, exact, finish, guarded, checked, marks)
         guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.assumptions))  # else it would run twice
         try:
-            graph = rewriter.run()
+            with _told(rewriter):
+                if traced.stopped is not None:
+                    rewriter.uses.refuse_all(traced.stopped.symbols, traced.stopped)
+                graph = rewriter.run()
             if guarded or not rewriter.trusted or count_results(graph) == count:
                 return rewriter
             guarded = True  # there is a flag, and a run must get as far as that
         except NoRule as missing:
             known = {s for s in missing.symbols if s in facts.hints}
             if not known - exact:
-                raise Unremovable(missing.detail, missing.operator, missing.site) from missing
+                reason = NoBound(missing.detail, missing.operator, missing.site)
+                reason.host_values = missing.host_values
+                raise reason from missing
             exact |= known
         facts.forget(*before)
 
 
-def _rules(only: Sequence[str]) -> dict[Any, Rule]:
-    """The rules of the named passes, by operator."""
-    rules: dict[Any, Rule] = {}
-    for table in (TABLES[name] for name in TABLES if name in only):
-        for target, rule in table.items():
-            rules[target] = _either(rules[target], rule) if target in rules else rule
+def _rules(only: Sequence[str]) -> Rules:
+    """The rules of the named passes, by operator: tables may name the same one for different reasons."""
+    rules: dict[Any, list[tuple[str, Rule]]] = {}
+    for name in TABLES:
+        for target, rule in TABLES[name].items() if name in only else ():
+            rules.setdefault(target, []).append((name, rule))
     return rules
+
+
+def _default(only: Sequence[str]) -> list[tuple[str, Rule]]:
+    """The rules for operators that have none of their own."""
+    if "bounded" in only:
+        return [("bounded", bounded.default)]
+    return [*([("arithmetic", arithmetic.pointwise)] if "arithmetic" in only else []), ("bounded", _unpadded)]
 
 
 def _guarded(graph: RewrittenGraph, changes: list[tuple[str, str]]) -> RewrittenGraph:
@@ -138,12 +171,6 @@ def _forced(module: GraphModule, rewriter: Rewriter, marks: Marks, count: int) -
     return ForcedGraph(made, chosen(marks, rewriter.graph, rewriter.bounds.of))
 
 
-def _plain(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Operators without a rule of their own, where lengths are not bounded."""
-    made = arithmetic.pointwise(rw, node, args, kwargs)
-    return made if made is not None else _unpadded(rw, node, args, kwargs)
-
-
 def _unpadded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Operators that no pass touches must not meet padding."""
     if any(rw.lengths(value) for value in tree_leaves((args, kwargs))):
@@ -168,13 +195,3 @@ def _needs_host(node: Node) -> bool:
         return True
     indices = node.args[1] if node.target in BY_INDEX else ()
     return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices if isinstance(i, Node))  # type: ignore[union-attr]
-
-
-def _either(first: Rule, second: Rule) -> Rule:
-    """The rule that applies: tables may name the same operator for different reasons."""
-
-    def rule(rw: Rewriter, node: Any, args: Any, kwargs: Any) -> Any:
-        made = first(rw, node, args, kwargs)
-        return made if made is not None else second(rw, node, args, kwargs)
-
-    return rule

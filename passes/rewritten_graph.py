@@ -12,6 +12,7 @@ from passes.core.facts import Facts
 from passes.core.names import is_state
 from passes.core.traced_step import TracedStep
 from passes.host_values.forced.forcing import Forcing
+from passes.host_values.uses import HostValue
 from passes.speculation.speculate import Undo
 
 
@@ -45,6 +46,7 @@ class RewrittenGraph:
         forced: where asked for, the graph in which host values can be forced.
         uploaded: tensors of the step's own on the host that the graph holds copies of, as they were when it was made.
         changes: what was rewritten, in order.
+        host_values: what became of each value that the host read.
     """
 
     module: GraphModule
@@ -55,6 +57,7 @@ class RewrittenGraph:
     forced: ForcedGraph | None = None
     uploaded: tuple[Tensor, ...] = ()
     changes: tuple[Change, ...] = ()
+    host_values: tuple[HostValue, ...] = ()
 
     @classmethod
     def unchanged(cls, traced: TracedStep) -> RewrittenGraph:

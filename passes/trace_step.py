@@ -26,6 +26,8 @@ from passes.errors import Unremovable
 from passes.tracing.trace import Number, TraceRequest, trace_once
 
 aten = torch.ops.aten
+Merged = dict[Written, Starts]
+"""Where the branches begin that are merged, by the function they stand in."""
 _NUMBERS = frozenset((bool, int, float, complex, str, bytes, slice, torch.Size))
 
 
@@ -38,55 +40,103 @@ def trace_step(
     advanced: Callable[[], Sequence[Any]] = tuple,
     *,
     unmerged: dict[Branch, str] | None = None,
+    merged: Merged | None = None,
     **settings: Any,
 ) -> TracedStep:
     """The graph of a step, with its branches merged and its loops over data unrolled where they can be.
 
     The step runs several times: once to find its branches, then with both sides of them, until no other branches are found.
+    Where an earlier trace of the step has found branches that can be merged, it begins with those.
 
     Args:
         step, tensors, reads, modules, numbers, advanced: as in `passes.tracing.trace.TraceRequest`.
         unmerged: branches that are not tried, and why: those that could not be merged for another way through the step.
             What turns out not to be mergeable is added.
-        settings: ``structure``, ``restore``, ``snapshot`` and ``forbidding``, as in `TraceRequest`.
+        merged: branches that were merged for another way through the step; filled with those that are merged now.
+        settings: ``structure``, ``restore``, ``snapshot``, ``forbidding`` and ``partial``, as in `TraceRequest`.
 
     Raises:
         Unremovable: as `trace_once`, of the step as it goes: what only merged branches do leaves them unmerged.
     """
     request = TraceRequest(step, tensors, reads, tuple(modules), numbers, advanced, **settings)
-    merger = _Merger(request, {} if unmerged is None else unmerged)
-    plain = merger.trace({}, None)
-    widest = merger.merge(plain, request.snapshot) if request.snapshot is not None else plain
-    widest.facts.unmerged = merger.unmerged
-    return dataclasses.replace(widest, merged=widest is not plain)
+    unmerged = {} if unmerged is None else unmerged
+    if request.snapshot is not None:
+        traced = _Merger(request, request.snapshot, unmerged, {} if merged is None else merged).widest()
+    else:
+        traced = _unrolled(request)
+    traced.facts.unmerged = unmerged
+    return traced
 
 
 class _Merger:
     """The traces of one step.
 
-    Attributes:
-        unmerged: why branches cannot be merged.
+    Args:
+        snapshot: takes snapshots of Python objects.
+        unmerged, merged: why branches cannot be merged, and the functions that those stand in which can.
     """
 
-    def __init__(self, request: TraceRequest, unmerged: dict[Branch, str]) -> None:
-        self._request = request
+    def __init__(self, request: TraceRequest, snapshot: Snapshot, unmerged: dict[Branch, str], merged: Merged) -> None:
+        self._request, self._snapshot = request, snapshot
         self._functions: dict[Written, list[FunctionType]] = {}
-        self.unmerged = unmerged
+        self._unmerged, self._merged = unmerged, merged
 
-    def trace(self, plan: Plan, snapshot: Snapshot | None) -> TracedStep:
-        """The graph with the branches of ``plan`` merged."""
-        return _unrolled(dataclasses.replace(self._request, plan=plan, snapshot=snapshot, functions=self._functions))
-
-    def merge(self, traced: TracedStep, snapshot: Snapshot) -> TracedStep:
+    def widest(self) -> TracedStep:
         """The graph with all branches merged that can be."""
-        plan: dict[Written, Starts] = {}
-        tried = set(self.unmerged)
+        plan, traced = self._known()
+        if traced is None:
+            plain = dataclasses.replace(self._request, snapshot=None)
+            first = _assumed(plain)
+            plan, traced = self._merge(plan, first)
+            if traced is first:  # nothing was merged: now it matters whether its loops may be unrolled
+                proved = _proved(plain, first)
+                plan, traced = (plan, proved) if proved is first else self._merge(plan, proved)
+        else:
+            plan, traced = self._merge(plan, traced)
+        self._merged.update(plan)
+        return dataclasses.replace(traced, merged=bool(plan))
+
+    def _known(self) -> tuple[Merged, TracedStep | None]:
+        """The branches that an earlier trace merged, and the graph with them merged; none where they cannot be this time."""
+        while True:
+            given = {
+                (file, code): starts - {(line, column) for name, line, column in self._unmerged if name == file}
+                for (file, code), starts in self._merged.items()
+            }
+            plan = {place: starts for place, starts in given.items() if starts}
+            self._functions |= functions_of([*plan])
+            if not plan or not all(self._functions[place] for place in plan):
+                return {}, None
+            try:
+                return plan, self._trace(plan)
+            except Unmergeable as reason:
+                file, *start = reason.site
+                if not any(place[0] == file and tuple(start) in starts for place, starts in plan.items()):
+                    return {}, None
+                self._unmerged[reason.site] = str(reason)
+            except Unremovable:
+                return {}, None
+
+    def _trace(self, plan: Plan) -> TracedStep:
+        """The graph with the branches of ``plan`` merged.
+
+        Raises:
+            Unmergeable: both sides of a branch cannot be in the graph.
+        """
+        request = dataclasses.replace(self._request, plan=plan, snapshot=self._snapshot, functions=self._functions)
+        made = _unrolled(request)
+        check_predicable(made.module)
+        return made
+
+    def _merge(self, plan: Merged, traced: TracedStep) -> tuple[Merged, TracedStep]:
+        """The graph with all those branches merged too that ``traced`` assumes one side of."""
+        tried = {*self._unmerged, *((file, *start) for (file, _), starts in plan.items() for start in starts)}
         while True:
             found = self._branches(traced, tried)
             if not found:
-                return traced
+                return plan, traced
             tried |= set(found)
-            plan, traced = self._wider(plan, traced, found, snapshot)
+            plan, traced = self._wider(plan, traced, found)
 
     def _branches(self, traced: TracedStep, tried: set[Branch]) -> dict[Branch, Written]:
         """Branches that a graph assumes one side of, and that may be merged: the functions they stand in."""
@@ -99,52 +149,62 @@ class _Merger:
                 found[branch] = place
         self._functions |= functions_of([place for place in dict.fromkeys(found.values()) if place not in self._functions])
         anew = [site for site, place in found.items() if not self._functions[place]]
-        self.unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")
+        self._unmerged |= dict.fromkeys(anew, "each run makes the function anew that it stands in")
         return {site: place for site, place in found.items() if site not in anew}
 
-    def _wider(
-        self, plan: dict[Written, Starts], traced: TracedStep, found: dict[Branch, Written], snapshot: Snapshot
-    ) -> tuple[dict[Written, Starts], TracedStep]:
+    def _wider(self, plan: Merged, traced: TracedStep, found: dict[Branch, Written]) -> tuple[Merged, TracedStep]:
         """The graph with as many more branches merged as can be, and which are then."""
         while found:
             wider = dict(plan)
             for (_, *start), place in found.items():
                 wider[place] = wider.get(place, frozenset()) | {(start[0], start[1])}
             try:
-                made = self.trace(wider, snapshot)
-                check_predicable(made.module)
-                return wider, made
+                return wider, self._trace(wider)
             except Unmergeable as reason:
                 blamed, detail = reason.site, str(reason)
             except Unremovable as reason:
                 blamed, detail = ("", 0, 0), f"with both sides, {reason}"
             if blamed in found:
-                self.unmerged[blamed] = detail
+                self._unmerged[blamed] = detail
                 del found[blamed]
             elif len(found) == 1:
-                self.unmerged[next(iter(found))] = detail
+                self._unmerged[next(iter(found))] = detail
                 break
             else:
                 for site, place in found.items():  # one by one, so that only those that cannot be stay out
-                    plan, traced = self._wider(plan, traced, {site: place}, snapshot)
+                    plan, traced = self._wider(plan, traced, {site: place})
                 break
         return plan, traced
 
 
 def _unrolled(request: TraceRequest) -> TracedStep:
     """The graph of a step, with its loops over data unrolled where they can be."""
-    if not any(str(aten.nonzero.default) == read.operator for read in request.reads):
-        return trace_once(request)
-    try:
-        unrolled = trace_once(dataclasses.replace(request, unroll="bound"))
+    return _proved(request, _assumed(request))
+
+
+def _assumed(request: TraceRequest) -> TracedStep:
+    """The graph of a step, with its loops over data unrolled where nothing in the graph speaks against it."""
+    if any(str(aten.nonzero.default) == read.operator for read in request.reads):
+        try:
+            unrolled = trace_once(dataclasses.replace(request, unroll="bound"))
+        except Unremovable:
+            return trace_once(request)
         loops = unrolled.facts.loops
         assert loops is not None
-        if not loops.found:
+        if not loops.found or (not loops.left and not loops.drawn and not leaks(unrolled.module)):
             return unrolled
-        if not loops.left and not loops.drawn and not leaks(unrolled.module):
-            seen = trace_once(dataclasses.replace(request, unroll="hint"))
-            if outside(seen.module) == outside(unrolled.module) and _is_same(seen.structure, unrolled.structure):
-                return unrolled
+    return trace_once(request)
+
+
+def _proved(request: TraceRequest, traced: TracedStep) -> TracedStep:
+    """``traced``, if what it does outside of its loops is the same with as many rounds as the eager run made."""
+    loops = traced.facts.loops
+    if loops is None or loops.unroll == "no" or not loops.found:
+        return traced
+    try:
+        seen = trace_once(dataclasses.replace(request, unroll="hint"))
+        if outside(seen.module) == outside(traced.module) and _is_same(seen.structure, traced.structure):
+            return traced
     except Unremovable:
         pass
     return trace_once(request)

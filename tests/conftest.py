@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import zlib
@@ -17,6 +18,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     # the same examples on every machine: a change breaks a test, chance does not; `make fuzz` looks for new ones
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+gc.set_threshold(20_000, 20, 20)  # a full collection goes through all of torch and transformers
 torch.set_num_threads(1)  # toy sizes; the workers of pytest-xdist share the cores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import graphs
+from graphs.__main__ import main
 from graphs.auditing.audit import Audit, Finding, audit
 from tests.corpus.collection import CASES
 from tests.parity import assert_same
@@ -71,6 +73,12 @@ class Decode(nn.Module):
 CALL = (torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([5, 6]), torch.tensor([3, 1]))
 
 
+@functools.cache
+def of_decode() -> Audit:
+    """One audit, which several tests look at."""
+    return audit(Decode(), *CALL)
+
+
 @pytest.mark.parametrize(
     ("marker", "kind", "function", "classes", "passes", "calls"),
     [
@@ -81,21 +89,21 @@ CALL = (torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([5, 6]), torch.tensor(
         ("mask", "data-dependent-shape", "__getitem__", ("bound",), ("bounded",), 1),
         ("nonzero", "data-dependent-shape", "nonzero", ("bound",), ("bounded",), 1),
         ("constant", "host-constant", "tensor", ("host constant",), ("constants",), 1),
-        ("window", "host-sync", "__getitem__", ("addressing",), ("addressing",), 2),
+        ("window", "host-sync", "__getitem__", ("addressing", "bound"), ("addressing", "bounded"), 2),  # of two numbers
         ("cpu", "host-sync", "cpu", ("unsupported",), (), 1),
     ],
 )
 def test_each_kind_has_its_line_its_class_and_its_cure(
     marker: str, kind: str, function: str, classes: tuple[str, ...], passes: tuple[str, ...], calls: int
 ) -> None:
-    one = one_at(audit(Decode(), *CALL), marker)
+    one = one_at(of_decode(), marker)
     assert (one.kind, one.function, one.classes, one.passes, one.calls) == (kind, function, classes, passes, calls)
     assert one.cure and one.detail
     assert one.cost_us is not None and one.cost_us > 0
 
 
 def test_nothing_else_is_found_and_the_order_is_that_of_the_step() -> None:
-    found = audit(Decode(), *CALL)
+    found = of_decode()
     lines = [one.line for one in found.findings]
     assert len(found.findings) == 9 and lines == sorted(lines)
     assert found.cost == "time of calls" and found.device == "cpu" and found.steps == 2
@@ -341,7 +349,7 @@ def test_a_step_without_findings_says_so() -> None:
 
 def test_a_captured_module_stands_for_its_model() -> None:
     step = graphs.capture(Decode())
-    assert [one.line for one in audit(step, *CALL).findings] == [one.line for one in audit(Decode(), *CALL).findings]
+    assert [one.line for one in audit(step, *CALL).findings] == [one.line for one in of_decode().findings]
     assert step.report().recordings == 0 and step.report().eager_calls == 0
 
 
@@ -359,8 +367,8 @@ def test_json_holds_everything_and_comes_back() -> None:
 
 
 def test_the_text_shows_lines_values_and_remedies() -> None:
-    text = str(audit(Decode(), *CALL))
-    item = one_at(audit(Decode(), *CALL), "item")
+    text = str(of_decode())
+    item = one_at(of_decode(), "item")
     assert f"  {item.line}   pos = " in text and "int(positions[0].item())" in text
     assert "tests/test_audit.py" in text and "remedy: the value leaves the" in text
     assert "9 findings: passes apply to 8; 1 need the remedy named." in text
@@ -383,28 +391,29 @@ def factory():
 
 
 @pytest.fixture
-def in_a_module(tmp_path: Path) -> Callable[..., str]:
-    """Runs ``python -m graphs audit`` on a module of a temporary directory."""
-    (tmp_path / "steps_to_audit.py").write_text(FACTORY)
-
-    def run(*options: str) -> str:
-        command = [sys.executable, "-m", "graphs", "audit", "steps_to_audit:factory", *options]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+def module(tmp_path: Path) -> Path:
+    """A module in a temporary directory with the factory of a step."""
+    path = tmp_path / "steps_to_audit.py"
+    path.write_text(FACTORY)
+    return path
 
 
-def test_the_command_prints_a_table(in_a_module: Callable[..., str]) -> None:
-    printed = in_a_module()
-    assert "steps_to_audit.py" in printed and "6   if x.sum() > 0:" in printed and "branches" in printed
+def test_the_command_prints_a_table(module: Path) -> None:
+    command = [sys.executable, "-m", "graphs", "audit", "steps_to_audit:factory"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=module.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "steps_to_audit.py" in done.stdout and "6   if x.sum() > 0:" in done.stdout and "branches" in done.stdout
 
 
-def test_the_command_prints_json(in_a_module: Callable[..., str], tmp_path: Path) -> None:
-    (one,) = Audit.from_json(in_a_module("--json")).findings
-    assert (one.kind, one.file, one.line) == ("data-dependent-branch", str(tmp_path / "steps_to_audit.py"), 6)
+def test_the_command_prints_json(module: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(module.parent)
+    monkeypatch.delitem(sys.modules, "steps_to_audit", raising=False)
+    with pytest.raises(SystemExit) as done:
+        main(["audit", "steps_to_audit:factory", "--json"])
+    assert not done.value.code
+    (one,) = Audit.from_json(capsys.readouterr().out).findings
+    assert (one.kind, one.file, one.line) == ("data-dependent-branch", str(module), 6)
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -427,3 +436,74 @@ def test_an_audit_promises_what_a_capture_keeps(model: Callable[..., Any], marke
         assert bool(one.passes) == ((one.file, one.line) not in refused)
         assert one.passes or "no pass takes it here" in one.cure
     assert at(found, marker) and bool(refused) == (model is reshaped)
+
+
+def raised_to(x: Tensor) -> Tensor:
+    return x ** x[0].item()  # exponent
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.bincount(x.long(), minlength=8) * 2  # bincount
+
+
+def in_a_list(x: Tensor) -> Tensor:
+    return x[[int(x[0])]]  # list
+
+
+def with_a_rest(x: Tensor) -> Tensor:
+    return x[int(x[0]) :].sum()  # rest
+
+
+@pytest.mark.parametrize(
+    ("model", "marker", "by"),
+    [
+        (raised_to, "exponent", ("branches",)),  # some exponents have kernels of their own
+        (counted, "bincount", ("branches",)),  # as many bins as in the eager run, which a replay checks
+        (in_a_list, "list", ("arithmetic",)),  # a tensor is made of it, on the device
+        (with_a_rest, "rest", ("addressing", "bounded")),
+    ],
+)
+def test_the_passes_are_those_that_take_the_value(model: Callable[..., Any], marker: str, by: tuple[str, ...]) -> None:
+    assert at(audit(model, torch.tensor([1.0, 5.0, 2.0])), marker)[0].passes == by
+
+
+def unbounded(x: Tensor) -> Tensor:
+    n = int(x[0])  # unbounded
+    return x.new_zeros(n).sum() + x
+
+
+def test_a_value_without_a_bound_is_named_where_it_is_read() -> None:
+    one = one_at(audit(unbounded, torch.tensor([1.0, 5.0])), "unbounded")
+    assert one.classes == ("bound",) and one.passes == ()
+    assert f"no pass takes it in line {one.line + 1}: a length" in one.cure and "bounds={" in one.cure
+
+
+def logging(x: Tensor) -> Tensor:
+    n = int(x[0])  # before the text
+    shown = int(x[1])  # shown
+    row = x[n]
+    str.format("{}", f"{shown}")
+    return row * int(x[-1])  # behind the text
+
+
+def test_a_step_that_cannot_be_traced_to_its_end_is_told_of_as_far_as_it_can() -> None:
+    found = audit(logging, torch.tensor([1.0, 5.0, 7.0]))
+    assert one_at(found, "before the text").passes == ("addressing",)
+    shown = one_at(found, "shown")
+    assert shown.classes == ("unsupported",) and shown.passes == () and "the value leaves the step" in shown.cure
+    assert one_at(found, "behind the text").classes == ("arithmetic",)
+
+
+def test_a_step_that_counts_is_told_of_as_well() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            index = int(x[0])
+            return x.roll(index, 0) + self.calls
+
+    one = next(one for one in audit(Step(), torch.tensor([1.0, 5.0])).findings if one.kind == "host-sync")
+    assert one.classes == ("arithmetic",) and one.source == "index = int(x[0])"

@@ -266,6 +266,18 @@ def test_padding_does_not_take_part_in_what_a_step_decides() -> None:
     assert "rows-interact" in {refusal.reason for refusal in report.refusals} and report.replays == 5
 
 
+def test_a_branch_of_which_both_sides_are_recorded_assumes_nothing_so_sizes_share_a_bucket() -> None:
+    def step(x: Tensor, flag: Tensor) -> Tensor:
+        y = x * 2
+        if flag.item() > 0:
+            y = y.relu()
+        return y
+
+    calls = [(torch.full((rows, 2), -1.0), torch.tensor(flag)) for rows, flag in ((1, 1), (2, 1), (3, 0), (5, 1), (6, 0), (8, 0))]
+    report = parity(lambda: step, calls, buckets=[4, 8], batch_dims={"x": 0}).report()
+    assert (report.recordings, report.replays, report.refusals) == (2, len(calls), ())
+
+
 def test_a_replay_leaves_no_trace_of_ways_that_were_tried_first() -> None:
     model = Modes()
     step = graphs.capture(model)

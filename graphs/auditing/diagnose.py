@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graphs.auditing.asked import kept_promises
+from graphs.auditing.asked import Answer, Fate, ask
 from graphs.auditing.changes import change_findings, changed_reads
 from graphs.auditing.finding import Finding, finding
 from graphs.auditing.observe import Observation, Run
 from graphs.auditing.remedies import ARITHMETIC, BOUND, CHANGING_VALUE, CONTROL_FLOW, HOST_CONSTANT, NO_PASS, UNKNOWN, UNSUPPORTED
 from graphs.auditing.report import Audit
 from graphs.auditing.source.value_uses import uses_of
-from graphs.contract.arguments import map_leaves
 from graphs.contract.eligibility import inadmissible
 from graphs.contract.outputs.template import compare_templates
 from graphs.errors import (
@@ -36,17 +35,16 @@ _WIDTH = 48  # characters of one value
 
 def diagnose(seen: Observation) -> Audit:
     """Every finding of an observed step, in the order of the step; what has no line comes last."""
-    changes = change_findings(seen)
-    refusals = list(_refusal_findings(seen, changes))
+    changes, answer = change_findings(seen), ask(seen)
+    refusals = list(_refusal_findings(seen, changes, answer))
     uploads = {(one.file, one.line) for one in refusals if one.kind == HostConstant.reason}
     changes = [one for one in changes if one.kind != "changing-constant" or (one.file, one.line) not in uploads]
-    found = [*_read_findings(seen), *refusals, *changes, *_outcome_findings(seen)]
+    found = [*_read_findings(seen, answer), *refusals, *changes, *_outcome_findings(seen)]
     order = _line_order(seen)
     found.sort(key=lambda one: _position(one, order))
-    found = kept_promises(seen, found)
     device = seen.step.device
     cost = "host waits" if device.type == "cuda" else "time of calls"
-    return Audit(str(device), len(seen.runs[-1].trace.operations), len(seen.runs), cost, tuple(found))
+    return Audit(str(device), len(seen.runs[-1].trace.operations), len(seen.runs), cost, tuple(answer.kept(found)))
 
 
 def _line_order(seen: Observation) -> dict[tuple[str, int], int]:
@@ -70,7 +68,7 @@ def _position(one: Finding, order: dict[tuple[str, int], int]) -> float:
     )
 
 
-def _read_findings(seen: Observation) -> Iterator[Finding]:
+def _read_findings(seen: Observation, answer: Answer) -> Iterator[Finding]:
     """One finding for each line and function by which the host gets values of tensors."""
     groups: dict[tuple[str, str, tuple[str, int]], dict[int, list[HostRead]]] = {}
     for index, run in enumerate(seen.runs):
@@ -79,7 +77,7 @@ def _read_findings(seen: Observation) -> Iterator[Finding]:
     for by_run in groups.values():
         latest = max(by_run)
         reads, trace = by_run[latest], seen.runs[latest].trace
-        kind, classes, why = _kind_of(reads[0], trace, seen.runs[latest].output)
+        kind, classes, why = _kind_of(reads[0], trace, answer)
         once = latest == 0 and _is_stable(seen)
         yield finding(
             kind,
@@ -100,30 +98,24 @@ def _is_stable(seen: Observation) -> bool:
     return len(seen.runs) == 3 and seen.runs[-1].error is None and not changed_reads(*seen.runs[:2])
 
 
-def _kind_of(read: HostRead, trace: EagerTrace, output: Any) -> tuple[str, set[str], str]:
+def _kind_of(read: HostRead, trace: EagerTrace, answer: Answer) -> tuple[str, set[str], str]:
     """Kind, classes, and why no pass applies."""
+    fate = answer.fate(read)
     if (DataDependentShape.reason, read.operator, *read.frame) in trace.counts:
-        return DataDependentShape.reason, {BOUND}, ""
+        known = fate if fate is not None and fate.classes else Fate(frozenset({BOUND}))
+        return DataDependentShape.reason, {*known.classes}, known.why
     if read.function == "__bool__":
         return "data-dependent-branch", {CONTROL_FLOW}, ""
     if "_check_errors" in read.operator:
         return HostSync.reason, {UNSUPPORTED}, NO_PASS["check"]
     if read.operator in map(str, FILLS):
         return HostSync.reason, {ARITHMETIC}, ""
-    uses = uses_of(read, trace.operations)
-    if not uses.classes and _returned(read.value, output):
-        return HostSync.reason, {UNSUPPORTED}, NO_PASS["output"]
-    if UNSUPPORTED in uses.classes or (read.value is None and not uses.classes):
-        return HostSync.reason, {*uses.classes, UNSUPPORTED}, NO_PASS["conversion"]
-    return HostSync.reason, uses.classes or ({ARITHMETIC} if uses.uploads else {UNKNOWN}), ""
-
-
-def _returned(value: Any, output: Any) -> bool:
-    """Whether a step returns the number that was read."""
-    leaves: list[Any] = []
-    map_leaves(output, leaves.append)
-    returned = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
-    return bool(returned) and set(value if isinstance(value, list) else [value]) <= set(returned)
+    if fate is not None and (fate.why or fate.complete):
+        return HostSync.reason, {*fate.classes}, fate.why
+    classes = uses_of(read, trace.operations) | (fate.classes if fate is not None else set())
+    if UNSUPPORTED in classes or (read.value is None and not classes):
+        return HostSync.reason, {*classes, UNSUPPORTED}, NO_PASS["conversion"]
+    return HostSync.reason, classes or {UNKNOWN}, ""
 
 
 def _values(by_run: dict[int, list[HostRead]]) -> str:
@@ -143,10 +135,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
-def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator[Finding]:
+def _refusal_findings(seen: Observation, changes: Sequence[Finding], answer: Answer) -> Iterator[Finding]:
     """What is wrong with operators and arguments, other than what the host reads."""
     known: set[object] = set()
-    read_first = _uploads(seen)
+    read_first = {line: f"made of the value read in line {read}" for line, read in answer.uploads.items()}
     changing = {(one.file, one.line): one.detail for one in changes if one.kind == "changing-constant" and not one.once}
     for index, run in reversed(list(enumerate(seen.runs))):
         for refusal in [*run.trace.findings, *_unsupported(run)]:
@@ -167,18 +159,6 @@ def _refusal_findings(seen: Observation, changes: Sequence[Finding]) -> Iterator
     refusal_of_call = inadmissible(seen.step.call)
     if refusal_of_call is not None:
         yield _of_refusal(seen, seen.runs[-1], refusal_of_call, (UNSUPPORTED,), refusal_of_call.remedy)
-
-
-def _uploads(seen: Observation) -> dict[tuple[str, int], str]:
-    """Lines that make a tensor of a number that the host has just read from one."""
-    reads = {(read.frame, read.function): (read, run.trace) for run in seen.runs for read in run.trace.reads}
-    lines = {}
-    for read, trace in reads.values():
-        if read.value is not None:
-            lines.update(
-                dict.fromkeys(uses_of(read, trace.operations).uploads, f"made of the value read in line {read.frame[1]}")
-            )
-    return lines
 
 
 def _of_refusal(

@@ -33,6 +33,9 @@ REMEDIES = {
 }
 """Class to the pass that takes it away; a class that is not here has none."""
 
+CLASS_OF = {REMEDIES[name].by: name for name in (ADDRESSING, ARITHMETIC, BOUND, CONTROL_FLOW)}
+"""The class of a use that a pass took."""
+
 CLASSES = (*REMEDIES, UNSUPPORTED, UNKNOWN)
 """Every class, in the order in which a finding lists them."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ from graphs.first_call.verify_replay import compare_replay
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from graphs.rehearsal.tried_step import TriedStep
+
+_KNOWN = 8  # steps that a further size is compared with
 
 
 class KeyRecorder:
@@ -54,6 +59,7 @@ class KeyRecorder:
         self._parameters, self._routes, self._log = parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
+        self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
 
     def reasons_against(self, call: Call, leaves: Leaves, beside: RecordedStep | None = None) -> list[Refusal]:
         """Why a call is not recorded, as far as that can be said before anything runs.
@@ -152,8 +158,9 @@ class KeyRecorder:
         try:
             marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self._config.ranges)
             with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
-                record = record_key_on_device if step.host else record_key
-                entry = record(step, self._recorder(step.device), owned=owned, check=check)
+                recorder = self._recorder(step.device)
+                record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
+                entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
@@ -161,6 +168,11 @@ class KeyRecorder:
         seconds, size = entry.capture_seconds, entry.recording.pool_bytes
         emit(RecordedEvent(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry
+
+    def _tried(self) -> list[TriedStep]:
+        """The steps that recordings in use were tried as."""
+        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
+        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.
@@ -189,6 +201,7 @@ class KeyRecorder:
             compiler_options=config.compiler_options,
             passes=config.passes,
             bounds=config.bounds,
+            merged=self._merged,
         )
 
     def _recorder(self, device: torch.device) -> Recorder:

@@ -44,6 +44,7 @@ from graphs.rehearsal.record_body import record_body
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.returned_tensors import links_to
 from graphs.rehearsal.step import Checkpoint, Step
+from graphs.rehearsal.tried_step import TriedStep, tried
 from graphs.rewriting.proof import Proof, prove, unmerged
 from graphs.rewriting.rewritten_step import RewrittenStep
 from graphs.state.counters import Counter
@@ -54,8 +55,11 @@ Tensor = torch.Tensor
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
-def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
+def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool, known: Sequence[TriedStep] = ()) -> RecordedStep:
     """Record one key. On return the state is the one before the call: the caller replays.
+
+    Args:
+        known: steps of the module that were tried before: of a further size of one, A, R, the recording and V are all.
 
     Raises:
         Deferred: the step initialised itself; it ran once, for real.
@@ -68,6 +72,10 @@ def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool) -> R
     call = FirstCall(step, origin, output, trace)
     with call.counts():
         seen = examine(call, reads)
+        like = None if seen.changed else next((one for one in known if one.covers(step, trace)), None)
+        if like is not None:
+            entry = _record_further(call, recorder, like, owned=owned, check=check)
+            return _guarded(entry, call, reads, [], started)
         advanced = require_steady(call, recorder, seen)
         record = functools.partial(_record, call, recorder=recorder, counters=advanced, owned=owned, check=check)
         return _guarded(record_compiled(step, trace, record), call, reads, advanced, started)
@@ -127,7 +135,26 @@ def _record(
     timed = functools.partial(time_call, device=step.device, before=between, enough=_ENOUGH)
     eager = rehearsal.run(lambda: timed(lambda: plain.run(stand_ins)))
     replay = rehearsal.run(lambda: timed(lambda: entry.recording.replay(tensors, step.real)))
-    return dataclasses.replace(entry, eager=eager, replay=replay)
+    as_it_is = entry.checked is None and entry.candidate is None and not counters
+    known = tried(step, call.trace, dims) if as_it_is else None
+    return dataclasses.replace(entry, eager=eager, replay=replay, tried=known)
+
+
+def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, owned: bool, check: bool) -> RecordedStep:
+    """R, the recording and V of a step that was tried at another size. Raises and leaves the state as `_record` does."""
+    step, trace, rehearsal = call.step, call.trace, Rehearsal(call.start, call.trace)
+    tensors, given = step.call.tensors, {storage_id(tensor) for tensor in step.call.tensors}
+    contract, _ = _contract(step, trace)
+    contract = dataclasses.replace(contract, output_dims=like.output_dims)
+    stand_ins = contract.arrange(contract.filled(tensors), tensors)
+    externals = [tensor for storage, tensor in trace.externals.items() if storage not in given]
+    template = step.template(call.output, tensors, externals)[0]
+    body = _Body(step, externals, template, Proof())
+    reference, state = rehearsal.run(lambda: _warm_up(body, recorder, contract, stand_ins, trace))
+    entry = _recorded(body, recorder, contract, rehearsal, stand_ins, owned=owned)
+    if check:
+        rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
+    return dataclasses.replace(entry, tried=like)
 
 
 def _contract(step: Step, trace: EagerTrace) -> tuple[Contract, list[int]]:

@@ -17,6 +17,7 @@ from graphs.guards.python_guards import Guards
 from graphs.numerics.tolerance import OTHER_KERNELS
 from graphs.observation.timing import CallTime
 from graphs.recording.recorder import Recording
+from graphs.rehearsal.tried_step import TriedStep
 from graphs.rewriting.checked_replay import CheckedReplay
 from graphs.rewriting.proof import Proof
 from graphs.state.tensor_state import TensorState
@@ -66,6 +67,7 @@ class RecordedStep:
         generators: those that the step names, where it draws random numbers; None where it draws none.
         bumped, bumped_arguments: the step's own tensors, and positions of arguments, that replays write where they are: autograd
             is told so.
+        tried: the step as it was tried as a whole, at this size or at another one.
         from_host: whether some arguments are host tensors, of which the recording has copies.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
@@ -101,6 +103,7 @@ class RecordedStep:
     bumped: list[Tensor] = field(default_factory=list)
     bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
+    tried: TriedStep | None = None
 
     def __post_init__(self) -> None:
         self.group = Variants([self])

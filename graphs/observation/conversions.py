@@ -74,7 +74,7 @@ class Conversions(Calls):
     def _hand_out(self, func: Any, args: Any) -> None:
         """Take note of a tensor whose address somebody asks for: they may write there."""
         if func in _ADDRESSES and type(args[0]) in _PLAIN:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
+            with _disable_current_modes():
                 self.watch.hand_out(args[:1])
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:

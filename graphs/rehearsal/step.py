@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Step:
         compiler, compiler_options: what compiles the step before it is recorded; see `graphs.first_call.candidates`.
         passes, bounds: what takes host values out of the step; see `graphs.rewriting.rewritten_step`.
         unmerged: branches that cannot become part of a recording, and why, by file, line and column; filled by trials.
+        merged: branches that did, for any call of the module, which are tried at once; likewise. See `passes.trace_step`.
         form: the template of the output, where it is that of a candidate for the module.
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
         host: positions of host tensors among arguments on a device; see `graphs.first_call.host_arguments`.
@@ -65,6 +67,7 @@ class Step:
     passes: tuple[str, ...] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
     unmerged: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = field(default_factory=dict)
     form: OutputTemplate | None = None
     moving: frozenset[int] = frozenset()
     host: tuple[int, ...] = ()

@@ -48,7 +48,8 @@ class Stores:
         for path, value in self._left():
             what = "a value that only the device knows" if isinstance(value, _SYMBOLS) else "what it computes"
             detail = f"the step keeps {what} in {path}, which a replay would not write"
-            raise Stored(detail, path, remedy="Keep it in a tensor that the step updates in place, or return it")
+            symbols = value.node.expr.free_symbols if isinstance(value, _SYMBOLS) else ()
+            raise Stored(detail, path, remedy="Keep it in a tensor that the step updates in place, or return it", symbols=symbols)
 
     def _left(self) -> Iterator[tuple[str, Any]]:
         for state in self._states:

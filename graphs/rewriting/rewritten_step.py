@@ -76,6 +76,34 @@ def rewrite(step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: 
     raise refusal_of(reason, trace) from reason
 
 
+def host_values(
+    step: Step, trace: EagerTrace, tensors: Sequence[Tensor]
+) -> tuple[tuple[passes.HostValue, ...], passes.Unremovable | None]:
+    """What the passes do with each value that the host read, and what they cannot do, if anything.
+
+    A step that no graph can stand for is looked at as far as one does.
+
+    Args:
+        trace: as in `rewrite`.
+
+    Raises:
+        Exception: what the step raises on tensors without data.
+    """
+    try:
+        return rewrite(step, trace, tensors).host_values, None
+    except Refusal as refusal:
+        if not isinstance(refusal.__cause__, passes.Unremovable):
+            raise
+        reason = refusal.__cause__
+    if reason.host_values:
+        return reason.host_values, reason
+    graph = traced(step, trace, tensors, merge=passes.Stopping.is_possible(), partial=True)
+    try:
+        return passes.rewrite(graph, step.bounds, step.passes).host_values, reason
+    except passes.Unremovable as further:
+        return further.host_values, reason
+
+
 def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What the step after this one writes: a number that this one advances may pick another tensor of several.
 
@@ -90,12 +118,22 @@ def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor
 
 
 def traced(
-    step: Step, trace: EagerTrace, tensors: Sequence[Tensor], counters: Counters | None = None, *, merge: bool = False
+    step: Step,
+    trace: EagerTrace,
+    tensors: Sequence[Tensor],
+    counters: Counters | None = None,
+    *,
+    merge: bool = False,
+    partial: bool = False,
 ) -> passes.TracedStep:
-    """The step as a graph with its host values; with ``merge``, both sides of branches are part of it where they can be.
+    """The step as a graph with its host values.
+
+    Args:
+        merge: both sides of branches are part of it where they can be.
+        partial: a step that does with a host value what no graph can do is traced up to there.
 
     Raises:
-        passes.Unremovable: the step does with a host value what no graph can do.
+        passes.Unremovable: the step does such a thing, and is not to be traced up to there.
     """
     structure: list[Any] = []
     before = Checkpoint(step)
@@ -123,6 +161,8 @@ def traced(
             forbidding=forbidding() if merge else None,
             restore=runs.undo,
             unmerged=step.unmerged,
+            partial=partial,
+            merged=step.merged,
         )
     )
     if counters is not None and made.advance is not None:
@@ -209,6 +249,7 @@ class RewrittenStep:
         decided_at: file and line of what it assumes.
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
         uploaded: host tensors of the step whose content the graph holds as it was when it was made.
+        host_values: what became of each value that the host read.
     """
 
     def __init__(self, rewritten: passes.RewrittenGraph, structure: Any, counters: Counters | None) -> None:
@@ -219,6 +260,7 @@ class RewrittenStep:
         self._structure = structure
         self.forced = rewritten.forced
         self.uploaded = rewritten.uploaded
+        self.host_values = rewritten.host_values
         self.written, written = passes.lasting_writes(rewritten.module)
         held = rewritten.state  # not the passes' own
         self.held: list[Tensor] = list(held.values())

@@ -142,7 +142,10 @@ class Branches:
         if not isinstance(value, torch.SymBool):
             return bool(value)
         known = self.static(self.facts.resolve(value.node.expr))
-        return self.short(value) if known is None else bool(known)
+        if known is not None:
+            return bool(known)
+        self.facts.asked.append(value.node.expr)
+        return self.short(value)
 
     def short(self, value: Any) -> Any:
         """A whole number or a flag, as a symbol of its own if its expression is long: choices of choices would grow for ever."""

@@ -128,10 +128,22 @@ _ORIGINALS: dict[Written, Written] = {}
 def functions_of(places: Sequence[Written]) -> dict[Written, list[FunctionType]]:
     """The function objects that run each code: one for each time its ``def`` was executed and its result is still there."""
     found: dict[Written, list[FunctionType]] = {place: [] for place in places}
-    for function in gc.get_referrers(*[code for _, code in places]) if places else ():
+    for function in _referrers([code for _, code in places]) if places else ():
         if isinstance(function, FunctionType) and (place := written(function.__code__)) in found:
             found[place].append(function)
     return found
+
+
+def _referrers(codes: Sequence[CodeType]) -> list[Any]:
+    """What refers to codes, be it frozen (`gc.freeze`): the collector shows of that nothing as long as it is."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    try:
+        return gc.get_referrers(*codes)
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def rewritten(code: CodeType, starts: Starts) -> CodeType | None:

@@ -66,6 +66,11 @@ def called(func: Any) -> Iterator[None]:
         _callers.kinds, _callers.name = before, name
 
 
+def calling() -> str:
+    """The name of the function of torch's that `called` was entered for last; empty outside of any."""
+    return _callers.name
+
+
 class Calls(TorchFunctionMode):
     """A function mode that does nothing but that."""
 

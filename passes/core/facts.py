@@ -57,10 +57,12 @@ class Facts:
         hints: the value of each symbol in the eager run.
         replacements: symbols that are functions of others (the length of a slice).
         assumptions: what the graph assumes.
+        asked: what the step's Python goes on with: conditions whose truth its lines ask for, numbers it needs as they are.
         computed: symbols that operators of the graph make of others, in order.
         checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
         reads: the reads of the eager run that gave each symbol its hint.
+        read_again: further reads of the same numbers.
         names: what symbols are called that stand for numbers of Python.
         limits: largest values of counts.
         loops, outcomes: the loops that are being traced, and which way branches inside of them went, by place.
@@ -75,6 +77,7 @@ class Facts:
     replacements: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     computed: dict[sympy.Symbol, Computed] = field(default_factory=dict)
     assumptions: list[Assumption] = field(default_factory=list)
+    asked: list[sympy.Basic] = field(default_factory=list)
     checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)
@@ -82,13 +85,10 @@ class Facts:
     limits: dict[sympy.Symbol, int] = field(default_factory=dict)
     loops: Loops | None = None
     reads: dict[sympy.Symbol, list[Read]] = field(default_factory=dict)
+    read_again: dict[sympy.Symbol, list[Read]] = field(default_factory=dict)
     outcomes: dict[Place, bool] = field(default_factory=dict)
     branches: dict[Place, CodeType] = field(default_factory=dict)
     unmerged: dict[Branch, str] = field(default_factory=dict)
-    naturals: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
-    shorter: dict[Any, sympy.Basic] = field(
-        default_factory=dict
-    )  # of `passes.host_values.upper_bounds`, for which sympy takes long
     _resolved: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _hinted: dict[sympy.Basic, sympy.Basic] = field(default_factory=dict)
     _known: set[sympy.Basic] = field(default_factory=set)

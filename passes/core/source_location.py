@@ -99,6 +99,12 @@ def raised_at(error: BaseException) -> Site:
     return lines[-1] if lines else ("", 0)
 
 
+def called_by_user() -> str:
+    """The name of the function, of those that run now, that a line of the user's called; empty where there is none."""
+    called = first_frame(sys._getframe(1), lambda frame: frame.f_back is not None and is_user(frame.f_back))
+    return called.f_code.co_name if called is not None else ""
+
+
 def place_of(frame: FrameType) -> Place:
     """The place that a frame is at."""
     code, line = frame.f_code, frame.f_lineno

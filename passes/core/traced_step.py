@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.core.facts import Facts
+from passes.errors import Unremovable
 
 STORAGE = "storage"
 """A key of a placeholder's ``meta``: what inputs have in common that share memory, be it with a tensor that the graph holds."""
@@ -28,6 +29,7 @@ class TracedStep:
         structure: what the caller's ``structure`` gave when the step had run.
         advance: the new numbers of Python from the old ones; None for a step that has none.
         merged: whether both sides of any branch are in the graph.
+        stopped: why the graph ends before the step does, without results; None for the whole step.
     """
 
     module: GraphModule
@@ -35,6 +37,7 @@ class TracedStep:
     structure: Any = None
     advance: Advance | None = None
     merged: bool = False
+    stopped: Unremovable | None = None
 
     @property
     def storages(self) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from passes.core.names import PASS_CONSTANT, fresh_name
 from passes.core.predicates import BranchArm, Iteration
 from passes.core.schema import is_mutable
 from passes.core.source_location import Site
+from passes.core.symbols import expression_of, is_symbol
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
 from passes.errors import Unremovable
 from passes.host_values.predicated_writes import predicated_write
 from passes.host_values.scalars import Scalars
 from passes.host_values.upper_bounds import Bounds
+from passes.host_values.uses import Uses
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ class Construction:
         facts, bounds: what is known of the symbols, and their largest values.
         site, trips: the user's line, and the iterations and branch arms, that new nodes belong to.
         aliases: which nodes of the new graph share memory.
+        uses: which passes took which host values.
         checks: 0-d flags that have to be true besides what the graph assumes of host values.
     """
 
@@ -49,6 +52,7 @@ class Construction:
         self.bounds = Bounds(self.facts, bounds)
         self.site: Site = ("", 0)
         self.trips: tuple[Iteration | BranchArm, ...] = ()
+        self.uses = Uses(self.facts)
         self.checks: list[Node] = []
         self._checked = checked
         self._cache: dict[Any, Node] = {}
@@ -61,10 +65,13 @@ class Construction:
 
     def scalar(self, value: Any) -> Any:
         """A number as it is, or the 0-d tensor (int64, float64 or bool) that stands for a symbol."""
+        if is_symbol(value):
+            self.uses.take("arithmetic", expression_of(value))
         return self._scalars.of(value)
 
     def number(self, expression: sympy.Basic) -> Any:
         """An integer or boolean expression as a number, or as a 0-d tensor."""
+        self.uses.take_given(expression)
         return self._scalars.number(expression)
 
     def home(self, device: torch.device, *numbers: Any) -> torch.device:
@@ -133,6 +140,11 @@ class Construction:
     def assume(self, condition: sympy.Basic) -> None:
         """Add a condition to what the graph assumes; in an iteration or an arm it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.predicate) for trip in self.trips], condition), True, self.site)
+
+    def assume_value(self, expression: sympy.Basic, value: Any) -> None:
+        """Take numbers that only the device knows for what they were in the eager run, as an assumption."""
+        self.uses.take("branches", expression)
+        self.assume(sympy.Eq(expression, value))
 
     def require(self, holds: Node, expression: sympy.Basic | None = None, *, here: bool = False) -> None:
         """Raise the flag in runs where a 0-d flag is false: there eager raises, or goes a way of its own.

@@ -7,7 +7,7 @@ NaN); a rule that mixes rows replaces it by the neutral element of what it compu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import sympy
@@ -16,7 +16,6 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy import functions as sympy_functions
 
-from passes.core.source_location import Site
 from passes.core.symbols import SYMBOLS, expression_of, is_symbol
 from passes.core.traced_step import TracedStep
 from passes.errors import Unremovable
@@ -27,12 +26,12 @@ aten = torch.ops.aten
 Lengths = dict[int, sympy.Basic]
 
 
-class NoRule(Unremovable):
-    """An operator has no rule for a padded argument; it can still run where the lengths are taken at their hints."""
+class NoBound(Unremovable):
+    """A length has no static size that could stand for it."""
 
-    def __init__(self, detail: str, operator: str, site: Site, symbols: Iterable[sympy.Symbol]) -> None:
-        super().__init__(detail, operator, site)
-        self.symbols = frozenset(symbols)
+
+class NoRule(NoBound):
+    """An operator has no rule for a padded argument; it can still run where the lengths are taken at their hints."""
 
 
 def symbolic_sizes(node: Node) -> list[Any]:
@@ -99,6 +98,7 @@ class PaddedConstruction(Construction):
 
     def replaced(self, symbol: sympy.Symbol, value: int) -> None:
         """Take a symbol, whose tensor is known, for a number from here on: an assumption that the graph checks."""
+        self.uses.take("branches", symbol)
         self.facts.replacements[symbol] = sympy.Integer(value)
 
     def fresh_length(self, node: Node) -> torch.SymInt:
@@ -122,15 +122,16 @@ class PaddedConstruction(Construction):
         if self.is_exact(expression):
             hint = self.facts.hint(expression)
             if hint is None:
-                raise Unremovable("the size depends on a value that the eager run did not read", "size", self.site)
-            self.assume(sympy.Eq(expression, hint))
+                raise NoBound("the size depends on a value that the eager run did not read", "size", self.site)
+            self.assume_value(expression, hint)
             return int(hint)
         largest = self.bounds.of(expression)
         if largest is None:
             sites = [self.facts.sources.get(symbol, self.site) for symbol in sorted(expression.free_symbols, key=str)]
             name = f"{sites[0][0].rsplit('/', 1)[-1]}:{sites[0][1]}" if sites else "name"
             remedy = f'Pass bounds={{"{name}": the largest value}}'
-            raise Unremovable(f"a length ({expression}) has no upper bound", "size", self.site, remedy)
+            raise NoBound(f"a length ({expression}) has no upper bound", "size", self.site, remedy)
+        self.uses.take("bounded", expression)
         self.assume(expression <= largest)
         return largest
 
@@ -191,7 +192,7 @@ class PaddedConstruction(Construction):
         symbols = {
             s for value in tree_leaves((node.args, node.kwargs, node)) if isinstance(value, Node) for s in self._symbols_of(value)
         }
-        raise NoRule(detail, str(node.target), self.site, symbols)
+        raise NoRule(detail, str(node.target), self.site, symbols=symbols)
 
     def _symbols_of(self, node: Node) -> set[sympy.Symbol]:
         found: set[sympy.Symbol] = set()

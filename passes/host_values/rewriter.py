@@ -26,6 +26,8 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 Rule = Callable[["Rewriter", Node, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the rewriter, the old node, and its arguments in the new graph; returns the new value, or None to have it copied."""
+Rules = Mapping[Any, Sequence[tuple[str, Rule]]]
+"""The rules of an operator, each with the name of its pass; those that come first are asked first."""
 _MOVES = (aten._to_copy.default, aten.copy_.default)
 
 
@@ -42,8 +44,8 @@ class Rewriter(PaddedConstruction):
     def __init__(
         self,
         traced: TracedStep,
-        rules: Mapping[Any, Rule],
-        default: Rule | None = None,
+        rules: Rules,
+        default: Sequence[tuple[str, Rule]] = (),
         bounds: Mapping[str, int] | None = None,
         exact: frozenset[sympy.Symbol] = frozenset(),
         finish: Callable[[Rewriter, list[Any]], list[Any]] | None = None,
@@ -65,7 +67,11 @@ class Rewriter(PaddedConstruction):
         """
         for node in self.module.graph.nodes:
             self.site, self.trips = node.meta.get("site", self.site), tuple(node.meta.get("trips", ()))
-            self.env[node] = self._visit(node)
+            try:
+                self.env[node] = self._visit(node)
+            except Unremovable as reason:
+                self.uses.refuse(node, reason)
+                raise
         return self.graph
 
     def _visit(self, node: Node) -> Any:
@@ -101,9 +107,12 @@ class Rewriter(PaddedConstruction):
 
     def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the rule of an operator makes of it, or the default where that has nothing to say."""
-        rule = self.rules.get(node.target)
-        made = rule(self, node, args, kwargs) if rule is not None else None
-        return self.default(self, node, args, kwargs) if made is None and self.default is not None else made
+        for by, rule in (*self.rules.get(node.target, ()), *self.default):
+            with self.uses.under(by, node):
+                made = rule(self, node, args, kwargs)
+            if made is not None:
+                return made
+        return None
 
     def _loaded(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of an old node in the new graph."""
@@ -156,7 +165,7 @@ class Rewriter(PaddedConstruction):
                 )
             symbols = {s for length in self.lengths(value).values() for s in self.facts.resolve(length).free_symbols}
             if symbols:
-                raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols)
+                raise NoRule("the step returns a tensor whose size depends on data", "output", self.site, symbols=symbols)
         self._scalars.check_definitions()
         if self.finish is not None:
             values = self.finish(self, list(values))

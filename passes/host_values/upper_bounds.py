@@ -7,6 +7,7 @@ condition that the graph checks while it runs, so a bound may be relied on.
 
 from __future__ import annotations
 
+import functools
 import linecache
 import re
 from collections.abc import Iterator, Mapping
@@ -68,13 +69,7 @@ class Bounds:
         symbols = frozenset(expression.free_symbols & self._natural)
         if not symbols:
             return expression
-        key = (expression, symbols)
-        if key not in self._facts.shorter:
-            known = self._facts.naturals  # one for each symbol: sympy remembers what it found out of it
-            stand_ins = {s: known.setdefault(s, sympy.Dummy(s.name, integer=True, nonnegative=True)) for s in symbols}
-            made = expression.xreplace(stand_ins)
-            self._facts.shorter[key] = made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
-        return self._facts.shorter[key]
+        return _of_natural(expression, symbols)
 
     def _upper(self, expression: sympy.Basic) -> sympy.Basic:
         ranges = {s: ValueRanges(*self._ranges.get(s, (0, sympy.oo))) for s in expression.free_symbols}
@@ -155,6 +150,20 @@ class Bounds:
         rest = expression - slope * symbol
         if slope.is_Integer and slope > 0 and rest.is_Integer:
             self.limit(symbol, (largest - int(rest)) // int(slope))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_natural(expression: sympy.Basic, symbols: frozenset[sympy.Symbol]) -> sympy.Basic:
+    """An expression written shorter for ``symbols`` that are zero or more; sympy takes long, and variants ask the same."""
+    stand_ins = {symbol: _natural(symbol) for symbol in symbols}
+    made = expression.xreplace(stand_ins)
+    return made.xreplace({stand_in: symbol for symbol, stand_in in stand_ins.items()})
+
+
+@functools.lru_cache(maxsize=4096)
+def _natural(symbol: sympy.Symbol) -> sympy.Symbol:
+    """What stands for a symbol that is zero or more: always the same, for sympy remembers what it found out of it."""
+    return sympy.Dummy(symbol.name, integer=True, nonnegative=True)
 
 
 def _not_below_zero(condition: sympy.Basic) -> sympy.Symbol | None:

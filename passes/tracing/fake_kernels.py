@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from passes.core.symbols import SYMBOLS
 from passes.tracing.torch_symbols import FakeTensorMode
 
 Tensor = torch.Tensor
 
 
 class StepFakes(FakeTensorMode):
-    """A fake mode in which a grouped product may have any floating dtype: torch's fake one knows bfloat16 alone."""
+    """A fake mode in which a grouped product may have any floating dtype: torch's fake one knows bfloat16 alone.
+
+    Results whose sizes depend on symbols are not kept for later calls of the same operator: the symbols of one trace hardly
+    meet again, and to keep such a result takes as long as to make it.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The result of ``func``, without data."""
@@ -20,6 +26,21 @@ class StepFakes(FakeTensorMode):
             with self:
                 return grouped_result(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _cached_dispatch_impl(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if _has_symbols(args) or _has_symbols(kwargs.values()):
+            return self._dispatch_impl(func, types, args, kwargs)
+        return super()._cached_dispatch_impl(func, types, args, kwargs)
+
+
+def _has_symbols(values: Iterable[Any]) -> bool:
+    """Whether any argument is a symbol, or a tensor whose shape or layout has one."""
+    return any(
+        value._has_symbolic_sizes_strides
+        if isinstance(value, Tensor)
+        else isinstance(value, SYMBOLS) or (isinstance(value, (list, tuple)) and _has_symbols(value))
+        for value in values
+    )
 
 
 def grouped_result(

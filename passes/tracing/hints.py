@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.control_flow.branches import Branches
 from passes.control_flow.stopping import inside
-from passes.core.composites import run, taken_apart
+from passes.core.composites import calling, run, taken_apart
 from passes.core.facts import Facts
 from passes.core.predicates import LIMIT, Loops
 from passes.core.schema import is_mutable, shares_first_argument
-from passes.core.source_location import Place, Site, place_of, user_frame, user_place, user_site
+from passes.core.source_location import Place, Site, called_by_user, place_of, user_frame, user_place, user_site
 from passes.core.symbols import SYMBOLS, expression_of
 from passes.core.values.host_reads import Read, Reads
 from passes.errors import Unremovable
@@ -91,10 +91,14 @@ class HintedShapes(ShapeEnv):
             self.facts.decide(expression, bool(value), user_site(), place)
             if frame is not None:
                 self.facts.branches[place] = frame.f_code
+            if _asks_for_truth():
+                self.facts.asked.append(expression)
         elif not value.is_Integer:
-            raise Unremovable("Python needs the number itself, which will hardly ever be the same again", "float", user_site())
+            detail = "Python needs the number itself, which will hardly ever be the same again"
+            raise Unremovable(detail, "float", user_site(), symbols=expression.free_symbols)
         else:
             self.facts.decide(sympy.Eq(expression, value), True, user_site())
+            self.facts.asked.append(expression)
         return value
 
     def guard_or_defer_runtime_assert(  # type: ignore[override]  # of a method that torch caches
@@ -105,6 +109,12 @@ class HintedShapes(ShapeEnv):
         if self.static(expression) is None:
             self.facts.decide(expression, True, user_site())
         return True
+
+
+def _asks_for_truth() -> bool:
+    """Whether a line of the step's asks, of a number or a tensor; torch asks much while its functions run."""
+    called = called_by_user()
+    return called == "__bool__" or (called == "__torch_function__" and calling() == "__bool__")
 
 
 class HintMode(TorchDispatchMode):
@@ -169,7 +179,8 @@ class HintMode(TorchDispatchMode):
         for node in newest_nodes():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips, joins=self.branches.joining)
+            joins, naming = self.branches.joining, self.branches.naming
+            node.meta.update(site=site, trips=self.loops.trips, joins=joins, naming=naming)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -187,6 +198,8 @@ class HintMode(TorchDispatchMode):
 
     def _name(self, result: Any, reads: list[Read], site: Site) -> None:
         facts, value = self.facts, reads[0].value
+        for symbol in (symbol for symbol in _symbols_in(result) if symbol in facts.reads):  # torch remembers what it read
+            facts.read_again.setdefault(symbol, []).extend(reads)
         for symbol in _fresh(result, facts) if _is_kind(value, result) else ():
             facts.hints[symbol] = float(value) if isinstance(value, float) else int(value)
             facts.sources[symbol] = site
@@ -254,13 +267,14 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _fresh(result: Any, facts: Facts) -> list[sympy.Symbol]:
     """Symbols in a result that nothing is known of."""
-    found: list[sympy.Symbol] = []
-    for value in result if isinstance(result, (tuple, list)) else (result,):
-        parts = value.shape if isinstance(value, Tensor) else (value,)
-        for part in parts:
-            if isinstance(part, SYMBOLS):
-                found += [s for s in part.node.expr.free_symbols if s not in facts.hints and s not in facts.replacements]
-    return list(dict.fromkeys(found))
+    return [symbol for symbol in _symbols_in(result) if symbol not in facts.hints and symbol not in facts.replacements]
+
+
+def _symbols_in(result: Any) -> list[sympy.Symbol]:
+    """The symbols that a result is, or that are sizes of it."""
+    values = result if isinstance(result, (tuple, list)) else (result,)
+    parts = [part for value in values for part in (value.shape if isinstance(value, Tensor) else (value,))]
+    return list(dict.fromkeys(symbol for part in parts if isinstance(part, SYMBOLS) for symbol in part.node.expr.free_symbols))
 
 
 def _source(tensor: Tensor) -> str:

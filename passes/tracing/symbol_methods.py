@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from passes.core.source_location import is_user, user_site
-from passes.core.symbols import SYMBOLS
+from passes.core.symbols import SYMBOLS, expression_of
 from passes.errors import Unremovable
 
 _KINDS: dict[type, type] = {torch.SymInt: builtins.int, torch.SymFloat: builtins.float, torch.SymBool: builtins.bool}
@@ -27,7 +27,7 @@ _active = threading.local()
 
 def _no_text(self: Any, form: str) -> str:
     """Text needs the value: formatting a symbol would write its name."""
-    raise Unremovable("its text needs the value", "format", user_site())
+    raise Unremovable("its text needs the value", "format", user_site(), symbols=expression_of(self).free_symbols)
 
 
 def _text_of_name(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +35,7 @@ def _text_of_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def chosen(self: Any) -> Any:
         if getattr(_active, "here", False) and is_user(sys._getframe(1)):
-            raise Unremovable("its text needs the value", "str", user_site())
+            raise Unremovable("its text needs the value", "str", user_site(), symbols=expression_of(self).free_symbols)
         return original(self)
 
     return chosen

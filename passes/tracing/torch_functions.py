@@ -148,11 +148,13 @@ def _needed_by_host(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 def _equal(func: Any, args: Arguments, kwargs: dict[str, Any]) -> bool:
     a, b = args
-    return bool(torch.eq(a, b).all())
+    with called(Tensor.__bool__):
+        return bool(torch.eq(a, b).all())
 
 
 def _allclose(func: Any, args: Arguments, kwargs: dict[str, Any]) -> bool:
-    return bool(torch.isclose(*args, **kwargs).all())
+    with called(Tensor.__bool__):
+        return bool(torch.isclose(*args, **kwargs).all())
 
 
 def _pad(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:

@@ -36,7 +36,8 @@ __all__ = [
     "should_allow_numbers_as_tensors",
 ]
 METHODS = {
-    "torch._subclasses.fake_tensor.FakeTensorMode": ("from_tensor", "shape_env"),
+    "torch._subclasses.fake_tensor.FakeTensorMode": ("_cached_dispatch_impl", "_dispatch_impl", "from_tensor", "shape_env"),
+    "torch.Tensor": ("_has_symbolic_sizes_strides",),
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": (
         *("_maybe_evaluate_static", "bound_sympy", "create_unbacked_symint", "evaluate_expr", "guard_or_defer_runtime_assert"),
     ),

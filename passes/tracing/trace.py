@@ -79,6 +79,7 @@ class TraceRequest:
             is merged.
         forbidding: stops sides of branches before they act outside of the step; see `passes.control_flow.branches`.
         unroll: what becomes of loops over data; see `passes.core.predicates.Loops`.
+        partial: whether a step that does what no graph can do is traced up to there.
         plan, functions: branches of which both sides are traced, and the functions that they stand in; see `branches`.
     """
 
@@ -93,6 +94,7 @@ class TraceRequest:
     snapshot: Snapshot | None = None
     forbidding: Hook | None = None
     unroll: str = "no"
+    partial: bool = False
     plan: Plan = field(default_factory=dict)
     functions: Mapping[Written, Sequence[FunctionType]] = field(default_factory=dict)
 
@@ -101,7 +103,7 @@ def trace_once(request: TraceRequest) -> TracedStep:
     """Trace a step without running anything on a device.
 
     Raises:
-        Unremovable: the step does with a host value what no graph can do.
+        Unremovable: the step does with a host value what no graph can do; not where it is traced up to there.
         Unmergeable: both sides of a branch cannot be in the graph.
     """
     request.restore()
@@ -111,7 +113,7 @@ def trace_once(request: TraceRequest) -> TracedStep:
     _hold(module, [number.tensor for number in request.numbers])
     _name_state(module)
     note_storages(module, list(request.tensors))
-    return TracedStep(module, trace.facts, trace.structure, trace.advance)
+    return TracedStep(module, trace.facts, trace.structure, trace.advance, stopped=trace.stopped)
 
 
 class _Trace:
@@ -119,7 +121,7 @@ class _Trace:
 
     Attributes:
         facts: what is found out of its symbols.
-        structure, advance: as in `TracedStep`, when it has run.
+        structure, advance, stopped: as in `TracedStep`, when it has run.
     """
 
     def __init__(self, request: TraceRequest) -> None:
@@ -132,6 +134,7 @@ class _Trace:
         self._hints = HintMode(self.facts, request.reads, loops, self._branches)
         self.structure: Any = None
         self.advance: Advance | None = None
+        self.stopped: Unremovable | None = None
 
     def run(self) -> GraphModule:
         """The operators of the step; raises as `trace_once` does."""
@@ -143,8 +146,9 @@ class _Trace:
         named, merged = symbolic_builtins(request.modules), patched(request.plan, self._branches, request.functions)
         with named, merged, torch.no_grad(), as_written, enable_python_dispatcher():
             module = _made(self._step, fakes, self._branches)
-        if self._hints.raised is not None:
+        if self._hints.raised is not None and not request.partial:
             raise self._hints.raised
+        self.stopped = self.stopped or self._hints.raised
         return module
 
     def _step(self, *arguments: Tensor) -> list[Any]:
@@ -157,7 +161,13 @@ class _Trace:
             for symbol, number in zip(symbols, request.numbers, strict=True):
                 facts.hints[symbol.node.expr] = number.value
                 facts.names[symbol.node.expr] = number.name
-            results = request.step(given, symbols)
+            try:
+                results = request.step(given, symbols)
+            except Unremovable as reason:
+                if not request.partial:
+                    raise
+                self.stopped = reason
+                return []
             self.structure = request.structure()
             if request.numbers:
                 self.advance = _advance(facts, request.numbers, held, symbols, request.advanced())

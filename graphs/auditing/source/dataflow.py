@@ -34,7 +34,6 @@ class Flow:
 
     Attributes:
         classes: the classes of its uses.
-        uploads: lines that make a tensor of it.
         calculates: whether an expression calculates with it.
     """
 
@@ -48,7 +47,6 @@ class Flow:
         self.tree = tree_of(frame[0])
         self.scaling = scaling
         self.classes: set[str] = set()
-        self.uploads: set[int] = set()
         self.calculates = False
         self._held: list[tuple[ast.AST, str]] = []
         for node in ast.walk(scope_of(self.tree, frame[1])):
@@ -126,10 +124,8 @@ class Flow:
             self._hold(call.func.value)
         elif (called in _COLLECTING and isinstance(_parent(call), ast.Expr)) or called in _OUTWARD:
             self.classes.add(UNSUPPORTED)
-        elif called in _OPERANDS or called in _FILLED:
+        elif called in _OPERANDS or called in _FILLED or called in _UPLOADS:
             self.classes.add(ARITHMETIC)
-        elif called in _UPLOADS:
-            self.uploads.update(range(call.lineno, (call.end_lineno or call.lineno) + 1))
         else:
             for function in _functions(self.tree):
                 name = _parameter(function, argument)

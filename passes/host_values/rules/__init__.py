@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -72,6 +71,6 @@ def _static(rw: Rewriter, node: Node) -> Any:
         return rw.bound(expression_of(node))
     if isinstance(value, torch.SymFloat) and rw.is_exact(expression_of(node)):
         hint = rw.facts.hint(expression_of(node))
-        rw.assume(sympy.Eq(expression_of(node), hint))
+        rw.assume_value(expression_of(node), hint)
         return float(hint)  # type: ignore[arg-type]
     return node

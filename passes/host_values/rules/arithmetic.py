@@ -156,7 +156,7 @@ def power(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any
     kind = float if isinstance(exponent.meta["val"], torch.SymFloat) else int
     special = [kind(e) for e in _EXPONENTS if kind(e) == e]
     if kind(hint) in special:
-        rw.assume(sympy.Eq(expression, kind(hint)))
+        rw.assume_value(expression, kind(hint))
         return rw.padded(rw.call(node.target, x, kind(hint)), rw.expected(node))
     for known in special:
         rw.assume(sympy.Ne(expression, known))

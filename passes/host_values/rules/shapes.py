@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -142,7 +143,14 @@ def _are_equal(rw: Rewriter, left: sympy.Basic, right: sympy.Basic) -> bool:
     if difference.is_number:
         return bool(difference == 0)
     hint = rw.facts.hint(difference)
-    return (hint is None or hint == 0) and bool(sympy.simplify(difference) == 0)
+    return (hint is None or hint == 0) and bool(_simplified(difference) == 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _simplified(expression: sympy.Basic) -> sympy.Basic:
+    """``sympy.simplify``, which takes long, and is asked the same at each view of a tensor and for each variant of a step."""
+    simplified: sympy.Basic = sympy.simplify(expression)
+    return simplified
 
 
 def _is_one(size: Any) -> bool:
@@ -154,7 +162,7 @@ def _grows(left: sympy.Basic, right: sympy.Basic, more: bool) -> bool:
     """Whether the left product is the one to extend."""
     ratio = left / right if right != 0 else sympy.Integer(2)
     if not ratio.is_number and left.free_symbols & right.free_symbols:
-        ratio = sympy.simplify(ratio)
+        ratio = _simplified(ratio)
     return not more or (ratio.is_number and ratio < 1) or (not ratio.is_number and not left.free_symbols)
 
 
