@@ -49,6 +49,7 @@ FLOORS = {
     "graphs": [
         ("_version", "errors", "report", "eager_mode"),
         ("environment", "factory", "objects"),
+        ("events",),
         ("python_reads",),
         ("state",),
         ("contract",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +79,15 @@ def device_of(call: Call, model: Any) -> torch.device:
         return next((tensor.device for tensor in call.tensors if tensor.is_cuda), call.tensors[0].device)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def name_of(model: Any) -> str:
+    """What a step is called where nobody has named it: the name of a function, else the class of the object."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    if isinstance(model, (types.FunctionType, types.MethodType)):
+        return model.__qualname__
+    return model.__name__ if isinstance(model, types.BuiltinFunctionType) else type(model).__name__
 
 
 def parameter_names(model: Any) -> list[str]:

@@ -7,6 +7,7 @@ import traceback
 import warnings
 
 from graphs.errors import InternalError, Refusal
+from graphs.events import Refused, emit
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 from passes.core.source_location import user_level
@@ -17,9 +18,14 @@ class NotReplayed(UserWarning):
 
 
 class CallLog:
-    """Counts of one captured module."""
+    """Counts of one captured module.
 
-    def __init__(self) -> None:
+    Args:
+        name: what events call it.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
         self.eager_calls = 0
         self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
@@ -39,7 +45,25 @@ class CallLog:
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             if warn:
                 warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=user_level())
+        first = refusal.signature not in self._refusals
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
+        if calls:
+            self._tell(refusal, outcome, first)
+
+    def _tell(self, refusal: Refusal, outcome: str, first: bool) -> None:
+        emit(
+            Refused(
+                step=self._name,
+                reason=refusal.reason,
+                operator=refusal.operator,
+                detail=refusal.detail,
+                remedy=refusal.remedy,
+                file=refusal.site.file,
+                line=refusal.site.line,
+                outcome=outcome,
+                first=first,
+            )
+        )
 
     @property
     def refusals(self) -> tuple[RefusalCount, ...]:

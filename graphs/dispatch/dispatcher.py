@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import parameter_names
+from graphs.contract.eligibility import name_of, parameter_names
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.eager_calls import EagerCalls
@@ -30,8 +31,11 @@ from graphs.errors import (
     Refusal,
     UnsupportedArgument,
 )
+from graphs.events.listeners import listeners
+from graphs.events.ranges import attended_replay
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.recorded_step import RecordedStep
+from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
 from graphs.report import CaptureReport
@@ -48,11 +52,14 @@ class Dispatcher:
         self.verifies_always = config.verify == "always"
         self.lock = _recording if self.verifies_always else threading.RLock()
         self._parameters = parameter_names(model)
-        self.call_log = CallLog()
+        self.name = config.name or name_of(model)
+        self.call_log = CallLog(self.name)
         self.routes = Routes(config.max_recordings, self.call_log)
-        self.keys = KeyRecorder(model, config, self._parameters, self.routes, self.call_log)
+        self.keys = KeyRecorder(model, config, self.name, self._parameters, self.routes, self.call_log)
         self.moved = MovedTensors(self.keys, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
+        if config.ranges:
+            listeners.want_ranges()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
@@ -129,7 +136,7 @@ class Dispatcher:
 
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, and replay."""
-        with self.lock:
+        with self._attended(entry, rows) if listeners.at_replays or profiler._is_profiler_enabled else self.lock:
             why = stale(entry, call) or unpointed(entry)
             if why is None:
                 if self.verifies_always:
@@ -138,6 +145,11 @@ class Dispatcher:
                 if output is not UNDONE:
                     return output
         return self._another_variant(entry, rows, call) if why is None else self._anew(entry, rows, why, call)
+
+    def _attended(self, entry: RecordedStep, rows: int) -> AbstractContextManager[None]:
+        """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
+        bucket, asked = entry.contract.rows, self.config.ranges
+        return attended_replay(self.lock, entry, asked, step=self.name, key=entry.key, rows=bucket, real_rows=rows)
 
     def _anew(self, entry: RecordedStep, rows: int, why: Refusal | Outdated, call: Call) -> Any:
         """Serve a call that ``entry`` cannot serve: by its recording, pointed at what moved; by another; else by the model."""
@@ -161,7 +173,8 @@ class Dispatcher:
         with _recording, self.lock:
             group, variants = broken.group, broken.group.variants
             for entry in [other for other in variants if other is not broken]:
-                output = replayed(entry, rows, call) if stale(entry, call) is None else UNDONE
+                with self._attended(entry, rows):
+                    output = replayed(entry, rows, call) if stale(entry, call) is None else UNDONE
                 if output is not UNDONE:
                     variants.remove(entry)
                     variants.insert(0, entry)

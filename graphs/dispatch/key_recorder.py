@@ -21,6 +21,9 @@ from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract
+from graphs.events import Recorded as RecordedEvent
+from graphs.events import emit
+from graphs.events.ranges import recording_range
 from graphs.first_call.host_arguments import record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded
@@ -45,9 +48,16 @@ class KeyRecorder:
     """
 
     def __init__(
-        self, model: Callable[..., Any], config: CaptureConfig, parameters: list[str], routes: Routes, log: CallLog
+        self,
+        model: Callable[..., Any],
+        config: CaptureConfig,
+        name: str,
+        parameters: list[str],
+        routes: Routes,
+        log: CallLog,
     ) -> None:
-        self._model, self._config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
+        self._model, self._config, self._name = model, config, name
+        self._parameters, self._routes, self._log = parameters, routes, log
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
         self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
@@ -163,7 +173,8 @@ class KeyRecorder:
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
+            marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self._config.ranges)
+            with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
                 recorder = self._recorder(step.device)
                 record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
                 entry = record(step, recorder, owned=owned, check=check)
@@ -171,6 +182,8 @@ class KeyRecorder:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
             self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+        seconds, size = entry.capture_seconds, entry.recording.pool_bytes
+        emit(RecordedEvent(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry
 
     def leaves(self, call: Call) -> Leaves:

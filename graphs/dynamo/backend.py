@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,10 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.objects.torch_fast_paths import is_capturing
+from graphs.events import Recorded, emit
+from graphs.events.listeners import listeners
+from graphs.events.ranges import attended_replay, recording_range
+from graphs.objects.torch_fast_paths import is_capturing, profiler
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import CannotPoint, Recorder, first_call_lock
 from graphs.report import BackendReport, PieceReport
@@ -109,7 +113,7 @@ class Subgraph:
         self._pointed = 0
         self._overlaps: tuple[tuple[int, int, int], ...] | None = None
         self._dropped = 0
-        self._ledger = CallLog()
+        self._ledger = CallLog(graph.name)
         _pieces.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -121,9 +125,26 @@ class Subgraph:
             with self._lock:
                 for recorded in known:
                     if recorded.fits(inputs):
-                        recorded.replays += 1
-                        return recorded.replay(inputs)
+                        return self._replayed(recorded, inputs)
         return self._not_replayed(inputs)
+
+    def _replayed(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> Any:
+        """Replay; the lock is held."""
+        if not listeners.at_replays and not profiler._is_profiler_enabled:
+            recorded.replays += 1
+            return recorded.replay(inputs)
+        with self._attended(recorded, inputs):
+            recorded.replays += 1
+            return recorded.replay(inputs)
+
+    def _attended(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> AbstractContextManager[None]:
+        """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
+        return attended_replay(self._lock, recorded, None, step=self._graph.name, key=self._sizes(inputs), rows=None, real_rows=1)
+
+    def _sizes(self, inputs: Sequence[Any]) -> str:
+        """The inputs whose sizes Dynamo keeps symbolic, as text."""
+        named = [(self._graph.names[i], inputs[i]) for i in self._varying]
+        return ", ".join(f"{name}{list(x.shape)}" if isinstance(x, Tensor) else f"{name}={x}" for name, x in named)
 
     def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """What a recording is found by: Dynamo has guarded everything but the sizes that it keeps symbolic."""
@@ -145,8 +166,7 @@ class Subgraph:
             key = self._key(inputs)
             recorded = self._known(key, inputs)
             if recorded is not None:
-                recorded.replays += 1
-                return recorded.replay(inputs)
+                return self._replayed(recorded, inputs)
             if key not in self._refused:
                 try:
                     return self._record(key, inputs)
@@ -204,9 +224,11 @@ class Subgraph:
             raise TooManyKeys(f"{limit} sizes are recorded (max_recordings={limit})", operator=self._graph.name)
         copied = [position for position, moves in self._moves.items() if moves > _MOVES]
         owned, check = self._options.outputs == "owned", self._options.verify != "off"
-        with forced_eager("first call"):
+        name, sizes = self._graph.name, self._sizes(inputs)
+        with recording_range(name, sizes, None, None), forced_eager("first call"):
             recorded, outputs = record_subgraph(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
         self._recorded.setdefault(key, []).append(recorded)
+        emit(Recorded(step=name, key=sizes, seconds=recorded.seconds, bytes=recorded.recording.pool_bytes))
         recorded.replays += 1
         return outputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from graphs.contract.outputs.template import compare_templates
+from graphs.events.ranges import first_call_run
 from graphs.first_call.observe import Examined, changing
 from graphs.first_call.outcomes import FirstCall, raised
 from graphs.observation.compare_traces import compare_traces
@@ -25,6 +26,7 @@ class Steadiness(NamedTuple):
     advanced: list[Counter]
 
 
+@first_call_run("B", "consecutive step")
 def require_steady(call: FirstCall, recorder: Recorder, seen: Examined) -> list[Counter]:
     """The numbers that every step advances; all else has to be the same in two consecutive steps.
 

@@ -24,7 +24,8 @@ import torch
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static_tensors import StaticTensors, alone, sharing
-from graphs.errors import MovedStaticTensor
+from graphs.errors import MovedStaticTensor, RowsInteract
+from graphs.events.ranges import first_call_run
 from graphs.first_call.candidate_step import compare_candidate, cover, prepare, without_host_values
 from graphs.first_call.candidates import record_compiled
 from graphs.first_call.consecutive import require_steady
@@ -145,13 +146,15 @@ def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, own
     step, trace, rehearsal = call.step, call.trace, Rehearsal(call.start, call.trace)
     tensors, given = step.call.tensors, {storage_id(tensor) for tensor in step.call.tensors}
     contract, _ = _contract(step, trace)
-    contract = dataclasses.replace(contract, output_dims=like.output_dims)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     template = step.template(call.output, tensors, externals)[0]
     body = _Body(step, externals, template, Proof())
     reference, state = rehearsal.run(lambda: _warm_up(body, recorder, contract, stand_ins, trace))
-    entry = _recorded(body, recorder, contract, rehearsal, stand_ins, owned=owned)
+    dims = (None,) * len(reference) if step.rows is None else like.output_dims
+    if len(dims) != len(reference):
+        raise RowsInteract(f"the step has {len(dims)} outputs at {like.rows} rows, {len(reference)} at {step.rows}")
+    entry = _recorded(body, recorder, dataclasses.replace(contract, output_dims=dims), rehearsal, stand_ins, owned=owned)
     if check:
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
     return dataclasses.replace(entry, tried=like)
@@ -187,6 +190,7 @@ def _body(
     return _Body(dataclasses.replace(step, form=template), externals, template, proof)
 
 
+@first_call_run("R", "warm-up and reference")
 def _warm_up(
     body: _Body, recorder: Recorder, contract: Contract, stand_ins: list[Tensor], trace: EagerTrace
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -218,7 +222,7 @@ def _recorded(
         [reference_to(opaque) for opaque in step.call.opaques],
         body.externals,
         trace.written,
-        ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
+        step.shapes(stand_ins),
         device_free_delta=free - _free_memory(step.device),
         candidate=None if step.plain is None else step.model,
         checked=checked,

@@ -89,6 +89,10 @@ class Step:
             args, kwargs = replace_tensors((self.args, self.kwargs), iter(tensors))
             return self.model(*args, **kwargs)
 
+    def shapes(self, tensors: Sequence[Tensor]) -> str:
+        """The names and shapes of the tensor leaves, where they are ``tensors``: what a recording is called by in reports."""
+        return ", ".join(f"{n}{list(t.shape)}" for n, t in zip(self.names, tensors, strict=True)) or "no tensor arguments"
+
     def template(
         self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
     ) -> tuple[OutputTemplate, list[Tensor]]:
