@@ -66,6 +66,11 @@ class Operand:
     limit: Node | None = None
 
 
+def has_rule(target: Any) -> bool:
+    """Whether it is known which values an operator refuses, and what to put in their place."""
+    return target in _RULES
+
+
 def operands(node: Node) -> list[Operand]:
     """The arguments of a node of which its operator refuses some values."""
     rule = _RULES.get(node.target) if node.op == "call_function" else None
