@@ -26,6 +26,7 @@ NAMES = (
     *("linalg_", "_linalg", "cholesky", "lu_", "inverse", "ormqr", "geqrf", "triangular", "histc", "_assert", "nll_loss"),
     *("ctc_loss", "masked_scatter", "max_unpool", "embedding_bag", "_embedding_bag", "repeat_interleave", "take", "put"),
     *("bincount", "histogram", "_histogram", "multilabel_margin", "multi_margin", "sparse_", "_sparse", "_validate_"),
+    *("quantize_per", "fake_quantize", "_fake_quantize", "segment_reduce"),
 )
 """What the names of operators begin with that may refuse values, besides those of which `legal_operands` knows which."""
 _PICKING = ("index", "gather", "scatter", "embedding", "cross_entropy", "one_hot", "binary_cross_entropy", *NAMES)
@@ -49,7 +50,8 @@ class Refusals:
             return True
         if has_rule(node.target) and "val" in node.meta:
             return any(not self._is_legal(operand) for operand in operands(node))
-        return has_rule(node.target) or is_beyond_help(node) or name_of(node).startswith(NAMES)
+        sorter = node.kwargs.get("sorter") is not None  # of `searchsorted`, which looks whether that is an order
+        return sorter or has_rule(node.target) or is_beyond_help(node) or name_of(node).startswith(NAMES)
 
     def _is_legal(self, operand: Operand) -> bool:
         """Whether a value is a legal one whatever the data."""
