@@ -25,7 +25,21 @@ CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 }
 TABLE = torch.zeros(4)
 ONES = torch.ones(2, dtype=torch.int64)
-VALUES = [(1.0, 2.0), (1.0, 2.0), (2.0, 1.0), (9.0, 3.0), (1.0, 7.0), (3.0, 0.0), (-1.0, 2.0), (-7.0, -3.0), (6.0, 7.0), (8.0, 0.0), (6.0, -1.0), (6.0, 1.0), (1.0, 1.0)]
+VALUES = [
+    (1.0, 2.0),
+    (1.0, 2.0),
+    (2.0, 1.0),
+    (9.0, 3.0),
+    (1.0, 7.0),
+    (3.0, 0.0),
+    (-1.0, 2.0),
+    (-7.0, -3.0),
+    (6.0, 7.0),
+    (8.0, 0.0),
+    (6.0, -1.0),
+    (6.0, 1.0),
+    (1.0, 1.0),
+]
 """Some of them are legal for each of the operators, some not, and some take the branch to its other side."""
 
 

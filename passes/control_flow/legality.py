@@ -13,7 +13,7 @@ from passes.control_flow.branches import Unmergeable
 from passes.core.aliasing import parent_of, written
 from passes.core.node_calls import attribute
 from passes.core.predicates import BranchArm, trips_of
-from passes.core.values.refusals import NAMES
+from passes.core.values.refusals import refuses_unknown
 
 aten = torch.ops.aten
 LIMIT = 64
@@ -58,7 +58,7 @@ def _unconditional(node: Node) -> str:
         return f"a side calls {name}, which may depend on what it is given"
     if torch.Tag.nondeterministic_seeded in target.tags:
         return "a side draws random numbers"
-    if name.removeprefix("aten.").startswith(NAMES):
+    if refuses_unknown(node):
         return f"a side calls {name}, which may raise"
     if torch.Tag.inplace_view in target.tags or name.startswith(("aten.resize", "aten.set_")):
         return f"a side calls {name}, which changes a tensor's shape"

@@ -39,7 +39,10 @@ def _reversed(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 _DIVISIONS = {"floordiv": operator.floordiv, "mod": operator.mod}
 _DIVIDING = (*_DIVISIONS, "truediv")
 _SHIFTING = ("lshift", "rshift")
-_SECOND = {**{f"__{name}__": 1 for name in (*_DIVIDING, *_SHIFTING, "pow")}, **{f"__r{name}__": 0 for name in (*_DIVIDING, *_SHIFTING, "pow")}}
+_SECOND = {
+    **{f"__{name}__": 1 for name in (*_DIVIDING, *_SHIFTING, "pow")},
+    **{f"__r{name}__": 0 for name in (*_DIVIDING, *_SHIFTING, "pow")},
+}
 """Which of ``(self, other)`` is the divisor, the count or the exponent, for operations that raise for some."""
 _ROUNDING = ("__trunc__", "__floor__", "__ceil__", "__round__")
 _ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, **_DIVISIONS}
@@ -82,7 +85,7 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
             return _computed(_OPERATORS[name], self, other, *trace)
         made = original(self, other)
         if "pow" in name and isinstance(made, torch.SymFloat):
-            bool(_computed(_is_not_below, abs(made), math.inf, *trace))  # Python raises where it overflows
+            bool(_computed(_is_not_below, _size_of(made), math.inf, *trace))  # Python raises where it overflows
         return made
 
     return chosen
@@ -91,9 +94,9 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
 def _rounding(name: str, original: Any) -> Callable[..., Any]:
     def chosen(self: Any, *digits: Any) -> Any:
         trace = _trace_of(sys._getframe(1))
-        if trace is not None and isinstance(self, torch.SymFloat) and digits in ((), (None,)):
-            if _computed(_is_not_below, abs(self), _WHOLE, *trace):
-                raise ValueError("no whole number of 64 bits is near to it")
+        whole = isinstance(self, torch.SymFloat) and digits in ((), (None,))
+        if trace is not None and whole and _computed(_is_not_below, _size_of(self), _WHOLE, *trace):
+            raise ValueError("no whole number of 64 bits is near to it")
         return original(self, *digits)
 
     return chosen
@@ -121,6 +124,11 @@ def _raise_for(name: str, self: Any, other: Any) -> None:
             raise ZeroDivisionError("zero to a negative power")
     elif (not second) if isinstance(second, torch.SymBool) else second == 0:
         raise ZeroDivisionError("division by zero")
+
+
+def _size_of(value: Any) -> Any:
+    """A symbol without its sign."""
+    return abs(value)
 
 
 def _is_not_below(a: Any, b: Any) -> Any:

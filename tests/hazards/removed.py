@@ -264,7 +264,14 @@ def _fractions(i: int) -> tuple[Tensor, Tensor]:
 
 
 steps(
-    "F", truncated_and_not_used, rounded_and_not_used, overflown_and_not_used, arguments=_fractions, contexts=ALL, calls=8, replays=3
+    "F",
+    truncated_and_not_used,
+    rounded_and_not_used,
+    overflown_and_not_used,
+    arguments=_fractions,
+    contexts=ALL,
+    calls=8,
+    replays=3,
 )
 
 

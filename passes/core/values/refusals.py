@@ -22,14 +22,14 @@ from passes.core.values.value_ranges import Ranges
 
 _OWN = ("aten", "prims")
 """Namespaces whose operators are known. One of another library may do anything."""
-NAMES = (
+_NAMES = (
     *("linalg_", "_linalg", "cholesky", "lu_", "inverse", "ormqr", "geqrf", "triangular", "histc", "_assert", "nll_loss"),
     *("ctc_loss", "masked_scatter", "max_unpool", "embedding_bag", "_embedding_bag", "repeat_interleave", "take", "put"),
     *("bincount", "histogram", "_histogram", "multilabel_margin", "multi_margin", "sparse_", "_sparse", "_validate_"),
     *("quantize_per", "fake_quantize", "_fake_quantize", "segment_reduce"),
 )
 """What the names of operators begin with that may refuse values, besides those of which `legal_operands` knows which."""
-_PICKING = ("index", "gather", "scatter", "embedding", "cross_entropy", "one_hot", "binary_cross_entropy", *NAMES)
+_PICKING = ("index", "gather", "scatter", "embedding", "cross_entropy", "one_hot", "binary_cross_entropy", *_NAMES)
 _DIVIDING = ("floor_divide", "floordiv", "remainder", "fmod", "mod", "divide", "div")
 
 
@@ -50,8 +50,7 @@ class Refusals:
             return True
         if has_rule(node.target) and "val" in node.meta:
             return any(not self._is_legal(operand) for operand in operands(node))
-        sorter = node.kwargs.get("sorter") is not None  # of `searchsorted`, which looks whether that is an order
-        return sorter or has_rule(node.target) or is_beyond_help(node) or name_of(node).startswith(NAMES)
+        return has_rule(node.target) or refuses_unknown(node)
 
     def _is_legal(self, operand: Operand) -> bool:
         """Whether a value is a legal one whatever the data."""
@@ -61,6 +60,12 @@ class Refusals:
             self._ranges = Ranges(self._module)
         found = self._ranges(operand.value)
         return found is not None and operand.least <= found[0] and found[1] < operand.size
+
+
+def refuses_unknown(node: Node) -> bool:
+    """Whether an operator of torch's own refuses values of which it is not known what to put in their place."""
+    sorter = node.kwargs.get("sorter") is not None  # of `searchsorted`, which looks whether that is an order
+    return sorter or is_beyond_help(node) or name_of(node).startswith(_NAMES)
 
 
 def acts(node: Node) -> bool:
