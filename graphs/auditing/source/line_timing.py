@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from graphs.observation.fused_modules import unnoticed
-from passes.core.composites import Calls
-from passes.core.modes import as_written
+from passes.core.composites import Calls, as_written
 from passes.core.source_location import user_site
 
 Place = tuple[tuple[str, int], str]
