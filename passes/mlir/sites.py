@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import traceback as node_meta
 from torch.overrides import TorchFunctionMode
 
+from passes.core.patched_functions import as_torch_made
 from passes.errors import SourceLine
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -30,6 +31,7 @@ class SourceLines(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame: FrameType | None = sys._getframe(1)
+        func = as_torch_made(func, sys._getframe(1))
         while frame is not None and not _is_users(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None:
