@@ -171,10 +171,9 @@ class Checkpoint:
         return self._random.host_has_drawn()
 
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
-        """This checkpoint with the Python state of another."""
+        """This checkpoint with the Python state of another, but for that of the arguments: each call brings its own."""
         mixed = copy.copy(self)
-        mixed.python, mixed._arguments = other.python, other._arguments
-        mixed._hung, mixed._forms = other._hung, other._forms
+        mixed.python = other.python
         return mixed
 
     def restore(self) -> None:

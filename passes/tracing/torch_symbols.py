@@ -60,7 +60,7 @@ _tracing = _Tracing()
 _metadata_of = getattr(proxy_tensor, "_extract_tensor_metadata", None)
 
 _UNNAMED: dict[str, Any] = {name: True for name in ("_disable_torch_fn_metadata_mode",) if name in signature(make_fx).parameters}
-"""Leaves out a function mode that only names nodes, and that calls again what a program put in the place of a function of torch."""
+"""Leaves out a function mode that only names nodes, and that calls what a program put in the place of torch's function again."""
 
 
 def _metadata(value: Tensor, *args: Any, **kwargs: Any) -> Any:
