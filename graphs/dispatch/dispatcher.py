@@ -11,7 +11,7 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import parameter_names
+from graphs.contract.eligibility import parameter_names, uninitialised
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.eager_calls import EagerCalls
@@ -84,7 +84,7 @@ class Dispatcher:
         except Exception:  # that is what failed, then
             return
         with _recording, self.lock:
-            self.routes.refuse(call, [refusal])
+            self.routes.note_failed(call, refusal)
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a recording gives: one that is known, or one made for this call.
@@ -192,6 +192,9 @@ class Dispatcher:
             route = routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
+            lazy = uninitialised(self.model)
+            if lazy is not None:
+                self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
             refusals = keys.reasons_against(call, leaves, beside)
             if refusals:

@@ -77,9 +77,18 @@ class EagerCalls:
                 first_call.undo()
                 raise first_call.refusal from None
             self._log.refused(first_call.refusal)
+            self._log.eager_calls += 1
         else:
-            detail = "this call initialised it; the next one like it is tried again"
-            self._log.refused(ChangingValue(detail, operator=str(first_call)), warn=False)
+            self._initialised(str(first_call))
+
+    def initialise(self, what: str) -> NoReturn:
+        """Have `call` run the model, which initialises ``what``, also in strict mode: the next call is tried again."""
+        self._initialised(what)
+        raise Eagerly
+
+    def _initialised(self, what: str) -> None:
+        detail = "the call initialised it; the next one like it is tried again"
+        self._log.refused(ChangingValue(detail, operator=what), warn=False)
         self._log.eager_calls += 1
 
     def count_refused(self, first_call: Refused) -> None:

@@ -13,7 +13,7 @@ from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
-from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
+from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys, Unwatchable
 from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
 
@@ -128,6 +128,12 @@ class Routes:
         """A first call ended in a refusal, and so would those like it."""
         self.habits.tried(call.signature, leaves.changeable, None, refusals)
         self.refuse(call, refusals)
+
+    def note_failed(self, call: Call, refusal: Refusal) -> None:
+        """A call raised on the way to a recording, and the step alone did not; what initialises itself may only do so once."""
+        self.attempts[call.signature] += 1
+        if self.attempts[call.signature] > 1 or not isinstance(refusal, Unwatchable):
+            self.refuse(call, [refusal])
 
     def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
         """A first call was one of its kind: the next one is tried again, a few times."""
