@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from graphs.contract.arguments import Call
 from graphs.contract.slots import is_dense
@@ -62,7 +62,7 @@ def uninitialised(model: Any) -> str | None:
     if not isinstance(model, torch.nn.Module):
         return None
     named = (*model.named_parameters(), *model.named_buffers())
-    return next((f"self.{name}" for name, tensor in named if isinstance(tensor, UninitializedTensorMixin)), None)
+    return next((f"self.{name}" for name, tensor in named if is_lazy(tensor)), None)
 
 
 def carries_objects(call: Call) -> Refusal | None:

@@ -14,6 +14,7 @@ from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import parameter_names, uninitialised
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.dead_objects import DeadObjects
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder
@@ -49,6 +50,7 @@ class Dispatcher:
         self._parameters = parameter_names(model)
         self.call_log = CallLog()
         self.routes = Routes(config.max_recordings, self.call_log)
+        self.dead = DeadObjects(self.routes.forget_the_dead, (_recording, self.lock))
         self.keys = KeyRecorder(model, config, self._parameters, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
 
@@ -101,6 +103,8 @@ class Dispatcher:
             like = guard.match(args, kwargs, ambient)
             if like is not None:
                 return self._replay(entry, rows, like)
+        if self.dead.pending:
+            self.dead.settle()
         call = self._flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
         if route is None or isinstance(route, RefusedRoute):
@@ -217,6 +221,7 @@ class Dispatcher:
                 routes.refuse(call, [too_large])
                 self.eager.refuse([too_large])
             routes.note_recorded(call, leaves, recorded[0])
+            self.dead.watch(call.opaques)
         return recorded
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
