@@ -29,6 +29,7 @@ from graphs.observation.eager_trace import trace_eager
 from graphs.observation.launches import count_launches
 from graphs.observation.operations import EagerTrace
 from graphs.ops.wo_a.routes import wo_a_routes
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.report import CaptureReport, PieceReport, RefusalCount
 from graphs.rewriting.rewritten_step import refusal_of, traced
@@ -166,19 +167,14 @@ def explain(
         Exception: what the step raises when it runs eagerly.
     """
     step = dataclasses.replace(step_of(model, args, kwargs or {}), passes=PASSES)
-    start = Checkpoint(step)
+    trace = EagerTrace()
+    rehearsal = Rehearsal(Checkpoint(step), trace, is_there=True)
     with forced_eager("trial"):
-        _, trace = trace_eager(step.run, step.call.tensors)
-        start.covers(trace)
-        start.restore()
-        graph, untraced, effects, assumed = _passes(step, trace)
-        start.restore()
-    fusion = _fusion(step) if fuse else None
-    start.restore()
-    pieces = _pieces(step)
-    start.restore()
-    launches, report = _launches(step)
-    start.restore()
+        rehearsal.covering(lambda: trace_eager(step.run, step.call.tensors, into=trace))
+        graph, untraced, effects, assumed = rehearsal.run(lambda: _passes(step, trace))
+    fusion = rehearsal.run(lambda: _fusion(step)) if fuse else None
+    pieces = rehearsal.run(lambda: _pieces(step))
+    launches, report = rehearsal.run(lambda: _launches(step))
     return Explanation(str(step.device), graph, untraced, effects, fusion, launches, pieces, report, assumed)
 
 

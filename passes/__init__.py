@@ -2,9 +2,9 @@
 
 from passes.control_flow.stopping import Stopping, inside
 from passes.core.aliasing import lasting_writes
-from passes.core.host_reads import Read
 from passes.core.source_location import Place, user_place
 from passes.core.traced_step import TracedStep
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.host_values.forced.forced_run import Forced, OutOfRange, refuse_on_device
 from passes.host_values.forced.forcing import Forcing, with_tensor

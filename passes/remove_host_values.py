@@ -57,7 +57,7 @@ def remove_host_values(
     """
     facts, unchanged = traced.facts, RewrittenGraph.unchanged(traced)
     sized = any(_needs_host(node) or symbolic_sizes(node) for node in traced.module.graph.nodes)  # a length may have no hint
-    if not (facts.hints or facts.decisions or sized):
+    if not (facts.hints or facts.assumptions or sized):
         return unchanged
     rewriter = _rewritten(traced, bounds, only, forced)
     marked = _forced(traced.module, rewriter, rewriter.marks, unchanged.results) if rewriter.marks is not None else None
@@ -73,11 +73,11 @@ def _rewritten(traced: TracedStep, bounds: Mapping[str, int] | None, only: Seque
     rules, default = _rules(only), bounded.default if "bounded" in only else _plain if "arithmetic" in only else _unpadded
     checked, exact, guarded = "branches" in only, frozenset[sympy.Symbol](), False
     finish = speculate.flag if checked else _certain
-    before = len(facts.decisions), dict(facts.replacements)
+    before = len(facts.assumptions), dict(facts.replacements)
     while True:
         marks = Marks(facts) if forced else None
         rewriter = Rewriter(traced, rules, default, bounds, exact, finish, guarded, checked, marks)
-        guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.decisions))  # else it would run twice
+        guarded = rewriter.guarded = guarded or any(map(rewriter.is_uncertain, facts.assumptions))  # else it would run twice
         try:
             graph = rewriter.run()
             if guarded or not rewriter.trusted or count_results(graph) == count:
@@ -152,11 +152,11 @@ def _unpadded(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
 
 def _certain(rw: Rewriter, results: list[Any]) -> list[Any]:
     """The results of a graph that may assume nothing."""
-    for decision in rw.facts.decisions:
-        condition = rw.facts.resolve(decision.condition)
+    for assumption in rw.facts.assumptions:
+        condition = rw.facts.resolve(assumption.condition)
         if not rw.bounds.certain(condition):
             remedy = 'Add "branches" to the passes, which check this in every run'
-            raise Unremovable(f"the graph would assume that {condition}", "branch", decision.site, remedy)
+            raise Unremovable(f"the graph would assume that {condition}", "branch", assumption.site, remedy)
     return results
 
 

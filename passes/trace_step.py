@@ -18,10 +18,10 @@ from passes.control_flow.branches import Unmergeable
 from passes.control_flow.code_patching import Plan, Starts, Written, branch_in, functions_of, written
 from passes.control_flow.legality import check_predicable
 from passes.control_flow.python_changes import Snapshot
-from passes.core.host_reads import Read
 from passes.core.predicates import leaks, outside
 from passes.core.source_location import Branch
 from passes.core.traced_step import TracedStep
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.tracing.trace import Number, TraceRequest, trace_once
 
@@ -151,7 +151,7 @@ def _unrolled(request: TraceRequest) -> TracedStep:
 
 
 def _is_same(first: Any, second: Any) -> bool:
-    """Whether two traces of a step return the same numbers of Python in the same containers: none that counts trips."""
+    """Whether two traces of a step return the same numbers of Python in the same containers: none that counts iterations."""
     (leaves, spec), (others, other) = tree_flatten(first), tree_flatten(second)
     return spec == other and all(
         a is b or (type(a) is type(b) and type(a) in _NUMBERS and repr(a) == repr(b)) for a, b in zip(leaves, others, strict=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,69 @@ def test_only_one_module_reads_settings_from_the_environment() -> None:
     }
     guards = {"graphs.python_reads.code_reads", "graphs.guards.namespace_guards"}  # of what a user's step reads
     assert readers == {"graphs.environment", *guards}
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """The source of every module, parsed."""
+    return {name: ast.parse(path.read_text()) for name, path in modules("graphs", "passes").items()}
+
+
+def holding(found: Callable[[ast.AST], bool]) -> set[str]:
+    """The modules that hold a node of this kind."""
+    return {name for name, tree in trees().items() if any(map(found, ast.walk(tree)))}
+
+
+def using(*names: str) -> set[str]:
+    """The modules that read an attribute, a variable or an import of one of these names."""
+    kinds = {ast.Attribute: "attr", ast.Name: "id", ast.alias: "name"}
+    return holding(lambda node: getattr(node, kinds.get(type(node), ""), None) in names)
+
+
+def test_state_is_put_back_in_one_place() -> None:
+    """Runs of a step are undone by `Runs`, out of the parts that ``state`` saved."""
+    others = {
+        "graphs.observation.eager_trace",  # below: what one run wrote beyond what the caller saved
+        "graphs.dispatch.replay",  # a replay in which an operator raised
+        "graphs.rewriting.checked_replay",  # a replay whose assumptions do not hold
+        "passes.tracing.trace",  # what it is given by who has it traced
+    }
+    found = using("restore", "restore_python")
+    assert {name for name in found if not within(name, "graphs.state") and not within(name, "graphs.rehearsal")} == others
+
+
+def test_what_an_operator_writes_is_told_in_one_place() -> None:
+    def by_name(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node).endswith(".endswith('_')")
+
+    def by_schema(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr in ("alias_info", "is_write", "is_mutable")
+
+    assert holding(lambda node: by_name(node) or by_schema(node)) == {"passes.core.schema"}
+
+
+def test_the_users_line_is_found_in_one_place() -> None:
+    walks = ("f_back", "tb_next", "tb_frame", "walk_tb", "walk_stack", "extract_tb", "extract_stack", "currentframe")
+    others = {
+        "graphs.observation.conversions",  # the frame below which torch hands a call over
+        "graphs.observation.grad_questions",  # who makes the context manager that sets the grad mode
+        "graphs.python_reads.code_reads",  # who logs, where a handler acts for it
+        "graphs.rewriting.forbidding",  # who calls a function that sets something for good
+        "passes.control_flow.python_changes",  # the frames of the step, whose variables are compared
+        "passes.control_flow.stopping",  # the frames of the step, which are unwound
+    }
+    assert using(*walks) == {"passes.core.source_location", *others}
+    assert using("f_lineno", "tb_lineno") == {"passes.core.source_location"}
+
+
+def test_whose_code_a_file_is_is_told_in_one_place() -> None:
+    folders = re.compile(r"(site|dist)-packages|.*(site|dist)-packages/.*|(plat)?stdlib|\.dist[-_]info")
+
+    def names_one(node: ast.AST) -> bool:
+        return isinstance(node, ast.Constant) and isinstance(node.value, str) and folders.fullmatch(node.value) is not None
+
+    modules_of_python = using("sysconfig", "builtin_module_names", "stdlib_module_names")
+    assert holding(names_one) | modules_of_python == {"graphs.objects.libraries"}
 
 
 @pytest.mark.parametrize("package", sorted(OPTIONAL))

@@ -96,6 +96,19 @@ def test_a_step_that_cannot_be_recorded_says_why() -> None:
 
 
 @pytest.mark.slow
+def test_a_step_that_raises_leaves_the_state_before_it() -> None:
+    calls, total = [], torch.zeros(1)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        total.add_(x)
+        raise ValueError("not today")
+
+    with pytest.raises(ValueError, match="not today"):
+        explain(step, (torch.ones(1),), fuse=False)
+    assert total.item() == 0 and calls == []
+
+
 def test_fusion_counts_kernels() -> None:
     found = explain(lambda x: (x * 2 + 1).relu().sum(), (torch.ones(64),))
     assert found.fusion is not None and found.fusion.refusal == ""

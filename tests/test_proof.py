@@ -14,7 +14,7 @@ from torch import Tensor
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from passes.control_flow.branches import Fork
+from passes.control_flow.branches import TracedBranch
 from passes.host_values.rewriter import Rewriter
 
 
@@ -90,7 +90,7 @@ def test_other_outcomes_are_compared_and_counted(context: Any) -> None:
 
 
 def test_a_join_that_takes_the_wrong_side_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fork, "_joined_tensors", lambda self, a, b: torch.where(torch.ones((), dtype=torch.bool), a, b))
+    monkeypatch.setattr(TracedBranch, "_joined_tensors", lambda self, a, b: torch.where(torch.ones((), dtype=torch.bool), a, b))
     report = first_report(branching, X, torch.tensor(2))
     line = branching.__code__.co_firstlineno + 1
     assert refused_line(report) == ("verify-mismatch", __file__, line) and report.recordings == 0

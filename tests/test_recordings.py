@@ -354,8 +354,8 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Tensor]],
     replay = TapeRecording.replay
 
     def inject(wrong: Callable[[list[Tensor]], Any]) -> None:
-        def faulty(self: TapeRecording, tensors: Any, rows: int) -> list[Tensor]:
-            produced = replay(self, tensors, rows)
+        def faulty(self: TapeRecording, tensors: Any, rows: int, journal: Any = None) -> list[Tensor]:
+            produced = replay(self, tensors, rows, journal)
             wrong(produced)
             return produced
 

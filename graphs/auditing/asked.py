@@ -9,6 +9,7 @@ from graphs.auditing.finding import Finding
 from graphs.auditing.observe import Observation
 from graphs.auditing.remedies import HOST_CONSTANT
 from graphs.errors import Refusal
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint
 from graphs.rewriting.rewritten_step import is_removable, rewrite
 
@@ -37,13 +38,12 @@ def kept_promises(seen: Observation, found: Sequence[Finding]) -> list[Finding]:
 
 def _refusal(seen: Observation) -> Refusal | None:
     """What the rewriter refuses first; None where it takes every host value out, or cannot trace the step."""
-    step, before = dataclasses.replace(seen.step, passes=_PASSES), Checkpoint(seen.step)
+    step, trace = dataclasses.replace(seen.step, passes=_PASSES), seen.runs[-1].trace
+    rehearsal = Rehearsal(Checkpoint(seen.step), trace, is_there=True)
     try:
-        rewrite(step, seen.runs[-1].trace, step.call.tensors)
+        rehearsal.run(lambda: rewrite(step, trace, step.call.tensors))
     except Refusal as refusal:
         return refusal
     except Exception:  # the user's code on tensors without data: a capture names what that raises
         return None
-    finally:
-        before.restore()
     return None

@@ -27,7 +27,7 @@ from graphs.errors import (
 )
 from graphs.observation.host_reads import FILLS, HostRead
 from graphs.observation.operations import EagerTrace
-from graphs.recording.vendor import current_policy
+from graphs.recording.vendor import current_vendor
 from graphs.state.storage import RESIZING
 
 _SHOWN = 3  # values of one line that a finding quotes
@@ -207,7 +207,7 @@ def _of_refusal(
 
 
 def _unsupported(run: Run) -> Iterator[UnsupportedOperator]:
-    refuses = current_policy().refuses
+    refuses = current_vendor().refuses
     for operation in run.trace.operations:
         why = refuses(str(operation.func))
         if operation.func in RESIZING:

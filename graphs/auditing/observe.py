@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +13,9 @@ from graphs.errors import Site
 from graphs.objects.cells import Difference
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
-from passes.core.source_location import is_user
+from passes.core.source_location import raised_at
 
 _COST_RUNS = 5
 
@@ -66,19 +66,11 @@ def observe(step: Step) -> Observation:
     Raises:
         Exception: what the first run raises. A later run that raises ends the observation, and is part of it.
     """
-    seen, first, origin = Observation(step), EagerTrace(), Checkpoint(step)
-    seen.complete = origin.python.complete
-    try:
-        _watch(seen, first)
-    finally:
-        origin.covers(first)
-        origin.restore()
-    if any(_is_irreversible(run) for run in seen.runs):
-        return seen  # each further run would leave more behind
-    try:
-        _measure(seen, origin)
-    finally:
-        origin.restore()
+    seen, rehearsal = Observation(step), Rehearsal(Checkpoint(step), EagerTrace(), is_there=True)
+    seen.complete = rehearsal.start.python.complete
+    rehearsal.covering(lambda: _watch(seen, rehearsal.first))
+    if not any(_is_irreversible(run) for run in seen.runs):  # else each further run would leave more behind
+        rehearsal.run(lambda: _measure(seen, rehearsal))
     return seen
 
 
@@ -101,8 +93,7 @@ def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
     except Exception as error:
         if may_raise:
             raise
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__) if is_user(f)]
-        return Run(trace, None, before.differences(), error, frames[-1] if frames else ("", 0))
+        return Run(trace, None, before.differences(), error, raised_at(error))
     return Run(trace, output, before.differences())
 
 
@@ -115,14 +106,14 @@ def _is_irreversible(run: Run) -> bool:
     return any(change.irreversible for change in run.changed)
 
 
-def _measure(seen: Observation, origin: Checkpoint) -> None:
+def _measure(seen: Observation, rehearsal: Rehearsal) -> None:
     """Time the calls that were found, and look up where Python values are set."""
     run, places = seen.step.run, set(_places(seen))
     if places:
-        seen.costs = time_places(run, places, seen.step.device, before=origin.restore, runs=_COST_RUNS)
+        seen.costs = time_places(run, places, seen.step.device, before=rehearsal.reset, runs=_COST_RUNS)
     paths = {change.path for one in seen.runs for change in one.changed}
     if paths:
-        origin.restore()
+        rehearsal.reset()
         first, second = executed_code(run), executed_code(run) if _repeats(seen) else set()
         for path in paths:
             site = line_that_sets(path, second)

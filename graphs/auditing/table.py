@@ -13,6 +13,7 @@ from rich.text import Text
 
 from graphs.auditing.finding import Finding, Findings
 from graphs.auditing.remedies import REMEDIES
+from graphs.objects.libraries import from_package_on
 
 _NARROWEST = 80
 _NAMED = 6  # lines named in the summary
@@ -65,9 +66,8 @@ def _what(one: Finding) -> Text:
 
 def _short_path(file: str) -> str:
     """A path relative to the current directory; of an installed package, from the package on."""
-    marker = f"{os.sep}site-packages{os.sep}"
     here = os.getcwd() + os.sep
-    return file.removeprefix(here) if file.startswith(here) else file.rpartition(marker)[2]
+    return file.removeprefix(here) if file.startswith(here) else from_package_on(file)
 
 
 def _passes(shown: list[Finding]) -> list[str]:

@@ -26,9 +26,10 @@ from graphs.compile.view_sources import view_sources
 from graphs.errors import Site
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
+from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
-from passes.core.node_calls import writes
+from passes.core.schema import may_write
 
 Tensor = torch.Tensor
 _handles = itertools.count()
@@ -69,7 +70,7 @@ class CompiledGraph:
         self.changes: list[passes.Change] = []
         self.modes: Sequence[Any] = ()
         self._original = _copied(module)
-        self.writes = any(writes(node, module) for node in module.graph.nodes)
+        self.writes = any(may_write(node, module) for node in module.graph.nodes)
         self._written: tuple[int, ...] | None = None
         self._constants: dict[int, Any] = {}
         self._handle = next(_handles)
@@ -109,13 +110,9 @@ class CompiledGraph:
         Returns:
             Positions of the inputs in whose memory the graph writes.
         """
-        random = RandomState(self.device)
-        try:
-            located = _Located(self._original, trace, {storage_id(tensor) for tensor in tensors_of(inputs)})
-            output, _ = trace_eager(lambda: located.run(*inputs), list(given), into=trace)
-        finally:
-            trace.written.restore()
-            random.restore()
+        runs = Runs(States(trace.written, RandomState(self.device)), trace, is_there=True)
+        located = _Located(self._original, trace, {storage_id(tensor) for tensor in tensors_of(inputs)})
+        output, _ = runs.run(lambda: trace_eager(lambda: located.run(*inputs), list(given), into=trace))
         self._constants = {index: value for index, value in enumerate(output) if not isinstance(value, Tensor)}
         self._written = tuple(i for i, v in enumerate(inputs) if isinstance(v, Tensor) and storage_id(v) in trace.written)
         return self._written

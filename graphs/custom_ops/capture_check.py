@@ -7,7 +7,7 @@ other data; then it is recorded and replayed. Each run is compared with the firs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ from graphs.observation.eager_trace import trace_eager
 from graphs.observation.host_reads import host_finding
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.recording.choose import recorder_for
+from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
-from graphs.state.storage import tensors_in, written_arguments
+from graphs.state.storage import tensors_in
 from graphs.state.tensor_state import RandomState
+from passes.core.schema import written_arguments
 
 Tensor = torch.Tensor
 _ITS_OWN_AFFAIR = (OpaqueKernel, UnsupportedArgument)  # an operator launches kernels, and asks where its arguments lie
@@ -74,12 +76,8 @@ def capture_check(
     subject = _Subject(overload_of(op), tuple(args), dict(kwargs or {}))
     datasets = [subject.leaves_of(other) for other in others] or [_redrawn(subject.tensors)]
     random, python = RandomState(subject.device), PythonState([("op", subject.function)])
-    try:
-        with torch.no_grad():
-            _check(subject, datasets, random)
-    finally:
-        random.restore()
-        python.restore()
+    with torch.no_grad():
+        Runs(States(random, python), EagerTrace(), is_there=True).run(lambda: _check(subject, datasets, random))
 
 
 class _Subject:
@@ -141,9 +139,11 @@ class _Subject:
 
 
 def _check(subject: _Subject, datasets: list[list[Tensor]], random: RandomState) -> None:
+    draws = Runs(random, EagerTrace())
+
     def eager(tensors: list[Tensor]) -> list[Tensor]:
         if subject.seeded:
-            random.restore()
+            draws.reset()
         return _copies(subject.run(tensors))
 
     first = _copies(subject.tensors)
@@ -155,7 +155,7 @@ def _check(subject: _Subject, datasets: list[list[Tensor]], random: RandomState)
         result = eager(_copies(data))
         _check_other_data(subject, trace, reference, data, result)
         runs.append(("other data", data, result))
-    _check_replays(subject, random, [*runs, runs[0]], trace)
+    _check_replays(subject, draws, [*runs, runs[0]], trace)
 
 
 def _check_inside(subject: _Subject) -> EagerTrace:
@@ -163,32 +163,49 @@ def _check_inside(subject: _Subject) -> EagerTrace:
     own = host_finding(subject.func, *subject.bound(subject.tensors), subject.tensors, [])
     if own is not None:
         raise own(operator=str(subject.func))
-    tensors, python = _copies(subject.tensors), PythonState([("op", subject.function)])
-    states = _random_states(subject.device)
-    _, trace = trace_eager(lambda: subject.run_inside(tensors), tensors)
-    kept = _externals_written(subject)
-    try:
-        findings = [found for found in trace.findings if not isinstance(found, _ITS_OWN_AFFAIR)]
-        found = findings[0] if findings else None
-        if found is not None:
-            detail = f"inside it, {found.operator}: {found.detail}"
-            raise subject.error(type(found), detail, site=found.site, remedy=found.remedy)
-        for name, declared, given, left in zip(subject.names, subject.declared, subject.tensors, tensors, strict=True):
-            if not declared and not tolerance.bitwise_equal([given], [left]):
-                raise subject.error(UndeclaredWrite, f"it writes its argument {name!r}, which mutates_args does not name")
-        for operation in trace.operations:
-            if not kept.isdisjoint(_written_by(operation)):
-                detail = f"inside it, {operation.func} writes a tensor that is not an argument"
-                raise subject.error(HiddenState, detail, site=operation.site)
-        change = next(iter(python.differences()), None)
-        if change is not None:
-            detail = f"a call changed {change.path} from {change.before} to {change.after}, which a replay would not"
-            raise subject.error(HiddenState, detail)
-        if not subject.seeded and not all(map(torch.equal, states, _random_states(subject.device))):
-            remedy = "register it with tags=(torch.Tag.nondeterministic_seeded,)"
-            raise subject.error(HiddenState, "it draws random numbers, and no tag says so", remedy=remedy)
-    finally:
-        trace.written.restore()
+    tensors, before, states = _copies(subject.tensors), PythonState([("op", subject.function)]), _random_states(subject.device)
+    trace = EagerTrace()
+
+    def look_inside() -> None:
+        trace_eager(lambda: subject.run_inside(tensors), tensors, into=trace)
+        _check_trace(subject, trace, tensors, _externals_written(subject))
+        _check_hidden(subject, before, states)
+
+    Runs(trace.written, trace, is_there=True).run(look_inside)
+    return trace
+
+
+def _check_trace(subject: _Subject, trace: EagerTrace, tensors: list[Tensor], kept: set[int]) -> None:
+    """What the operators inside ask of the host and write, of ``tensors`` and of storages that are no arguments (``kept``)."""
+    found = next((found for found in trace.findings if not isinstance(found, _ITS_OWN_AFFAIR)), None)
+    if found is not None:
+        detail = f"inside it, {found.operator}: {found.detail}"
+        raise subject.error(type(found), detail, site=found.site, remedy=found.remedy)
+    for name, declared, given, left in zip(subject.names, subject.declared, subject.tensors, tensors, strict=True):
+        if not declared and not tolerance.bitwise_equal([given], [left]):
+            raise subject.error(UndeclaredWrite, f"it writes its argument {name!r}, which mutates_args does not name")
+    for operation in trace.operations:
+        if not kept.isdisjoint(_written_by(operation)):
+            detail = f"inside it, {operation.func} writes a tensor that is not an argument"
+            raise subject.error(HiddenState, detail, site=operation.site)
+
+
+def _check_hidden(subject: _Subject, before: PythonState, states: list[Tensor]) -> None:
+    """What the function behind the operator changed of Python, and of generators that were in ``states``."""
+    change = next(iter(before.differences()), None)
+    if change is not None:
+        detail = f"a call changed {change.path} from {change.before} to {change.after}, which a replay would not"
+        raise subject.error(HiddenState, detail)
+    if not subject.seeded and not all(map(torch.equal, states, _random_states(subject.device))):
+        remedy = "register it with tags=(torch.Tag.nondeterministic_seeded,)"
+        raise subject.error(HiddenState, "it draws random numbers, and no tag says so", remedy=remedy)
+
+
+def _watched(subject: _Subject, tensors: list[Tensor]) -> EagerTrace:
+    """A watched run of the kernel, undone."""
+    trace = EagerTrace()
+    runs = Runs(trace.written, trace, is_there=True)
+    runs.run(lambda: trace_eager(lambda: subject.run_inside(tensors), tensors, into=trace))
     return trace
 
 
@@ -218,10 +235,7 @@ def _check_other_data(
         if one.shape != other.shape:
             detail = f"output {index} has shape {tuple(one.shape)}, and {tuple(other.shape)} with other data"
             raise subject.error(DataDependentShape, detail)
-    tensors = _copies(data)
-    _, second = trace_eager(lambda: subject.run_inside(tensors), tensors)
-    second.written.restore()
-    found = compare_traces(_comparable(trace), _comparable(second))
+    found = compare_traces(_comparable(trace), _comparable(_watched(subject, _copies(data))))
     if found is not None:
         sized = any(word in found.operator for word in _ALLOCATES)
         detail = f"inside it, with other data, {found.operator}: {found.detail}"
@@ -229,7 +243,7 @@ def _check_other_data(
 
 
 def _check_replays(
-    subject: _Subject, random: RandomState, runs: Sequence[tuple[str, list[Tensor], list[Tensor]]], trace: EagerTrace
+    subject: _Subject, draws: Runs, runs: Sequence[tuple[str, list[Tensor], list[Tensor]]], trace: EagerTrace
 ) -> None:
     """Record the operator, and replay it on every data set, each time at new addresses."""
     recorder, operator = recorder_for(subject.device), str(subject.func)
@@ -249,7 +263,7 @@ def _check_replays(
     for number, (what, data, wanted) in enumerate(runs, start=1):
         kept.append(_copies(data))  # so that no address comes back
         if subject.seeded:
-            random.restore()
+            draws.reset()
         found = tolerance.first_difference(wanted, recording.replay(kept[-1], 1))
         if found is not None:
             detail = f"replay {number}, with {what} at new addresses: output {found[0]} {found[1]}"
@@ -258,18 +272,13 @@ def _check_replays(
 
 def _externals_written(subject: _Subject) -> set[int]:
     """The storages that another run writes and neither makes nor is given, as far as they are visible."""
-    tensors = _copies(subject.tensors)
-    _, trace = trace_eager(lambda: subject.run_inside(tensors), tensors)
-    trace.written.restore()
+    trace = _watched(subject, _copies(subject.tensors))
     return {storage for operation in trace.operations for storage in _written_by(operation)}
 
 
-def _written_by(operation: Operation) -> Iterator[int]:
+def _written_by(operation: Operation) -> set[int]:
     """The storages that one operator wrote, of those that nobody was seen to make."""
-    written = written_arguments(operation.func)
-    for name, value in operation.named():
-        if name in written and isinstance(value, TensorUse) and value.origin[0] == "external":
-            yield int(value.origin[1])
+    return {int(tensor.origin[1]) for tensor in operation.written() if tensor.origin[0] == "external"}
 
 
 def _comparable(trace: EagerTrace) -> EagerTrace:

@@ -24,7 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from graphs.custom_ops.capture_check import capture_check
 from graphs.errors import ConfigError
 from graphs.state.op_registry import RegisteredOperator, overload_of, register
-from graphs.state.storage import written_arguments
+from passes.core.schema import written_arguments
 
 GRAPH_SAFE = (True, False, "check")
 

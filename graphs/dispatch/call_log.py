@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import traceback
 import warnings
 
 from graphs.errors import InternalError, Refusal
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import CaptureReport, KeyReport, RefusalCount
+from passes.core.source_location import user_level
 
 
 class NotReplayed(UserWarning):
     """A call ran eagerly although graph mode was asked for."""
-
-
-def _frames_of_our_own() -> int:
-    """The stack level of the caller's line: a warning shows where the step was called, also through Dynamo."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("graphs.", "torch.")):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 class CallLog:
@@ -45,7 +37,7 @@ class CallLog:
             where, what = (site.file, site.line), (refusal.detail, refusal.remedy)
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             if warn:
-                warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=_frames_of_our_own())
+                warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=user_level())
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
 
     @property

@@ -31,7 +31,7 @@ from graphs.objects.torch_fast_paths import equal_addresses
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Recorder, Recording
 from graphs.rehearsal.record_body import record_body
-from graphs.rehearsal.rehearsal import Runs
+from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id
 from graphs.state.tensor_state import RandomState
 
@@ -167,7 +167,8 @@ class _FirstCall:
         if any(tensor.device != graph.device for tensor in tensors):
             raise MixedDevices(f"inputs are not on {graph.device}, where the graph runs", operator=graph.name)
         self.graph, self.inputs = graph, inputs
-        self.trace, self._random = EagerTrace(), RandomState(graph.device)
+        self.trace = EagerTrace()
+        self.runs = Runs(States(self.trace.written, RandomState(graph.device)), self.trace)
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in inputs]  # for operators like t_()
         given = [value for i, value in enumerate(aliases) if isinstance(value, Tensor) and i not in graph.static]
         try:
@@ -180,12 +181,6 @@ class _FirstCall:
             findings.append(UnsupportedOperator("it changes the shape or strides of an input", operator=graph.name))
         if findings:
             raise findings[0]
-        self.runs = Runs(self, self.trace)
-
-    def restore(self) -> None:
-        """Put back the tensors that were written, and the generators."""
-        self.trace.written.restore()
-        self._random.restore()
 
 
 def _record(

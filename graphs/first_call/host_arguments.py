@@ -82,12 +82,12 @@ def record_key_on_device(step: Step, recorder: Recorder, *, owned: bool, check: 
         raise
     if refusal is None:
         return _recorded(call, copied, recorder, owned=owned, check=check)
-    raise Refused(step.run(), [refusal], origin.restore)
+    raise Refused(step.run(), [refusal], call.undo)
 
 
 def _recorded(call: FirstCall, copied: Step, recorder: Recorder, *, owned: bool, check: bool) -> RecordedStep:
     """The first call on device copies; where that ran the step for real, it is undone and runs on the arguments as they are."""
-    step, undo = call.step, call.origin.restore
+    step, undo = call.step, call.undo
     try:
         entry = record_key(copied, recorder, owned=owned, check=check)
     except Refused as refused:

@@ -19,6 +19,7 @@ from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.python_reads.named_state import Ran
 from graphs.recording.failures import RaisedWatched, StepRaised, is_interrupt
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.returned_tensors import adopt_returned, unobserved, unreturnable
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.rewriting.rewritten_step import is_removable
@@ -50,18 +51,18 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
             that was the call.
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
-    trace = EagerTrace()
+    rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
     reads.before = functools.partial(_take_named, origin)
     try:
         output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
         origin.covers(trace)
         if is_interrupt(error):
-            origin.restore()
+            rehearsal.undo()
             raise
         if not isinstance(error, Exception) or any(change.irreversible for change in origin.differences()):
             raise StepRaised(error) from None
-        origin.restore()
+        rehearsal.undo()
         raise RaisedWatched(error) from error
     origin.covers(trace)
     return output, trace

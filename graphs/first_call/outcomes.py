@@ -10,6 +10,7 @@ from graphs.errors import CaptureFailed, Refusal, RowsInteract, VerifyMismatch
 from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import internal_error, is_interrupt, raised_at
 from graphs.recording.recorder import ReplayRaised
+from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.result_lines import with_line
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.rewriting.rewritten_step import is_removable
@@ -55,11 +56,15 @@ class FirstCall:
 
     def deferred(self, what: str, refusal: Refusal | None = None) -> Deferred:
         """The call counts, and the next one is tried again."""
-        return Deferred(self.output, what, self.origin.restore, refusal)
+        return Deferred(self.output, what, self.undo, refusal)
 
     def refused(self, *refusals: Refusal, undoable: bool = True) -> Refused:
         """The call counts, and no call like it is recorded."""
-        return Refused(self.output, refusals, self.origin.restore if undoable else None)
+        return Refused(self.output, refusals, self.undo if undoable else None)
+
+    def undo(self) -> None:
+        """Take the call back."""
+        self._at(self.origin)
 
     @contextlib.contextmanager
     def counts(self) -> Iterator[None]:
@@ -70,7 +75,7 @@ class FirstCall:
             self._leave()
             raise
         except RowsInteract:
-            self.start.restore()
+            self._at(self.start)
             raise
         except Refusal as refusal:
             self._leave()
@@ -78,20 +83,23 @@ class FirstCall:
         except ReplayRaised as error:
             detail = f"a replay of the recording raises {type(error.error).__name__}: {error.error}".splitlines()[0]
             if self.step.rows is not None:
-                self.start.restore()
+                self._at(self.start)
                 raise RowsInteract(detail) from error
             self._leave()
             raise self.refused(with_line(VerifyMismatch(detail, operator=error.operator), self.trace)) from error
         except BaseException as error:  # whatever else a recording meets, the user gets the eager result and the reason
             if is_interrupt(error):
-                self.origin.restore()
+                self.undo()
                 raise
             self._leave()
             raise self.refused(internal_error(error)) from error
 
     def _leave(self) -> None:
         if self.after is not None:
-            self.after.restore()
+            self._at(self.after)
+
+    def _at(self, state: Checkpoint) -> None:
+        Rehearsal(state, self.trace).undo()
 
     def _beside(self, refusal: Refusal) -> list[Refusal]:
         """The refusal, and what else was found that it does not stand for."""

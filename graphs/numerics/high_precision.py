@@ -23,7 +23,8 @@ from graphs.numerics.precise_operators import DECISIONS, DRAWS, FOREIGN, MOVES, 
 from graphs.numerics.ties import Tie, find_ties, is_choice, turn
 from graphs.state.regions import Region
 from graphs.state.storage import RESIZING, storage_id, tensors_in, written_tensors
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode
+from passes.core.schema import is_mutable
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -176,7 +177,7 @@ class HighPrecision(DispatchMode):
         if packet in UNINITIALISED or packet in DECISIONS or packet in DRAWS:
             return True
         if packet in MOVES and not self._rounded(given):
-            return not func._schema.is_mutable
+            return not is_mutable(func)
         seeded = torch.Tag.nondeterministic_seeded in func.tags and packet not in PRECISE
         if (seeded or any(t.dtype in _FLOAT8 for t in results)) and self._rounded(given):
             self.gaps.setdefault(str(func), "it draws random numbers" if seeded else "it rounds to 8 bits")

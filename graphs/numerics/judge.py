@@ -33,7 +33,7 @@ from graphs.numerics.high_precision import HighPrecision, raised
 from graphs.numerics.ties import Tie
 from graphs.state.regions import Region
 from graphs.state.tensor_state import Left, TensorState
-from passes.core.modes import as_written
+from passes.core.composites import as_written
 
 Tensor = torch.Tensor
 WHOLE, SPREAD = 2.0, 2.0
@@ -76,7 +76,7 @@ class Excess:
 class Rerun:
     """How the step runs once more in eager: put its state back, then run it; outputs in the order they are compared in."""
 
-    restore: Callable[[], object]
+    reset: Callable[[], object]
     run: Callable[[], Sequence[Tensor]]
     written: TensorState
 
@@ -223,7 +223,7 @@ def _spread(rerun: Rerun, regions: Sequence[Region], results: list[tuple[Tensor,
 
 
 def _run(rerun: Rerun, regions: Sequence[Region], mode: HighPrecision) -> tuple[HighPrecision, list[tuple[Tensor, Tensor]]]:
-    rerun.restore()
+    rerun.reset()
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # weights that autocast rounded before would pass for exact
     try:

@@ -24,7 +24,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 _TORCH = tuple(os.path.dirname(path) + os.sep for path in torch.__path__ for path in (os.path.join(path, ""),))
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _OWN_PACKAGES = tuple(_OWN + name + os.sep for name in ("graphs", "passes"))
-MODELS = ("bench", "models", "ops")
+MODELS = ("bench", "ops")
 """Folders of this package with lines that a step may consist of."""
 add_library("graphs", MODELS)
 _OWN_MODELS = tuple(os.path.join(_OWN, "graphs", name) + os.sep for name in MODELS)
@@ -43,6 +43,13 @@ def origin_of(file: str) -> str:
     if any(part in _INSTALLED for part in path.parts) or _has_metadata(path):
         return "library"
     return "python" if file.startswith(_PYTHON) else "user"
+
+
+def from_package_on(file: str) -> str:
+    """The path of an installed file from its package on; of another, as it is."""
+    for folder in _INSTALLED:
+        file = file.rpartition(f"{os.sep}{folder}{os.sep}")[2]
+    return file
 
 
 def _has_metadata(path: Path) -> bool:
@@ -69,6 +76,11 @@ def origin_of_code(code: types.CodeType, space: dict[str, Any]) -> str:
     if file.startswith("<") and not file.startswith("<frozen"):
         file = str(space.get("__file__") or file)
     return origin_of(file)
+
+
+def origin_of_frame(frame: types.FrameType) -> str:
+    """The same for the function that a frame runs."""
+    return origin_of_code(frame.f_code, frame.f_globals)
 
 
 def origin_of_module(module: types.ModuleType) -> str:

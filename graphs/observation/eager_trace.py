@@ -19,7 +19,7 @@ from graphs.observation.fused_modules import unnoticed
 from graphs.observation.grad_questions import grad_questions
 from graphs.observation.operations import EagerTrace, Operation
 from graphs.observation.watching import Watching, checksum, raw_launches
-from passes.core.modes import as_written, is_dynamo_there
+from passes.core.composites import as_written, is_dynamo_there
 from passes.core.source_location import is_user
 
 Tensor = torch.Tensor

@@ -17,6 +17,7 @@ import torch
 from torch._ops import OpOverload
 
 from graphs.state.storage import storage_id
+from passes.core.source_location import first_frame
 
 Tensor = torch.Tensor
 _QUESTIONS = (torch.is_grad_enabled,)
@@ -95,13 +96,13 @@ class GradWrites:
 
 def _caller(frame: FrameType | None) -> str:
     """The module that uses a context manager of torch's, of which ``frame`` is a method."""
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not name.startswith("torch."):
-            return name
-        frame = frame.f_back
-    return ""
+    caller = first_frame(frame, lambda frame: not _module(frame).startswith("torch."))
+    return _module(caller) if caller is not None else ""
 
 
 def _is_of_a_module(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("torch.nn.")
+    return _module(frame).startswith("torch.nn.")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

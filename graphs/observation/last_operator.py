@@ -11,8 +11,7 @@ from torch._ops import HigherOrderOperator
 from graphs.errors import Site
 from graphs.observation.fused_modules import unnoticed
 from graphs.state.storage import is_wrapper, tensors_in
-from passes.core.composites import Calls, run, taken_apart
-from passes.core.modes import DispatchMode, as_written
+from passes.core.composites import Calls, DispatchMode, as_written, run, taken_apart
 from passes.core.source_location import user_line
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode
 
 _SUBMITTING = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(Launch(Cooperative)?Kernel|GraphLaunch|Mem(cpy|set)\w*Async)")
 

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphs.errors import Refusal, Site
 from graphs.observation.host_reads import HostRead
 from graphs.state.tensor_state import TensorState
+from passes.core.schema import written_values
 
 Tensor = torch.Tensor
 
@@ -51,6 +52,11 @@ class Operation:
             value if type(value) is tuple and len(value) == 2 and value[0] in names else (positional[position], value)
             for position, value in enumerate(self.arguments)
         ]
+
+    def written(self) -> list[TensorUse]:
+        """The tensors that the operator wrote."""
+        values = written_values(self.func, (), dict(self.named()))
+        return [v for value in values for v in (value if type(value) is tuple else (value,)) if isinstance(v, TensorUse)]
 
 
 @dataclass

@@ -30,8 +30,7 @@ from graphs.state.regions import written_region
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
 from graphs.state.tensor_state import TensorState
 from passes import Place, inside, user_place
-from passes.core.composites import as_eager, run, taken_apart
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode, as_eager, run, taken_apart
 from passes.core.source_location import user_line
 
 Tensor = torch.Tensor

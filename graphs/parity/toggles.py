@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from graphs.parity.walk import PLAIN, Cell, Reached, installed
+from graphs.parity.walk import PLAIN, Cell, Reached, is_users
 
 Tensor = torch.Tensor
 Undo = Callable[[], object]
@@ -202,7 +202,7 @@ def _training(found: Reached) -> Iterator[Toggle]:
 def _defaults(found: Reached) -> Iterator[Toggle]:
     for path, function in found.functions:
         for index, value in enumerate(function.__defaults__ or ()):
-            if _changeable(value) and not installed(function.__code__.co_filename):
+            if _changeable(value) and is_users(function):
                 name = f"default {index} of {function.__name__} = {other_value(value)!r}"
                 yield Toggle(name, partial(_default, function, index), hash((id(function), index)))
         named = function.__kwdefaults__ or {}

@@ -7,8 +7,6 @@ properties, ``__getattr__``, ``__getitem__`` and ``__eq__`` of other types are n
 from __future__ import annotations
 
 import functools
-import sys
-import sysconfig
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphs.objects.libraries import origin_of_code, origin_of_module, origin_of_type
 from graphs.objects.raw_access import closure_of
 from graphs.objects.special_names import LAYER_MEMBERS
 
@@ -24,7 +23,6 @@ Tensor = torch.Tensor
 PLAIN = (bool, int, float, str)
 _LIMIT = 20_000
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-_STDLIB = tuple(filter(None, (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))))
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ def reached(roots: dict[str, Any]) -> Reached:
 def _entries(path: str, value: Any, found: Reached) -> Iterator[Cell]:
     kind = type(value)
     if isinstance(value, types.FunctionType):
-        if not installed(value.__code__.co_filename):
+        if is_users(value):
             found.functions.append((path, value))
             yield from _function(value)
     elif isinstance(value, type):
-        if not installed(_file_of(value)):
+        if origin_of_type(value) == "user":
             yield from (
                 Cell(f"{value.__name__}.{name}", "attribute", value, name)
                 for name, item in vars(value).items()
@@ -133,9 +131,9 @@ def _behind(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, tuple):
         yield from ((f"{path}[{index}]", item) for index, item in enumerate(tuple.__iter__(value)))
     elif isinstance(value, type):
-        if not installed(_file_of(value)):
+        if origin_of_type(value) == "user":
             yield from ((f"{value.__name__}.{n}", f) for n, f in vars(value).items() if isinstance(f, types.FunctionType))
-    elif not isinstance(value, (types.FunctionType, list, dict)) and not installed(_file_of(type(value))):
+    elif not isinstance(value, (types.FunctionType, list, dict)) and origin_of_type(type(value)) == "user":
         yield type(value).__name__, type(value)
 
 
@@ -158,7 +156,7 @@ def _function(function: types.FunctionType) -> Iterator[Cell]:
     for name in names:
         held = space.get(name)
         if isinstance(held, types.ModuleType):
-            if not installed(getattr(held, "__file__", None) or ""):
+            if origin_of_module(held) == "user":
                 inner = vars(held)
                 yield from (Cell(f"{name}.{one}", "global", inner, one) for one in names if isinstance(inner.get(one), PLAIN))
         elif name in space:
@@ -177,14 +175,9 @@ def _dictionary(value: Any) -> Any:
         return None
 
 
-def _file_of(kind: type) -> str:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-
-
-@functools.cache
-def installed(file: str) -> bool:
-    """Whether a file comes with Python or was installed; so does code without a file."""
-    return not file or "site-packages" in file or "dist-packages" in file or file.startswith((*_STDLIB, "<frozen"))
+def is_users(function: types.FunctionType) -> bool:
+    """Whether a function is the user's own, and no library's."""
+    return origin_of_code(function.__code__, function.__globals__) == "user"
 
 
 def _text(key: Any) -> str:

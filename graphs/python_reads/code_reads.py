@@ -29,7 +29,7 @@ import torch
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
 from graphs.objects.libraries import origin_of
 from graphs.python_reads.effects import NAMES, SEEDS, refused_call, refused_loads
-from passes.core.source_location import is_user
+from passes.core.source_location import first_frame, is_user, line_of
 
 BETWEEN_THREADS = {
     "queue": frozenset(("put", "get", "join", "task_done")),
@@ -305,11 +305,7 @@ def is_collecting(frame: types.FrameType | None) -> bool:
     if not gc.callbacks:
         return False
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in codes:
-            return True
-        frame = frame.f_back
-    return False
+    return first_frame(frame, lambda frame: frame.f_code in codes) is not None
 
 
 _ENVIRONMENT_WRITES = frozenset(getattr(type(os.environ), name).__code__ for name in ("__setitem__", "__delitem__"))
@@ -317,12 +313,8 @@ _ENVIRONMENT_WRITES = frozenset(getattr(type(os.environ), name).__code__ for nam
 
 def _is_our_own(frame: types.FrameType | None) -> bool:
     """Whether a call comes from this package, by way of Python's own code and torch's."""
-    while frame is not None:
-        origin = origin_of(frame.f_code.co_filename)
-        if origin not in ("python", "torch"):
-            return origin == "own"
-        frame = frame.f_back
-    return False
+    caller = first_frame(frame, lambda frame: origin_of(frame.f_code.co_filename) not in ("python", "torch"))
+    return caller is not None and origin_of(caller.f_code.co_filename) == "own"
 
 
 _LOGGING = ("logging", "warnings")
@@ -330,17 +322,17 @@ _LOGGING = ("logging", "warnings")
 
 def is_by_itself(frame: types.FrameType | None) -> bool:
     """Whether a call comes from a package that calls it for purposes of its own."""
-    frame = who_logs(frame)
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith(_ON_BEHALF):
-            return False
-        if module.partition(".")[0] in _CALLERS_OF_THEIR_OWN:
-            return True
-        if origin_of(frame.f_code.co_filename) not in ("python", "own"):
-            return False
-        frame = frame.f_back
-    return True
+    caller = first_frame(who_logs(frame), lambda frame: _purpose(frame) != "")
+    return caller is None or _purpose(caller) == "its own"
+
+
+def _purpose(frame: types.FrameType) -> str:
+    """What a frame calls for: an empty string where that is its caller's to say, since it is Python's or this package's."""
+    module = str(frame.f_globals.get("__name__", ""))
+    if not module.startswith(_ON_BEHALF) and module.partition(".")[0] in _CALLERS_OF_THEIR_OWN:
+        return "its own"
+    passes_on = not module.startswith(_ON_BEHALF) and origin_of(frame.f_code.co_filename) in ("python", "own")
+    return "" if passes_on else "the step"
 
 
 def who_logs(frame: types.FrameType | None) -> types.FrameType | None:
@@ -355,9 +347,7 @@ def who_logs(frame: types.FrameType | None) -> types.FrameType | None:
 
 def _line(frame: types.FrameType | None) -> tuple[str, int]:
     """File and line of the innermost frame of the user's program, or of a library above torch, that is not Python's own."""
-    while frame is not None and not (is_user(frame) and origin_of(frame.f_code.co_filename) != "python"):
-        frame = frame.f_back
-    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+    return line_of(first_frame(frame, lambda frame: is_user(frame) and origin_of(frame.f_code.co_filename) != "python"))
 
 
 def _both(first: Any, second: Any) -> Callable[..., None]:

@@ -23,8 +23,7 @@ from graphs.recording.recorder import Body, ReplayRaised
 from graphs.state.regions import written_region
 from graphs.state.storage import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.state.tensor_state import TensorState
-from passes.core.composites import Calls, as_eager, casts_inside, run, taken_apart
-from passes.core.modes import DispatchMode, as_written
+from passes.core.composites import Calls, DispatchMode, as_eager, as_written, casts_inside, run, taken_apart
 
 Tensor = torch.Tensor
 _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor that is written

@@ -22,7 +22,7 @@ from graphs.objects.torch_fast_paths import empty_strided_cuda
 from graphs.recording.copy_kernels import RING, AddressTable, Copier, Move, load_kernels
 from graphs.recording.host_ring import HostRing
 from graphs.recording.recorder import Body
-from graphs.recording.vendor import current_policy
+from graphs.recording.vendor import current_vendor
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
@@ -165,10 +165,10 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        self.policy = current_policy()
+        self.vendor = current_vendor()
         with torch.cuda.device(self.device):
             torch.cuda.mem_get_info(self.device)  # binds the device's context to a thread that has not used it yet
-            self.stream = torch.cuda.ExternalStream(self.policy.create_stream(), device=self.device)
+            self.stream = torch.cuda.ExternalStream(self.vendor.create_stream(), device=self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.order = StreamOrder(self.device)
         self._keeper: torch.cuda.CUDAGraph | None = None
@@ -191,7 +191,7 @@ class CudaRecorder:
 
     def refuses(self, operator: str) -> str | None:
         """Why an operator cannot be recorded here; see `Vendor`."""
-        return self.policy.refuses(operator)
+        return self.vendor.refuses(operator)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -275,10 +275,10 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        graph.capture_begin(pool=self.pool, capture_error_mode=self.policy.capture_error_mode)
+        graph.capture_begin(pool=self.pool, capture_error_mode=self.vendor.capture_error_mode)
         try:
             yield
-            if self.policy.poll_capture and not torch.cuda.is_current_stream_capturing():
+            if self.vendor.poll_capture and not torch.cuda.is_current_stream_capturing():
                 raise CaptureFailed("the device dropped the capture without an error")
             graph.capture_end()
         except BaseException as error:
@@ -292,7 +292,7 @@ class CudaRecorder:
         try:
             graph.capture_end()
         except RuntimeError:  # the driver dropped the capture; see begin_empty_capture
-            self.policy.begin_empty_capture(self.stream.cuda_stream)
+            self.vendor.begin_empty_capture(self.stream.cuda_stream)
             graph.capture_end()
 
 

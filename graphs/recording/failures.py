@@ -9,7 +9,8 @@ import torch
 
 from graphs.errors import AutogradInput, InternalError, Refusal, Site, StepRaises, Unwatchable
 from graphs.recording.recorder import ReplayRaised
-from passes.core.source_location import is_user
+from passes.core import source_location
+from passes.core.source_location import frames_of
 
 _OWN = ("graphs", "passes")
 
@@ -46,8 +47,7 @@ def refusal_of(failure: Exception) -> Refusal:
 
 def raised_at(error: BaseException) -> Site:
     """The user's line that ``error`` was raised in or below."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_user(frame)]
-    return Site.at(frames[-1]) if frames else Site()
+    return Site.at(source_location.raised_at(error))
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -58,7 +58,7 @@ def is_interrupt(error: BaseException) -> bool:
         return False
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code in codes for frame in frames_of(error))
 
 
 def raised_refusal(error: BaseException) -> StepRaises:
@@ -79,13 +79,13 @@ def _text(error: BaseException) -> str:
 
 def is_of_our_own(error: BaseException) -> bool:
     """Whether ``error`` was raised by a line of this project, and not by one of the step's, or of torch below it."""
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames_of(error)]
     return bool(names) and names[-1].partition(".")[0] in _OWN
 
 
 def _place(error: BaseException) -> str:
     """The innermost function of this project that ``error`` passed, to tell one kind of failure from another."""
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+    for frame in reversed(frames_of(error)):
         name = str(frame.f_globals.get("__name__", ""))
         if name.partition(".")[0] in _OWN:
             return f"{name}.{getattr(frame.f_code, 'co_qualname', frame.f_code.co_name)}"

@@ -93,8 +93,8 @@ HIP = Vendor(
 )
 
 
-def choose_policy(hip: str | None, has_faulting_topk: bool) -> Vendor:
-    """The policy for a build of torch.
+def choose_vendor(hip: str | None, has_faulting_topk: bool) -> Vendor:
+    """The vendor of a build of torch.
 
     Args:
         hip: ``torch.version.hip``.
@@ -106,7 +106,7 @@ def choose_policy(hip: str | None, has_faulting_topk: bool) -> Vendor:
 
 
 @functools.cache
-def current_policy() -> Vendor:
-    """The policy of this process. The faulting ``topk`` arrived with ``check_input_liveness``, which is probed for."""
+def current_vendor() -> Vendor:
+    """The vendor of this process's torch. The faulting ``topk`` arrived with ``check_input_liveness``, which is probed for."""
     has_faulting_topk = "check_input_liveness" in (torch.cuda.CUDAGraph.capture_begin.__doc__ or "")
-    return choose_policy(torch.version.hip, has_faulting_topk)
+    return choose_vendor(torch.version.hip, has_faulting_topk)

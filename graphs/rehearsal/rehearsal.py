@@ -46,17 +46,41 @@ class Start(Protocol):
         ...
 
 
+class PythonOnly:
+    """The Python state of a checkpoint, for runs on tensors without data."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def restore(self) -> None:
+        """Put Python objects back."""
+        self._checkpoint.restore_python()
+
+
+class States:
+    """Parts of the state, where a run cannot change more: tensors that a trace saves, generators, what hangs on a function."""
+
+    def __init__(self, *parts: Start) -> None:
+        self._parts = parts
+
+    def restore(self) -> None:
+        """Put them back, in their order."""
+        for part in self._parts:
+            part.restore()
+
+
 class Runs:
-    """Runs from the state of ``start``, each undone: between runs, state is put back here and nowhere else.
+    """Runs from the state of ``start``, each undone: state is put back here and nowhere else.
 
     Args:
         start: where every run begins.
         first: the watched run before, which saved what it wrote; further tensors are saved as runs write them.
+        is_there: whether nothing has run since ``start`` was taken.
     """
 
-    def __init__(self, start: Start, first: EagerTrace) -> None:
+    def __init__(self, start: Start, first: EagerTrace, *, is_there: bool = False) -> None:
         self.start, self.first = start, first
-        self._is_there = False
+        self._is_there = is_there
 
     def reset(self) -> None:
         """Be at the start, for a run that somebody else makes; it costs nothing where the last run was undone."""
@@ -83,8 +107,19 @@ class Rehearsal(Runs):
 
     start: Checkpoint
 
-    def __init__(self, start: Checkpoint, first: EagerTrace) -> None:
-        super().__init__(start, first)
+    def __init__(self, start: Checkpoint, first: EagerTrace, *, is_there: bool = False) -> None:
+        super().__init__(start, first, is_there=is_there)
+
+    def covering(self, fn: Callable[[], T]) -> T:
+        """As `run`, for a run that is watched into ``first``: what it writes belongs to the start from then on."""
+
+        def watched() -> T:
+            try:
+                return fn()
+            finally:
+                self.start.covers(self.first)
+
+        return self.run(watched)
 
     def watched(
         self, fn: Callable[[Callable[[], Any]], Any], run: Callable[[], Any], tensors: Sequence[Tensor], *, shifted: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import Refusal, Site, VerifyMismatch
-from graphs.observation.operations import EagerTrace, Operation, TensorUse
+from graphs.observation.operations import EagerTrace, Operation
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
@@ -34,9 +34,7 @@ def lines_of_results(trace: EagerTrace, outputs: Sequence[Tensor], first: EagerT
 
 
 def _writes(operation: Operation, origin: tuple[str, int] | None) -> bool:
-    named = dict(operation.named())
-    written = [named.get(a.name) for a in operation.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(isinstance(value, TensorUse) and value.origin == origin for value in written)
+    return any(tensor.origin == origin for tensor in operation.written())
 
 
 def with_line(refusal: Refusal, trace: EagerTrace) -> Refusal:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal
-from graphs.objects.libraries import origin_of_code
+from graphs.objects.libraries import origin_of_frame
 from graphs.python_reads.code_reads import BETWEEN_THREADS, CodeReads, Observer, is_by_itself, is_collecting, who_logs
 from passes import Stopping
+from passes.core.source_location import first_frame
 
 _BUILTINS = frozenset(
     (
@@ -185,10 +186,7 @@ def _is_machinery(frame: types.FrameType | None) -> bool:
     """Whether a call comes from what traces or runs the step, not from its own lines or those of libraries that they call."""
     if is_by_itself(frame) or is_collecting(frame):
         return True
-    frame = who_logs(frame)
-    while frame is not None:
-        origin = origin_of_code(frame.f_code, frame.f_globals)
-        if origin != "python":
-            return origin in ("own", "torch") or str(frame.f_globals.get("__name__", "")).partition(".")[0] in _MACHINERY
-        frame = frame.f_back
-    return True
+    caller = first_frame(who_logs(frame), lambda frame: origin_of_frame(frame) != "python")
+    if caller is None or origin_of_frame(caller) in ("own", "torch"):
+        return True
+    return str(caller.f_globals.get("__name__", "")).partition(".")[0] in _MACHINERY

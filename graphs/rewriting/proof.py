@@ -9,7 +9,6 @@ and one that the graph's own flag refuses, prove nothing: there the flag, or eag
 from __future__ import annotations
 
 import dis
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,8 @@ from graphs.rehearsal.step import Step
 from graphs.rewriting.forbidding import without_effects
 from graphs.rewriting.rewritten_step import RewrittenStep
 from passes import Forced, Forcing, OutOfRange, Place, inside, refuse_on_device, user_place, with_tensor
-from passes.core.composites import taken_apart
-from passes.core.modes import DispatchMode
+from passes.core.composites import DispatchMode, taken_apart
+from passes.core.source_location import frames_of
 
 Tensor = torch.Tensor
 _MOST = 24
@@ -143,7 +142,7 @@ def unmerged(step: Step, proof: Proof) -> bool:
 
 def _raised_as_written(error: BaseException) -> bool:
     """Whether an exception was raised by a ``raise`` statement, not by a signal that came in between."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    frame = frames_of(error)[-1]
     return frame.f_code.co_code[frame.f_lasti] == dis.opmap["RAISE_VARARGS"]
 
 

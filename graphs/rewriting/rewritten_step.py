@@ -22,6 +22,7 @@ from graphs.observation.eager_trace import trace_again
 from graphs.observation.operations import EagerTrace
 from graphs.recording.failures import raised_refusal
 from graphs.recording.recorder import Recording
+from graphs.rehearsal.rehearsal import PythonOnly, Rehearsal, Runs
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.rewriting.checked_replay import CheckedReplay, Speculation
 from graphs.rewriting.forbidding import forbidding
@@ -80,13 +81,12 @@ def _written_by_the_next(step: Step, trace: EagerTrace, tensors: Sequence[Tensor
 
     Both run for real. What the second one writes is put back, all else is the caller's to restore, as for ``trace``.
     """
-    before = Checkpoint(step)
-    try:
+
+    def both() -> list[Tensor]:
         step.run(tensors)
-        _, following = trace_again(lambda: step.run(tensors), list(tensors), trace)
-    finally:
-        before.restore()
-    return following.written.tensors
+        return trace_again(lambda: step.run(tensors), list(tensors), trace)[1].written.tensors
+
+    return Rehearsal(Checkpoint(step), trace, is_there=True).run(both)
 
 
 def traced(
@@ -114,17 +114,17 @@ def traced(
         structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
         return found
 
-    try:
-        made = passes.trace_step(
+    runs = Runs(PythonOnly(before), trace, is_there=True)  # another attempt starts from here
+    made = runs.run(
+        lambda: passes.trace_step(
             *(flat, tensors, _reads(trace), _modules(step, trace), _numbers(counters), lambda: advanced),
             structure=lambda: structure[0],
             snapshot=functools.partial(PythonState, tensors=False) if merge else None,
             forbidding=forbidding() if merge else None,
-            restore=before.restore_python,
+            restore=runs.undo,
             unmerged=step.unmerged,
         )
-    finally:  # another attempt starts from here
-        before.restore_python()
+    )
     if counters is not None and made.advance is not None:
         counters.advance = made.advance
     return made

@@ -1,4 +1,4 @@
-"""Reading operator calls: the tensors in an argument, and the ones a schema says are written."""
+"""Reading operator calls: the tensors in an argument, and those that are written; where tensors lie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.core.aliasing import silently_written
+from passes.core.schema import written_values
 
 Tensor = torch.Tensor
 RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
@@ -29,24 +29,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def written_tensors(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors written by this call: as the operator's schema declares, and what some schemas of ATen do not say."""
-    written = tensors_in(silently_written(func, args, kwargs))
-    if not func._schema.is_mutable:
-        return written
-    for position, argument in enumerate(func._schema.arguments):
-        if is_written(argument):
-            value = args[position] if position < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
-            written += tensors_in(value)
-    return written
-
-
-def written_arguments(func: OpOverload) -> set[str]:
-    """Names of the arguments that an operator declares to write."""
-    return {argument.name for argument in func._schema.arguments if is_written(argument)}
-
-
-def is_written(argument: Any) -> bool:
-    """Whether the schema of an operator declares that it writes this argument."""
-    return argument.alias_info is not None and argument.alias_info.is_write
+    return tensors_in(written_values(func, args, kwargs))
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -68,7 +68,7 @@ class Stopped(BaseException):
         self.reason = reason
 
 
-class Forks:
+class Branches:
     """What the lines of `passes.control_flow.source_transform` call, in one trace.
 
     Args:
@@ -101,7 +101,9 @@ class Forks:
         self.step: State | None = None
         self._count = itertools.count()
 
-    def if_stmt(self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start) -> Fork:
+    def if_stmt(
+        self, test: Any, before: Mapping[str, Any], assigned: Sequence[str], joined: Sequence[str], at: Start
+    ) -> TracedBranch:
         """The branch ``if test`` in the frame that calls.
 
         Args:
@@ -109,19 +111,19 @@ class Forks:
             assigned: those that a side assigns.
             joined: those of them that a later line may read.
         """
-        return Fork(self, self.truth(test), before, assigned, joined, sys._getframe(1), at)
+        return TracedBranch(self, self.truth(test), before, assigned, joined, sys._getframe(1), at)
 
     def if_exp(self, test: Any, first: Callable[[], Any], second: Callable[[], Any], at: Start) -> Any:
         """``first if test else second``."""
-        fork = Fork(self, self.truth(test), {}, (), (), sys._getframe(1), at)
-        if not fork.is_data:
-            return first() if fork.enter(True) else second()
+        branch = TracedBranch(self, self.truth(test), {}, (), (), sys._getframe(1), at)
+        if not branch.is_data:
+            return first() if branch.enter(True) else second()
         values = []
         for side, body in ((True, first), (False, second)):
-            fork.enter(side)
+            branch.enter(side)
             values.append(body())
-            fork.leave({})
-        return fork.join(*values)
+            branch.leave({})
+        return branch.join(*values)
 
     def truth(self, value: Any, asked: tuple[int, int, int, int] | None = None) -> Any:
         """A value as a condition: a plain one, or a symbol.
@@ -179,10 +181,10 @@ class Forks:
         return not value if isinstance(value, bool) else torch.sym_not(value)
 
     def _under(self, condition: Any, body: Callable[[], Any], frame: FrameType, at: Start) -> Any:
-        fork = Fork(self, condition, {}, (), (), frame, at)
-        fork.enter(True)
+        branch = TracedBranch(self, condition, {}, (), (), frame, at)
+        branch.enter(True)
         value = self.truth(body())
-        fork.leave({})
+        branch.leave({})
         return value
 
     def watch(self, running: bool, site: Branch | None = None) -> None:
@@ -220,12 +222,12 @@ class Forks:
         return next(self._count)
 
 
-class Fork:
+class TracedBranch:
     """One branch that is met: which of its sides run, and what its names are behind it."""
 
     def __init__(
         self,
-        forks: Forks,
+        branches: Branches,
         condition: Any,
         before: Mapping[str, Any],
         assigned: Sequence[str],
@@ -233,27 +235,27 @@ class Fork:
         frame: FrameType,
         at: Start,
     ) -> None:
-        self._forks, self._condition, self._names = forks, condition, joined
+        self._branches, self._condition, self._names = branches, condition, joined
         self.is_data = not isinstance(condition, bool)
         self._site: Branch = (frame.f_code.co_filename, *at)
         if self.is_data:
-            self._number, self._assigned = forks.next(), assigned
+            self._number, self._assigned = branches.next(), assigned
             self._before = {name: before[name] for name in assigned if name in before}
             self._after: list[dict[str, Any]] = []
-            self._python = PythonBefore(forks, frame, assigned)
+            self._python = PythonBefore(branches, frame, assigned)
 
     def enter(self, side: bool) -> bool:
         """Whether to run a side. Of a branch on data both run."""
         if not self.is_data:
             return bool(self._condition is side)
-        loops = self._forks.loops
-        self._forks.watch(True, self._site)
+        loops = self._branches.loops
+        self._branches.watch(True, self._site)
         self._outer = loops.trips
         self._within = loops.trips = (*loops.trips, self._arm(side))
         return True
 
     def _arm(self, side: bool) -> BranchArm:
-        condition = self._forks.facts.resolve(self._condition.node.expr)
+        condition = self._branches.facts.resolve(self._condition.node.expr)
         return BranchArm(self._number, condition if side else sympy.Not(condition), self._site)
 
     def leave(self, local: Mapping[str, Any]) -> None:
@@ -264,15 +266,15 @@ class Fork:
         """
         if not self.is_data:
             return
-        loops = self._forks.loops
-        self._forks.watch(any(isinstance(trip, BranchArm) for trip in self._outer))
+        loops = self._branches.loops
+        self._branches.watch(any(isinstance(trip, BranchArm) for trip in self._outer))
         if loops.trips != self._within:
-            raise self._forks.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
+            raise self._branches.unmergeable("a side raises an exception, which is caught elsewhere", self._site)
         loops.trips = self._outer
         self._after.append({name: local[name] for name in self._names if name in local})
         changed = self._python.changed()
         if changed:
-            raise self._forks.unmergeable(f"a side changes {changed}", self._site)
+            raise self._branches.unmergeable(f"a side changes {changed}", self._site)
 
     def restarts(self, name: str) -> bool:
         """Whether a name has to be what it was in front of the branch, for the second side."""
@@ -296,11 +298,11 @@ class Fork:
 
     def join(self, a: Any, b: Any) -> Any:
         """``a`` if the branch is taken, else ``b``; raises as `joined` does."""
-        self._forks.joining = self._arm(True)
+        self._branches.joining = self._arm(True)
         try:
             return self._joined(a, b)
         finally:
-            self._forks.joining = None
+            self._branches.joining = None
 
     def _joined(self, a: Any, b: Any) -> Any:
         if a is b:
@@ -315,7 +317,7 @@ class Fork:
             return type(a)(*parts) if hasattr(a, "_fields") else type(a)(parts)
         if type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b:
             return a
-        raise self._forks.unmergeable(f"the sides leave {type(a).__name__} and {type(b).__name__}", self._site)
+        raise self._branches.unmergeable(f"the sides leave {type(a).__name__} and {type(b).__name__}", self._site)
 
     def _joined_numbers(self, a: Any, b: Any) -> Any:
         if not isinstance(a, SYMBOLS) and not isinstance(b, SYMBOLS) and repr(a) == repr(b):  # -0.0 equals 0.0
@@ -323,28 +325,28 @@ class Fork:
         if "-0.0" in (repr(side) for side in (a, b) if isinstance(side, float)):  # for sympy, zero has no sign
             return self._chosen_on_device(a, b)
         if isinstance(a, (bool, torch.SymBool)):
-            return self._forks.short((self._condition & a) | (torch.sym_not(self._condition) & b))
+            return self._branches.short((self._condition & a) | (torch.sym_not(self._condition) & b))
         if isinstance(a, (int, torch.SymInt)) and expression_of(a) == expression_of(b):
             return a
         made = self._choice(a, b)
-        return made if isinstance(made, torch.SymFloat) else self._forks.short(made)
+        return made if isinstance(made, torch.SymFloat) else self._branches.short(made)
 
     def _chosen_on_device(self, a: Any, b: Any) -> Any:
         """One of two numbers that are no symbols, as a number of its own."""
         if isinstance(a, SYMBOLS) or isinstance(b, SYMBOLS):
-            raise self._forks.unmergeable("a side leaves a zero below zero", self._site)
-        forks = self._forks
-        outer, forks.naming = forks.naming, True
+            raise self._branches.unmergeable("a side leaves a zero below zero", self._site)
+        branches = self._branches
+        outer, branches.naming = branches.naming, True
         try:
             flag = torch.scalar_tensor(torch.sym_ite(self._condition, 1, 0), dtype=torch.bool)
             first, second = (torch.scalar_tensor(float(side), dtype=torch.float64) for side in (a, b))
             made: Any = torch.where(flag, first, second).item()
         finally:
-            forks.naming = outer
-        taken = forks.facts.hint(self._condition.node.expr)
+            branches.naming = outer
+        taken = branches.facts.hint(self._condition.node.expr)
         if taken is not None:
             (symbol,) = made.node.expr.free_symbols
-            forks.facts.hints[symbol] = float(a if taken == sympy.true else b)
+            branches.facts.hints[symbol] = float(a if taken == sympy.true else b)
         return made
 
     def _choice(self, a: Any, b: Any) -> Any:
@@ -354,7 +356,7 @@ class Fork:
         return torch.sym_ite(self._condition, a, b)
 
     def _joined_tensors(self, a: Tensor, b: Tensor) -> Tensor:
-        resolve = self._forks.facts.resolve
+        resolve = self._branches.facts.resolve
 
         def of(numbers: Sequence[Any]) -> list[sympy.Basic]:
             return [resolve(expression_of(number)) for number in numbers]
@@ -363,14 +365,14 @@ class Fork:
         sizes = list(zip(of(a.shape), of(b.shape), strict=False))
         differing = [dim for dim, (x, y) in enumerate(sizes) if x != y]
         if not alike or len(differing) > 1:
-            raise self._forks.unmergeable(f"the sides leave tensors {_text(a)} and {_text(b)}", self._site)
+            raise self._branches.unmergeable(f"the sides leave tensors {_text(a)} and {_text(b)}", self._site)
         if differing:  # as many rows as the side that is taken has, none of the other
             dim = differing[0]
             lengths = self._choice(a.shape[dim], 0), self._choice(0, b.shape[dim])
             return torch.cat([x.narrow(dim, 0, length) for x, length in zip((a, b), lengths, strict=True)], dim)
         strides = zip(sizes, of(a.stride()), of(b.stride()), strict=True)
         if any(x != y for (size, _), x, y in strides if size != 1):  # sums would be taken in another order
-            raise self._forks.unmergeable("the sides leave tensors that lie in memory differently", self._site)
+            raise self._branches.unmergeable("the sides leave tensors that lie in memory differently", self._site)
         flag = torch.scalar_tensor(torch.sym_ite(self._condition, 1, 0), dtype=torch.bool, device=a.device)
         return torch.where(flag, a, b)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
-from passes.control_flow.source_transform import PLACEHOLDER, with_forks
+from passes.control_flow.source_transform import PLACEHOLDER, with_branches
 from passes.control_flow.syntax import Start, branch_at
 from passes.core.source_location import Place
 
@@ -30,30 +30,30 @@ Plan = Mapping[Written, Starts]
 
 
 class _Entry:
-    """What rewritten lines call: the forks of the trace that runs in their thread, else plain branches."""
+    """What rewritten lines call: the branches of the trace that runs in their thread, else plain branches."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(self._local, "forks", None) or _PLAIN, name)
+        return getattr(getattr(self._local, "branches", None) or _PLAIN, name)
 
     @contextlib.contextmanager
-    def answered_by(self, forks: Any) -> Iterator[None]:
-        """Have ``forks`` answer for this thread."""
-        outer = getattr(self._local, "forks", None)
-        self._local.forks = forks
+    def answered_by(self, branches: Any) -> Iterator[None]:
+        """Have ``branches`` answer for this thread."""
+        outer = getattr(self._local, "branches", None)
+        self._local.branches = branches
         try:
             yield
         finally:
-            self._local.forks = outer
+            self._local.branches = outer
 
 
 class _Plain:
     """Branches as Python takes them."""
 
-    def if_stmt(self, test: Any, *_: Any) -> PlainFork:
-        return PlainFork(bool(test))
+    def if_stmt(self, test: Any, *_: Any) -> PlainBranch:
+        return PlainBranch(bool(test))
 
     def truth(self, value: Any, *_: Any) -> bool:
         return bool(value)
@@ -71,7 +71,7 @@ class _Plain:
         return first() if test else second()
 
 
-class PlainFork:
+class PlainBranch:
     """A branch that goes one way."""
 
     def __init__(self, taken: bool) -> None:
@@ -96,8 +96,8 @@ ENTRY = _Entry()
 
 
 @contextlib.contextmanager
-def forked(plan: Plan, forks: Any, functions: Mapping[Written, Sequence[FunctionType]]) -> Iterator[None]:
-    """Let the functions of ``plan`` ask ``forks`` at their branches; afterwards each has the code that it had.
+def patched(plan: Plan, branches: Any, functions: Mapping[Written, Sequence[FunctionType]]) -> Iterator[None]:
+    """Let the functions of ``plan`` ask ``branches`` at their branches; afterwards each has the code that it had.
 
     Args:
         functions: what `functions_of` found.
@@ -110,7 +110,7 @@ def forked(plan: Plan, forks: Any, functions: Mapping[Written, Sequence[Function
                 if written(function.__code__) == place and new is not None:
                     changed.append((function, function.__code__))
                     function.__code__ = new
-        with ENTRY.answered_by(forks):
+        with ENTRY.answered_by(branches):
             yield
     finally:
         for function, code in changed:
@@ -142,7 +142,7 @@ def rewritten(code: CodeType, starts: Starts) -> CodeType | None:
 @functools.lru_cache(maxsize=256)
 def _rewritten(file: str, code: CodeType, starts: Starts) -> CodeType | None:
     text = _source_of(code)
-    made = with_forks(text, code, starts) if text is not None else None
+    made = with_branches(text, code, starts) if text is not None else None
     if made is None:
         return None
     new = _with_entry(made)

@@ -13,6 +13,7 @@ from passes.control_flow.branches import Unmergeable
 from passes.core.aliasing import parent_of, written
 from passes.core.node_calls import attribute
 from passes.core.predicates import BranchArm, trips_of
+from passes.core.schema import is_mutable
 
 aten = torch.ops.aten
 LIMIT = 64
@@ -54,8 +55,7 @@ def check_predicable(module: GraphModule) -> None:
 def _unconditional(node: Node) -> str:
     """Why an operator cannot run in a side that is not taken, or an empty string."""
     target: Any = node.target
-    schema = getattr(target, "_schema", None)
-    if schema is None:  # a number of Python, or one of several results
+    if getattr(target, "_schema", None) is None:  # a number of Python, or one of several results
         return ""
     name = str(target)
     if not name.startswith(("aten.", "prims.")):
@@ -66,7 +66,7 @@ def _unconditional(node: Node) -> str:
         return f"a side calls {name}, which may raise"
     if torch.Tag.inplace_view in target.tags or name.startswith(("aten.resize", "aten.set_")):
         return f"a side calls {name}, which changes a tensor's shape"
-    if (schema.is_mutable or written(node)) and written(node) != list(node.args[:1]):
+    if (is_mutable(target) or written(node)) and written(node) != list(node.args[:1]):
         return f"a side calls {name}, which writes more than its first argument"
     return ""
 
@@ -77,8 +77,8 @@ def _is_elsewhere(node: Node, user: Node) -> bool:
     if trips_of(user)[: len(own)] == own:
         return False
     joins: BranchArm | None = user.meta.get("joins")
-    fork = own[-1].fork if isinstance(own[-1], BranchArm) else None
-    return joins is None or joins.fork != fork or trips_of(user)[: len(own) - 1] != own[:-1]
+    branch = own[-1].branch if isinstance(own[-1], BranchArm) else None
+    return joins is None or joins.branch != branch or trips_of(user)[: len(own) - 1] != own[:-1]
 
 
 def _is_overtaken(node: Node, order: Mapping[Node, int], memory: Mapping[Node, Any]) -> bool:

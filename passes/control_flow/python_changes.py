@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
-from passes.control_flow.syntax import FORK
+from passes.control_flow.syntax import PREFIX
 from passes.core.source_location import is_user
 
 TRACER = "_STARTS_STEPS"
@@ -76,7 +76,7 @@ def _changed(state: State) -> str:
 
 def _variables(frame: FrameType, but: frozenset[str]) -> dict[str, Any]:
     """The variables of a frame that the step's own lines know, except some."""
-    return {name: value for name, value in frame.f_locals.items() if name not in but and not name.startswith(FORK)}
+    return {name: value for name, value in frame.f_locals.items() if name not in but and not name.startswith(PREFIX)}
 
 
 def _globals(frame: FrameType) -> dict[str, Any]:

@@ -7,14 +7,14 @@ Before::
 
 After::
 
-    fork = ENTRY.if_stmt(ENTRY.truth(n > 0, asked), locals(), ("keys",), ("keys",), start)
-    if fork.enter(True):
+    branch = ENTRY.if_stmt(ENTRY.truth(n > 0, asked), locals(), ("keys",), ("keys",), start)
+    if branch.enter(True):
         keys = torch.cat([keys, more])
-        fork.leave(locals())
-    if fork.restarts("keys"): keys = fork.start("keys")
-    if fork.enter(False):
-        fork.leave(locals())
-    if fork.joins("keys"): keys = fork.joined("keys")
+        branch.leave(locals())
+    if branch.restarts("keys"): keys = branch.start("keys")
+    if branch.enter(False):
+        branch.leave(locals())
+    if branch.joins("keys"): keys = branch.joined("keys")
 
 A body that ends in ``continue`` or ``return`` has what follows for its other side. ``a if c else b`` becomes
 ``ENTRY.if_exp(c, lambda: a, lambda: b, start)``. Lines and columns stay where they
@@ -31,7 +31,7 @@ from types import CodeType
 from typing import Any
 
 from passes.control_flow.syntax import (
-    FORK,
+    PREFIX,
     RESULT,
     SCOPES,
     Names,
@@ -47,12 +47,12 @@ from passes.control_flow.syntax import (
     within_scope,
 )
 
-PLACEHOLDER = "the forks of the trace"
+PLACEHOLDER = "the branches of the trace"
 """A constant of the code that is made here, for the object that answers."""
 _FUTURE = 0x1FF0000  # the flags of `from __future__ import`, of which `annotations` is one
 
 
-def with_forks(text: str, code: CodeType, starts: frozenset[Start]) -> CodeType | None:
+def with_branches(text: str, code: CodeType, starts: frozenset[Start]) -> CodeType | None:
     """The code of a function that has both sides of the branches run that begin at ``starts``; None where it has none such.
 
     Branches that have to be rewritten with them are, too: one whose condition the host knows goes its one way.
@@ -121,7 +121,7 @@ class _Rewriter(ast.NodeTransformer):
             if branch is None:
                 made = [self._within(statement), *made]
             else:
-                made = [*self._forked(branch, done=branch is not statement), *rest]
+                made = [*self._both_sides(branch, done=branch is not statement), *rest]
         return made
 
     def _within(self, statement: Any) -> Any:
@@ -188,19 +188,19 @@ class _Rewriter(ast.NodeTransformer):
         self._names.stands_for(made, branch)
         return made
 
-    def _forked(self, branch: ast.If, *, done: bool) -> list[ast.stmt]:
+    def _both_sides(self, branch: ast.If, *, done: bool) -> list[ast.stmt]:
         """The statements that stand for a branch, whose other side may be rewritten already."""
-        assigned = sorted(name for name in assigned_in([*branch.body, *branch.orelse]) if not name.startswith(FORK))
+        assigned = sorted(name for name in assigned_in([*branch.body, *branch.orelse]) if not name.startswith(PREFIX))
         joined = sorted(set(assigned) & self._names.read_behind(branch))
-        fork = f"{FORK}{self._count}__"
+        variable = f"{PREFIX}{self._count}__"
         self._count += 1
         self.done.add(start_of(branch))
         lines = [
-            f"{fork} = {PLACEHOLDER!r}.if_stmt(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {start_of(branch)!r})",
-            f"if {fork}.enter(True):\n    pass\n    {fork}.leave(locals())",
-            *(f"if {fork}.restarts({name!r}): {name} = {fork}.start({name!r})" for name in assigned),
-            f"if {fork}.enter(False):\n    pass\n    {fork}.leave(locals())",
-            *(f"if {fork}.joins({name!r}): {name} = {fork}.joined({name!r})" for name in joined),
+            f"{variable} = {PLACEHOLDER!r}.if_stmt(None, locals(), {tuple(assigned)!r}, {tuple(joined)!r}, {start_of(branch)!r})",
+            f"if {variable}.enter(True):\n    pass\n    {variable}.leave(locals())",
+            *(f"if {variable}.restarts({name!r}): {name} = {variable}.start({name!r})" for name in assigned),
+            f"if {variable}.enter(False):\n    pass\n    {variable}.leave(locals())",
+            *(f"if {variable}.joins({name!r}): {name} = {variable}.joined({name!r})" for name in joined),
         ]
         made: list[Any] = ast.parse("\n".join(lines)).body
         for statement in made:

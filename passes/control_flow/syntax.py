@@ -22,7 +22,7 @@ SCOPES = (
 Start = tuple[int, int]
 """Line and column at which a branch begins."""
 
-FORK = "__fork_"
+PREFIX = "__branch_"
 """What names begin with that the code that is made here has for itself."""
 
 RESULT = "__result__"

@@ -8,20 +8,14 @@ through any chain of views.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
 
-_BATCH_NORMS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_update_stats"),
-        *("batch_norm_gather_stats", "batch_norm_gather_stats_with_counts"),
-    )
-)
+from passes.core.schema import is_mutable, returns_view, written_values
 
 GATHERED = "gathered"
 """A key of a node's ``meta``: it is a copy that stands for the part of its first argument that it was gathered from."""
@@ -38,46 +32,20 @@ class Gathered:
     scatter: Callable[[Node, Node], None]
 
 
-def returns_view(target: Any) -> bool:
-    """Whether an operator returns a view of its first argument and writes nothing."""
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.arguments or not schema.returns:
-        return False
-    first, result = schema.arguments[0].alias_info, schema.returns[0].alias_info
-    return first is not None and result is not None and not first.is_write
-
-
-def silently_written(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operator writes though its schema does not say so: running statistics, in training."""
-    schema = getattr(target, "_schema", None)
-    if schema is None or schema.is_mutable or schema.name not in _BATCH_NORMS:
-        return []
-    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
-    found = [named.get("running_mean"), named.get("running_var")] if named.get("training", True) else []
-    return [value for value in found if value is not None]
-
-
 def is_pure(node: Node) -> bool:
     """Whether a node is an operator of torch's own that depends on its arguments alone."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    return not written(node) and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not written(node) and not is_mutable(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def written(node: Node) -> list[Node]:
-    """The arguments that an operator writes."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
+    """The arguments that a node writes."""
+    if node.op != "call_function":
         return []
-    found = [value for value in silently_written(node.target, node.args, node.kwargs) if isinstance(value, Node)]
-    if not schema.is_mutable:
-        return found
-    for position, argument in enumerate(schema.arguments):
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
-    return found
+    values = written_values(node.target, node.args, node.kwargs)
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
 
 
 def lasting_writes(module: GraphModule) -> tuple[list[int], list[str]]:

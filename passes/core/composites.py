@@ -17,6 +17,7 @@ import functools
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -197,3 +198,25 @@ def _cast_by_itself(name: str) -> frozenset[str]:
 
 def _python_dispatcher_is_on() -> bool:
     return bool(torch._C._dispatch_tls_is_dispatch_key_included(DispatchKey.PythonDispatcher))
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode whose code Dynamo is not asked to skip.
+
+    Asking would import it at the first operator. Where it is there, a mode runs inside `as_written`, or in a graph that Dynamo
+    made and does not look into.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def as_written() -> AbstractContextManager[object]:
+    """A context in which functions of ``torch.compile`` run as they are written; where Dynamo was not imported there are none."""
+    return torch.compiler.set_stance("force_eager") if is_dynamo_there() else contextlib.nullcontext()
+
+
+def is_dynamo_there() -> bool:
+    """Whether anything can have been compiled in this process."""
+    return "torch._dynamo" in sys.modules

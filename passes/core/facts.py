@@ -10,9 +10,9 @@ from typing import Any
 import sympy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.core.host_reads import Read
 from passes.core.predicates import Loops
 from passes.core.source_location import Branch, Place, Site
+from passes.core.values.host_reads import Read
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Facts:
     Attributes:
         hints: the value of each symbol in the eager run.
         replacements: symbols that are functions of others (the length of a slice).
-        decisions: what the graph assumes.
+        assumptions: what the graph assumes.
         computed: symbols that operators of the graph make of others, in order.
         checked: the lines of those that a run has to check.
         sources: file and line that read each symbol.
@@ -74,7 +74,7 @@ class Facts:
     hints: dict[sympy.Symbol, int | float] = field(default_factory=dict)
     replacements: dict[sympy.Symbol, sympy.Basic] = field(default_factory=dict)
     computed: dict[sympy.Symbol, Computed] = field(default_factory=dict)
-    decisions: list[Assumption] = field(default_factory=list)
+    assumptions: list[Assumption] = field(default_factory=list)
     checked: list[Site] = field(default_factory=list)
     sources: dict[sympy.Symbol, Site] = field(default_factory=dict)
     names: dict[sympy.Symbol, str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Facts:
     _known: set[sympy.Basic] = field(default_factory=set)
 
     def executed(self) -> bool:
-        """Whether the eager run came to where the traced one is: into these trips, and sides of branches."""
+        """Whether the eager run came to where the traced one is: into these iterations, and arms of branches."""
         trips = self.loops.trips if self.loops is not None else ()
         return all(self.hint(trip.predicate) == sympy.true for trip in trips)
 
@@ -108,12 +108,12 @@ class Facts:
         self._resolved[expression] = made
         return made
 
-    def forget(self, decisions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
-        """Go back to the first ``decisions``, and to these definitions."""
-        del self.decisions[decisions:]
+    def forget(self, assumptions: int, definitions: Mapping[sympy.Symbol, sympy.Basic]) -> None:
+        """Go back to the first ``assumptions``, and to these definitions."""
+        del self.assumptions[assumptions:]
         self.replacements = dict(definitions)
         self._resolved.clear()
-        self._known = {decision.condition for decision in self.decisions}
+        self._known = {assumption.condition for assumption in self.assumptions}
 
     def hint(self, expression: sympy.Basic) -> sympy.Basic | None:
         """The value of ``expression`` in the eager run, or None."""
@@ -146,15 +146,15 @@ class Facts:
 
     def decide(self, predicate: sympy.Basic, outcome: bool, site: Site, place: Place | None = None) -> None:
         """Add an assumption, unless it is there. ``place`` is where Python asks for the truth of the predicate."""
-        decision = Assumption(self.resolve(predicate), outcome, site)
-        if self.loops is not None and self.loops.trips:  # what a trip assumes matters if it takes place
+        assumption = Assumption(self.resolve(predicate), outcome, site)
+        if self.loops is not None and self.loops.trips:  # what an iteration assumes matters if it takes place
             skipped = [sympy.Not(trip.predicate) for trip in self.loops.trips]
             if self.executed() and place is not None:
                 self.outcomes[place] = bool(outcome)
-            decision = Assumption(sympy.Or(*skipped, decision.condition), True, site)
-        if decision.condition not in self._known and decision.condition != sympy.true:
-            self._known.add(decision.condition)
-            self.decisions.append(decision)
+            assumption = Assumption(sympy.Or(*skipped, assumption.condition), True, site)
+        if assumption.condition not in self._known and assumption.condition != sympy.true:
+            self._known.add(assumption.condition)
+            self.assumptions.append(assumption)
 
 
 def _without_choice(holds: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:

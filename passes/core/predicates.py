@@ -1,20 +1,20 @@
-"""Loops over the rows of a list whose length is data: unrolled to the bound, each trip under its own condition.
+"""Loops over the rows of a list whose length is data: unrolled to the bound, each iteration under its own predicate.
 
 Before, with the three rows of an eager run::
 
     for row in mask.nonzero():                      # u0 rows
         out.index_add_(0, where(row), values(row))
 
-After, with the bound for the number of trips, of which trip ``i`` runs if ``i < u0``::
+After, with the bound for the number of iterations, of which number ``i`` takes place if ``i < u0``::
 
     %runs_3 : gt.Scalar(%u0, 3)
     %kept_3 : masked_fill.Scalar(%values_3, %not_runs_3, 0)
     %_ : index_add_.default(%out, 0, %rows_3, %kept_3)
 
-That is the loop only if a trip has no effect but its writes to tensors from outside, which are the ones put under the
-condition. So a loop is unrolled if no value made inside a trip is read outside of it, and if what the step does outside
-of its loops does not depend on how many trips Python saw. Other loops are recorded with the trips of the eager run, as an
-assumption.
+That is the loop only if an iteration has no effect but its writes to tensors from outside, which are the ones that are
+predicated. So a loop is unrolled if no value made inside an iteration is read outside of it, and if what the step does
+outside of its loops does not depend on how many iterations Python saw. Other loops are recorded with the iterations of the
+eager run, as an assumption.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Iteration:
 class BranchArm:
     """One side of a branch of which both sides are traced; see `passes.control_flow.branches`."""
 
-    fork: int
+    branch: int
     predicate: sympy.Basic
     site: Branch
 
@@ -65,13 +65,13 @@ class Loops:
     """The loops of a step that is being traced.
 
     Args:
-        unroll: ``"bound"`` for as many trips as there can be, ``"hint"`` for those of the eager run, or one less where that is
-            as many, both as trips; ``"no"`` to leave loops to Python.
+        unroll: ``"bound"`` for as many iterations as there can be, ``"hint"`` for those of the eager run, or one less where
+            that is as many; ``"no"`` to leave loops to Python.
 
     Attributes:
-        trips: those that are running now, the outermost first, and the sides of branches among them.
-        left: whether a loop was left before its last trip.
-        drawn: whether a trip draws random numbers, which one that does not take place would not.
+        trips: the iterations that are running now, the outermost first, and the arms of branches among them.
+        left: whether a loop was left before its last iteration.
+        drawn: whether an iteration draws random numbers, which one that does not take place would not.
     """
 
     def __init__(self, unroll: str = "no") -> None:
@@ -108,7 +108,7 @@ def is_iteration() -> bool:
 
 
 def leaks(module: GraphModule) -> bool:
-    """Whether a value made inside a trip is read outside of it."""
+    """Whether a value made inside an iteration is read outside of it."""
     return any(
         loops_of(user)[: len(loops)] != loops
         for node in module.graph.nodes
@@ -130,7 +130,7 @@ def trips_of(node: Node) -> tuple[Iteration | BranchArm, ...]:
 
 
 def loops_of(node: Node) -> tuple[Iteration, ...]:
-    """Those of them that are trips of loops."""
+    """Those of them that are iterations of loops."""
     return tuple(trip for trip in trips_of(node) if isinstance(trip, Iteration))
 
 

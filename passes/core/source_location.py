@@ -1,9 +1,14 @@
-"""Where in the user's program something happens: a line, to be told, and a place, to be recognised."""
+"""Where in the user's program something happens: a line, to be told, and a place, to be recognised.
+
+The one place that goes through stacks and tracebacks for that.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -39,11 +44,21 @@ def add_library(package: str, models: Iterable[str] = ()) -> None:
     _LIBRARIES[package] = frozenset(models)
 
 
+def first_frame(frame: FrameType | None, wanted: Callable[[FrameType], bool]) -> FrameType | None:
+    """The first frame, from ``frame`` outwards, that is ``wanted``."""
+    while frame is not None and not wanted(frame):
+        frame = frame.f_back
+    return frame
+
+
+def line_of(frame: FrameType | None) -> Site:
+    """File and line that a frame is at."""
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
 def user_line(frame: FrameType | None) -> Site:
     """File and line of the first frame, from ``frame`` outwards, that belongs to no library below the model."""
-    while frame is not None and not is_user(frame):
-        frame = frame.f_back
-    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+    return line_of(first_frame(frame, is_user))
 
 
 def user_site() -> Site:
@@ -59,10 +74,29 @@ def user_place() -> Place:
 
 def user_frame() -> FrameType | None:
     """The innermost frame that belongs to no library below the model."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_user(frame):
-        frame = frame.f_back
-    return frame
+    return first_frame(sys._getframe(1), is_user)
+
+
+def user_level() -> int:
+    """The ``stacklevel`` with which `warnings.warn`, in the function that calls this, shows the first line of no library's.
+
+    The outermost line, where all of them are. Lines without a file, as of an interactive session, count.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_librarys(frame):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def frames_of(error: BaseException) -> list[FrameType]:
+    """The frames that an exception passed, the outermost first."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def raised_at(error: BaseException) -> Site:
+    """The user's line that an exception was raised in or below."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_user(frame)]
+    return lines[-1] if lines else ("", 0)
 
 
 def place_of(frame: FrameType) -> Place:
@@ -92,7 +126,17 @@ def _positions(code: CodeType) -> _Positions:
 
 def is_user(frame: FrameType) -> bool:
     """Whether a frame belongs to no library below the model."""
+    return not _is_librarys(frame) and not frame.f_code.co_filename.startswith("<")
+
+
+def _is_librarys(frame: FrameType) -> bool:
     package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
     models = _LIBRARIES.get(package)
-    is_library = models is not None and rest.partition(".")[0] not in models
-    return not is_library and not frame.f_code.co_filename.startswith("<")
+    return models is not None and rest.partition(".")[0] not in models
+
+
+def is_user_file(file: str) -> bool:
+    """The same of a file, where that is all that is left of a frame: in the text of a stack."""
+    homes = [getattr(sys.modules.get(package), "__file__", None) for package in _LIBRARIES]
+    folders = tuple(os.path.dirname(home) + os.sep for home in homes if home and os.path.basename(home) == "__init__.py")
+    return not file.startswith(folders) and os.path.isfile(file)

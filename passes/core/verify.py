@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import GATHERED, WRITTEN_BACK, Aliases, parent_of, returns_view, written
+from passes.core.aliasing import GATHERED, WRITTEN_BACK, Aliases, parent_of, written
 from passes.core.predicates import CERTAIN, trips_of
+from passes.core.schema import returns_view
 from passes.core.values.fake_values import has_symbols, recomputed
 from passes.core.values.legal_operands import operands
 from passes.core.values.value_ranges import Ranges

@@ -18,6 +18,7 @@ from passes.core.aliasing import Aliases
 from passes.core.facts import Assumption
 from passes.core.names import PASS_CONSTANT, fresh_name
 from passes.core.predicates import BranchArm, Iteration
+from passes.core.schema import is_mutable
 from passes.core.source_location import Site
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
@@ -73,8 +74,8 @@ class Construction:
         return next((away for away in found if away.type != "cpu"), device) if device.type == "cpu" else device
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node, with its fake value. A write inside a trip of a loop takes place if the trip does."""
-        if self.trips and target._schema.is_mutable and not self._is_local(args[0]):
+        """A new node, with its fake value. A write inside an iteration takes place if the iteration does."""
+        if self.trips and is_mutable(target) and not self._is_local(args[0]):
             return predicated_write(self, target, args, kwargs)
         return self.plain(target, *args, **kwargs)
 
@@ -93,12 +94,12 @@ class Construction:
         return node
 
     def _is_local(self, tensor: Node) -> bool:
-        """Whether a tensor was made by the trip that runs now."""
+        """Whether a tensor was made by the iteration that runs now."""
         root = self.aliases.root(tensor)
         return isinstance(root, Node) and tuple(root.meta.get("trips", ()))[: len(self.trips)] == self.trips
 
     def running(self) -> Any:
-        """Whether the trips and sides that the current node belongs to take place: a 0-d flag, or True where they must."""
+        """Whether the iterations and arms that the current node belongs to take place: a 0-d flag, or True where they must."""
         return self.number(sympy.And(*[trip.predicate for trip in self.trips]))
 
     def constant(self, value: Tensor) -> Node:
@@ -130,7 +131,7 @@ class Construction:
         return made
 
     def assume(self, condition: sympy.Basic) -> None:
-        """Add a condition to what the graph assumes; in a trip of a loop or a side of a branch it matters if that takes place."""
+        """Add a condition to what the graph assumes; in an iteration or an arm it matters if that takes place."""
         self.facts.decide(sympy.Or(*[sympy.Not(trip.predicate) for trip in self.trips], condition), True, self.site)
 
     def require(self, holds: Node, expression: sympy.Basic | None = None, *, here: bool = False) -> None:
@@ -138,7 +139,7 @@ class Construction:
 
         Args:
             expression: the same as a condition on host values, where it is one.
-            here: whether that matters only if the trips and sides take place that the current node belongs to.
+            here: whether that matters only if the iterations and arms take place that the current node belongs to.
 
         Raises:
             Unremovable: nothing checks the flag, or it is false in the traced run.
@@ -158,6 +159,6 @@ class Construction:
         """Whether what the current operator relies on can be checked by the graph, for all of its runs."""
         return self._checked and not self.trips
 
-    def is_uncertain(self, decision: Assumption) -> bool:
+    def is_uncertain(self, assumption: Assumption) -> bool:
         """Whether the graph has to check what it assumes."""
-        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(decision.condition)))
+        return not self.bounds.certain(self.bounds.of_signs(self.facts.resolve(assumption.condition)))

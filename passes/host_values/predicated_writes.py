@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from passes.core.predicates import CERTAIN
+from passes.core.schema import written_arguments
 from passes.errors import Unremovable
 from passes.host_values.emitter import Emitter
 
@@ -17,7 +18,7 @@ _FILLING = (aten.zero_.default, aten.fill_.Scalar)
 
 
 def predicated_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-    """``target(*args)`` if the trip of the loop takes place, nothing else.
+    """``target(*args)`` if the iteration or the arm takes place, nothing else.
 
     What is added becomes zero (below zero, which leaves zeros of either sign as they are), what is written becomes what is
     there; only for operators of another kind is the tensor copied.
@@ -30,7 +31,7 @@ def predicated_write(rw: Emitter, target: Any, args: tuple[Any, ...], kwargs: di
         made = rw.plain(target, *args, **kwargs)
         made.meta[CERTAIN] = True
         return made
-    if [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write] != [target._schema.arguments[0].name]:
+    if written_arguments(target) != {target._schema.arguments[0].name}:
         raise Unremovable("a write under a condition to more than the first argument", str(target), rw.site)
     if target in _ADDING:
         dim, index, source = args[1:4]

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import returns_view, silently_written
+from passes.core.schema import is_mutable, returns_view, silently_written
 from passes.core.symbols import is_symbol
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import PARTIAL
@@ -81,9 +81,9 @@ class Rewriter(PaddedConstruction):
                 if isinstance(made, Node) and _keeps_zeros(made, args[:1]):
                     made.meta["zeros"] = args[0].meta["zeros"]
                 return made
-        schema = getattr(node.target, "_schema", None)
-        conditional = self.trips and (schema.is_mutable or node.target in PARTIAL) if schema is not None else False
-        if schema is not None and (self.sized_by_symbols(node) or conditional):
+        is_operator = getattr(node.target, "_schema", None) is not None
+        conditional = is_operator and self.trips and (is_mutable(node.target) or node.target in PARTIAL)
+        if is_operator and (self.sized_by_symbols(node) or conditional):
             return self.call(node.target, *args, **kwargs)  # symbols that turned out to be constants; what has a condition
         if self.trips and silently_written(node.target, args, kwargs):  # type: ignore[arg-type]
             raise Unremovable("it writes statistics in a way that has no condition", str(node.target), self.site)

@@ -46,10 +46,10 @@ class Bounds:
                 self.limit(symbol, self._promised[name])
                 facts.decide(symbol <= self._promised[name], True, ("", 0))
         self._natural = {
-            s for d in facts.decisions for part in _conjuncts(d.condition) if (s := _not_below_zero(part)) is not None
+            s for d in facts.assumptions for part in _conjuncts(d.condition) if (s := _not_below_zero(part)) is not None
         }
         for _ in range(2):  # an equality may carry a bound that was learned after it
-            for condition in facts.decisions:
+            for condition in facts.assumptions:
                 for part in _conjuncts(condition.condition):
                     self._learn(self.simplified(part))
 

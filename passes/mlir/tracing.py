@@ -16,6 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from passes.core.schema import written_values
 from passes.errors import LoweringError, OptionError
 from passes.mlir.sites import SourceLines, blame
 
@@ -117,11 +118,8 @@ class UndoWrites(TorchDispatchMode):
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call of ``func`` writes, by its schema."""
-    schema = func._schema.arguments
-    given = [*zip(schema, args, strict=False), *((each, kwargs[each.name]) for each in schema if each.name in kwargs)]
-    values = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors that a call of ``func`` writes."""
+    return [leaf for leaf in pytree.tree_leaves(written_values(func, args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def trace(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ExportedProgram, Step]:

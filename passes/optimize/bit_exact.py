@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import returns_view
+from passes.core.schema import returns_view
 from passes.core.symbols import has_static_shape
 
 aten = torch.ops.aten

@@ -22,7 +22,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import Aliases, is_pure, returns_view, written
+from passes.core.aliasing import Aliases, is_pure, written
+from passes.core.schema import returns_view
 
 
 def merge_duplicates(module: GraphModule) -> list[tuple[str, str]]:

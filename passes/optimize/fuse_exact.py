@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.core.aliasing import Aliases, is_pure, returns_view
+from passes.core.aliasing import Aliases, is_pure
 from passes.core.names import REGION, fresh_name
+from passes.core.schema import returns_view
 from passes.optimize.bit_exact import exact_operators
 
 FEWEST = 2

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.core.aliasing import parent_of, written
 from passes.core.names import HOISTED, fresh_name, is_host_constant
 from passes.core.node_calls import attribute
+from passes.core.schema import is_mutable
 
 aten = torch.ops.aten
 _MOVES = (aten._to_copy.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default)
@@ -85,7 +87,7 @@ def _constant(module: GraphModule, node: object) -> torch.Tensor | None:
 def _folded(module: GraphModule, node: Node) -> torch.Tensor | None:
     """What an operator on constants of the host gives, if that is on the host too."""
     target: Any = node.target
-    pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+    pure = isinstance(target, torch._ops.OpOverload) and not is_mutable(target)
     if not pure or target in _MOVES or torch.Tag.nondeterministic_seeded in target.tags or len(target._schema.returns) != 1:
         return None
     inputs = {n: _constant(module, n) for n in node.all_input_nodes}
@@ -126,12 +128,4 @@ def _host_table(module: GraphModule, node: Node) -> torch.Tensor | None:
 
 def _is_written(node: Node) -> bool:
     """Whether a user of ``node``, or of a view of it, writes to it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
-            continue
-        for position, argument in enumerate(schema.arguments):
-            value = user.args[position] if position < len(user.args) else user.kwargs.get(argument.name)
-            if value is node and argument.alias_info is not None and (argument.alias_info.is_write or _is_written(user)):
-                return True
-    return False
+    return any(node in written(user) or (parent_of(user) is node and _is_written(user)) for user in node.users)

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from passes.core.node_calls import COPIES, NEW, PHYSICAL, attribute, call, is_view, name_of, writes
+from passes.core.node_calls import attribute, call, name_of
+from passes.core.schema import COPIES, NEW, PHYSICAL, is_view, may_write
 from passes.projections.layouts import Layout, compose, identity, layout_of
 
 Tensor = torch.Tensor
@@ -47,7 +48,7 @@ class GraphViews:
         self.module = module
         self.constants = constants
         self.order = {node: index for index, node in enumerate(module.graph.nodes)}
-        self.writes = [index for node, index in self.order.items() if writes(node, module)]
+        self.writes = [index for node, index in self.order.items() if may_write(node, module)]
         self._nodes = list(self.order)
         self._parents: dict[Node, Node] = {}
         self._memory: dict[Node, frozenset[Node]] = {}
@@ -114,7 +115,7 @@ class GraphViews:
         """Run a view operator on a stand-in for its first argument. Returns that argument, the stand-in and the result."""
         nothing = torch.empty(0, device="meta")
         source = node.args[0] if node.args else None
-        if not isinstance(source, Node) or not is_view(name_of(node)) or writes(node, self.module):
+        if not isinstance(source, Node) or not is_view(name_of(node)) or may_write(node, self.module):
             return None, nothing, None
         if isinstance(self.value(source), (tuple, list)):  # an element of what unbind, chunk or split returned
             parent, stand_in, parts = self._run(source)
@@ -151,7 +152,7 @@ class GraphViews:
 
     def _foldable(self, node: Node) -> bool:
         known = [self.constant(n) is not None or type(self.value(n)) in (int, torch.Size) for n in node.all_input_nodes]
-        return all(known) and not writes(node, self.module)
+        return all(known) and not may_write(node, self.module)
 
     def _fold(self, node: Node) -> Tensor:
         def known(source: Node) -> Any:
@@ -182,7 +183,7 @@ class GraphViews:
         if node not in self._memory:
             source = node.args[0] if node.args else None
             name = name_of(node)
-            shares = (is_view(name) and name not in NEW) or name in PHYSICAL or writes(node, self.module)
+            shares = (is_view(name) and name not in NEW) or name in PHYSICAL or may_write(node, self.module)
             above = self.memory(source) if isinstance(source, Node) and shares else frozenset[Node]()
             self._memory[node] = above | {node}
         return self._memory[node]

@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from passes.core.names import ROUTED_WEIGHT, fresh_name
-from passes.core.node_calls import attribute, writes
+from passes.core.node_calls import attribute
+from passes.core.schema import may_write
 from passes.projections.graph_views import GraphViews
 from passes.projections.grouped_projection import GroupedProjection, grouped_projections
 from passes.projections.layouts import Layout, compose
@@ -181,7 +182,7 @@ class _Rewrite:
 
     def _erase(self, node: Node) -> None:
         """Remove ``node``, and what was computed only for it."""
-        if node._erased or node.users or node.op in ("placeholder", "output") or writes(node, self.module):
+        if node._erased or node.users or node.op in ("placeholder", "output") or may_write(node, self.module):
             return
         inputs = node.all_input_nodes
         self.module.graph.erase_node(node)

@@ -45,16 +45,16 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     rw.facts.checked.clear()
     for check in rw.checks:
         broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
-    for decision in rw.facts.decisions:
-        condition = rw.bounds.of_signs(rw.facts.resolve(decision.condition))
+    for assumption in rw.facts.assumptions:
+        condition = rw.bounds.of_signs(rw.facts.resolve(assumption.condition))
         if rw.bounds.certain(condition):
             continue
         if rw.facts.hint(condition) == sympy.false:
-            raise Unremovable(f"the step itself does not keep to {condition}", "bound", decision.site, "Raise the bound")
+            raise Unremovable(f"the step itself does not keep to {condition}", "bound", assumption.site, "Raise the bound")
         holds = rw.number(condition)
         if isinstance(holds, bool) and holds:
             continue
-        rw.facts.checked.append(decision.site)
+        rw.facts.checked.append(assumption.site)
         broken = holds if broken is None else rw.call(aten.logical_and.default, broken, holds)
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
 
@@ -64,7 +64,7 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
 
     On a way that the step does not take they may be anything: an index beyond the end, a divisor of zero, a probability of
     infinity; a device that is asked for a row beyond the end ends the process. Where the graph has no flag only sides of
-    branches and trips of loops are ways that may not be taken; it gets a flag if they need one. Where it has one, an index
+    branches and iterations of loops are ways that may not be taken; it gets a flag if they need one. Where it has one, an index
     that is the caller's is kept too: a size it goes into may be another at the next call.
     """
     output = module.graph.output_node()

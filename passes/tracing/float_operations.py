@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 import torch
 
-from passes.control_flow.branches import Forks
+from passes.control_flow.branches import Branches
 from passes.core.facts import Computed, Facts
 from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS, expression_of
@@ -43,11 +43,11 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @contextlib.contextmanager
-def opaque_floats(facts: Facts, forks: Forks) -> Iterator[None]:
+def opaque_floats(facts: Facts, branches: Branches) -> Iterator[None]:
     """Have the step's operations on fractions be operators of the graph, in this thread. Torch's own stay what they are."""
     before = [(kind, name, vars(kind).get(name, _ABSENT)) for kind in (torch.SymFloat, torch.SymInt) for name in _OPERATORS]
     outer = getattr(_active, "trace", None)
-    _active.trace = facts, forks
+    _active.trace = facts, branches
     try:
         for kind, name, method in before:
             if method is not _ABSENT:
@@ -75,13 +75,13 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
     return chosen
 
 
-def _computed(function: Callable[[Any, Any], Any], a: Any, b: Any, facts: Facts, forks: Forks) -> Any:
+def _computed(function: Callable[[Any, Any], Any], a: Any, b: Any, facts: Facts, branches: Branches) -> Any:
     """``function(a, b)`` in float64 on the device, as a number of its own."""
-    outer, forks.naming = forks.naming, True  # a read that the eager run did not make
+    outer, branches.naming = branches.naming, True  # a read that the eager run did not make
     try:
         made = function(*(torch.scalar_tensor(_as_float(value), dtype=torch.float64) for value in (a, b))).item()
     finally:
-        forks.naming = outer
+        branches.naming = outer
     (symbol,) = made.node.expr.free_symbols
     facts.computed[symbol] = computed = Computed(function, (_operand(a), _operand(b)))
     hint = computed.value(facts.hint)

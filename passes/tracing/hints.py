@@ -14,14 +14,15 @@ import sympy
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.control_flow.branches import Forks
+from passes.control_flow.branches import Branches
 from passes.control_flow.stopping import inside
 from passes.core.composites import run, taken_apart
 from passes.core.facts import Facts
-from passes.core.host_reads import Read, Reads
 from passes.core.predicates import LIMIT, Loops
+from passes.core.schema import is_mutable, shares_first_argument
 from passes.core.source_location import Place, Site, place_of, user_frame, user_place, user_site
 from passes.core.symbols import SYMBOLS, expression_of
+from passes.core.values.host_reads import Read, Reads
 from passes.errors import Unremovable
 from passes.tracing.torch_functions import traced_tensor
 from passes.tracing.torch_symbols import (
@@ -109,9 +110,9 @@ class HintedShapes(ShapeEnv):
 class HintMode(TorchDispatchMode):
     """Gives the symbols that an operator makes their hints, in the order of the eager run."""
 
-    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, forks: Forks) -> None:
+    def __init__(self, facts: Facts, reads: Sequence[Read], loops: Loops, branches: Branches) -> None:
         super().__init__()
-        self.forks = forks
+        self.branches = branches
         self.facts, self.loops = facts, loops
         self.reads = Reads(reads)
         self.raised: Unremovable | None = None  # for the step's own lines may catch what tracing raises
@@ -124,8 +125,8 @@ class HintMode(TorchDispatchMode):
         whole = taken_apart(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole
-        place = self.forks.asked or user_place()
-        self.forks.loops.runs(func)
+        place = self.branches.asked or user_place()
+        self.branches.loops.runs(func)
         if func is aten._local_scalar_dense.default:
             args = (traced_tensor(args[0]),)
         args, kwargs = _not_computed(func, args, kwargs or {})
@@ -144,10 +145,10 @@ class HintMode(TorchDispatchMode):
             self._define_rest(args[0], args[1], *args[2:])
         if func is aten.slice.Tensor:
             self._define_slice(result, *args, **kwargs)
-        elif not self.forks.naming and self.facts.executed():
+        elif not self.branches.naming and self.facts.executed():
             source = _source(args[0]) if func is aten._local_scalar_dense.default else None
             self._follow(str(func), result, place, source)
-        elif not self.forks.naming and func is aten._local_scalar_dense.default:
+        elif not self.branches.naming and func is aten._local_scalar_dense.default:
             _note(str(func), unread=place)
         return result
 
@@ -168,7 +169,7 @@ class HintMode(TorchDispatchMode):
         for node in newest_nodes():
             if "site" in node.meta:
                 break
-            node.meta.update(site=site, trips=self.loops.trips, joins=self.forks.joining)
+            node.meta.update(site=site, trips=self.loops.trips, joins=self.branches.joining)
 
     def rows(self, x: Tensor) -> Any:
         """The rows of ``x`` for a Python loop, if it can be unrolled."""
@@ -197,7 +198,7 @@ class HintMode(TorchDispatchMode):
         if not isinstance(size, torch.SymInt) or size.node.expr not in fresh or not isinstance(step, int):
             return
         facts, whole = self.facts, expression_of(x.shape[dim])
-        joins = self.forks.joining is not None
+        joins = self.branches.joining is not None
         first, last = (facts.resolve(bound) for bound in (_index(start, 0, whole, joins), _index(end, whole, whole, joins)))
         count = sympy.simplify(last - first)
         hint = facts.hint(sympy.Le(last, whole))
@@ -245,7 +246,7 @@ def _not_computed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return args, kwargs
-    if not (func._schema.is_mutable or all(tensor.numel() <= 1 for tensor in tensors)):
+    if not (is_mutable(func) or all(tensor.numel() <= 1 for tensor in tensors)):
         return args, kwargs
     made: tuple[Any, Any] = tree_map_only(Tensor, aten.alias.default, (args, kwargs))
     return made
@@ -272,9 +273,7 @@ def _source(tensor: Tensor) -> str:
 
 def _shares_memory(node: torch.fx.Node) -> bool:
     """Whether the result of a node lies where its first argument does."""
-    schema = getattr(node.target, "_schema", None)
-    given = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
-    return bool(given) and isinstance(node.args[0], torch.fx.Node)
+    return shares_first_argument(node.target) and isinstance(node.args[0], torch.fx.Node)
 
 
 def _note(operator: str, **what: Any) -> None:

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from passes.control_flow.branches import Forks, Stopped, Unmergeable
-from passes.control_flow.code_patching import Plan, Written, forked
+from passes.control_flow.branches import Branches, Stopped, Unmergeable
+from passes.control_flow.code_patching import Plan, Written, patched
 from passes.control_flow.python_changes import Snapshot
 from passes.control_flow.stopping import EndlessError, Hook
 from passes.core.facts import Assumption, Facts
-from passes.core.host_reads import Read
 from passes.core.names import NUMBER, STATE, is_traced_constant
 from passes.core.predicates import BranchArm, Loops
 from passes.core.source_location import user_site
 from passes.core.symbols import expression_of
 from passes.core.traced_step import Advance, TracedStep, note_storages, placeholders
+from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
 from passes.tracing.fake_kernels import StepFakes
 from passes.tracing.float_operations import opaque_floats
@@ -128,8 +128,8 @@ class _Trace:
         self._mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
         self.facts = environment.facts = Facts(self._mode)
         self.facts.loops = loops = Loops(request.unroll)
-        self._forks = Forks(self.facts, loops, environment.static, request.snapshot, request.forbidding)
-        self._hints = HintMode(self.facts, request.reads, loops, self._forks)
+        self._branches = Branches(self.facts, loops, environment.static, request.snapshot, request.forbidding)
+        self._hints = HintMode(self.facts, request.reads, loops, self._branches)
         self.structure: Any = None
         self.advance: Advance | None = None
 
@@ -140,9 +140,9 @@ class _Trace:
             inputs = [*request.tensors, *(number.tensor for number in request.numbers)]
             fakes = [self._mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
         as_written = torch.compiler.set_stance("force_eager")
-        named, merged = symbolic_builtins(request.modules), forked(request.plan, self._forks, request.functions)
+        named, merged = symbolic_builtins(request.modules), patched(request.plan, self._branches, request.functions)
         with named, merged, torch.no_grad(), as_written, enable_python_dispatcher():
-            module = _made(self._step, fakes, self._forks)
+            module = _made(self._step, fakes, self._branches)
         if self._hints.raised is not None:
             raise self._hints.raised
         return module
@@ -150,7 +150,7 @@ class _Trace:
     def _step(self, *arguments: Tensor) -> list[Any]:
         """The step, given fake tensors for its tensors and for those that hold its numbers."""
         request, facts = self._request, self.facts
-        with SymbolicEntry(self._hints.drop, self._hints.rows), opaque_floats(facts, self._forks), self._hints:
+        with SymbolicEntry(self._hints.drop, self._hints.rows), opaque_floats(facts, self._branches), self._hints:
             count = len(arguments) - len(request.numbers)
             given, held = arguments[:count], arguments[count:]
             symbols: list[Any] = [tensor.item() for tensor in held]
@@ -166,12 +166,12 @@ class _Trace:
 
 def _forget_unread(facts: Facts) -> None:
     """Keep each assumption once, and none of where views lie in their storage: no value depends on that."""
-    resolved = [Assumption(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.decisions]
+    resolved = [Assumption(facts.resolve(d.predicate), d.outcome, d.site) for d in facts.assumptions]
     kept = [d for d in resolved if not d.predicate.free_symbols & facts.offsets]
-    facts.decisions = list({d.condition: d for d in reversed(kept)}.values())[::-1]
+    facts.assumptions = list({d.condition: d for d in reversed(kept)}.values())[::-1]
 
 
-def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> GraphModule:
+def _made(step: Callable[..., Any], fakes: Sequence[Tensor], branches: Branches) -> GraphModule:
     """The graph of ``step``.
 
     Raises:
@@ -182,25 +182,25 @@ def _made(step: Callable[..., Any], fakes: Sequence[Tensor], forks: Forks) -> Gr
     except Unmergeable:
         raise
     except (Stopped, EndlessError):
-        assert forks.failed is not None
-        raise forks.failed from None
+        assert branches.failed is not None
+        raise branches.failed from None
     except Exception as error:
-        arm = next((trip for trip in reversed(forks.loops.trips) if isinstance(trip, BranchArm)), None)
+        arm = next((trip for trip in reversed(branches.loops.trips) if isinstance(trip, BranchArm)), None)
         if arm is None:
             raise
         text = str(error).partition("\n")[0]
         raise Unmergeable(f"a side raises {type(error).__name__}: {text}", arm.site) from error
     except SystemExit:  # what a handler of the step's makes of `Stopped`
-        if forks.failed is None:
+        if branches.failed is None:
             raise
-        raise forks.failed from None
+        raise branches.failed from None
     finally:
-        forks.watch(False)
-    if forks.failed is not None:
-        raise forks.failed
-    left = next((trip for trip in forks.loops.trips if isinstance(trip, BranchArm)), None)
+        branches.watch(False)
+    if branches.failed is not None:
+        raise branches.failed
+    left = next((trip for trip in branches.loops.trips if isinstance(trip, BranchArm)), None)
     if left is not None:
-        raise forks.unmergeable("a side raises an exception, which is caught elsewhere", left.site)
+        raise branches.unmergeable("a side raises an exception, which is caught elsewhere", left.site)
     return module
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.state.storage import written_arguments, written_tensors
+from graphs.observation.eager_trace import trace_eager
+from graphs.state.storage import storage_id, written_tensors
+from passes.core.schema import written_arguments
 
 aten = torch.ops.aten
 
@@ -19,6 +21,21 @@ def test_a_schema_names_the_arguments_that_are_written() -> None:
 def test_the_tensors_in_a_written_list_are_written() -> None:
     first, second = torch.zeros(1), torch.ones(1)
     assert written_tensors(aten._foreach_add_.Scalar, ([first, second], 1.0), {}) == [first, second]
+
+
+def test_a_traced_operator_tells_which_tensors_it_wrote() -> None:
+    first, second, mean, variance = torch.zeros(1), torch.ones(1), torch.zeros(3), torch.ones(3)
+
+    def step() -> None:
+        torch._foreach_add_([first, second], 1.0)
+        aten.native_batch_norm(torch.ones(4, 3), None, None, mean, variance, True, 0.1, 1e-5)
+        first.add(second)
+
+    _, trace = trace_eager(step, [])
+    foreach, norm = ([o for o in trace.operations if name in str(o.func)] for name in ("_foreach_add_", "batch_norm"))
+    assert [use.origin for use in foreach[0].written()] == [("external", storage_id(t)) for t in (first, second)]
+    assert [use.origin for use in norm[0].written()] == [("external", storage_id(t)) for t in (mean, variance)]
+    assert trace.operations[-1].written() == []
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -42,6 +42,28 @@ def test_a_constant_that_the_step_writes_is_left_alone():
     assert torch.equal(module(torch.ones(2)), module(torch.ones(2)))
 
 
+def test_a_constant_that_is_written_through_one_of_several_views_is_left_alone():
+    def step(x):
+        table = torch.tensor([1.0, 2.0])
+        table.split(1)[0].add_(x)
+        return table + x
+
+    module = make_fx(step)(torch.ones(1))
+    assert passes.run(module) == []
+    assert module(torch.ones(1)).tolist() == module(torch.ones(1)).tolist() == [3.0, 3.0]
+
+
+def test_a_constant_that_holds_running_statistics_is_left_alone():
+    def step(x):
+        mean = torch.tensor([0.0])
+        torch.ops.aten.native_batch_norm(x, None, None, mean, torch.tensor([1.0]), True, 0.5, 1e-5)
+        return mean * 2
+
+    module = make_fx(step)(torch.ones(4, 1))
+    passes.run(module)
+    assert module(torch.ones(4, 1)).tolist() == module(torch.ones(4, 1)).tolist() == [1.0]
+
+
 def test_a_table_that_the_step_computes_on_the_host_is_uploaded_once():
     def step(x):
         return x * (1.0 / 10000 ** (torch.arange(0, 4, 2) / 4)).to(x.device)

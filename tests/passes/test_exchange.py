@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from passes.control_flow.code_patching import ENTRY, branch_in, forked, functions_of, rewritten, written
+from passes.control_flow.code_patching import ENTRY, branch_in, functions_of, patched, rewritten, written
 from passes.core.source_location import Place
 
 
@@ -99,14 +99,14 @@ def test_outside_of_a_trace_other_code_does_what_the_function_does(function: Any
     values = list(itertools.product(range(-1, 4), repeat=4 if function is chain else 1))
     calls = [((*first, *given), {"extra": 1} if function is chain and sum(given) % 2 else {}) for given in values]
     expected = [function(*args, **kwargs) for args, kwargs in calls]
-    with forked({place: branches_of(function)}, None, functions_of([place])):
+    with patched({place: branches_of(function)}, None, functions_of([place])):
         assert function.__code__ is new
         assert [function(*args, **kwargs) for args, kwargs in calls] == expected
     assert function.__code__ is own
 
 
 class Recorder:
-    """Stands for the forks of a trace: has every branch go the first way."""
+    """Stands for the branches of a trace: has every branch go the first way."""
 
     def __init__(self) -> None:
         self.starts: list[tuple[int, int]] = []
@@ -141,9 +141,9 @@ PLACE = written(simple.__code__)
 PLAN = {PLACE: branches_of(simple)}
 
 
-def test_only_the_thread_that_traces_meets_its_forks() -> None:
+def test_only_the_thread_that_traces_meets_its_branches() -> None:
     recorder, elsewhere = Recorder(), list[str]()
-    with forked(PLAN, recorder, functions_of([PLACE])):
+    with patched(PLAN, recorder, functions_of([PLACE])):
         assert simple(0) == "taken"
         thread = threading.Thread(target=lambda: elsewhere.append(simple(0)))
         thread.start()
@@ -154,14 +154,14 @@ def test_only_the_thread_that_traces_meets_its_forks() -> None:
 
 def test_code_is_put_back_whatever_happens() -> None:
     own = simple.__code__
-    with pytest.raises(ZeroDivisionError), forked(PLAN, Recorder(), functions_of([PLACE])):
+    with pytest.raises(ZeroDivisionError), patched(PLAN, Recorder(), functions_of([PLACE])):
         assert simple.__code__ is not own
         raise ZeroDivisionError
     assert simple.__code__ is own and ENTRY.if_stmt(0).enter(False)
 
 
 def test_code_that_still_runs_when_its_function_has_its_own_again_asks_nobody() -> None:
-    with forked(PLAN, Recorder(), functions_of([PLACE])):
+    with patched(PLAN, Recorder(), functions_of([PLACE])):
         other = FunctionType(simple.__code__, {})  # as a frame that is running keeps it
         assert other(0) == "taken"
     assert other(0) == "not taken" and other(1) == "taken"

@@ -98,7 +98,7 @@ def test_a_refused_graph_keeps_its_assumptions_apart_from_the_next_try() -> None
         return x[: int(t)].cummax(0).values.sum(0)  # has no rule: taken at its length
 
     graph = rewritten(step, torch.randn(8, 3), torch.tensor(5))
-    assert len({str(decision.condition) for decision in graph.graph.facts.decisions}) == len(graph.graph.facts.decisions)
+    assert len({str(assumption.condition) for assumption in graph.graph.facts.assumptions}) == len(graph.graph.facts.assumptions)
     assert check(graph, step, torch.randn(8, 3), torch.tensor(5))
     assert not check(graph, step, torch.randn(8, 3), torch.tensor(4), may_break=True)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import passes
-from passes.core.host_reads import Read, Reads
 from passes.core.source_location import Place, user_place
+from passes.core.values.host_reads import Read, Reads
 from tests.passes.steps import Step, check, rewritten, traced
 
 ITEM = "aten._local_scalar_dense.default"

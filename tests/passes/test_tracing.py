@@ -47,7 +47,7 @@ def test_a_step_is_one_graph_with_its_hints_lines_and_assumptions() -> None:
     (symbol,) = facts.hints
     assert printed(module) == GOLDEN
     assert facts.hints[symbol] == 5 and facts.sources[symbol] == line(decode, 1)
-    assert facts.decisions[0].condition == (symbol > 2) and facts.decisions[0].site == line(decode, 2)
+    assert facts.assumptions[0].condition == (symbol > 2) and facts.assumptions[0].site == line(decode, 2)
     assert {node.target: node.meta["site"] for node in module.graph.nodes if node.op == "call_function"} == {
         aten._local_scalar_dense.default: line(decode, 1),
         aten.mul_.Tensor: line(decode, 3),

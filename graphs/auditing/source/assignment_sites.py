@@ -10,7 +10,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from graphs.errors import Site
-from passes.core.modes import as_written
+from passes.core.composites import as_written
 from passes.core.source_location import is_user
 
 _NAMED = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME")

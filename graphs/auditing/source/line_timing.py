@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from graphs.observation.fused_modules import unnoticed
-from passes.core.composites import Calls
-from passes.core.modes import as_written
+from passes.core.composites import Calls, as_written
 from passes.core.patched_functions import as_torch_made
 from passes.core.source_location import user_site
 

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from passes.core.aliasing import is_pure
 from passes.core.facts import Facts
-from passes.core.host_reads import Read
 from passes.core.predicates import BranchArm
 from passes.core.source_location import Branch, Place, Site
+from passes.core.values.host_reads import Read
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ class Marks:
 def chosen(marks: Marks, graph: Graph, bound: Callable[[sympy.Basic], int | None]) -> list[Forcing]:
     """The forcings of a graph with the outcomes that are worth to be forced."""
     facts = marks.facts
-    arms = {arm.fork: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, BranchArm)}
+    arms = {arm.branch: arm for node in graph.nodes for arm in node.meta.get("trips", ()) if isinstance(arm, BranchArm)}
     found = [forcing for forcing in marks.found.values() if forcing.reads]
     known = {(read.operator, read.place) for forcing in found for read in forcing.reads}
     for forcing in found:
@@ -188,7 +188,7 @@ def _scalar_outcomes(
     else:
         computed = facts.depending_on(symbols)
         asked = [arm.predicate for arm in arms] + [
-            d.condition for d in facts.decisions if d.condition.free_symbols & {*symbols, *computed}
+            d.condition for d in facts.assumptions if d.condition.free_symbols & {*symbols, *computed}
         ]
         asked += [operand for made in computed.values() for operand, _ in made.operands]
         limits = {float(n) if isinstance(present, float) else int(n) for c in asked for n in c.atoms(sympy.Number) if n.is_finite}

@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from passes.core.schema import base_name
 from passes.core.symbols import expression_of, is_symbol
 from passes.host_values.rewriter import Rewriter, Rule
 
@@ -59,7 +60,7 @@ def pointwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     if overload not in _TENSOR and not isinstance(node.target._schema.arguments[1].type, torch.TensorType):
         return None
     overload = _TENSOR.get(overload, overload)
-    name, in_place = _name(node)
+    name, in_place = base_name(node.target)
     tensor, number = args[:2] if numbers[1] else args[1::-1]
     value = tensor.meta["val"]
     wide = _precision(name, tensor, number, node.meta["val"].dtype)
@@ -85,13 +86,6 @@ def _is_host_number(value: Any, node: Node) -> bool:
 def takes_host_number(node: Node) -> bool:
     """Whether an operator met a 0-d tensor of the host's on a device."""
     return any(_is_host_number(value, node) for value in node.args)
-
-
-def _name(node: Node) -> tuple[str, bool]:
-    """The name of an operator, and whether that is in place."""
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    in_place = name.endswith("_") and not name.startswith("__")
-    return (name.rstrip("_") if in_place else name), in_place
 
 
 def _precision(name: str, tensor: Node, number: Node, result: torch.dtype) -> torch.dtype:
@@ -129,7 +123,7 @@ def _divided_on_cuda(rw: Rewriter, given: list[Node], rounding: str | None, dtyp
 
 def _result(rw: Rewriter, node: Node, tensor: Node, made: Node) -> Node:
     """What an operator gives, in its dtype: ``made``, or ``tensor`` with that written to it."""
-    if _name(node)[1]:
+    if base_name(node.target)[1]:
         new = rw.keep(tensor, cast(rw, made, tensor.meta["val"].dtype))
         return rw.padded(rw.call(aten.copy_.default, tensor, new), rw.lengths(tensor))
     return rw.padded(cast(rw, made, node.meta["val"].dtype), rw.expected(node))
@@ -144,7 +138,7 @@ def _scaled(rw: Rewriter, node: Node, args: tuple[Any, ...], alpha: Node) -> Nod
     wide = torch.float64 if value.dtype == torch.float32 else torch.float32 if value.dtype in _LOW else value.dtype
     rounded = torch.float32 if value.dtype in _LOW and value.device.type != "cpu" else value.dtype
     product = rw.call(aten.mul.Tensor, cast(rw, y, wide), cast(rw, on_device(rw, alpha, rounded, value.device), wide))
-    how = aten.sub.Tensor if _name(node)[0] == "sub" else aten.add.Tensor
+    how = aten.sub.Tensor if base_name(node.target)[0] == "sub" else aten.add.Tensor
     return _result(rw, node, x, rw.call(how, cast(rw, x, wide), product))
 
 
@@ -276,7 +270,7 @@ def filled(rw: Rewriter, node: Node, args: tuple[Any, ...]) -> Node:
     value = x.meta["val"]
     number = on_device(rw, number, value.dtype, value.device) if is_symbol(number) else cast(rw, number, value.dtype)
     made = rw.call(aten.where.self, mask, number, x)
-    if _name(node)[1]:
+    if base_name(node.target)[1]:
         made = rw.call(aten.copy_.default, x, rw.keep(x, made))
     return rw.padded(made, rw.lengths(x))
 

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from passes.core.schema import is_mutable
 from passes.core.symbols import expression_of, is_symbol
 from passes.host_values.rewriter import Rewriter, Rule
 from passes.host_values.rules.addressing import gather
@@ -49,7 +50,7 @@ def _cut(rw: Rewriter, node: Node, sizes: dict[int, int], rank: int) -> Node:
 def elementwise(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """A pointwise operator on padded tensors; in place, what is beyond the true lengths stays."""
     args = aligned(rw, args)
-    if node.target._schema.is_mutable:  # type: ignore[union-attr]
+    if is_mutable(node.target):
         return in_place(rw, node, args, kwargs)
     return rw.padded(rw.call(node.target, *args, **kwargs), rw.expected(node))
 

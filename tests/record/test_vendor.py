@@ -1,4 +1,4 @@
-"""The vendor's policy: what each object says, and which one is chosen."""
+"""The vendor: what each object says, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from graphs.recording.vendor import CUDA, HIP, Vendor, choose_policy, current_policy
+from graphs.recording.vendor import CUDA, HIP, Vendor, choose_vendor, current_vendor
 
 
 def test_both_vendors_record_thread_locally() -> None:
@@ -32,11 +32,11 @@ def test_a_policy_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("faulting", [True, False])
 def test_a_build_for_cuda_gets_the_policy_of_cuda(faulting: bool) -> None:
-    assert choose_policy(None, faulting) is CUDA
+    assert choose_vendor(None, faulting) is CUDA
 
 
 def test_a_build_for_hip_refuses_topk_only_where_it_faults() -> None:
-    faulting, sound = choose_policy("7.2.1", True), choose_policy("7.2.1", False)
+    faulting, sound = choose_vendor("7.2.1", True), choose_vendor("7.2.1", False)
     assert "second replay" in (faulting.refuses("aten.topk.default") or "")
     assert faulting.refuses("aten.topk.values") and not faulting.refuses("aten.sort.default")
     assert sound.refuses("aten.topk.default") is None
@@ -48,8 +48,8 @@ def test_cuda_refuses_no_operator() -> None:
 
 
 def test_this_process_has_one_policy_which_is_that_of_its_torch() -> None:
-    assert current_policy() is current_policy()
-    assert current_policy().vendor == ("cuda" if torch.version.hip is None else "hip")
+    assert current_vendor() is current_vendor()
+    assert current_vendor().vendor == ("cuda" if torch.version.hip is None else "hip")
 
 
 C_LIBRARY = "libc.so.6"
