@@ -152,7 +152,7 @@ class Routes:
         if self.attempts[call.signature] > 1:
             self.refuse(call, [changed])  # which this call is counted under
         else:
-            self._log.refused(changed, outcome="the step is recorded anew")
+            self._log.recorded_otherwise(changed, "the step is recorded anew")
 
     def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
         """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
@@ -172,7 +172,7 @@ class Routes:
         """
         if entry not in self.entries.values():
             return
-        self._log.refused(why, outcome="the step is recorded anew")
+        self._log.recorded_otherwise(why, "the step is recorded anew")
         self.drop(entry)
         if entry.replays < _OFTEN:
             moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}

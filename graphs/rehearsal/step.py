@@ -78,6 +78,11 @@ class Step:
         """The same step of the module itself."""
         return self if self.plain is None else dataclasses.replace(self, model=self.plain, plain=None)
 
+    def with_fresh_arguments(self) -> Step:
+        """The same step with containers of its own, as each call has: it may add to them. Tensors and objects are the same."""
+        args, kwargs = replace_tensors((self.args, self.kwargs), iter(self.call.tensors))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
     def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
         """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""
         with torch.no_grad():

@@ -269,7 +269,7 @@ class RewrittenStep:
         """Raise a `VerifyMismatch` where what the graph assumes did not hold in its last run."""
         if self.assumption is not None and not self.assumption.valid(self.assumption.runs()):
             site = Site.at(self.decided_at[0]) if self.decided_at else None
-            raise VerifyMismatch("what the graph assumes does not hold for the call that it was made of", "branch", site)
+            raise VerifyMismatch("what the graph assumes does not hold for its own call", operator="branch", site=site)
 
     def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedReplay | None:
         """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""
