@@ -68,7 +68,7 @@ def test_a_graph_that_breaks_its_assumption_in_its_own_call_is_recorded_once(mon
     assert len({id(one) for one in attempts}) <= 2
 
 
-@pytest.mark.parametrize("limit", [2**63, 2**64, -(2**63) - 1, 10**20])
+@pytest.mark.parametrize("limit", [2**63, 2**64, -(2**64), 10**20])
 @pytest.mark.parametrize("kind", [torch.int64, torch.float64])
 def test_numbers_beyond_64_bits_are_compared_as_python_does(limit: int, kind: torch.dtype) -> None:
     def model(x: Tensor) -> Tensor:

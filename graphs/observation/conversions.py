@@ -16,7 +16,7 @@ from graphs.observation.watching import Watching
 from graphs.state.storage import has_storage, tensors_in
 from passes import inside
 from passes.core.composites import Calls, called
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import is_user, user_line
 
 Tensor = torch.Tensor

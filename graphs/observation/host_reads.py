@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from graphs.errors import DataDependentShape, HiddenRead, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.state.op_registry import refusal_of
 from graphs.state.storage import tensors_in
-from passes.core.patched_functions import tensor_method
+from passes.core.modes.patched_functions import tensor_method
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from graphs.errors import Site
 from graphs.parity.data import Arguments
 from graphs.parity.twins import entered, random_states, set_random_states
 from graphs.parity.walk import Reached
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import user_site
 
 Tensor = torch.Tensor

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 
 Tensor = torch.Tensor
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import traceback as node_meta
 from torch.overrides import TorchFunctionMode
 
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import frames_of, is_user_file, line_of, raised_at, user_frame
 from passes.errors import SourceLine
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.control_flow.stopping import inside
 from passes.core.composites import called
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.predicates import is_iteration
 from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS

@@ -13,7 +13,7 @@ import torch
 
 from graphs.observation.fused_modules import unnoticed
 from passes.core.composites import Calls, as_written
-from passes.core.patched_functions import as_torch_made
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import user_site
 
 Place = tuple[tuple[str, int], str]
