@@ -14,7 +14,8 @@ _SHOWN = 4  # rewrites of a graph that are printed one by one
 class RefusalCount:
     """One reason why calls ran eagerly, and how many did: 0 for what was found beside another reason of the same calls.
 
-    A call is counted under one reason. ``traceback`` is empty but for ``internal-error``.
+    A call is counted under one reason. ``traceback`` is empty but for ``internal-error``. ``recorded`` counts the recordings that
+    were made all the same: anew, at exact sizes or uncompiled; their calls were replayed.
     """
 
     reason: str
@@ -25,6 +26,7 @@ class RefusalCount:
     remedy: str
     count: int
     traceback: str = ""
+    recorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
     lines = []
     for refusal in refusals:
         where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
-        times = f"not replayed {refusal.count}x" if refusal.count else "found as well"
+        times = f"not replayed {refusal.count}x" if refusal.count else "" if refusal.recorded else "found as well"
+        again = f"recorded otherwise {refusal.recorded}x" if refusal.recorded else ""
+        times = ", ".join(filter(None, [times, again]))
         lines.append(f"  {times}: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
         lines.append(f"      remedy: {refusal.remedy}")
         lines += [f"      {line}" for line in refusal.traceback.splitlines()]

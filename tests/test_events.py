@@ -245,7 +245,7 @@ def test_a_program_without_logging_is_told_by_the_warning_alone(capsys: pytest.C
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        (Moved(step="a", rows=2, operator="keys", seconds=0.002, bytes=4), "a: 2 rows pointed to where keys is now, in 2.0 ms"),
+        (Moved(step="a", rows=2, seconds=0.002, compared=True), "a: 2 rows pointed to where its tensors are now, in 2.0 ms"),
         (
             Evicted(step="a", key="x[1]", bytes=2**20, replays=3),
             "a: dropped the recording of x[1] (too-many-keys), 1.0 MiB, after 3 replays",

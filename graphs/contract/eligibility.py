@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from graphs.contract.arguments import Call
 from graphs.contract.slots import is_dense
@@ -56,6 +57,14 @@ def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Ref
     if _stream_is_capturing(call):
         return NestedCapture("the current stream is being recorded by somebody else", operator="record")
     return None
+
+
+def uninitialised(model: Any) -> str | None:
+    """A parameter or buffer of a lazy module that has no memory yet: the first call gives it a shape, and is an ordinary one."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    named = (*model.named_parameters(), *model.named_buffers())
+    return next((f"self.{name}" for name, tensor in named if is_lazy(tensor)), None)
 
 
 def carries_objects(call: Call) -> Refusal | None:

@@ -25,11 +25,17 @@ class CallLog:
     """
 
     def __init__(self, name: str = "") -> None:
-        self._name = name
+        self.name = name
         self.eager_calls = 0
         self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
+
+    def recorded_otherwise(self, reason: Refusal, outcome: str) -> None:
+        """Count why a step (or a graph) was recorded anew, at its exact sizes or uncompiled: the call itself is replayed."""
+        self.refused(reason, outcome=outcome, calls=0)
+        known = self._refusals[reason.signature]
+        self._refusals[reason.signature] = dataclasses.replace(known, recorded=known.recorded + 1)
 
     def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
         """Count a refusal; warn the first time its reason, operator and line are seen.
@@ -53,7 +59,7 @@ class CallLog:
     def _tell(self, refusal: Refusal, outcome: str, first: bool) -> None:
         emit(
             Refused(
-                step=self._name,
+                step=self.name,
                 reason=refusal.reason,
                 operator=refusal.operator,
                 detail=refusal.detail,

@@ -12,17 +12,17 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import name_of, parameter_names
+from graphs.contract.eligibility import name_of, parameter_names, uninitialised
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.dead_objects import DeadObjects
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder
 from graphs.dispatch.moved import MovedTensors
-from graphs.dispatch.replay import UNDONE, Outdated, replayed, stale, unpointed
+from graphs.dispatch.replay import MAX_VARIANTS, UNDONE, Outdated, is_hopeless, many_variants, replayed, stale, unpointed
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.dispatch.routes import Refused as RefusedRoute
-from graphs.dispatch.variants import MAX_VARIANTS, is_hopeless, many_variants
 from graphs.errors import (
     AboveLargestBucket,
     AutogradInput,
@@ -55,6 +55,7 @@ class Dispatcher:
         self.name = config.name or name_of(model)
         self.call_log = CallLog(self.name)
         self.routes = Routes(config.max_recordings, self.call_log)
+        self.dead = DeadObjects(self.routes.forget_the_dead, (_recording, self.lock))
         self.keys = KeyRecorder(model, config, self.name, self._parameters, self.routes, self.call_log)
         self.moved = MovedTensors(self.keys, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
@@ -93,7 +94,7 @@ class Dispatcher:
         except Exception:  # that is what failed, then
             return
         with _recording, self.lock:
-            self.routes.refuse(call, [refusal])
+            self.routes.note_failed(call, refusal)
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a recording gives: one that is known, or one made for this call. Raises what `_unknown` does, and `StepRaised`."""
@@ -104,6 +105,8 @@ class Dispatcher:
             like = guard.match(args, kwargs, ambient)
             if like is not None:
                 return self._replay(entry, rows, like)
+        if self.dead.pending:
+            self.dead.settle()
         call = self._flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
         if route is None or isinstance(route, RefusedRoute):
@@ -205,6 +208,9 @@ class Dispatcher:
             route = routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
+            lazy = uninitialised(self.model)
+            if lazy is not None:
+                self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
             if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
                 return pointed
@@ -229,6 +235,7 @@ class Dispatcher:
                 routes.refuse(call, [too_large])
                 self.eager.refuse([too_large])
             routes.note_recorded(call, leaves, recorded[0])
+            self.dead.watch(call.opaques)
         return recorded
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -94,7 +94,7 @@ class KeyRecorder:
                     with forced_eager("first call"):
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
-                self._log.refused(reason, outcome="the step is recorded at its exact sizes")
+                self._log.recorded_otherwise(reason, "the step is recorded at its exact sizes")
                 plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
                 continue
             routes.by_signature[call.signature] = (entry, plan.real)
@@ -181,7 +181,7 @@ class KeyRecorder:
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
-            self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+            self._log.recorded_otherwise(entry.not_compiled, "the step is recorded uncompiled")
         seconds, size = entry.capture_seconds, entry.recording.pool_bytes
         emit(RecordedEvent(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
@@ -9,6 +11,7 @@ from graphs.dispatch.replay import Outdated
 from graphs.dispatch.routes import Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import AboveLargestBucket, MovedStaticTensor, Refusal
+from graphs.events import Moved, emit
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay
 from graphs.pointing.blueprint import Blueprint, anonymous
@@ -69,7 +72,7 @@ class MovedTensors:
         return found.step
 
     def _pointed(self, blueprint: Blueprint, call: Call, rows: int, *, weights: bool = True) -> Pointed | None:
-        leaves = self._keys.leaves(call)
+        leaves, started = self._keys.leaves(call), time.perf_counter()
 
         def compare(step: RecordedStep) -> Refusal | None:
             with forced_eager("first call"):
@@ -83,6 +86,8 @@ class MovedTensors:
         if found is None or not found.step.statics.unchanged(call.tensors):
             return None
         self._log.moved += 1
+        took, step = time.perf_counter() - started, found.step
+        emit(Moved(step=self._log.name, key=step.key, rows=step.contract.rows, seconds=took, compared=bool(found.compared)))
         return found
 
     def _only(self, blueprint: Blueprint, found: Pointed) -> None:
@@ -92,5 +97,5 @@ class MovedTensors:
                 self._routes.drop(other)
 
     def _forget(self, blueprint: Blueprint, why: CannotPoint) -> None:
-        self._log.refused(MovedStaticTensor(str(why), operator="recording"), outcome="the step is recorded anew")
+        self._log.recorded_otherwise(MovedStaticTensor(str(why), operator="recording"), "the step is recorded anew")
         self._routes.forget(blueprint)

@@ -14,7 +14,7 @@ from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
-from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
+from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys, Unwatchable
 from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.objects.cells import Difference
@@ -197,6 +197,12 @@ class Routes:
         self.habits.tried(call.signature, leaves.changeable, None, refusals)
         self.refuse(call, refusals)
 
+    def note_failed(self, call: Call, refusal: Refusal) -> None:
+        """A call raised on the way to a recording, and the step alone did not; what initialises itself may only do so once."""
+        self.attempts[call.signature] += 1
+        if self.attempts[call.signature] > 1 or not isinstance(refusal, Unwatchable):
+            self.refuse(call, [refusal])
+
     def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
         """A first call was one of its kind: the next one is tried again, a few times."""
         self.habits.tried(call.signature, leaves.changeable, None)
@@ -214,7 +220,7 @@ class Routes:
         if self.attempts[call.signature] > 1:
             self.refuse(call, [changed])  # which this call is counted under
         else:
-            self._log.refused(changed, outcome="the step is recorded anew")
+            self._log.recorded_otherwise(changed, "the step is recorded anew")
 
     def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
         """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
@@ -234,7 +240,7 @@ class Routes:
         """
         if entry not in self.entries.values():
             return
-        self._log.refused(why, outcome="the step is recorded anew")
+        self._log.recorded_otherwise(why, "the step is recorded anew")
         self.discard(entry)
         if entry.replays < _OFTEN:
             moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}

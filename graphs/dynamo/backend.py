@@ -242,7 +242,7 @@ class Subgraph:
         if any(self._moves[position] > _MOVES for position in recorded.written):
             self._refused[key] = refusal
         else:
-            self._ledger.refused(refusal, outcome="the graph is recorded anew")
+            self._ledger.recorded_otherwise(refusal, "the graph is recorded anew")
 
     def report(self) -> PieceReport:
         """What this subgraph is and what its calls got."""

@@ -272,10 +272,11 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
     """How each output is put together, and the positions of those that a replay produces.
 
     Raises:
-        UnsupportedOutput: an output is on another device, or no plain tensor.
+        UnsupportedOutput: an output is on another device, no plain tensor, or a view of one of several inputs.
     """
     outputs: list[Any] = []
     positions: list[int] = []
+    sources = graph.view_sources()
     for position, value in enumerate(reference):
         if not isinstance(value, Tensor):
             outputs.append(value)
@@ -285,7 +286,7 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
             raise UnsupportedOutput(f"output {position} of the graph is {kind}", operator=graph.name)
         if value.is_conj() or value.is_neg():
             raise UnsupportedOutput(f"output {position} of the graph is to be read conjugated or negated", operator=graph.name)
-        view = _view_of(value, inputs, graph.owned)
+        view: _View | _Made | None = _view_of(value, sources[position], inputs, graph)
         if view is None:
             view = _Made(len(positions))
             positions.append(position)
@@ -293,14 +294,24 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
     return outputs, positions
 
 
-def _view_of(value: Tensor, inputs: Sequence[Any], owned: Sequence[Tensor]) -> Any:
-    candidates: list[tuple[int | Tensor, Any]] = [*enumerate(inputs), *((tensor, tensor) for tensor in owned)]
-    for source, base in candidates:
-        if isinstance(base, Tensor) and value.numel() and storage_id(base) == storage_id(value):
-            if base.dtype != value.dtype:
-                raise UnsupportedOutput(f"an output is an input seen as {value.dtype}", operator="view")
-            return _View(source, value.shape, value.stride(), int(value.storage_offset() - base.storage_offset()))
-    return None
+def _view_of(value: Tensor, sources: Collection[int | Tensor], inputs: Sequence[Any], graph: CompiledGraph) -> _View | None:
+    """What an output is a view of, by its ``sources`` in the graph; None where it is memory that the graph allocates."""
+    candidates: list[tuple[int | Tensor, Any]] = [*enumerate(inputs), *((tensor, tensor) for tensor in graph.owned)]
+    sharing = [(source, base) for source, base in candidates if isinstance(base, Tensor) and _share(base, value)]
+    if not sharing:
+        return None
+    if len(sharing) > 1:  # in this call: in the next one they may lie otherwise
+        sharing = [(source, base) for source, base in sharing if source in sources]
+    if len(sharing) != 1:
+        raise UnsupportedOutput("an output is a view of one of several inputs that share memory", operator=graph.name)
+    source, base = sharing[0]
+    if base.dtype != value.dtype:
+        raise UnsupportedOutput(f"an output is an input seen as {value.dtype}", operator="view")
+    return _View(source, value.shape, value.stride(), int(value.storage_offset() - base.storage_offset()))
+
+
+def _share(base: Tensor, value: Tensor) -> bool:
+    return bool(value.numel()) and storage_id(base) == storage_id(value)
 
 
 def _strided_like(like: Tensor, dense: Tensor) -> Tensor:

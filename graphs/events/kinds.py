@@ -111,23 +111,21 @@ class Refused(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Moved(Event):
-    """A tensor that a recording reads in place was elsewhere, and the recording was pointed to its new place.
+    """Tensors that a recording reads in place were elsewhere, and the recording was pointed to where they are.
 
     Attributes:
-        operator: the tensor.
         seconds: what that took.
-        bytes: size of what moved.
+        compared: whether a replay was compared with eager, as it is for the first move of an argument.
         reason: the slug of why that is done.
     """
 
     kind: ClassVar[str] = "moved"
-    operator: str
     seconds: float
-    bytes: int
+    compared: bool
     reason: str = "moved-static-tensor"
 
     def __str__(self) -> str:
-        return f"{self.step}: {self.size} pointed to where {self.operator} is now, in {self.seconds * 1e3:.1f} ms"
+        return f"{self.step}: {self.size} pointed to where its tensors are now, in {self.seconds * 1e3:.1f} ms"
 
 
 @dataclass(frozen=True, kw_only=True)

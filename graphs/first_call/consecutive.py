@@ -50,7 +50,7 @@ def _compared(call: FirstCall, recorder: Recorder, seen: Examined) -> Steadiness
     rehearsal = Rehearsal(call.start, first)
 
     def again() -> Rehearsed:
-        return rehearsal.watched(recorder.run, lambda: step.run(step.call.tensors), step.call.tensors, shifted=True)
+        return rehearsal.watched(recorder.run, step.run, step.call.tensors, shifted=True)
 
     second = again()
     beyond = seen.walk.changed()

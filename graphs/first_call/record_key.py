@@ -194,10 +194,16 @@ def _body(
 def _warm_up(
     body: _Body, recorder: Recorder, contract: Contract, stand_ins: list[Tensor], trace: EagerTrace
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run R: the outputs, and copies of all that was written."""
+    """Run R: the outputs, and copies of all that was written.
+
+    Raises:
+        VerifyMismatch: what is recorded assumes what does not hold for the very call that it is made for.
+    """
     step = body.step
     prepare(step)
     reference: list[Tensor] = ran(step, lambda: recorder.run(lambda: step.produced(stand_ins, body.externals)))
+    if isinstance(step.model, RewrittenStep):
+        step.model.require_held()
     contract.write_back(stand_ins, step.call.tensors)
     return reference, trace.written.copies()
 

@@ -81,6 +81,11 @@ class Step:
         """The same step of the module itself."""
         return self if self.plain is None else dataclasses.replace(self, model=self.plain, plain=None)
 
+    def with_fresh_arguments(self) -> Step:
+        """The same step with containers of its own, as each call has: it may add to them. Tensors and objects are the same."""
+        args, kwargs = replace_tensors((self.args, self.kwargs), iter(self.call.tensors))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
     def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
         """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""
         with torch.no_grad():
@@ -178,10 +183,9 @@ class Checkpoint:
         return self._random.host_has_drawn()
 
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
-        """This checkpoint with the Python state of another."""
+        """This checkpoint with the Python state of another, but for that of the arguments: each call brings its own."""
         mixed = copy.copy(self)
-        mixed.python, mixed._arguments = other.python, other._arguments
-        mixed._hung, mixed._forms = other._hung, other._forms
+        mixed.python = other.python
         return mixed
 
     def restore(self) -> None:

@@ -24,7 +24,9 @@ import torch
 
 from passes.control_flow.branches import Branches
 from passes.core.facts import Computed, Facts
+from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS, expression_of
+from passes.errors import Unremovable
 
 _active = threading.local()
 _WHOLE = 2.0**63
@@ -140,7 +142,7 @@ def _computed(function: Callable[[Any, Any], Any], a: Any, b: Any, facts: Facts,
     """``function(a, b)`` in float64 on the device, as a number of its own."""
     outer, branches.naming = branches.naming, True  # a read that the eager run did not make
     try:
-        made = function(*(torch.scalar_tensor(value, dtype=torch.float64) for value in (a, b))).item()
+        made = function(*(torch.scalar_tensor(_as_float(value), dtype=torch.float64) for value in (a, b))).item()
     finally:
         branches.naming = outer
     (symbol,) = made.node.expr.free_symbols
@@ -149,6 +151,19 @@ def _computed(function: Callable[[Any, Any], Any], a: Any, b: Any, facts: Facts,
     if hint is not None:
         facts.hints[symbol] = hint
     return made
+
+
+def _as_float(value: Any) -> Any:
+    """A number; a whole one that has more than 64 bits, and that Python compares as it is, as the fraction that it equals.
+
+    Raises:
+        Unremovable: there is none.
+    """
+    if type(value) is not int or -(2**63) <= value < 2**63:
+        return value
+    if abs(value) > sys.float_info.max or int(float(value)) != value:
+        raise Unremovable(f"{value} has more than 64 bits", "scalar", user_site())
+    return float(value)
 
 
 def _operand(value: Any) -> tuple[sympy.Basic, type]:
