@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from graphs.contract.padding import Padding, sentinel
     from graphs.custom_ops.capture_check import capture_check
     from graphs.custom_ops.register import register_op
-    from graphs.dispatch.captured_module import CapturedModule, capture
+    from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
     from graphs.dynamo.backend import backend_report
     from graphs.eager_mode import eager
     from graphs.errors import GraphsError, Refusal
+    from graphs.events import Event, on_event
     from graphs.ops import GroupedProjection
     from graphs.ops.route import route
     from graphs.parity import ParityReport, parity
@@ -32,6 +33,8 @@ __all__ = [
     "BackendReport",
     "CaptureReport",
     "CapturedModule",
+    "CapturedStep",
+    "Event",
     "Finding",
     "GraphsError",
     "GroupedProjection",
@@ -44,6 +47,7 @@ __all__ = [
     "capture",
     "capture_check",
     "eager",
+    "on_event",
     "parity",
     "register_op",
     "route",
@@ -52,8 +56,9 @@ __all__ = [
 _MODULES = {
     "graphs.auditing.audit": ("Audit", "Finding", "audit"),
     "graphs.dynamo.backend": ("backend_report",),
-    "graphs.dispatch.captured_module": ("CapturedModule", "capture"),
+    "graphs.dispatch.captured_module": ("CapturedModule", "CapturedStep", "capture"),
     "graphs.contract.padding": ("Padding", "sentinel"),
+    "graphs.events": ("Event", "on_event"),
     "graphs.errors": ("GraphsError", "Refusal"),
     "graphs.eager_mode": ("eager",),
     "graphs.custom_ops.capture_check": ("capture_check",),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from graphs.compiler_options import CompilerOptions
-from graphs.contract.padding import Padding, as_padding
+from graphs.contract.padding import Padding, Policy, as_padding
 from graphs.environment import (
     as_bytes,
     choice,
@@ -26,11 +26,19 @@ from graphs.environment import (
 )
 from graphs.errors import ConfigError
 
-MODES = ("graph", "eager")
-VERIFY = ("capture", "always", "off")
-OUTPUTS = ("owned", "borrowed")
-COMPILERS = ("none", "inductor", "auto")
-PASSES = ("constants", "addressing", "arithmetic", "bounded", "branches", "fusion")
+Mode = Literal["graph", "eager"]
+Verify = Literal["capture", "always", "off"]
+Outputs = Literal["owned", "borrowed"]
+Compiler = Literal["none", "inductor", "auto"]
+Pass = Literal["constants", "addressing", "arithmetic", "bounded", "branches", "fusion"]
+AllPasses = Literal["auto", "off"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+VERIFY: tuple[Verify, ...] = get_args(Verify)
+OUTPUTS: tuple[Outputs, ...] = get_args(Outputs)
+COMPILERS: tuple[Compiler, ...] = get_args(Compiler)
+PASSES: tuple[Pass, ...] = get_args(Pass)
+ALL_PASSES: tuple[AllPasses, ...] = get_args(AllPasses)
 BACKEND_COMPILERS = ("inductor", "aten")
 BACKEND_VERIFY = ("capture", "off")
 
@@ -53,11 +61,11 @@ def as_budget(memory_budget: int | str | None) -> int | None:
     return as_bytes("memory_budget", memory_budget) if memory_budget is not None else env_bytes("GRAPHS_MEMORY_BUDGET")
 
 
-def as_passes(passes: str | Iterable[str]) -> tuple[str, ...]:
+def as_passes(passes: AllPasses | Iterable[Pass]) -> tuple[Pass, ...]:
     """The passes that run before a step is recorded: ``"auto"`` for all, ``"off"`` for none, or names."""
     if isinstance(passes, str):
-        if passes not in ("auto", "off"):
-            raise ConfigError("passes", passes, ("auto", "off", *PASSES))
+        if passes not in ALL_PASSES:
+            raise ConfigError("passes", passes, (*ALL_PASSES, *PASSES))
         return PASSES if passes == "auto" else ()
     require(isinstance(passes, Iterable), "passes", passes, "'auto', 'off' or a sequence of names of passes")
     return tuple(choice("passes", name, PASSES) for name in passes)
@@ -100,20 +108,22 @@ class BackendOptions:
 class CaptureConfig:
     """Everything `graphs.capture` can be told; see there for the meaning of each field."""
 
-    mode: str = "graph"
+    name: str | None = None
+    mode: Mode = "graph"
     buckets: tuple[int, ...] | None = None
     batch_dims: Mapping[str, int] | None = None
     static: tuple[str, ...] = ()
     padding: Mapping[str, Padding] = field(default_factory=dict)
-    outputs: str = "owned"
-    verify: str = "capture"
+    outputs: Outputs = "owned"
+    verify: Verify = "capture"
     strict: bool = False
     max_recordings: int = 64
     memory_budget: int | None = None
-    compiler: str = "none"
+    compiler: Compiler = "none"
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
-    passes: tuple[str, ...] = PASSES
+    passes: tuple[Pass, ...] = PASSES
     bounds: Mapping[str, int] = field(default_factory=dict)
+    ranges: bool | None = None
     raise_internal: bool = False
     """Raise what `graphs.errors.InternalError` would count: for tests. ``GRAPHS_RAISE_INTERNAL``."""
 
@@ -121,26 +131,32 @@ class CaptureConfig:
     def resolve(
         cls,
         *,
-        mode: str | None,
+        mode: Mode | None,
         buckets: Iterable[int] | None,
         batch_dims: Mapping[str, int] | None,
         static: Iterable[str],
-        padding: Mapping[str, Padding | str] | None,
-        outputs: str,
-        verify: str | None,
+        padding: Mapping[str, Padding | Policy] | None,
+        outputs: Outputs,
+        verify: Verify | None,
         strict: bool | None,
         max_recordings: int | None,
-        compiler: str | None,
+        compiler: Compiler | None,
         compiler_options: Mapping[str, Any] | None = None,
-        passes: str | Iterable[str] | None = None,
+        passes: AllPasses | Iterable[Pass] | None = None,
         bounds: Mapping[str, int] | None = None,
         memory_budget: int | str | None = None,
+        name: str | None = None,
+        ranges: bool | None = None,
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
         require_known_variables()
         _require_legal(static, padding, batch_dims, strict, max_recordings, bounds)
+        require(name is None or (isinstance(name, str) and name != ""), "name", name, "a text that is not empty")
+        require(ranges is None or isinstance(ranges, bool), "ranges", ranges, "True or False")
         return cls(
-            passes=as_passes(passes if passes is not None else env_choice("GRAPHS_PASSES", "auto", ("auto", "off"))),
+            name=name,
+            ranges=ranges if ranges is not None else env_flag("GRAPHS_RANGES", None),
+            passes=as_passes(passes if passes is not None else env_choice("GRAPHS_PASSES", "auto", ALL_PASSES)),
             bounds=dict(bounds or {}),
             raise_internal=env_flag("GRAPHS_RAISE_INTERNAL", False),
             mode=chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
 from graphs.errors import ConfigError
 
@@ -21,22 +22,27 @@ VARIABLES = (
     "GRAPHS_MODE",
     "GRAPHS_PASSES",
     "GRAPHS_RAISE_INTERNAL",
+    "GRAPHS_RANGES",
     "GRAPHS_STRICT",
     "GRAPHS_VERIFY",
     "GRAPHS_WO_A",
 )
-WO_A_PATHS = ("auto", "einsum", "bmm", "gloop", "fused")
+WoAPath = Literal["auto", "einsum", "bmm", "gloop", "fused"]
+WO_A_PATHS: tuple[WoAPath, ...] = get_args(WoAPath)
 SIZES = "positive integers separated by commas, for example 1,2,4,8"
 BYTES = "a positive number of bytes, or text such as '512MiB' or '2GB'"
 _UNITS = {f"{prefix}{unit}": base**power for unit, base in (("b", 1000), ("ib", 1024)) for power, prefix in enumerate("kmgt", 1)}
+Choice = TypeVar("Choice", bound=str)
+Flag = TypeVar("Flag", bool, None)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def choice(name: str, value: object, legal: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``legal``, else raise `ConfigError`."""
-    if value not in legal:
-        raise ConfigError(name, value, legal)
-    return str(value)
+def choice(name: str, value: object, legal: tuple[Choice, ...]) -> Choice:
+    """The one of ``legal`` that ``value`` is, else raise `ConfigError`."""
+    for one in legal:
+        if value == one:
+            return one
+    raise ConfigError(name, value, legal)
 
 
 def require(legal: bool, name: str, value: object, what: str) -> None:
@@ -57,18 +63,18 @@ def require_known_variables() -> None:
             raise ConfigError(name, os.environ[name], f"unset: there is no such setting. The nearest is {nearest}")
 
 
-def env_choice(variable: str, default: str, legal: tuple[str, ...]) -> str:
+def env_choice(variable: str, default: Choice, legal: tuple[Choice, ...]) -> Choice:
     """A variable that is one of ``legal``."""
     return choice(variable, os.environ.get(variable, default), legal)
 
 
-def chosen(name: str, value: object, variable: str, default: str, legal: tuple[str, ...]) -> str:
+def chosen(name: str, value: object, variable: str, default: Choice, legal: tuple[Choice, ...]) -> Choice:
     """An argument where one was given, else the variable."""
     return choice(name, value, legal) if value is not None else env_choice(variable, default, legal)
 
 
-def env_flag(variable: str, default: bool) -> bool:
-    """A variable that is on or off."""
+def env_flag(variable: str, default: Flag) -> bool | Flag:
+    """A variable that is on or off, or ``default`` where it is unset."""
     text = os.environ.get(variable)
     if text is None:
         return default
@@ -127,7 +133,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stepgraphs"
 
 
-def wo_a_path() -> str:
+def wo_a_path() -> WoAPath:
     """The default path of `graphs.GroupedProjection`, from ``GRAPHS_WO_A``; read when a module is built."""
     require_known_variables()
     return env_choice("GRAPHS_WO_A", "auto", WO_A_PATHS)

@@ -184,6 +184,8 @@ def _passes(step: Step, trace: EagerTrace) -> tuple[str, str, tuple[PassEffect, 
         made = traced(step, trace, step.call.tensors, merge=True)
     except passes.Unremovable as reason:
         return "", str(refusal_of(reason, trace)), (), {}
+    except Exception as error:  # a step may do what no trace can follow, and a first call says so too
+        return "", f"tracing raised {type(error).__name__}: {error}", (), {}
     graph = str(made.module.graph)
     effects = [_effect(made.module, one, trace) for one in (*_rewriting(step, made), _routing, *fusion_of(step))]
     assumed = {f"{file}:{line}": reason for (file, line, _), reason in made.facts.unmerged.items()}
@@ -249,7 +251,7 @@ def _pieces(step: Step) -> tuple[PieceReport, ...]:
     known = {piece.index for piece in backend_report().pieces}
     compiled = torch.compile(step.model, backend=graphs_backend, options={"compiler": "aten"})
     for _ in range(2):
-        step.with_candidate(compiled).run()
+        step.with_fresh_arguments().with_candidate(compiled).run()
     return tuple(piece for piece in backend_report().pieces if piece.index not in known)
 
 
@@ -257,8 +259,8 @@ def _launches(step: Step) -> tuple[dict[str, int | None], CaptureReport]:
     captured = capture(step.model)
     recorded = step.with_candidate(captured)
     for _ in range(3):
-        recorded.run()
-    launches = {"eager": count_launches(step.run, step.device)}
+        recorded.with_fresh_arguments().run()
+    launches = {"eager": count_launches(lambda: step.with_fresh_arguments().run(), step.device)}
     if captured.report().replays:
-        launches["recorded"] = count_launches(recorded.run, step.device)
+        launches["recorded"] = count_launches(lambda: recorded.with_fresh_arguments().run(), step.device)
     return launches, captured.report()

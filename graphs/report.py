@@ -16,7 +16,8 @@ _SHOWN = 4  # rewrites of a graph that are printed one by one
 class RefusalCount:
     """One reason why calls ran eagerly, and how many did: 0 for what was found beside another reason of the same calls.
 
-    A call is counted under one reason. ``traceback`` is empty but for ``internal-error``.
+    A call is counted under one reason. ``traceback`` is empty but for ``internal-error``. ``recorded`` counts the recordings that
+    were made all the same: anew, at exact sizes or uncompiled; their calls were replayed.
     """
 
     reason: str
@@ -27,6 +28,7 @@ class RefusalCount:
     remedy: str
     count: int
     traceback: str = ""
+    recorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class CaptureReport:
         refusals: why calls were not replayed.
         keys: one entry per recording.
         evictions: recordings that were dropped to make room for others.
+        moved: times that a recording was pointed at other tensors, instead of a step being recorded anew: a new cache, other
+            weights.
         projection_bytes: bytes of the weights that the model's `graphs.GroupedProjection` modules hold, by path.
     """
 
@@ -102,6 +106,7 @@ class CaptureReport:
     keys: tuple[KeyReport, ...]
     projection_bytes: dict[str, int] = field(default_factory=dict)
     evictions: int = 0
+    moved: int = 0
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as a JSON object with the attribute names as keys."""
@@ -114,6 +119,8 @@ class CaptureReport:
         ]
         if self.evictions:
             lines.append(f"  {self.evictions} recording(s) dropped to make room for others")
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         for key in self.keys:
             lines += _key_lines(key)
         if self.projection_bytes:
@@ -150,7 +157,9 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
     lines = []
     for refusal in refusals:
         where = f" at {refusal.file}:{refusal.line}" if refusal.file else ""
-        times = f"not replayed {refusal.count}x" if refusal.count else "found as well"
+        times = f"not replayed {refusal.count}x" if refusal.count else "" if refusal.recorded else "found as well"
+        again = f"recorded otherwise {refusal.recorded}x" if refusal.recorded else ""
+        times = ", ".join(filter(None, [times, again]))
         lines.append(f"  {times}: {refusal.reason}{where} [{refusal.operator}] {refusal.detail}")
         lines.append(f"      remedy: {refusal.remedy}")
         lines += [f"      {line}" for line in refusal.traceback.splitlines()]
@@ -238,6 +247,7 @@ class PieceReport:
         replays: calls served by a recording.
         compiled_calls: calls served by the compiled function.
         refusals: why.
+        moved: times that a recording was pointed at other tensors.
     """
 
     index: int
@@ -255,6 +265,7 @@ class PieceReport:
     capture_seconds: float
     pool_bytes: int
     refusals: tuple[RefusalCount, ...]
+    moved: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -262,6 +273,8 @@ class PieceReport:
             f"{self.capture_seconds:.2f} s, {self.replays} replay(s), {self.compiled_calls} compiled call(s), "
             f"pool {self.pool_bytes / 2**20:.1f} MiB",
         ]
+        if self.moved:
+            lines.append(f"  pointed at other tensors: {self.moved}x")
         lines += [f"  {rewrite}" for rewrite in self.rewrites[:_SHOWN]]
         left = Counter(rewrite.partition(":")[0] for rewrite in self.rewrites[_SHOWN:])
         lines += [f"  {name}: {count} more, in `rewrites`" for name, count in left.items()]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
+from passes.core.values.refusals import drop_unused
 from passes.core.verify import verify, wrong_values
 from passes.optimize.hoist_constants import hoist_constants
 from passes.rewritten_graph import Change
@@ -38,7 +39,7 @@ def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
 
 def finish(module: GraphModule) -> None:
     """Take out of a changed graph what nobody uses, check its form and compile it; raises as `run` does."""
-    module.graph.eliminate_dead_code()
+    drop_unused(module)
     module.graph.lint()
     module.recompile()
 

@@ -13,9 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from passes.core.aliasing import written
 from passes.core.traced_step import TracedStep
 from passes.core.values.legal_operands import BY_INDEX
+from passes.core.values.refusals import drop_unused
 from passes.core.verify import left_symbols, stale_reads, unguarded_indices, unpredicated_writes, verify, wrong_values
 from passes.errors import Unremovable
 from passes.host_values import rules as bounded
@@ -137,12 +137,12 @@ def _guarded(graph: RewrittenGraph, changes: list[tuple[str, str]]) -> Rewritten
     """A graph that has been rebuilt, with its operands guarded and its writes saved where it assumes anything."""
     module, count = graph.module, graph.results
     needed = speculate.conditions(module)
-    module.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
+    drop_unused(module, needed)
     changes = [*changes, *speculate.guard(module, count)]
     guarded = functools.partial(unguarded_indices, results=count)
     verify(module, "the guard", guarded)
-    module.graph.eliminate_dead_code(_has_effect)
     assumes, undo = count_results(module.graph) > count, tuple[speculate.Undo, ...]()
+    drop_unused(module, guarded=assumes)
     if assumes:
         saved, undo = speculate.make_undoable(module)
         changes += saved
@@ -155,18 +155,13 @@ def _guarded(graph: RewrittenGraph, changes: list[tuple[str, str]]) -> Rewritten
     return replace(graph.changed("remove_host_values", changes), assumes=assumes, undo=undo)
 
 
-def _has_effect(node: Node) -> bool:
-    """Whether a node matters though nobody uses its result."""
-    return node.is_impure() or bool(written(node))
-
-
 def _forced(module: GraphModule, rewriter: Rewriter, marks: Marks, count: int) -> ForcedGraph:
     """A copy of the graph with the tensors marked that host values are read from, and the outcomes to force."""
     made = GraphModule(module, copied(rewriter.graph))
     needed = speculate.conditions(made)
-    made.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in needed)
+    drop_unused(made, needed)
     speculate.guard(made, count)
-    made.graph.eliminate_dead_code(_has_effect)
+    drop_unused(made, guarded=count_results(made.graph) > count)
     made.recompile()
     return ForcedGraph(made, chosen(marks, rewriter.graph, rewriter.bounds.of))
 

@@ -22,7 +22,7 @@ def parity(
     *,
     between: Between | None = None,
     **settings: Any,
-) -> graphs.CapturedModule[Any]:
+) -> graphs.CapturedModule[..., Any]:
     """Two models from ``make``, one captured, are called alike; every call must give the same and leave the same.
 
     Args:

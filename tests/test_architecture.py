@@ -49,6 +49,7 @@ FLOORS = {
     "graphs": [
         ("_version", "errors", "report", "eager_mode"),
         ("environment", "factory", "objects"),
+        ("events",),
         ("python_reads",),
         ("state",),
         ("contract",),
@@ -61,6 +62,7 @@ FLOORS = {
         ("rewriting",),
         ("compile",),
         ("first_call",),
+        ("pointing",),
         ("auditing", "custom_ops"),
         ("dispatch",),
         ("dynamo", "parity"),
@@ -211,6 +213,7 @@ def test_the_users_line_is_found_in_one_place() -> None:
         "graphs.observation.grad_questions",  # who makes the context manager that sets the grad mode
         "graphs.python_reads.code_reads",  # who logs, where a handler acts for it
         "graphs.rewriting.forbidding",  # who calls a function that sets something for good
+        "passes.core.modes.patched_functions",  # which function of torch's hands itself over
         "passes.control_flow.python_changes",  # the frames of the step, whose variables are compared
         "passes.control_flow.stopping",  # the frames of the step, which are unwound
     }

@@ -21,6 +21,8 @@ from graphs.dispatch.call_log import NotReplayed
 from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.errors import MovedStaticTensor, Refusal
 from graphs.ops.wo_a.routes import wo_a_routes
+from graphs.recording.cpu_tape import TapeRecording
+from graphs.recording.recorder import CannotPoint
 from graphs.report import PieceReport
 
 Tensor = torch.Tensor
@@ -83,6 +85,10 @@ def pieces() -> tuple[PieceReport, ...]:
 
 def reasons(piece: PieceReport) -> dict[str, int]:
     return {refusal.reason: refusal.count for refusal in piece.refusals}
+
+
+def recorded_anew(piece: PieceReport) -> dict[str, int]:
+    return {refusal.reason: refusal.recorded for refusal in piece.refusals}
 
 
 @pytest.mark.parametrize("compiler", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -151,8 +157,7 @@ def test_a_branch_on_a_tensor_is_told_as_one() -> None:
     assert pieces()[0].ends.startswith("a branch on a tensor (")
 
 
-@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
-def test_weights_that_move_are_recorded_anew() -> None:
+def test_weights_that_move_are_used_by_the_recording() -> None:
     model, twin, step = pair()
     same(step(x := torch.randn(4, 8)), twin(x))
     model.layer.weight.data = model.layer.weight.data * 2  # the same Parameter, other memory
@@ -165,29 +170,58 @@ def test_weights_that_move_are_recorded_anew() -> None:
     twin.layer.weight.mul_(3)
     same(step(x := torch.randn(4, 8)), twin(x))
     (piece,) = pieces()
-    assert reasons(piece) == {"moved-static-tensor": 2} and piece.replays == 4
+    assert piece.refusals == () and (piece.recordings, piece.replays, piece.moved) == (1, 4, 2)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
-def test_what_is_written_and_moves_at_each_call_runs_compiled_and_is_counted() -> None:
+def test_what_is_written_and_moves_at_each_call_is_written_where_it_is() -> None:
     model, twin, step = pair()
     for _ in range(6):
+        old, before = model.cache, model.cache.clone()
         model.cache = model.cache.clone()
         same(step(x := torch.randn(4, 8)), twin(x))
         same(model.cache, twin.cache)
+        same(old, before)
     (piece,) = pieces()
-    assert piece.compiled_calls == 3 and reasons(piece) == {"moved-static-tensor": 5}
+    assert piece.compiled_calls == 0 and piece.refusals == () and (piece.recordings, piece.moved) == (1, 5)
 
 
-@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
-def test_what_is_only_read_and_moves_at_each_call_is_copied() -> None:
+def test_what_is_only_read_and_moves_at_each_call_is_read_where_it_is() -> None:
     model, twin, step = pair()
     for _ in range(8):
         model.layer.bias.data = torch.randn(8)
         twin.layer.bias.data = model.layer.bias.data.clone()
         same(step(x := torch.randn(4, 8)), twin(x))
     (piece,) = pieces()
-    assert piece.compiled_calls == 0 and reasons(piece) == {"moved-static-tensor": 3}
+    assert piece.compiled_calls == 0 and piece.refusals == () and (piece.recordings, piece.moved) == (1, 7)
+
+
+def test_two_models_of_one_class_keep_apart() -> None:
+    first, twin, step = pair()
+    second, other, its_step = pair()
+    for _ in range(4):
+        for call, eager in ((step, twin), (its_step, other)):
+            same(call(x := torch.randn(4, 8)), eager(x))
+        same(first.cache, twin.cache)
+        same(second.cache, other.cache)
+    assert sum(piece.recordings for piece in pieces()) == 2 and sum(piece.moved for piece in pieces()) == 0
+    assert sum(piece.replays for piece in pieces()) == 8 and all(piece.refusals == () for piece in pieces())
+
+
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_a_graph_whose_recording_refuses_to_be_pointed_gives_up_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: TapeRecording, recorded: object, storages: object) -> None:
+        raise CannotPoint("the driver refused")
+
+    monkeypatch.setattr(TapeRecording, "point", refuse)
+    model, twin, step = pair()
+    for _ in range(6):
+        model.cache = model.cache.clone()
+        same(step(x := torch.randn(4, 8)), twin(x))
+        same(model.cache, twin.cache)
+    (piece,) = pieces()
+    assert piece.compiled_calls == 3 and reasons(piece) == {"moved-static-tensor": 3}
+    assert recorded_anew(piece) == {"moved-static-tensor": 2}
+    assert "the driver refused" in piece.refusals[0].detail
 
 
 def test_a_written_argument_is_written_in_place() -> None:

@@ -14,6 +14,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PRINTS = {  # a line of each program that only holds if calls were replayed
     "decode_loop": r"graphs: 1 recording\(s\) on (cpu|cuda\S*), 23 replay\(s\), 1 eager call\(s\), mode graph",
     "engine": r"graphs: 4 recording\(s\) on (cpu|cuda\S*), 35 replay\(s\), 0 eager call\(s\), mode graph",
+    "metrics_opentelemetry": r"graphs\.replays \{'step': 'feed-forward', 'size': 'input\[4, 64\]'\} 6\n",
+    "metrics_prometheus": r"graphs_replays_total\{size=\"8 rows\",step=\"feed-forward\"\} 2\.0\n",
     "own_operator": r"graphs: 1 recording\(s\) on (cpu|cuda\S*), 16 replay\(s\), 0 eager call\(s\), mode graph",
     "torch_compile": r"8 replay\(s\), 0 compiled call\(s\)",
 }
@@ -28,6 +30,10 @@ def test_every_example_is_run() -> None:
 def test_an_example_runs_and_is_replayed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "decode_loop":
         pytest.importorskip("transformers", reason="transformers is not installed")
+    if name == "metrics_prometheus":
+        pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+    if name == "metrics_opentelemetry":
+        pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
     if name == "torch_compile":
         if not importlib.metadata.entry_points(group="torch_dynamo_backends").select(name="graphs"):
             pytest.skip("stepgraphs is not installed here, so torch.compile does not know the backend by name")

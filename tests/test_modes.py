@@ -19,7 +19,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-def counts(step: graphs.CapturedModule[Any]) -> tuple[int, int]:
+def counts(step: graphs.CapturedModule[..., Any]) -> tuple[int, int]:
     report = step.report()
     return report.replays, report.eager_calls
 

@@ -184,7 +184,7 @@ CONTEXTS = st.sampled_from([torch.no_grad, torch.inference_mode])
 
 def check(
     make: Callable[[], nn.Module], calls: Sequence[tuple[str, int, int]], context: Any, **options: Any
-) -> graphs.CapturedModule[Any]:
+) -> graphs.CapturedModule[..., Any]:
     with context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotReplayed)
         expected, _ = run(make, calls, lambda model: model)

@@ -23,7 +23,7 @@ def two_keys(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x * 2 + y
 
 
-def used_step() -> graphs.CapturedModule[Any]:
+def used_step() -> graphs.CapturedModule[..., Any]:
     """Two buckets with 3 replays of 5 rows and 1 of 7, two refused calls, one eager call."""
     step = graphs.capture(two_keys, buckets=[4, 8], batch_dims={"x": 0, "y": 0})
     for rows in (3, 1, 1, 7):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.dispatch.variants import _PATIENCE, MAX_VARIANTS
+from graphs.dispatch.replay import _PATIENCE, MAX_VARIANTS
 from graphs.errors import HostSync, ManyWays
 from graphs.rewriting.checked_replay import Speculation
 from tests.parity import parity

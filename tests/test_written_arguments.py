@@ -163,11 +163,22 @@ def test_a_written_argument_is_compared_at_every_call_where_asked() -> None:
             assert torch.equal(x, wanted)
 
 
-def test_a_declared_static_argument_that_moves_stays_a_reason() -> None:
+def test_a_declared_static_argument_that_moves_is_read_where_it_is() -> None:
     step, alive = graphs.capture(doubled, static=["x"]), []
     with torch.no_grad():
         for _ in range(4):
             alive.append(random(3))
             wanted = alive[-1] * 2
             assert torch.equal(step(alive[-1]), wanted)
+    assert step.report().refusals == () and (step.report().recordings, step.report().moved) == (1, 3)
+
+
+def test_a_declared_static_argument_of_another_form_stays_a_reason() -> None:
+    step, alive = graphs.capture(doubled, static=["x"]), []
+    with torch.no_grad():
+        for start in range(4):
+            alive.append(random(8))
+            x = alive[-1][start : start + 3]
+            wanted = x * 2
+            assert torch.equal(step(x), wanted)
     assert [refusal.reason for refusal in step.report().refusals] == ["moved-static-tensor"]

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 import passes
 from graphs._version import __version__
 from graphs.compile.torch_dynamo import private
+from graphs.compile.view_sources import view_sources
 from graphs.errors import Site
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
@@ -94,6 +95,10 @@ class CompiledGraph:
     def as_traced(self, *inputs: Any) -> Any:
         """Run the graph as Dynamo traced it, with effects in the order of the program whatever memory the inputs share."""
         return self._original(*inputs)
+
+    def view_sources(self) -> list[frozenset[int | Tensor]]:
+        """Whose memory each output may be; see `graphs.compile.view_sources`."""
+        return view_sources(self._original)
 
     def watch(self, inputs: Sequence[Any], given: Sequence[Tensor], trace: EagerTrace) -> tuple[int, ...]:
         """Run the graph as it was before it was compiled, watched, and undo it.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from graphs.contract.arguments import Call
 from graphs.contract.slots import is_dense
@@ -56,6 +59,14 @@ def inadmissible(call: Call, model: Any = None, host: Sequence[int] = ()) -> Ref
     return None
 
 
+def uninitialised(model: Any) -> str | None:
+    """A parameter or buffer of a lazy module that has no memory yet: the first call gives it a shape, and is an ordinary one."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    named = (*model.named_parameters(), *model.named_buffers())
+    return next((f"self.{name}" for name, tensor in named if is_lazy(tensor)), None)
+
+
 def carries_objects(call: Call) -> Refusal | None:
     """The attribute of a tensor argument that no key can hold and no replay refresh, or None."""
     for tensor in call.tensors:
@@ -77,6 +88,15 @@ def device_of(call: Call, model: Any) -> torch.device:
         return next((tensor.device for tensor in call.tensors if tensor.is_cuda), call.tensors[0].device)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def name_of(model: Any) -> str:
+    """What a step is called where nobody has named it: the name of a function, else the class of the object."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    if isinstance(model, (types.FunctionType, types.MethodType)):
+        return model.__qualname__
+    return model.__name__ if isinstance(model, types.BuiltinFunctionType) else type(model).__name__
 
 
 def parameter_names(model: Any) -> list[str]:

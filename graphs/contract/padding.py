@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from graphs.errors import ConfigError
 
-POLICIES = ("repeat", "zero", "keep")
+Policy = Literal["repeat", "zero", "keep"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Padding:
         value: the sentinel's value, for example the index of a cache slot that no sequence owns.
     """
 
-    kind: str = "repeat"
+    kind: Policy | Literal["sentinel"] = "repeat"
     value: int | float = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ def sentinel(value: int | float) -> Padding:
     return Padding("sentinel", value)
 
 
-def as_padding(name: str, policy: Padding | str) -> Padding:
+def as_padding(name: str, policy: Padding | Policy) -> Padding:
     """Accept a policy by name."""
     if isinstance(policy, Padding):
         return policy

@@ -31,6 +31,10 @@ class StaticTensors:
 
     Attributes:
         links: those from the model or an opaque argument to every tensor that the recording reads.
+        hanging: path and tensor of all those tensors.
+        named: position and name of the static arguments.
+        own: identities of the tensors that hang on the model or an opaque argument, read or not.
+        own_arguments: those that were arguments of the recorded call.
 
     Args:
         arguments: position, name and tensor of the static arguments.
@@ -41,6 +45,8 @@ class StaticTensors:
         copied_back: positions of copied arguments that the step writes: no other tensor must share their memory.
         same: positions of arguments that are the very object at another position.
         given: the arguments of the recorded call.
+        own: identities of all tensors that ``owners`` link to, where not all of these are given.
+        beside: further tensors read in place, which are checked there.
     """
 
     def __init__(
@@ -53,18 +59,24 @@ class StaticTensors:
         copied_back: Sequence[int] = (),
         same: Sequence[int] = (),
         given: Sequence[Tensor] = (),
+        own: frozenset[int] | None = None,
+        beside: StaticTensors | None = None,
     ) -> None:
+        self._beside = beside
+        self.named = [(index, name) for index, name, _ in arguments]
+        self.longest, self.copied_back, self.same = longest, list(copied_back), list(same)
         self._arguments = [(index, name, tensor.data_ptr()) for index, name, tensor in arguments]
         static = {index for index, _, _ in arguments}
         self._written = _Memory((w.data_ptr(), w.data_ptr() + extent(w)) for w in written if w.numel())
         self._in_place = _Memory(map(_storage_range, externals))
-        self._copied_back, self._same = list(copied_back), {*same}
+        self._copied_back, self._same = self.copied_back, {*same}
         self._longest = longest
         self._static = static
         self._apart: set[int] = set()
         used = {storage_id(tensor) for tensor in externals}
         hanging = [owner for owner in owners if storage_id(owner.value) in used]
         self.links = list({(id(link.container), link.key): link for owner in hanging for link in _chain(owner)}.values())
+        self.hanging = [(owner.path, owner.value) for owner in hanging]
         self._names = {id(owner.value): owner.path for owner in hanging}
         self._tensors = list({id(t): t for t in [*externals, *(owner.value for owner in hanging)]}.values())
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
@@ -72,21 +84,30 @@ class StaticTensors:
         self._layouts = [_layout(tensor) for tensor in self._tensors]
         windows = [self._tensors[start : start + WINDOW] for start in range(0, len(self._tensors), WINDOW)]
         self._guards = cycle([(_tensor_guards(window), window) for window in windows] or [(None, [])])
-        self._own = frozenset(id(owner.value) for owner in owners)
-        self._own_arguments = self._own_among(given)
+        self.own = self._own = frozenset(id(owner.value) for owner in owners) if own is None else own
+        self.own_arguments = self._own_among(given)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether everything is where it was. ``tensors`` are the tensor leaves of this call."""
         for index, _, pointer in self._arguments:
             if tensors[index].data_ptr() != pointer:
                 return False
-        if not self._own.isdisjoint(map(id, tensors)) and self._own_among(tensors) != self._own_arguments:
+        if not self._own.isdisjoint(map(id, tensors)) and self._own_among(tensors) != self.own_arguments:
             return False
         if self._written.starts and not self._lie_apart(tensors):
             return False
         if self._copied_back and self._shared_when_copied(tensors) is not None:
             return False
+        beside = self._beside
+        if beside is not None and not (beside._stayed() and beside._laid_out()):
+            return False
         return self._stayed() and self._laid_out()
+
+    def in_place(self) -> bool:
+        """Whether the tensors that are no arguments are where they were, all in the layout that they had."""
+        if not self._stayed():
+            return False
+        return all(self._laid_out() for _ in range(-(-len(self._tensors) // WINDOW)))
 
     def _laid_out(self) -> bool:
         """Whether the tensors of this call's window have the layout they had. Torch's guards also look at the modes that are
@@ -129,7 +150,8 @@ class StaticTensors:
             others = [t for i, t in enumerate(tensors) if i != index and i not in self._same]
             if any(t.data_ptr() < end and start < t.data_ptr() + extent(t) for t in others):
                 return index
-            if self._in_place.reached(start, end - start):
+            parts = [self] if self._beside is None else [self, self._beside]
+            if any(part._in_place.reached(start, end - start) for part in parts):
                 return index
         return None
 
@@ -144,14 +166,15 @@ class StaticTensors:
     @property
     def placed(self) -> set[int]:
         """Identities of the tensors whose place and layout are checked here."""
-        return {id(tensor) for tensor in self._tensors}
+        beside = self._beside.placed if self._beside is not None else set[int]()
+        return {id(tensor) for tensor in self._tensors} | beside
 
     def arguments_fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing is wrong with the arguments of a call: what moved is the step's own, and stays where it is now."""
         moved = self.moved_arguments(tensors)
         return (
             not moved
-            and self._own_among(tensors) == self._own_arguments
+            and self._own_among(tensors) == self.own_arguments
             and self._overlapping(tensors) is None
             and self._shared_when_copied(tensors) is None
         )
@@ -164,7 +187,7 @@ class StaticTensors:
                 return MovedStaticTensor(text, operator=name)
         shared = self._overlapping(tensors)
         shared = self._shared_when_copied(tensors) if shared is None else shared
-        if self._own_among(tensors) != self._own_arguments:
+        if self._own_among(tensors) != self.own_arguments:
             return MovedStaticTensor("an argument is a tensor of the step's own, or no longer is", operator="arguments")
         if shared is not None:
             return MovedStaticTensor("it shares memory with a tensor that the step writes", operator=f"tensor argument {shared}")
@@ -174,6 +197,8 @@ class StaticTensors:
                 return MovedStaticTensor(f"its storage is at {tensor.data_ptr():#x}, recorded at {recorded:#x}", operator=name)
             if _layout(tensor) != layout:
                 return MovedStaticTensor(f"it has another layout, {_layout(tensor)}, than {layout} when recorded", operator=name)
+        if self._beside is not None:
+            return self._beside.moved(tensors)
         return MovedStaticTensor("a static tensor moved and moved back during the check")
 
 

@@ -7,6 +7,7 @@ import traceback
 import warnings
 
 from graphs.errors import InternalError, Refusal, TooManyKeys
+from graphs.events import Evicted, Refused, emit
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 from passes.core.source_location import user_level
@@ -17,13 +18,25 @@ class NotReplayed(UserWarning):
 
 
 class CallLog:
-    """Counts of one captured module."""
+    """Counts of one captured module.
 
-    def __init__(self) -> None:
+    Args:
+        name: what events call it.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.eager_calls = 0
         self.evictions = 0
+        self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
+
+    def recorded_otherwise(self, reason: Refusal, outcome: str) -> None:
+        """Count why a step (or a graph) was recorded anew, at its exact sizes or uncompiled: the call itself is replayed."""
+        self.refused(reason, outcome=outcome, calls=0)
+        known = self._refusals[reason.signature]
+        self._refusals[reason.signature] = dataclasses.replace(known, recorded=known.recorded + 1)
 
     def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
         """Count a refusal; warn the first time its reason, operator and line are seen.
@@ -39,7 +52,25 @@ class CallLog:
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             if warn:
                 warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=user_level())
+        first = refusal.signature not in self._refusals
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
+        if calls:
+            self._tell(refusal, outcome, first)
+
+    def _tell(self, refusal: Refusal, outcome: str, first: bool) -> None:
+        emit(
+            Refused(
+                step=self.name,
+                reason=refusal.reason,
+                operator=refusal.operator,
+                detail=refusal.detail,
+                remedy=refusal.remedy,
+                file=refusal.site.file,
+                line=refusal.site.line,
+                outcome=outcome,
+                first=first,
+            )
+        )
 
     @property
     def refusals(self) -> tuple[RefusalCount, ...]:
@@ -56,6 +87,8 @@ class CallLog:
         detail = f"{entry.key}, after {entry.replays} replays (max_recordings={limit})"
         outcome = "the recording used least recently was dropped to make room for another"
         self.refused(TooManyKeys(detail, operator="max_recordings"), outcome=outcome, calls=0)
+        rows, size = entry.contract.rows, entry.memory_bytes
+        emit(Evicted(step=self.name, key=entry.key, rows=rows, bytes=size, replays=entry.replays))
 
     def report(self, device: str, mode: str, entries: list[RecordedStep]) -> CaptureReport:
         """The report of everything counted so far."""
@@ -66,6 +99,7 @@ class CallLog:
             replays=self._replays_dropped + sum(entry.replays for entry in entries),
             eager_calls=self.eager_calls,
             evictions=self.evictions,
+            moved=self.moved,
             refusals=self.refusals,
             keys=tuple(_key_report(entry) for entry in entries),
         )

@@ -1,49 +1,88 @@
-"""`capture`, and the module it returns: looks like the model, replays recordings. `graphs.dispatch.dispatcher` does the work."""
+"""`capture`, and what it returns: looks like the model, replays recordings. `graphs.dispatch.dispatcher` does the work."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from graphs.config import MODES, CaptureConfig
-from graphs.contract.padding import Padding
+from graphs.config import MODES, AllPasses, CaptureConfig, Compiler, Mode, Outputs, Pass, Verify
+from graphs.contract.padding import Padding, Policy
 from graphs.dispatch.dispatcher import Dispatcher
+from graphs.dispatch.module.delegation import delegate, returning_step
+from graphs.dispatch.module.forward_hooks import KINDS, call_with_hooks, no_hooks
 from graphs.eager_mode import forced_by
 from graphs.environment import choice
 from graphs.errors import ConfigError
 from graphs.ops.wo_a.module import bytes_by_path
 from graphs.report import CaptureReport, SizesReport
 
-Model = TypeVar("Model", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-_SELF_RETURNING = frozenset(
-    "eval train to cuda cpu half float double bfloat16 type requires_grad_ apply share_memory to_empty".split()  # noqa: SIM905
-)
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
+class Forward(Protocol[P, R_co]):
+    """An ``nn.Module``, as a type checker sees what it is called with: by the signature of its ``forward``."""
+
+    def forward(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """One step."""
+        ...
+
+
+class CaptureSettings(TypedDict, total=False):
+    """The keyword arguments of `capture`, with the types that they may have."""
+
+    mode: Mode | None
+    buckets: Iterable[int] | None
+    batch_dims: Mapping[str, int] | None
+    static: Iterable[str]
+    padding: Mapping[str, Padding | Policy] | None
+    outputs: Outputs
+    verify: Verify | None
+    strict: bool | None
+    max_recordings: int | None
+    memory_budget: int | str | None
+    compiler: Compiler | None
+    compiler_options: Mapping[str, Any] | None
+    passes: AllPasses | Iterable[Pass] | None
+    bounds: Mapping[str, int] | None
+    name: str | None
+    ranges: bool | None
+
+
+@overload
+def capture(model: Forward[P, R], **settings: Unpack[CaptureSettings]) -> CapturedModule[P, R]: ...
+@overload
+def capture(model: Callable[P, R], **settings: Unpack[CaptureSettings]) -> CapturedStep[P, R]: ...
 def capture(
-    model: Model,
+    model: Any,
     *,
-    mode: str | None = None,
+    mode: Mode | None = None,
     buckets: Iterable[int] | None = None,
     batch_dims: Mapping[str, int] | None = None,
     static: Iterable[str] = (),
-    padding: Mapping[str, Padding | str] | None = None,
-    outputs: str = "owned",
-    verify: str | None = None,
+    padding: Mapping[str, Padding | Policy] | None = None,
+    outputs: Outputs = "owned",
+    verify: Verify | None = None,
     strict: bool | None = None,
     max_recordings: int | None = None,
-    compiler: str | None = None,
+    compiler: Compiler | None = None,
     compiler_options: Mapping[str, Any] | None = None,
-    passes: str | Iterable[str] | None = None,
+    passes: AllPasses | Iterable[Pass] | None = None,
     bounds: Mapping[str, int] | None = None,
     memory_budget: int | str | None = None,
-) -> CapturedModule[Model]:
+    name: str | None = None,
+    ranges: bool | None = None,
+) -> Any:
     """Return a callable that looks like ``model`` and records its steps, to replay them without Python.
 
     The first call of a key (structure, shapes, dtypes, devices and constants of the arguments) is watched, recorded and
@@ -69,7 +108,7 @@ def capture(
         max_recordings: recordings to keep at most; a new one then takes the place of the one used least recently. Default
             ``GRAPHS_MAX_RECORDINGS``, else 64.
         memory_budget: bytes, or text like ``"2GiB"``, that all recordings may take; what does not fit runs eagerly. Default
-            ``GRAPHS_MEMORY_BUDGET``, else no limit, but for `CapturedModule.record`.
+            ``GRAPHS_MEMORY_BUDGET``, else no limit, but for `CapturedStep.record`.
         compiler: ``"inductor"`` compiles the step once per key with ``torch.compile`` and records what that gives; ``"auto"``
             records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
             that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
@@ -81,6 +120,12 @@ def capture(
             ``arithmetic``, ``bounded``, ``branches`` and ``fusion``. Default ``GRAPHS_PASSES``, else ``"auto"``.
         bounds: largest values of lengths that nothing in the step bounds, by the variable that holds them
             (``{"n": 4096}`` for ``n = int(t)``) or by ``"file.py:line"``. A length above its bound runs eagerly.
+        name: what the step is called in events, log lines and traces; default: its class, or the function's name.
+        ranges: mark recording and replays in traces. True: as NVTX ranges, at every call, for a profiler that is not PyTorch's.
+            None (default): while PyTorch's profiler runs. False: never. Default ``GRAPHS_RANGES``, else None.
+
+    Returns:
+        A `CapturedModule`, which is an ``nn.Module``, for an ``nn.Module``, and a `CapturedStep` for anything else.
 
     Raises:
         ConfigError: an argument or a ``GRAPHS_*`` variable is not legal.
@@ -101,41 +146,56 @@ def capture(
         passes=passes,
         bounds=bounds,
         memory_budget=memory_budget,
+        name=name,
+        ranges=ranges,
     )
     if not callable(model):
         raise ConfigError("model", model, "an nn.Module or a callable")
-    return CapturedModule(model, config)
+    return CapturedModule(model, config) if isinstance(model, nn.Module) else CapturedStep(model, config)
 
 
-class CapturedModule(Generic[Model]):
-    """A model with recordings: made by `capture`, called like the model.
+class CapturedStep(Generic[P, R_co]):
+    """A callable with recordings: made by `capture`, called like the callable.
 
     Attributes of the model are read and written through it (``step.config``, ``step.parameters()``, ``step.eval()``).
     Its own are `mode`, `report`, `record`, `record_buckets` and `invalidate`. Methods of the model that call the model
     themselves (``generate``) call the model, not its recordings.
     """
 
-    def __init__(self, model: Model, config: CaptureConfig) -> None:
+    def __init__(self, model: Callable[P, R_co], config: CaptureConfig) -> None:
         object.__setattr__(self, "_graphs_model", model)
         object.__setattr__(self, "_graphs_mode", config.mode)
+        object.__setattr__(self, "_graphs_aside", config.mode == "eager")
         object.__setattr__(self, "_graphs_recordings", Dispatcher(model, config))
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model."""
+        if torch.compiler.is_dynamo_compiling() or self._graphs_aside or forced_by():
+            return self._graphs_call_aside(args, kwargs)
+        return self._graphs_recordings.call(args, kwargs)
+
+    def _graphs_call_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is not just to be replayed."""
         if torch.compiler.is_dynamo_compiling():
             return self._graphs_model(*args, **kwargs)  # a part of what is being compiled
         if self._graphs_mode == "eager" or forced_by():
             return self._graphs_recordings.run_eagerly(args, kwargs)
         return self._graphs_recordings.call(args, kwargs)
 
+    def _graphs_is_aside(self) -> bool:
+        """Whether calls are not just to be replayed, which they find out by one attribute."""
+        return bool(self._graphs_mode == "eager")
+
     @property
-    def mode(self) -> str:
-        """``"graph"`` or ``"eager"``; may be set at run time. Dispatcher are kept while eager."""
-        return str(self._graphs_mode)
+    def mode(self) -> Mode:
+        """``"graph"`` or ``"eager"``; may be set at run time. Recordings are kept while eager."""
+        mode: Mode = self._graphs_mode
+        return mode
 
     @mode.setter
-    def mode(self, value: str) -> None:
+    def mode(self, value: Mode) -> None:
         object.__setattr__(self, "_graphs_mode", choice("mode", value, MODES))
+        object.__setattr__(self, "_graphs_aside", self._graphs_is_aside())
 
     def report(self) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
@@ -190,18 +250,7 @@ class CapturedModule(Generic[Model]):
         self._graphs_recordings.invalidate()
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._graphs_model, name)
-        if name in _SELF_RETURNING and callable(value):
-            return self._returning_self(value)
-        return value
-
-    def _returning_self(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            return self if result is self._graphs_model else result
-
-        return call
+        return returning_step(getattr(self._graphs_model, name), name, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mode":
@@ -219,13 +268,64 @@ class CapturedModule(Generic[Model]):
         return self._graphs_model
 
     def __dir__(self) -> list[str]:
-        return sorted({*dir(self._graphs_model), *type(self).__dict__})
+        return sorted({*dir(self._graphs_model), *dir(type(self))})
 
     def __repr__(self) -> str:
-        return f"CapturedModule({self._graphs_model!r})"
+        return f"{type(self).__name__}({self._graphs_model!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule[Model]:
-        return CapturedModule(copy.deepcopy(self._graphs_model, memo), self._graphs_recordings.config)
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep[P, R_co]:
+        return type(self)(copy.deepcopy(self._graphs_model, memo), self._graphs_recordings.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CapturedModule, (self._graphs_model, self._graphs_recordings.config)
+        return type(self), (self._graphs_model, self._graphs_recordings.config)
+
+
+class CapturedModule(CapturedStep[P, R_co], nn.Module):
+    """A captured ``nn.Module``, which is one itself.
+
+    Its parameters, buffers, submodules, state dict (with the same keys), training mode and backward hooks are the model's, in a
+    parent module too; a walk over modules meets the model. Forward hooks that are registered on it are its own: they
+    run at each call, replayed or not. Those of the model and of modules inside are a part of the step.
+    A deep copy and a pickled one have the model's state, the settings and the hooks, and no recordings.
+    """
+
+    def __init__(self, model: Callable[P, R_co], config: CaptureConfig) -> None:
+        super().__init__(model, config)
+        self.__setstate__(no_hooks())
+
+    def _graphs_is_aside(self) -> bool:
+        return super()._graphs_is_aside() or bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def _graphs_call_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is not just to be replayed, with the forward hooks around it."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            return call_with_hooks(self, super()._graphs_call_aside, args, kwargs)
+        return super()._graphs_call_aside(args, kwargs)
+
+    def register_forward_hook(self, hook: Callable[..., Any], **settings: Any) -> RemovableHandle:  # type: ignore[override]
+        """Call ``hook`` after each call of the captured module; see ``nn.Module.register_forward_hook``."""
+        return self._graphs_hooked(super().register_forward_hook(hook, **settings))
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **settings: Any) -> RemovableHandle:  # type: ignore[override]
+        """Call ``hook`` before each call of the captured module; see ``nn.Module.register_forward_pre_hook``."""
+        return self._graphs_hooked(super().register_forward_pre_hook(hook, **settings))
+
+    def _graphs_hooked(self, handle: RemovableHandle) -> RemovableHandle:
+        object.__setattr__(self, "_graphs_aside", True)
+        return handle
+
+    def __setstate__(self, hooks: dict[str, Any]) -> None:
+        for kind in KINDS:
+            object.__setattr__(self, kind, hooks[kind])
+        object.__setattr__(self, "_graphs_aside", self._graphs_is_aside())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule[P, R_co]:
+        twin = type(self)(copy.deepcopy(self._graphs_model, memo), self._graphs_recordings.config)
+        twin.__setstate__(copy.deepcopy({kind: getattr(self, kind) for kind in KINDS}, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), {kind: getattr(self, kind) for kind in KINDS}
+
+
+delegate(CapturedModule)

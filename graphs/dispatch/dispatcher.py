@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,17 +12,18 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
-from graphs.contract.eligibility import parameter_names
+from graphs.contract.eligibility import name_of, parameter_names, uninitialised
 from graphs.contract.settings import active_mode, ambient_of
 from graphs.dispatch.ahead.record_sizes import SizesAhead
 from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.dead_objects import DeadObjects
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder, NotNow
-from graphs.dispatch.replay import UNDONE, Outdated, replayed, stale
+from graphs.dispatch.moved import MovedTensors
+from graphs.dispatch.replay import MAX_VARIANTS, UNDONE, Outdated, is_hopeless, many_variants, replayed, stale, unpointed
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.dispatch.routes import Refused as RefusedRoute
-from graphs.dispatch.variants import MAX_VARIANTS, is_hopeless, many_variants
 from graphs.errors import (
     AboveLargestBucket,
     AutogradInput,
@@ -30,8 +32,11 @@ from graphs.errors import (
     Refusal,
     UnsupportedArgument,
 )
+from graphs.events.listeners import listeners
+from graphs.events.ranges import attended_replay
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.recorded_step import RecordedStep
+from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
 from graphs.report import CaptureReport, SizesReport
@@ -48,10 +53,15 @@ class Dispatcher:
         self.verifies_always = config.verify == "always"
         self.lock = _recording if self.verifies_always else threading.RLock()
         self._parameters = parameter_names(model)
-        self.call_log = CallLog()
+        self.name = config.name or name_of(model)
+        self.call_log = CallLog(self.name)
         self.routes = Routes(config.max_recordings, self.call_log, buckets=len(config.buckets or ()))
-        self.keys = KeyRecorder(model, config, self._parameters, self.routes, self.call_log)
+        self.dead = DeadObjects(self.routes.forget_the_dead, (_recording, self.lock))
+        self.keys = KeyRecorder(model, config, self.name, self._parameters, self.routes, self.call_log)
+        self.moved = MovedTensors(self.keys, self.routes, self.call_log)
         self.eager = EagerCalls(model, config, self.call_log, self._remember)
+        if config.ranges:
+            listeners.want_ranges()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
@@ -85,16 +95,10 @@ class Dispatcher:
         except Exception:  # that is what failed, then
             return
         with _recording, self.lock:
-            self.routes.refuse(call, [refusal])
+            self.routes.note_failed(call, refusal)
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a recording gives: one that is known, or one made for this call.
-
-        Raises:
-            Eagerly, StepRaised: see there.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
-        """
+        """What a recording gives: one that is known, or one made for this call. Raises what `_unknown` does, and `StepRaised`."""
         ambient = ambient_of(self.model)
         last = self.routes.last
         if last is not None:
@@ -102,6 +106,8 @@ class Dispatcher:
             like = guard.match(args, kwargs, ambient)
             if like is not None:
                 return self._replay(entry, rows, like)
+        if self.dead.pending:
+            self.dead.settle()
         call = self._flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
         if route is None or isinstance(route, RefusedRoute):
@@ -133,21 +139,31 @@ class Dispatcher:
 
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, and replay."""
-        with self.lock:
-            why = stale(entry, call)
+        with self._attended(entry, rows) if listeners.at_replays or profiler._is_profiler_enabled else self.lock:
+            why = stale(entry, call) or unpointed(entry)
             if why is None:
                 if self.verifies_always:
                     self.keys.verify(entry, rows, call)
                 output = replayed(entry, rows, call)
                 if output is not UNDONE:
                     return output
-        return self._another_variant(entry, rows, call) if why is None else self._anew(entry, why, call)
+        return self._another_variant(entry, rows, call) if why is None else self._anew(entry, rows, why, call)
 
-    def _anew(self, entry: RecordedStep, why: Refusal | Outdated, call: Call) -> Any:
-        """Serve a call that ``entry`` cannot serve: by another recording of the step if that may help, else by the model."""
+    def _attended(self, entry: RecordedStep, rows: int) -> AbstractContextManager[None]:
+        """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
+        bucket, asked = entry.contract.rows, self.config.ranges
+        return attended_replay(self.lock, entry, asked, step=self.name, key=entry.key, rows=bucket, real_rows=rows)
+
+    def _anew(self, entry: RecordedStep, rows: int, why: Refusal | Outdated, call: Call) -> Any:
+        """Serve a call that ``entry`` cannot serve: by its recording, pointed at what moved; by another; else by the model."""
+        if isinstance(why, (Outdated, MovedStaticTensor)):
+            with _recording, self.lock:
+                found = self.moved.elsewhere(entry, rows, why, call)
+            if found is not None:
+                return self._replay(found, rows, call)
         if isinstance(why, Outdated):
             with _recording, self.lock:
-                self.routes.note_outdated(call, entry, why.refusal)
+                self.routes.note_outdated(call, entry, why.refusal, why.change)
         elif isinstance(why, MovedStaticTensor) and self.routes.may_move(call, entry, self.config.static):
             with _recording, self.lock:
                 self.routes.note_moved(call, entry, why)
@@ -160,7 +176,8 @@ class Dispatcher:
         with _recording, self.lock:
             group, variants = broken.group, broken.group.variants
             for entry in [other for other in variants if other is not broken]:
-                output = replayed(entry, rows, call) if stale(entry, call) is None else UNDONE
+                with self._attended(entry, rows):
+                    output = replayed(entry, rows, call) if stale(entry, call) is None else UNDONE
                 if output is not UNDONE:
                     variants.remove(entry)
                     variants.insert(0, entry)
@@ -177,22 +194,26 @@ class Dispatcher:
             self.eager.refuse([refusal])
 
     def _unknown(self, call: Call, beside: RecordedStep | None = None) -> Recorded:
-        """The recording of an unknown key, made now, with the state as before the call; what comes of it is counted and noted.
+        """The recording of an unknown key, pointed at its tensors or made now; the state is as before, what came of it is noted.
 
         Args:
             beside: a recording of the key whose assumptions do not hold for this call.
 
         Raises:
             Eagerly: nothing is to be recorded, and nothing ran.
-            Deferred, Refused: nothing was recorded, and the first call ran for real.
-            Refusal: in strict mode.
+            Deferred, Refused: nothing was recorded, and the first call ran for real. `Refusal` in strict mode.
         """
         routes, keys = self.routes, self.keys
         with _recording, self.lock:
             route = routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
+            lazy = uninitialised(self.model)
+            if lazy is not None:
+                self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
+            if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
+                return pointed
             refusals = keys.reasons_against(call, leaves, beside)
             if refusals:
                 self.eager.refuse(refusals)
@@ -216,6 +237,7 @@ class Dispatcher:
                 routes.refuse(call, [too_large])
                 self.eager.refuse([too_large])
             routes.note_recorded(call, leaves, recorded[0])
+            self.dead.watch(call.opaques)
         return recorded
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,10 +248,10 @@ class Dispatcher:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:
             devices = ", ".join(sorted(map(str, self.keys.recorders))) or "no device"
-            return self.call_log.report(devices, mode, list(self.routes.entries.values()))
+            return self.call_log.report(devices, mode, self.routes.recordings())
 
     def record(self, example: Any, sizes: Iterable[int] | None, budget: int | str | None, *, progress: bool) -> SizesReport:
-        """Record sizes ahead of serving; see `CapturedModule.record`."""
+        """Record sizes ahead of serving; see `CapturedStep.record`."""
         with _recording, self.lock:
             return SizesAhead(self.keys, self.routes, self.call_log).record(example, sizes, budget, progress=progress)
 

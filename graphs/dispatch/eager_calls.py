@@ -10,7 +10,7 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.dispatch.call_log import CallLog
 from graphs.eager_mode import forced_by
-from graphs.errors import InternalError, Refusal
+from graphs.errors import ChangingValue, InternalError, Refusal
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
 from graphs.recording.recorder import ReplayRaised
@@ -77,6 +77,18 @@ class EagerCalls:
                 first_call.undo()
                 raise first_call.refusal from None
             self._log.refused(first_call.refusal)
+            self._log.eager_calls += 1
+        else:
+            self._initialised(str(first_call))
+
+    def initialise(self, what: str) -> NoReturn:
+        """Have `call` run the model, which initialises ``what``, also in strict mode: the next call is tried again."""
+        self._initialised(what)
+        raise Eagerly
+
+    def _initialised(self, what: str) -> None:
+        detail = "the call initialised it; the next one like it is tried again"
+        self._log.refused(ChangingValue(detail, operator=what), warn=False)
         self._log.eager_calls += 1
 
     def count_refused(self, first_call: Refused) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
-from graphs.contract.batch import BatchRule
+from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
 from graphs.dispatch.ahead.budget import over_budget
@@ -22,12 +22,16 @@ from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.eager_mode import forced_eager
 from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract
+from graphs.events import Recorded as RecordedEvent
+from graphs.events import emit
+from graphs.events.ranges import recording_range
 from graphs.first_call.host_arguments import record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded, prove_left_open
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import compare_replay, time_replay
+from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
@@ -55,9 +59,16 @@ class KeyRecorder:
     """
 
     def __init__(
-        self, model: Callable[..., Any], config: CaptureConfig, parameters: list[str], routes: Routes, log: CallLog
+        self,
+        model: Callable[..., Any],
+        config: CaptureConfig,
+        name: str,
+        parameters: list[str],
+        routes: Routes,
+        log: CallLog,
     ) -> None:
-        self._model, self.config, self._parameters, self._routes, self._log = model, config, parameters, routes, log
+        self._model, self.config, self._name = model, config, name
+        self._parameters, self._routes, self._log = parameters, routes, log
         self.memory_budget = config.memory_budget
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
@@ -90,7 +101,7 @@ class KeyRecorder:
             Deferred, Refused: see `record_key`.
         """
         config, routes, call = self.config, self._routes, step.call
-        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims)
+        plan = self.plan(step)
         if not ahead and plan.key not in routes.entries:
             against = self._over_budget() or routes.against(call, step.names)
             if against is not None:
@@ -102,18 +113,34 @@ class KeyRecorder:
                 if entry is None:
                     entry = routes.entries[plan.key] = self._first_call(step)
                     entry.group.unmerged = step.unmerged
+                    self._describe(entry, step, plan)
                 elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
+                    entry.point()
                     with forced_eager("first call"):
                         prove_left_open(step, entry)
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
-                self._log.refused(reason, outcome="the step is recorded at its exact sizes")
+                self._log.recorded_otherwise(reason, "the step is recorded at its exact sizes")
                 plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
                 if entry is not None and entry.left_open:
-                    routes.drop(entry)
+                    routes.discard(entry)
                 continue
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
+
+    def plan(self, step: Step) -> Plan:
+        """Where a call goes.
+
+        Raises:
+            AboveLargestBucket: it fits no bucket.
+        """
+        return self.batch.plan(step.call, step.names, self.config.buckets, self.config.batch_dims)
+
+    def _describe(self, entry: RecordedStep, step: Step, plan: Plan) -> None:
+        """Keep what another call has to look like for this recording to be pointed at its tensors."""
+        entry.blueprint = blueprint_of(entry, step.call, step.opaque_names)
+        if entry.blueprint is not None:
+            self._routes.blueprints.setdefault(anonymous(plan.key, step.call), []).append(entry.blueprint)
 
     def record_variant(self, step: Step, beside: RecordedStep) -> Recorded:
         """A recording of a call at its exact sizes, for other outcomes than those of ``beside``."""
@@ -151,8 +178,7 @@ class KeyRecorder:
 
     def known(self, call: Call, leaves: Leaves) -> RecordedStep | None:
         """The recording that serves calls like this one, as far as their sizes say; None where there is none."""
-        plan = self.batch.plan(call, leaves.tensors, self.config.buckets, self.config.batch_dims)
-        return self._routes.entries.get(plan.key)
+        return self._routes.entries.get(self.plan(self.step(call, leaves)).key)
 
     def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Leaves]:
         """A call with these arguments, made in the modes of now."""
@@ -165,18 +191,18 @@ class KeyRecorder:
         Raises:
             VerifyMismatch: it does.
         """
-        step = self.step(call, named_leaves(call, self._parameters))
+        step = self.step(call, self.leaves(call))
         with forced_eager("first call"):
             mismatch = compare_replay(step, entry, rows)
         if mismatch is not None:
-            self._routes.drop(entry)
+            self._routes.discard(entry)
             raise mismatch
 
     def _over_budget(self) -> Refusal | None:
         """Why nothing more is recorded: there is no room for another recording of the smallest that there is."""
         if self.memory_budget is None:
             return None
-        taken = [entry.memory_bytes for entry in self._routes.entries.values()]
+        taken = [entry.memory_bytes for entry in self._routes.recordings()]
         return over_budget(self.memory_budget, min(taken, default=0), sum(taken), "another recording")
 
     def _first_call(self, step: Step) -> RecordedStep:
@@ -185,15 +211,22 @@ class KeyRecorder:
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            with _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is recorded as part of it
+            marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self.config.ranges)
+            with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
                 recorder = self._recorder(step.device)
                 record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
                 entry = record(step, recorder, owned=owned, check=check)
         finally:
             torch.set_autocast_cache_enabled(cached)
         if entry.not_compiled is not None:
-            self._log.refused(entry.not_compiled, outcome="the step is recorded uncompiled")
+            self._log.recorded_otherwise(entry.not_compiled, "the step is recorded uncompiled")
+        seconds, size = entry.capture_seconds, entry.recording.pool_bytes
+        emit(RecordedEvent(step=self._name, key=entry.key, rows=entry.contract.rows, seconds=seconds, bytes=size))
         return entry
+
+    def leaves(self, call: Call) -> Leaves:
+        """The leaves of a call by name."""
+        return named_leaves(call, self._parameters)
 
     def _tried(self) -> list[TriedStep]:
         """The steps that recordings in use were tried as."""

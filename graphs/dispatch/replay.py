@@ -7,16 +7,22 @@ from typing import Any, NamedTuple
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.errors import ChangingValue, MovedStaticTensor, NestedCapture, Refusal
-from graphs.first_call.recorded_step import RecordedStep
+from graphs.errors import ChangingValue, ManyWays, MovedStaticTensor, NestedCapture, Refusal, Site
+from graphs.first_call.recorded_step import RecordedStep, Variants
 from graphs.objects.cells import Difference
 from graphs.objects.torch_fast_paths import increment_version, is_capturing
 from graphs.recording.failures import StepRaised
-from graphs.recording.recorder import ReplayRaised
+from graphs.recording.recorder import CannotPoint, ReplayRaised
 from graphs.state.tensor_state import RandomState, TensorState
 
 UNDONE = object()
 """What `replayed` gives where an assumption of the recording does not hold for the call: all of the replay was undone."""
+
+
+MAX_VARIANTS = 16
+"""Recordings of one key."""
+_PATIENCE = 4 * MAX_VARIANTS  # calls that none of them could serve, before a step that mostly goes other ways is given up
+_SHOWN = 4  # lines that a refusal for too many variants names
 
 
 class Outdated(NamedTuple):
@@ -58,6 +64,16 @@ def stale(entry: RecordedStep, call: Call) -> Refusal | Outdated | None:
     return None
 
 
+def unpointed(entry: RecordedStep) -> Outdated | None:
+    """Have the recording, which others may share, use the tensors of ``entry``; why not, where it does not let itself be."""
+    try:
+        entry.point()
+    except CannotPoint as why:
+        entry.blueprint.usable = False
+        return Outdated(moved=MovedStaticTensor(str(why), operator="recording"))
+    return None
+
+
 def replayed(entry: RecordedStep, rows: int, call: Call) -> Any:
     """The output of one replay; `UNDONE` where it met what the recording does not hold for, and was taken back.
 
@@ -93,3 +109,17 @@ def replayed(entry: RecordedStep, rows: int, call: Call) -> Any:
         if entry.written.tensors:  # the step has taken place: the model must not run as well
             raise StepRaised(error) from None
         raise
+
+
+def many_variants(variants: list[RecordedStep]) -> ManyWays:
+    """The refusal for a call that takes none of the recorded variants; it names the lines that decide."""
+    lines = list(dict.fromkeys(line for variant in variants for line in getattr(variant.candidate, "decided_at", ())))
+    also = ", ".join(f"{file.rpartition('/')[2]}:{line}" for file, line in lines[1:_SHOWN])
+    detail = f"{len(variants)} ways through the step are recorded, and this call takes another"
+    detail += f"; {also} and others decide too" if len(lines) > _SHOWN else f"; {also} decides too" if also else ""
+    return ManyWays(detail, operator="branch", site=Site.at(lines[0]) if lines else None)
+
+
+def is_hopeless(group: Variants) -> bool:
+    """Whether most calls of a key are served by none of its variants."""
+    return group.broken > _PATIENCE and 2 * group.broken > sum(variant.replays for variant in group.variants)

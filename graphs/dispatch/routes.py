@@ -5,6 +5,7 @@ What became of a call is told here, and here alone it is decided what that says 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +15,11 @@ from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.habits import Habits
-from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys
+from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys, Unwatchable
 from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
+from graphs.objects.cells import Difference
+from graphs.pointing.blueprint import Blueprint
 
 _MAX_DEFERRALS = 3
 _SIGNATURES = 16  # signatures that are remembered for each recording that may be kept
@@ -50,19 +53,22 @@ class Routes:
         attempts: how often a signature came to no lasting recording.
         moving: positions of arguments that are elsewhere at each call, by signature.
         habits: signatures that differ at every call in one place.
+        blueprints: recordings that can be pointed at other tensors, by key without the identities of opaque arguments.
     """
 
     def __init__(self, max_recordings: int, log: CallLog, *, buckets: int = 0) -> None:
         self._limit, self._log, self._buckets = max_recordings, log, buckets
         self._clock = itertools.count(1)
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
+        self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        for entry in list(self.entries.values()):
+        for entry in self.recordings():
             self._log.dropped(entry)
         self.entries = {}
+        self.blueprints = {}
         self.by_signature: dict[tuple[Any, ...], Route] = {}
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
@@ -95,7 +101,74 @@ class Routes:
         self.entries = {key: other for key, other in self.entries.items() if other is not entry}
         kept = self.by_signature.items()
         self.by_signature = {s: r for s, r in kept if isinstance(r, Refused) or r[0] is not entry}
-        self._log.dropped(entry)
+        blueprint = entry.blueprint
+        if blueprint is None or blueprint not in self._all_blueprints():
+            self._log.dropped(entry)
+        else:
+            blueprint.leave(entry)
+
+    def replace(self, entry: RecordedStep, by: RecordedStep) -> None:
+        """Let all that led to a recorded step lead to another one of the same recording."""
+        self.last = None
+        self.habits.dropped(entry)
+        by.replays, by.real_rows, by.used = entry.replays, entry.real_rows, entry.used
+        by.ahead, by.left_open = entry.ahead, entry.left_open
+        self.entries = {key: by if other is entry else other for key, other in self.entries.items()}
+        for signature, route in self.by_signature.items():
+            if not isinstance(route, Refused) and route[0] is entry:
+                self.by_signature[signature] = (by, route[1])
+
+    def steps_of(self, blueprint: Blueprint) -> list[RecordedStep]:
+        """The recorded steps of one recording, the oldest first."""
+        return [entry for entry in self.entries.values() if entry.blueprint is blueprint]
+
+    def _alike(self, entry: RecordedStep) -> list[RecordedStep]:
+        """The recorded steps of the recording of one."""
+        return [entry] if entry.blueprint is None else [entry, *self.steps_of(entry.blueprint)]
+
+    def forget(self, blueprint: Blueprint) -> None:
+        """Drop a recording with all its steps."""
+        self.blueprints = {key: [one for one in kept if one is not blueprint] for key, kept in self.blueprints.items()}
+        for entry in self.steps_of(blueprint):
+            self.drop(entry)
+        self._log.dropped(blueprint.skeleton)
+
+    def discard(self, entry: RecordedStep) -> None:
+        """Forget one recording for whatever tensors it could serve."""
+        if entry.blueprint is not None:
+            self.forget(entry.blueprint)
+        if entry in self.entries.values():
+            self.drop(entry)
+
+    def _drop_outdated(self, entry: RecordedStep, change: Difference | None) -> None:
+        """Forget one recording some of whose Python values changed, and hold nothing that may be about to die."""
+        blueprint = entry.blueprint
+        if blueprint is not None and (not blueprint.usable or blueprint.shared.changed() is not None):
+            self.discard(entry)
+        elif entry in self.entries.values():
+            self.drop(entry)
+        if change is not None:
+            entry.guards.give_up(change)
+
+    def _all_blueprints(self) -> list[Blueprint]:
+        return [blueprint for kept in self.blueprints.values() for blueprint in kept]
+
+    def recordings(self) -> list[RecordedStep]:
+        """The recordings, each with the calls that it served for whatever tensors."""
+        found = [entry for entry in self.entries.values() if entry.blueprint is None]
+        for blueprint in self._all_blueprints():
+            steps = [blueprint.skeleton, *self.steps_of(blueprint)]
+            replays, rows = sum(step.replays for step in steps), sum(step.real_rows for step in steps)
+            found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
+        return found
+
+    def _is_full(self) -> bool:
+        """Whether there are as many recordings as may be, once those were dropped that no object is left for."""
+        for blueprint in [b for b in self._all_blueprints() if not self.steps_of(b)]:
+            if len(self.recordings()) < self._limit:
+                break
+            self.forget(blueprint)
+        return len(self.recordings()) >= self._limit
 
     def forget_the_dead(self) -> None:
         """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
@@ -117,7 +190,7 @@ class Routes:
             entry, route = attempt.entry(), self.by_signature.get(attempt.signature)
             if entry is not None:
                 for variant in list(entry.group.variants):
-                    self.drop(variant)
+                    self.discard(variant)
             elif isinstance(route, Refused):
                 del self.by_signature[attempt.signature]
         return refusals
@@ -131,30 +204,31 @@ class Routes:
         sizes = self.habits.against_sizes(call.signature, names)
         if sizes:
             return sizes[0]
-        full = len(self.entries) >= self._limit or len(self.by_signature) >= _SIGNATURES * self._limit
+        full = self._is_full() or len(self.by_signature) >= _SIGNATURES * self._limit
         in_vain = self.habits.against_anything(call.signature, full=full)
         return self._too_many(f"at least {in_vain} of the last were not used again") if in_vain else None
 
     def against_variant(self, beside: RecordedStep) -> Refusal | None:
         """Why another recording of the key of ``beside`` is not made: there is no room, or making it was in vain too often."""
-        if len(self.entries) < self._limit:
+        if not self._is_full():
             return None
         if all(entry.group is beside.group for entry in self.entries.values()):
             return self._too_many("all of one key")
         return self._too_many("whose places variants of other keys took in vain") if self._in_vain >= self._limit else None
 
     def _too_many(self, why: str) -> TooManyKeys:
-        return TooManyKeys(f"{len(self.entries)} recordings (max_recordings={self._limit}), {why}", operator="key")
+        return TooManyKeys(f"{len(self.recordings())} recordings (max_recordings={self._limit}), {why}", operator="key")
 
     def _make_room(self, made: RecordedStep) -> None:
         """Drop the recordings above the limit that were used least recently, and of those recorded ahead only the last ones."""
-        while len(self.entries) > self._limit:
-            others = [entry for entry in self.entries.values() if entry.group is not made.group]
+        while self._is_full() and len(self.recordings()) > self._limit:
+            own = self._alike(made)
+            others = [entry for entry in self.entries.values() if entry.group is not made.group and entry not in own]
             if not others:
                 break
-            oldest = min(others, key=lambda entry: (entry.ahead, entry.used))
+            oldest = min(others, key=lambda entry: (entry.ahead, max(step.used for step in self._alike(entry))))
             self._in_vain += len(made.group.variants) > 1 and oldest.replays <= 1
-            self.drop(oldest)
+            self.discard(oldest)
             self._log.evicted(oldest, self._limit)
         for signature in list(self.by_signature)[: -_SIGNATURES * self._limit]:
             del self.by_signature[signature]
@@ -176,6 +250,12 @@ class Routes:
         self.habits.tried(call.signature, leaves.changeable, None, refusals)
         self.refuse(call, refusals)
 
+    def note_failed(self, call: Call, refusal: Refusal) -> None:
+        """A call raised on the way to a recording, and the step alone did not; what initialises itself may only do so once."""
+        self.attempts[call.signature] += 1
+        if self.attempts[call.signature] > 1 or not isinstance(refusal, Unwatchable):
+            self.refuse(call, [refusal])
+
     def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
         """A first call was one of its kind: the next one is tried again, a few times."""
         self.habits.tried(call.signature, leaves.changeable, None)
@@ -184,16 +264,16 @@ class Routes:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
             self.refuse(call, [deferred.refusal or changing])
 
-    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None) -> None:
+    def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None, change: Difference | None = None) -> None:
         """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
-        self.drop(entry)
+        self._drop_outdated(entry, change)
         if changed is None:
             return
         self.attempts[call.signature] += entry.replays < _OFTEN
         if self.attempts[call.signature] > 1:
             self.refuse(call, [changed])  # which this call is counted under
         else:
-            self._log.refused(changed, outcome="the step is recorded anew")
+            self._log.recorded_otherwise(changed, "the step is recorded anew")
 
     def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
         """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
@@ -213,8 +293,8 @@ class Routes:
         """
         if entry not in self.entries.values():
             return
-        self._log.refused(why, outcome="the step is recorded anew")
-        self.drop(entry)
+        self._log.recorded_otherwise(why, "the step is recorded anew")
+        self.discard(entry)
         if entry.replays < _OFTEN:
             moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}
             self.moving[call.signature] = self.moving.get(call.signature, frozenset()) | moved

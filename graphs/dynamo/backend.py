@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,12 @@ from graphs.errors import (
     TooManyKeys,
     UnsupportedArgument,
 )
-from graphs.objects.torch_fast_paths import is_capturing
+from graphs.events import Recorded, emit
+from graphs.events.listeners import listeners
+from graphs.events.ranges import attended_replay, recording_range
+from graphs.objects.torch_fast_paths import is_capturing, profiler
 from graphs.recording.choose import recorder_for
-from graphs.recording.recorder import Recorder, first_call_lock
+from graphs.recording.recorder import CannotPoint, Recorder, first_call_lock
 from graphs.report import BackendReport, PieceReport
 from graphs.state.storage import storage_id
 
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _overlapping = private("compute_overlapping_tensors")
-_MOVES = 2  # times that a static input may move before it is copied, or, if it is written, its graph runs unrecorded
+_MOVES = 2  # times that a graph is recorded anew for an input before this is copied, or, if it is written, it runs unrecorded
 _OVERLAP = "the graph writes in an input that overlaps with another, or inputs overlap otherwise than when it was compiled"
 _count = itertools.count()
 
@@ -103,25 +107,44 @@ class Subgraph:
         self._lock = self._place.lock
         self._on_device = graph.device.type == "cuda"
         self._varying = [i for i in range(len(graph.names)) if i not in graph.static] if graph.sizes else []
-        self._recorded: dict[tuple[Any, ...], RecordedSubgraph] = {}
+        self._recorded: dict[tuple[Any, ...], list[RecordedSubgraph]] = {}
         self._refused: dict[tuple[Any, ...], Refusal] = {}
         self._moves: Counter[int] = Counter()
+        self._pointed = 0
         self._overlaps: tuple[tuple[int, int, int], ...] | None = None
         self._dropped = 0
-        self._ledger = CallLog()
+        self._ledger = CallLog(graph.name)
         _pieces.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
         """Replay the call; else record it, or run the compiled function and count why."""
         if self._routed.weights:
             self._routed.check(inputs)
-        recorded = self._recorded.get(self._key(inputs))
-        if recorded is not None and not forced_by() and not (self._on_device and is_capturing()):
+        known = self._recorded.get(self._key(inputs))
+        if known is not None and not forced_by() and not (self._on_device and is_capturing()):
             with self._lock:
-                if recorded.fits(inputs):
-                    recorded.replays += 1
-                    return recorded.replay(inputs)
+                for recorded in known:
+                    if recorded.fits(inputs):
+                        return self._replayed(recorded, inputs)
         return self._not_replayed(inputs)
+
+    def _replayed(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> Any:
+        """Replay; the lock is held."""
+        if not listeners.at_replays and not profiler._is_profiler_enabled:
+            recorded.replays += 1
+            return recorded.replay(inputs)
+        with self._attended(recorded, inputs):
+            recorded.replays += 1
+            return recorded.replay(inputs)
+
+    def _attended(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> AbstractContextManager[None]:
+        """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
+        return attended_replay(self._lock, recorded, None, step=self._graph.name, key=self._sizes(inputs), rows=None, real_rows=1)
+
+    def _sizes(self, inputs: Sequence[Any]) -> str:
+        """The inputs whose sizes Dynamo keeps symbolic, as text."""
+        named = [(self._graph.names[i], inputs[i]) for i in self._varying]
+        return ", ".join(f"{name}{list(x.shape)}" if isinstance(x, Tensor) else f"{name}={x}" for name, x in named)
 
     def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """What a recording is found by: Dynamo has guarded everything but the sizes that it keeps symbolic."""
@@ -141,18 +164,41 @@ class Subgraph:
             return self._run(inputs, NestedCapture("the current stream is being recorded by somebody else", operator="replay"))
         with first_call_lock, self._lock:
             key = self._key(inputs)
-            recorded = self._recorded.get(key)
-            if recorded is not None and recorded.fits(inputs):  # another thread was faster
-                recorded.replays += 1
-                return recorded.replay(inputs)
+            recorded = self._known(key, inputs)
             if recorded is not None:
-                self._drop(key, recorded, inputs)
+                return self._replayed(recorded, inputs)
             if key not in self._refused:
                 try:
                     return self._record(key, inputs)
                 except Refusal as refusal:
                     self._refused[key] = refusal
             return self._run(inputs, self._refused[key])
+
+    def _known(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> RecordedSubgraph | None:
+        """A recording for the static inputs of a call: one that fits (another thread was faster), or one that is pointed at them.
+
+        Dynamo runs one graph for all models of a class. What is recorded of one that lives on stays with its weights.
+        """
+        known = self._recorded.get(key, [])
+        fitting = next((recorded for recorded in known if recorded.fits(inputs)), None)
+        if fitting is not None:
+            return fitting
+        has_room = self._count() < self._options.max_recordings
+        for recorded in [one for one in known if not (has_room and one.is_of_another(inputs))]:
+            moved = recorded.moved(inputs)
+            try:
+                recorded.point(self._graph, inputs)
+            except CannotPoint as why:
+                self._drop(key, recorded, moved, str(why))
+            else:
+                self._pointed += 1
+                if recorded.fits(inputs):
+                    return recorded
+                self._drop(key, recorded, moved, "an input lies in memory that the graph writes")
+        return None
+
+    def _count(self) -> int:
+        return sum(map(len, self._recorded.values()))
 
     def _is_unsafe(self, inputs: Sequence[Any]) -> bool:
         """Whether an input that is written overlaps with another, or inputs overlap otherwise than in the first call."""
@@ -174,32 +220,33 @@ class Subgraph:
 
     def _record(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> Any:
         limit = self._options.max_recordings
-        if len(self._recorded) >= limit:
+        if self._count() >= limit:
             raise TooManyKeys(f"{limit} sizes are recorded (max_recordings={limit})", operator=self._graph.name)
         copied = [position for position, moves in self._moves.items() if moves > _MOVES]
         owned, check = self._options.outputs == "owned", self._options.verify != "off"
-        with forced_eager("first call"):
+        name, sizes = self._graph.name, self._sizes(inputs)
+        with recording_range(name, sizes, None, None), forced_eager("first call"):
             recorded, outputs = record_subgraph(self._graph, inputs, self._place.recorder, copied, owned=owned, check=check)
-        self._recorded[key] = recorded
+        self._recorded.setdefault(key, []).append(recorded)
+        emit(Recorded(step=name, key=sizes, seconds=recorded.seconds, bytes=recorded.recording.pool_bytes))
         recorded.replays += 1
         return outputs
 
-    def _drop(self, key: tuple[Any, ...], recorded: RecordedSubgraph, inputs: Sequence[Any]) -> None:
+    def _drop(self, key: tuple[Any, ...], recorded: RecordedSubgraph, moved: Sequence[int], why: str) -> None:
         """Give up a recording whose static tensors moved; one that is written and moves again and again is refused."""
-        del self._recorded[key]
+        self._recorded[key].remove(recorded)
         self._dropped += recorded.replays
-        moved = recorded.moved(inputs)
         self._moves.update(moved)
         names = ", ".join(self._graph.names[position] for position in moved[:3])
-        refusal = MovedStaticTensor(f"{len(moved)} of the tensors read in place moved", operator=names)
+        refusal = MovedStaticTensor(f"{len(moved)} of the tensors read in place moved: {why}", operator=names)
         if any(self._moves[position] > _MOVES for position in recorded.written):
             self._refused[key] = refusal
         else:
-            self._ledger.refused(refusal, outcome="the graph is recorded anew")
+            self._ledger.recorded_otherwise(refusal, "the graph is recorded anew")
 
     def report(self) -> PieceReport:
         """What this subgraph is and what its calls got."""
-        graph, recorded = self._graph, list(self._recorded.values())
+        graph, recorded = self._graph, [one for known in self._recorded.values() for one in known]
         return PieceReport(
             index=self.index,
             name=graph.name,
@@ -216,6 +263,7 @@ class Subgraph:
             capture_seconds=sum(one.seconds for one in recorded),
             pool_bytes=sum(one.recording.pool_bytes for one in recorded),
             refusals=self._ledger.refusals,
+            moved=self._pointed,
         )
 
 

@@ -7,6 +7,7 @@ writes by one watched run of the graph as it was before it was compiled. All oth
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 
 from graphs.contract.arguments import Call
 from graphs.contract.eligibility import inadmissible
+from graphs.contract.places import Places, Storage, form_of, lie_apart
 from graphs.contract.slots import Contract, Slot
 from graphs.errors import (
     CaptureFailed,
@@ -29,7 +31,7 @@ from graphs.errors import (
 from graphs.numerics import tolerance
 from graphs.objects.torch_fast_paths import equal_addresses
 from graphs.observation.operations import EagerTrace
-from graphs.recording.recorder import Recorder, Recording
+from graphs.recording.recorder import CannotPoint, Recorder, Recording
 from graphs.rehearsal.record_body import record_body
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id
@@ -80,15 +82,25 @@ class RecordedSubgraph:
         self.recording, self.written = recording, first.written
         self.replays, self.seconds = 0, 0.0
         self._static = list(static)
-        self._static_addresses = [inputs[index].data_ptr() for index in static]
-        known = dict(zip(static, self._static_addresses, strict=True))
-        self._addresses = [known.get(index) for index in range(len(inputs))]
         self._outputs = outputs
         self._as_produced = outputs == [_Made(index) for index in range(len(outputs))]
-        self._memory = frozenset(storage_id(inputs[index]) for index in first.written)
-        self._copied = (
-            [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and i not in known] if self._memory else []
-        )
+        self._copied = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in static] if self.written else []
+        self._forms = [form_of(inputs[index]) for index in static]
+        self._proven: set[int] = set()
+        storages = self._settle(inputs)
+        self._recorded = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        recording.at = storages
+
+    def _settle(self, inputs: Sequence[Any]) -> list[Storage]:
+        """Expect the static inputs where they are now; returns their storages."""
+        places = Places(inputs[index] for index in self._static)
+        self._numbers = [places.number(inputs[index]) for index in self._static]
+        self._static_addresses = [inputs[index].data_ptr() for index in self._static]
+        known = dict(zip(self._static, self._static_addresses, strict=True))
+        self._addresses = [known.get(index) for index in range(len(inputs))]
+        self._memory = frozenset(storage_id(inputs[index]) for index in self.written)
+        self._objects = [weakref.ref(inputs[index]) for index in self._static]
+        return places.storages
 
     def fits(self, inputs: Sequence[Any]) -> bool:
         """Whether everything that is read in place is where it was, and no other input lies in the memory that is written."""
@@ -101,6 +113,45 @@ class RecordedSubgraph:
     def moved(self, inputs: Sequence[Any]) -> list[int]:
         """Positions of the static inputs that are not where they were."""
         return [index for index in self._static if inputs[index].data_ptr() != self._addresses[index]]
+
+    def is_of_another(self, inputs: Sequence[Any]) -> bool:
+        """Whether inputs that the graph only reads moved, and what they were lives on: weights of another model."""
+        moved = {*self.moved(inputs)} - {*self.written}
+        before = [reference() for index, reference in zip(self._static, self._objects, strict=True) if index in moved]
+        now = [inputs[index] for index in sorted(moved)]
+        return any(old is not None and old is not new for old, new in zip(before, now, strict=True))
+
+    def point(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
+        """Have the recording use the static inputs of a call, which moved.
+
+        The first time that an input moves, a replay is compared with the compiled function, and both are undone.
+
+        Raises:
+            CannotPoint: more than addresses changed, or the recording does not let itself be pointed. It is not usable then.
+        """
+        moved, numbers = {*self.moved(inputs)}, self._numbers
+        if [form_of(inputs[index]) for index in self._static] != self._forms:
+            raise CannotPoint("a static input has another form than when it was recorded")
+        storages = self._settle(inputs)
+        if self._numbers != numbers or not lie_apart(storages):
+            raise CannotPoint("other static inputs share memory than when it was recorded")
+        self.recording.point(self._recorded, storages)
+        if not moved <= self._proven:
+            try:
+                found = self._difference(graph, inputs)
+            except Refusal as refusal:
+                raise CannotPoint(refusal.detail) from refusal
+            if found is not None:
+                raise CannotPoint(f"{found[1]} once it is pointed at the inputs of this call ({found[0]})")
+            self._proven |= moved
+
+    def _difference(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[str, str] | None:
+        """How a replay differs from the compiled function; nothing is left of either."""
+        first = _FirstCall(graph, inputs)
+        runs, written = first.runs, first.trace.written
+        outputs, state = runs.run(lambda: (graph(*inputs), written.copies()))
+        reference = [value for value, out in zip(outputs, self._outputs, strict=True) if isinstance(out, _Made)]
+        return runs.run(lambda: tolerance.run_difference(reference, self.recording.replay(inputs, 1), state, written.left()))
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the recording and return the outputs of the graph."""
@@ -221,10 +272,11 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
     """How each output is put together, and the positions of those that a replay produces.
 
     Raises:
-        UnsupportedOutput: an output is on another device, or no plain tensor.
+        UnsupportedOutput: an output is on another device, no plain tensor, or a view of one of several inputs.
     """
     outputs: list[Any] = []
     positions: list[int] = []
+    sources = graph.view_sources()
     for position, value in enumerate(reference):
         if not isinstance(value, Tensor):
             outputs.append(value)
@@ -234,7 +286,7 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
             raise UnsupportedOutput(f"output {position} of the graph is {kind}", operator=graph.name)
         if value.is_conj() or value.is_neg():
             raise UnsupportedOutput(f"output {position} of the graph is to be read conjugated or negated", operator=graph.name)
-        view = _view_of(value, inputs, graph.owned)
+        view: _View | _Made | None = _view_of(value, sources[position], inputs, graph)
         if view is None:
             view = _Made(len(positions))
             positions.append(position)
@@ -242,14 +294,24 @@ def _describe(reference: Sequence[Any], inputs: Sequence[Any], graph: CompiledGr
     return outputs, positions
 
 
-def _view_of(value: Tensor, inputs: Sequence[Any], owned: Sequence[Tensor]) -> Any:
-    candidates: list[tuple[int | Tensor, Any]] = [*enumerate(inputs), *((tensor, tensor) for tensor in owned)]
-    for source, base in candidates:
-        if isinstance(base, Tensor) and value.numel() and storage_id(base) == storage_id(value):
-            if base.dtype != value.dtype:
-                raise UnsupportedOutput(f"an output is an input seen as {value.dtype}", operator="view")
-            return _View(source, value.shape, value.stride(), int(value.storage_offset() - base.storage_offset()))
-    return None
+def _view_of(value: Tensor, sources: Collection[int | Tensor], inputs: Sequence[Any], graph: CompiledGraph) -> _View | None:
+    """What an output is a view of, by its ``sources`` in the graph; None where it is memory that the graph allocates."""
+    candidates: list[tuple[int | Tensor, Any]] = [*enumerate(inputs), *((tensor, tensor) for tensor in graph.owned)]
+    sharing = [(source, base) for source, base in candidates if isinstance(base, Tensor) and _share(base, value)]
+    if not sharing:
+        return None
+    if len(sharing) > 1:  # in this call: in the next one they may lie otherwise
+        sharing = [(source, base) for source, base in sharing if source in sources]
+    if len(sharing) != 1:
+        raise UnsupportedOutput("an output is a view of one of several inputs that share memory", operator=graph.name)
+    source, base = sharing[0]
+    if base.dtype != value.dtype:
+        raise UnsupportedOutput(f"an output is an input seen as {value.dtype}", operator="view")
+    return _View(source, value.shape, value.stride(), int(value.storage_offset() - base.storage_offset()))
+
+
+def _share(base: Tensor, value: Tensor) -> bool:
+    return bool(value.numel()) and storage_id(base) == storage_id(value)
 
 
 def _strided_like(like: Tensor, dense: Tensor) -> Tensor:

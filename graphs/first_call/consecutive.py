@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from graphs.contract.outputs.template import compare_templates
+from graphs.events.ranges import first_call_run
 from graphs.first_call.observe import Examined, changing
 from graphs.first_call.outcomes import FirstCall, raised
 from graphs.observation.compare_traces import compare_traces
@@ -25,6 +26,7 @@ class Steadiness(NamedTuple):
     advanced: list[Counter]
 
 
+@first_call_run("B", "consecutive step")
 def require_steady(call: FirstCall, recorder: Recorder, seen: Examined) -> list[Counter]:
     """The numbers that every step advances; all else has to be the same in two consecutive steps.
 
@@ -48,7 +50,7 @@ def _compared(call: FirstCall, recorder: Recorder, seen: Examined) -> Steadiness
     rehearsal = Rehearsal(call.start, first)
 
     def again() -> Rehearsed:
-        return rehearsal.watched(recorder.run, lambda: step.run(step.call.tensors), step.call.tensors, shifted=True)
+        return rehearsal.watched(recorder.run, step.run, step.call.tensors, shifted=True)
 
     second = again()
     beyond = seen.walk.changed()

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graphs.errors import ChangingValue, Refusal, SideEffect, StepRaises, UnsupportedArgument
+from graphs.events.ranges import first_call_run
 from graphs.first_call.outcomes import FirstCall
 from graphs.guards.guard_walk import GuardWalk
 from graphs.objects.cells import Difference
@@ -42,6 +43,7 @@ class Examined(NamedTuple):
     walk: GuardWalk
 
 
+@first_call_run("A", "observed")
 def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, EagerTrace]:
     """Run A, from ``origin``, which covers it then, with what its Python asks for. An exception it raises leaves no trace.
 

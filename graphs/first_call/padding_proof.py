@@ -9,6 +9,7 @@ import torch
 from graphs.contract.outputs.template import compare_templates
 from graphs.contract.slots import Contract
 from graphs.errors import RowsInteract
+from graphs.events.ranges import first_call_run
 from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.first_call.verify_replay import find_written, judged, rehearsal_of
 from graphs.numerics import tolerance
@@ -73,6 +74,7 @@ class PaddingProof:
             dims.append(changed[0] if changed else None)
         return tuple(dims)
 
+    @first_call_run("P", "padding proof")
     def prove(self, entry: RecordedStep) -> None:
         """Replay with padding and with poison; raises `RowsInteract` unless the real rows and the state stay what they are."""
         if self.rows == self._bucket:

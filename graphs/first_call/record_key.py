@@ -24,7 +24,8 @@ import torch
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static_tensors import StaticTensors, alone, sharing
-from graphs.errors import MovedStaticTensor
+from graphs.errors import MovedStaticTensor, RowsInteract
+from graphs.events.ranges import first_call_run
 from graphs.first_call.candidate_step import compare_candidate, cover, prepare, without_host_values
 from graphs.first_call.candidates import record_compiled
 from graphs.first_call.consecutive import require_steady
@@ -86,7 +87,8 @@ def _guarded(entry: RecordedStep, call: FirstCall, reads: CodeReads, advanced: S
     call.trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     links = [*statics.links, *links_to(entry.template.held, call.start.python)]
-    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed)
+    opaques = list(zip(step.opaque_names, step.call.opaques, strict=True))
+    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques)
     statics.links.clear()  # they hold objects on the way, and are guarded now
     caught = step.device.type == "cpu" and catches(reads)  # on a device no operator raises
     seconds = time.perf_counter() - started
@@ -144,13 +146,15 @@ def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, own
     step, trace, rehearsal = call.step, call.trace, Rehearsal(call.start, call.trace)
     tensors, given = step.call.tensors, {storage_id(tensor) for tensor in step.call.tensors}
     contract, _ = _contract(step, trace)
-    contract = dataclasses.replace(contract, output_dims=like.output_dims)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     template = step.template(call.output, tensors, externals)[0]
     body = _Body(step, externals, template, Proof())
     reference, state = rehearsal.run(lambda: _warm_up(body, recorder, contract, stand_ins, trace))
-    entry = _recorded(body, recorder, contract, rehearsal, stand_ins, owned=owned)
+    dims = (None,) * len(reference) if step.rows is None else like.output_dims
+    if len(dims) != len(reference):
+        raise RowsInteract(f"the step has {len(dims)} outputs at {like.rows} rows, {len(reference)} at {step.rows}")
+    entry = _recorded(body, recorder, dataclasses.replace(contract, output_dims=dims), rehearsal, stand_ins, owned=owned)
     if check:
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
     return dataclasses.replace(entry, tried=like, left_open=entry.left_open or like.left_open)
@@ -186,13 +190,20 @@ def _body(
     return _Body(dataclasses.replace(step, form=template), externals, template, proof)
 
 
+@first_call_run("R", "warm-up and reference")
 def _warm_up(
     body: _Body, recorder: Recorder, contract: Contract, stand_ins: list[Tensor], trace: EagerTrace
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run R: the outputs, and copies of all that was written."""
+    """Run R: the outputs, and copies of all that was written.
+
+    Raises:
+        VerifyMismatch: what is recorded assumes what does not hold for the very call that it is made for.
+    """
     step = body.step
     prepare(step)
     reference: list[Tensor] = ran(step, lambda: recorder.run(lambda: step.produced(stand_ins, body.externals)))
+    if isinstance(step.model, RewrittenStep):
+        step.model.require_held()
     contract.write_back(stand_ins, step.call.tensors)
     return reference, trace.written.copies()
 
@@ -217,7 +228,7 @@ def _recorded(
         [reference_to(opaque) for opaque in step.call.opaques],
         body.externals,
         trace.written,
-        ", ".join(f"{n}{list(t.shape)}" for n, t in zip(step.names, stand_ins, strict=True)) or "no tensor arguments",
+        step.shapes(stand_ins),
         device_free_delta=free - _free_memory(step.device),
         candidate=None if step.plain is None else step.model,
         checked=checked,

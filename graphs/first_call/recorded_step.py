@@ -72,6 +72,9 @@ class RecordedStep:
         left_open: whether no padding was compared yet, since the step was recorded of rows that are padding themselves.
         tried: the step as it was tried as a whole, at this size or at another one.
         from_host: whether some arguments are host tensors, of which the recording has copies.
+        recorded: address and bytes of the memory that is used in place, as it was recorded.
+        storages: that memory as it is for this step; None where the recording is never pointed at other memory.
+        blueprint: the recording without the tensors it uses in place; see `graphs.pointing.blueprint`.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
@@ -109,10 +112,22 @@ class RecordedStep:
     bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
     left_open: bool = False
+    recorded: Sequence[tuple[int, int]] = ()
+    storages: Sequence[torch.UntypedStorage] | None = None
+    blueprint: Any = None
     tried: TriedStep | None = None
 
     def __post_init__(self) -> None:
         self.group = Variants([self])
+
+    def point(self) -> None:
+        """Have the recording, which others may share, use the memory of this step.
+
+        Raises:
+            CannotPoint: it does not let itself be pointed.
+        """
+        if self.storages is not None and self.recording.at is not self.storages:
+            self.recording.point(self.recorded, self.storages)
 
     @property
     def memory_bytes(self) -> int:

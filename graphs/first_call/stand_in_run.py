@@ -10,6 +10,7 @@ import torch
 from graphs.contract.outputs.template import OutputTemplate, compare_templates
 from graphs.contract.slots import Contract
 from graphs.errors import ChangingValue, Refusal, RowsInteract
+from graphs.events.ranges import first_call_run
 from graphs.first_call.outcomes import FirstCall, raised_again
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Recorder
@@ -38,6 +39,7 @@ class OnStandIns(NamedTuple):
     trace: EagerTrace
 
 
+@first_call_run("C", "on stand-ins")
 def run_on_stand_ins(
     call: FirstCall,
     step: Step,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphs.errors import VerifyMismatch
+from graphs.events.ranges import first_call_run
 from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
@@ -19,6 +20,7 @@ from graphs.rehearsal.step import Checkpoint, Step
 Tensor = torch.Tensor
 
 
+@first_call_run("V", "first replay against R")
 def verify_first_replay(
     entry: RecordedStep, tensors: Sequence[Tensor], rows: int, reference: Sequence[Tensor], state: Sequence[Tensor]
 ) -> None:

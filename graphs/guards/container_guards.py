@@ -37,7 +37,7 @@ class MappingGuard:
         relevant: Callable[[Any], bool] | None = None,
         ignored: Collection[Any] = (),
     ) -> None:
-        self._form, self.mapping, self._relevant = form, mapping, relevant
+        self.form, self.mapping, self._relevant = form, mapping, relevant
         self._ignored = ignored
         self._take(self._present())
 
@@ -66,17 +66,36 @@ class MappingGuard:
         for (key, value), (other, current) in zip(self.entries, now, strict=False):
             if not same(key, other):
                 kept = any(same(key, one) for one, _ in now)
-                path = self._form.format(_text_of_key(other if kept else key))
+                path = self.form.format(_text_of_key(other if kept else key))
                 return Difference(path, *(("absent", text_of(current)) if kept else (text_of(value), "absent")))
             if current is not value and not same(current, value):
-                return Difference(self._form.format(_text_of_key(key)), text_of(value), text_of(current))
+                return Difference(self.form.format(_text_of_key(key)), text_of(value), text_of(current))
         if len(now) != len(self.entries):
             longer, absent = (now, True) if len(now) > len(self.entries) else (self.entries, False)
             key, value = longer[min(len(now), len(self.entries))]
             texts = ("absent", text_of(value)) if absent else (text_of(value), "absent")
-            return Difference(self._form.format(_text_of_key(key)), *texts)
+            return Difference(self.form.format(_text_of_key(key)), *texts)
         self._take(now)
         return None
+
+    def exchanged(self) -> list[tuple[Any, Any]] | None:
+        """Values that stand in the place of others now, each with what was there; None where keys differ."""
+        before, now = self._sorted(self.entries), self._sorted(self._present())
+        if len(before) != len(now) or not all(same(key, other) for (key, _), (other, _) in zip(before, now, strict=True)):
+            return None
+        return [(value, current) for (_, value), (_, current) in zip(before, now, strict=True) if not same(value, current)]
+
+    def adopt(self) -> None:
+        """Take what stands there now for what was there."""
+        self._take(self._present())
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the entries are attributes: their order means nothing."""
+        return self._relevant is not None
+
+    def _sorted(self, entries: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        return sorted(entries, key=_place_of) if self.by_name else entries
 
     def _unchanged(self) -> bool:
         return self.difference() is None
@@ -110,7 +129,7 @@ class NamesGuard:
     """Names of a Python module that functions look up; a name that is missing there is one of the builtins."""
 
     def __init__(self, form: str, mapping: dict[str, Any], names: frozenset[str], ignored: Collection[Any] = ()) -> None:
-        self._form, self.mapping = form, mapping
+        self.form, self.mapping = form, mapping
         self._expected = {name: mapping[name] for name in sorted(names) if name in mapping and name not in ignored}
         self._missing = sorted(name for name in names if name not in mapping and name not in ignored)
 
@@ -124,10 +143,10 @@ class NamesGuard:
         for key, value in self._expected.items():
             current = self.mapping.get(key, ABSENT)
             if current is not value and not same(current, value):
-                return Difference(self._form.format(key), text_of(value), text_of(current))
+                return Difference(self.form.format(key), text_of(value), text_of(current))
             self._expected[key] = current
         added = next((name for name in self._missing if name in self.mapping), None)
-        return Difference(self._form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
+        return Difference(self.form.format(added), text_of(ABSENT), text_of(self.mapping[added])) if added else None
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """Every name by identity; other names of the module do not matter."""
@@ -143,30 +162,42 @@ class SequenceGuard:
     """
 
     def __init__(self, form: str, sequence: Sequence[Any], items: list[Any], ignored: Collection[int] = ()) -> None:
-        self._form, self._sequence, self._items, self._ignored = form, sequence, items, ignored
+        self.form, self.sequence, self.items, self._ignored = form, sequence, items, ignored
 
     def difference(self) -> Difference | None:
         """The first item that was exchanged, or the length."""
-        now = elements_of(self._sequence)
-        if len(now) != len(self._items):
-            return Difference(self._form.format("..."), f"{len(self._items)} items", f"{len(now)} items")
-        for index, (value, current) in enumerate(zip(self._items, now, strict=True)):
+        now = elements_of(self.sequence)
+        if len(now) != len(self.items):
+            return Difference(self.form.format("..."), f"{len(self.items)} items", f"{len(now)} items")
+        for index, (value, current) in enumerate(zip(self.items, now, strict=True)):
             if index not in self._ignored and current is not value and not same(current, value):
-                return Difference(self._form.format(index), text_of(value), text_of(current))
-        self._items = now
+                return Difference(self.form.format(index), text_of(value), text_of(current))
+        self.items = now
         return None
+
+    def exchanged(self) -> list[tuple[Any, Any]] | None:
+        """Items that stand in the place of others now, each with what was there; None where there are more or fewer."""
+        now = elements_of(self.sequence)
+        if len(now) != len(self.items):
+            return None
+        pairs = enumerate(zip(self.items, now, strict=True))
+        return [(a, b) for index, (a, b) in pairs if index not in self._ignored and not same(a, b)]
+
+    def adopt(self) -> None:
+        """Take what stands there now for what was there."""
+        self.items = elements_of(self.sequence)
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """The length and every item; long sequences in one comparison."""
-        if type(self._sequence) not in (list, deque):
-            yield f"{bind(functools.partial(_same_elements, self._sequence, self._items, self._ignored))}()"
+        if type(self.sequence) not in (list, deque):
+            yield f"{bind(functools.partial(_same_elements, self.sequence, self.items, self._ignored))}()"
             return
-        name = bind(self._sequence)
-        yield f"len({name}) == {len(self._items)}" if self._items else f"not {name}"
-        if len(self._items) <= _UNROLLED or self._ignored:
-            yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self._items) if i not in self._ignored)
+        name = bind(self.sequence)
+        yield f"len({name}) == {len(self.items)}" if self.items else f"not {name}"
+        if len(self.items) <= _UNROLLED or self._ignored:
+            yield from (f"{name}[{i}] is {bind(item)}" for i, item in enumerate(self.items) if i not in self._ignored)
         else:
-            yield f"{bind(_all_identical)}({name}, {bind(self._items)})"
+            yield f"{bind(_all_identical)}({name}, {bind(self.items)})"
 
 
 class SetGuard:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from graphs.errors import Refusal
-from graphs.guards.container_guards import MappingGuard, NamesGuard
+from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
 from graphs.guards.namespace_guards import guard_environment, guard_module, guard_namespaces
 from graphs.guards.object_guards import guard_object, guard_weakly_held, version_of
-from graphs.guards.python_guards import Guards
+from graphs.guards.portrait import portrait
+from graphs.guards.python_guards import About, Guards
 from graphs.guards.traversal import LEAVES, Scope, Traversal
 from graphs.guards.value_guards import ValueGuard
 from graphs.objects.c_objects import variable_content
@@ -42,6 +43,7 @@ def guards_of(
     links: Sequence[Link] = (),
     uploaded: Sequence[Tensor] = (),
     placed: Iterable[int] = (),
+    opaques: Sequence[tuple[str, Any]] = (),
 ) -> Guards:
     """The guards of a recording.
 
@@ -51,14 +53,14 @@ def guards_of(
         advanced: numbers that the recording advances itself.
         links: links to the tensors that the recording reads in place.
         uploaded: host tensors that it holds copies of, whose versions tell of writes.
-        placed: see `GuardWalk`.
+        placed, opaques: see `GuardWalk`.
     """
-    walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced], placed)
+    walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced], placed, opaques)
     versions = [
         ValueGuard("a host tensor's version", functools.partial(version_of, tensor), by_value=True) for tensor in uploaded
     ]
     kinds = [ValueGuard(f"the type of {counter.path}", counter.kind) for counter in advanced]
-    return walk.guards([*versions, *kinds, *walk.of_links(links)])
+    return walk.guards([*versions, *kinds], walk.of_links(links))
 
 
 class GuardWalk:
@@ -69,6 +71,7 @@ class GuardWalk:
         roots: where values can hang, with the names to call them by.
         advanced: container and key of the numbers that the recording advances itself.
         placed: identities of tensors whose place and layout are checked elsewhere.
+        opaques: those of the roots that are looked at last, so that what they alone lead to is known.
 
     Attributes:
         complete: False when more hangs on the step than is worth comparing.
@@ -80,8 +83,11 @@ class GuardWalk:
         roots: Iterable[tuple[str, Any]],
         advanced: Iterable[tuple[Any, Any]] = (),
         placed: Iterable[int] = (),
+        opaques: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        self._roots = list(roots)
+        self._last = list(opaques)
+        last = {id(value) for _, value in opaques}
+        self._roots = [root for root in roots if id(root[1]) not in last]
         keys: dict[int, set[Any]] = {}
         for container, key in advanced:
             keys.setdefault(id(container), set()).add(key)
@@ -99,9 +105,15 @@ class GuardWalk:
         """What was found that no later call can be compared with."""
         return self._traversal.incomparable
 
-    def guards(self, more: Iterable[Guard] = ()) -> Guards:
-        """All guards, with ``more`` of the caller's."""
-        return Guards(self._traversal.watched, [*self._traversal.polled, *more])
+    def guards(self, more: Iterable[Guard] = (), behind: Sequence[Guard] = ()) -> Guards:
+        """All guards, with ``more`` of the caller's, and those for what lies ``behind`` objects that no function names.
+
+        What opaque arguments alone lead to is told apart, unless something lies behind them: then nobody knows what.
+        """
+        into = self._traversal
+        view = portrait(self._last, into.scope) if self._last and not behind else None
+        own = frozenset(self._own & view.visited) if view is not None else frozenset[int]()
+        return Guards(into.watched, [*into.polled, *more, *behind], About(into.subjects, into.scope.kept(), view, own))
 
     def changed(self) -> Difference | None:
         """The first value that is not what it was when the walk saw it."""
@@ -110,6 +122,7 @@ class GuardWalk:
     def of_links(self, links: Sequence[Link]) -> list[Guard]:
         """Guards for links to tensors that the walk did not find: behind objects that no observed function names."""
         guarded = {id(guard.mapping) for guard in self._all() if isinstance(guard, (MappingGuard, NamesGuard))}
+        guarded |= {id(guard.sequence) for guard in self._all() if isinstance(guard, SequenceGuard)}
         left = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in left if isinstance(link.container, dict)}
         for identity, container in dicts.items():
@@ -131,9 +144,15 @@ class GuardWalk:
         into.pending += [*self._roots, ("Tensor", Tensor)]
         guard_namespaces(into)
         self._guard_observed()
-        root_ids = {id(root) for _, root in self._roots}
-        while into.pending or into.weakly:
-            if not into.pending:
+        last = list(self._last)
+        root_ids = {id(root) for _, root in [*self._roots, *last]}
+        before: set[int] | None = None
+        while into.pending or into.weakly or last:
+            into.subject = None
+            if not into.pending and last:
+                before = before if before is not None else set(into.seen)
+                into.pending.append(last.pop())
+            elif not into.pending:
                 guard_weakly_held(into, *into.weakly.pop())
                 continue
             path, value = into.pending.pop()
@@ -142,12 +161,15 @@ class GuardWalk:
             if type(value) in LEAVES or of_type(value, NOT_ENTERED) or id(value) in into.seen:
                 continue
             if len(into.seen) > _LIMIT:
-                self.complete = False
+                self.complete, self._own = False, set()
                 return
             into.seen.add(id(value))
             if id(value) not in root_ids:
                 into.keep.append(value)
+            into.subject = id(value), path
             guard_object(into, path, value)
+        into.subject = None
+        self._own = into.seen - before if before is not None else set()
 
     def _guard_observed(self) -> None:
         """Guard what the run asked the process for: the environment, settings, context variables."""

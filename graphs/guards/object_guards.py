@@ -88,7 +88,7 @@ def _tensor(into: Traversal, path: str, tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or tensor.layout != torch.strided:
         return
     if id(tensor) not in into.scope.placed:
-        into.add_value(path, functools.partial(_form_of, tensor), by_value=True)
+        into.add_value(path, functools.partial(layout_of, tensor), by_value=True)
     if "grad" in into.names:
         into.add_value(f"{path}.grad", functools.partial(_GRADIENT, tensor))
     if "_version" in into.names and not tensor.is_inference():
@@ -306,7 +306,8 @@ def _names_of(kind: type[Any]) -> tuple[Any, Any]:
     return tuple(type.__dict__[name].__get__(kind) for name in ("__name__", "__qualname__"))  # type: ignore[return-value]
 
 
-def _form_of(tensor: Tensor) -> tuple[Any, ...]:
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor answers of itself besides its values."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 

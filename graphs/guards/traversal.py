@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from graphs.errors import Refusal, UnguardedRead
@@ -27,6 +27,7 @@ class Scope:
         reads: what the observed run asked for.
         advanced: container and key of the numbers that the recording advances itself.
         placed: identities of tensors whose place and layout are checked elsewhere.
+        codes, extra, everything: what is known from an earlier look.
 
     Attributes:
         codes: functions that ran or were found, with their globals, by identity of the code.
@@ -34,16 +35,33 @@ class Scope:
         everything: whether the user's code looks attributes up by names that it computes.
     """
 
-    def __init__(self, reads: CodeReads, advanced: Mapping[int, set[Any]], placed: frozenset[int]) -> None:
+    def __init__(
+        self,
+        reads: CodeReads,
+        advanced: Mapping[int, set[Any]],
+        placed: frozenset[int],
+        codes: Mapping[int, tuple[types.CodeType, dict[str, Any]]] | None = None,
+        extra: Iterable[str] = (),
+        everything: bool | None = None,
+    ) -> None:
         self.reads, self.advanced, self.placed = reads, advanced, placed
-        self.codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = dict(reads.codes)
-        self.extra: set[str] = set()
-        self.everything = not reads.complete or reads.computed()
+        self.codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = dict(reads.codes if codes is None else codes)
+        self.extra: set[str] = set(extra)
+        self.everything = not reads.complete or reads.computed() if everything is None else everything
 
     @property
     def size(self) -> tuple[int, int]:
         """How many functions and names there are."""
         return len(self.codes), len(self.extra)
+
+    def kept(self) -> Scope:
+        """The same for looks at other objects later; it holds nothing of the run."""
+        return Scope(CodeReads(complete=self.reads.complete), {}, frozenset(), self.codes, self.extra, self.everything)
+
+    def names(self) -> frozenset[str]:
+        """The attributes that some function can look up."""
+        mentioned = frozenset(name for code, _ in self.codes.values() for name in names_in(code))
+        return mentioned | self.extra | CALLED_BY_TORCH
 
 
 class Traversal:
@@ -57,12 +75,13 @@ class Traversal:
         weakly: weak references, which are followed once nothing else is left to look at.
         seen: identities of what was looked at.
         chained: Python modules that were looked into, for the functions of which namespace.
+        subject: identity of the object that is being looked at, None between objects; ``subjects`` tells by the identity of a
+            guard what it is about.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, names: frozenset[str] | None = None) -> None:
         self.scope = scope
-        mentioned = frozenset(name for code, _ in scope.codes.values() for name in names_in(code))
-        self.names = mentioned | scope.extra | CALLED_BY_TORCH
+        self.names = scope.names() if names is None else names
         self.relevant: Callable[[Any], bool] = self.names.__contains__  # not a method of this object, which holds the roots
         self.watched: list[Guard] = []
         self.polled: list[Guard] = []
@@ -72,6 +91,13 @@ class Traversal:
         self.seen: set[int] = set()
         self.keep: list[Any] = []  # so that no identity is reused meanwhile
         self.chained: set[tuple[int, int]] = set()
+        self.subject: tuple[int, str] | None = None
+        self.subjects: dict[int, tuple[int, str]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many guards there are."""
+        return len(self.watched) + len(self.polled)
 
     def enter(self, path: str, value: Any) -> None:
         """Look at an object later."""
@@ -80,11 +106,13 @@ class Traversal:
     def add(self, guard: Guard, *, watched: bool = False) -> None:
         """Take in a guard; ``watched`` if it is enough to ask it after a watched dictionary was written."""
         (self.watched if watched else self.polled).append(guard)
+        if self.subject is not None:
+            self.subjects[id(guard)] = self.subject
 
     def add_value(self, path: str, read: Callable[[], Any], *, by_value: bool = False) -> Any:
         """Guard what a function reads; returns what it reads now."""
         guard = ValueGuard(path, read, by_value=by_value)
-        self.polled.append(guard)
+        self.add(guard)
         return guard.value
 
     def refuse(self, path: str, detail: str) -> None:

@@ -14,37 +14,37 @@ class TypeGuard:
     """The class of an object, which can be exchanged under it (``model.layer.__class__ = Other``)."""
 
     def __init__(self, path: str, value: Any) -> None:
-        self._path, self._kind = path, type(value)
+        self.path, self.kind = path, type(value)
         self._value = reference_to(value)
 
     def difference(self) -> Difference | None:
         """The class, if it is another one."""
         kind = type(self._value())
-        return None if kind in (self._kind, type(None)) else Difference(f"{self._path}.__class__", repr(self._kind), repr(kind))
+        return None if kind in (self.kind, type(None)) else Difference(f"{self.path}.__class__", repr(self.kind), repr(kind))
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """One comparison."""
-        yield f"type({bind(self._value)}()) is {bind(self._kind)}"
+        yield f"type({bind(self._value)}()) is {bind(self.kind)}"
 
 
 class ValueGuard:
     """A value that is read by a function: the content of a buffer, a context variable, an attribute in a slot."""
 
     def __init__(self, path: str, read: Callable[[], Any], *, by_value: bool = False) -> None:
-        self._path, self._read, self.value, self._by_value = path, read, read(), by_value
+        self.path, self._read, self.value, self._by_value = path, read, read(), by_value
 
     def difference(self) -> Difference | None:
         """The value, if it is another one."""
         try:
             now = self._read()
         except Exception as error:  # memory that was given back, say: eager says what is wrong with it
-            return Difference(self._path, "readable", f"{type(error).__name__}: {error}")
+            return Difference(self.path, "readable", f"{type(error).__name__}: {error}")
         if now is self.value or (self._by_value and now == self.value) or same(now, self.value):
             self.value = now
             return None
         if self._by_value:
-            return Difference(self._path, "in another state", "changed")
-        return Difference(self._path, text_of(self.value), text_of(now))
+            return Difference(self.path, "in another state", "changed")
+        return Difference(self.path, text_of(self.value), text_of(now))
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """One comparison."""

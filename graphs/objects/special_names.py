@@ -15,8 +15,8 @@ OF_THE_INTERPRETER = frozenset(("modules", "path_importer_cache", "meta_path", "
 """Names of modules under which the interpreter itself fills something, or where output goes."""
 OF_FUNCTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__annotations__", "__module__"))
 """What Python keeps of a function outside of its dictionary."""
-OF_CLASSES = frozenset(("__dict__", "__weakref__", "__annotations__"))
-"""Names in classes under which nothing lies that a step reads or changes."""
+OF_CLASSES = frozenset(("__dict__", "__weakref__", "__annotations__", "__slotnames__"))
+"""Names in classes under which nothing lies that a step reads or changes; the last is a note of ``copyreg`` for itself."""
 TYPE_PARAMETERS = frozenset(("__orig_bases__", "__parameters__"))
 """Names in classes under which lies only what types are written with."""
 DESCRIPTIONS = frozenset(("__doc__", "__module__", "__abstractmethods__", "__slots__"))

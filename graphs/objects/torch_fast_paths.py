@@ -20,6 +20,17 @@ equal_addresses: Callable[..., Any] | None = getattr(torch._C, "_tensors_data_pt
 increment_version: Callable[[Any], None] = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
+
+class _AsksForProfiler:
+    """Stands for ``torch.autograd.profiler`` where that keeps no flag."""
+
+    @property
+    def _is_profiler_enabled(self) -> bool:
+        return bool(torch._C._autograd._profiler_enabled())
+
+
+profiler: Any = torch.autograd.profiler if hasattr(torch.autograd.profiler, "_is_profiler_enabled") else _AsksForProfiler()
+
 SAVES: dict[str, tuple[str, bool]] = {
     "torch._C._dynamo.guards.TensorGuards": ("recognising a call like the last one in one call of C++", False),
     "torch._C._dynamo.guards.dict_version": ("seeing writes to dictionaries without going through them", False),
@@ -27,5 +38,6 @@ SAVES: dict[str, tuple[str, bool]] = {
     "torch._C._tensors_data_ptrs_at_indices_equal": ("comparing 200 addresses in 1 us", True),
     "torch._C._increment_version": ("telling autograd of several writes at once", False),
     "torch._C._cuda_isCurrentStreamCapturing": ("asking whether the current stream is being recorded", True),
+    "torch.autograd.profiler._is_profiler_enabled": ("knowing whether a profiler runs without asking C++", False),
 }
 """By interface, what it saves, and whether only builds for a GPU have it."""

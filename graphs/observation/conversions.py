@@ -16,6 +16,7 @@ from graphs.observation.watching import Watching
 from graphs.state.storage import has_storage, tensors_in
 from passes import inside
 from passes.core.composites import Calls, called
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import is_user, user_line
 
 Tensor = torch.Tensor
@@ -35,8 +36,10 @@ class Conversions(Calls):
         self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        caller = sys._getframe(1)
+        func = as_torch_made(func, caller)
         with inside(func, args):
-            return self._run(func, args, kwargs or {}, sys._getframe(1))
+            return self._run(func, args, kwargs or {}, caller)
 
     def _run(self, func: Any, args: Any, kwargs: Any, caller: FrameType) -> Any:
         if self.grad_mode and func in GRAD_PROPERTIES:

@@ -13,19 +13,20 @@ from torch._ops import OpOverload
 from graphs.errors import DataDependentShape, HiddenRead, HostConstant, HostSync, MixedDevices, Refusal, Site
 from graphs.state.op_registry import refusal_of
 from graphs.state.storage import tensors_in
+from passes.core.modes.patched_functions import tensor_method
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 TO_HOST = {
-    getattr(Tensor, name): name
+    tensor_method(name): name
     for name in "tolist numpy cpu to __array__ __repr__ __format__ __reduce_ex__ __deepcopy__ __dlpack__".split()  # noqa: SIM905
 }
 FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _ASKED = "data_ptr const_data_ptr storage_offset untyped_storage storage _typed_storage _is_view is_shared is_pinned is_set_to"
 _LOOKED_AT = "_version _base _cdata is_leaf grad_fn grad output_nr retains_grad _backward_hooks __cuda_array_interface__"
 OF_THE_OBJECT: dict[Any, str] = {
-    **{getattr(Tensor, name): name for name in _ASKED.split() if hasattr(Tensor, name)},
-    **{getattr(Tensor, name).__get__: name for name in _LOOKED_AT.split()},
+    **{tensor_method(name): name for name in _ASKED.split() if hasattr(Tensor, name)},
+    **{tensor_method(name).__get__: name for name in _LOOKED_AT.split()},
 }
 """What a tensor answers as this one object in this one memory: copies, and tensors of later calls, answer otherwise."""
 _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch import nn
 import passes
 from graphs.errors import ConfigError
 from graphs.ops.wo_a.routes import WoARoutes, wo_a_routes
+
+if TYPE_CHECKING:
+    from graphs.environment import WoAPath
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def route(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    path: str | None = None,
+    path: WoAPath | None = None,
     only: str | Iterable[str] = "*",
 ) -> Routed:
     """Send the grouped projections of ``model`` to ``torch.ops.graphs.wo_a_*``, with weights prepared once.

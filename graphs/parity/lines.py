@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from graphs.errors import Site
 from graphs.parity.data import Arguments
 from graphs.parity.twins import entered, random_states, set_random_states
 from graphs.parity.walk import Reached
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import user_site
 
 Tensor = torch.Tensor
@@ -29,7 +31,7 @@ class _Lines(TorchFunctionMode):
         self.kept: list[Tensor] = []  # so that no identity is used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = as_torch_made(func, sys._getframe(1))(*args, **(kwargs or {}))
         site = user_site()
         if site[0]:
             self.last = site

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from graphs.contract.places import Spot
 from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.observation.fused_modules import unnoticed
-from graphs.recording.recorder import Body, ReplayRaised
+from graphs.recording.recorder import Body, ReplayRaised, Storage
 from graphs.state.regions import written_region
-from graphs.state.storage import RESIZING, is_wrapper, storage_id, tensors_in, written_tensors
+from graphs.state.storage import RESIZING, has_storage, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.state.tensor_state import TensorState
 from passes.core.composites import Calls, DispatchMode, as_eager, as_written, casts_inside, run, taken_apart
 
@@ -31,14 +32,23 @@ _NOT_OF_OUT = {"dtype", "layout", "device", "pin_memory"}  # fixed by the tensor
 
 @dataclass
 class _Instruction:
-    """One operator of the tape and the storages it reads and writes."""
+    """One operator of the tape and the storages it reads and writes.
+
+    Attributes:
+        make: makes ``call`` of ``keep``: arguments, keywords and results.
+    """
 
     call: Callable[[], Any]
     reads: set[int]
     writes: set[int]
     creates: set[int]
     func: OpOverload
+    make: Callable[..., Callable[[], Any]]
     keep: tuple[Any, ...] = field(repr=False, default=())
+
+    def exchange(self, keep: tuple[Any, ...]) -> None:
+        """Run on other tensors from now on."""
+        self.keep, self.call = keep, self.make(*keep)
 
 
 @functools.cache
@@ -89,6 +99,7 @@ class _TapeMode(DispatchMode):
         if torch.Tag.inplace_view in func.tags:
             return  # nothing is computed: whoever reads the tensor later was given it as it is then
         args, kwargs = _as_they_are(args), _as_they_are(kwargs)
+        result = _as_they_are(_leaves(result))
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
@@ -96,15 +107,16 @@ class _TapeMode(DispatchMode):
         made = {storage_id(tensor) for tensor in fresh}
         if not written and outputs and not fresh:
             return  # a view: made once, since its base never moves
+        make: Callable[..., Callable[[], Any]] = functools.partial(_in_place_call, func)
         if fresh and (written or len(fresh) != len(outputs)):
-            call = _copying_call(func, args, kwargs, result)
+            make = functools.partial(_copying_call, func)
         elif fresh:
-            call = _functional_call(func, args, kwargs, result)
-        else:
-            call = functools.partial(func._op, *args, **kwargs)
-        for kind, dtype in casts_inside(func, args, kwargs):
-            call = torch.autocast(kind, dtype, cache_enabled=False)(call)
-        self.instructions.append(_Instruction(call, reads, written | made, made, func, (args, kwargs, result)))
+            make = functools.partial(_functional_call, func)
+        casts = list(casts_inside(func, args, kwargs))
+        if casts:
+            make = functools.partial(_casting, make, casts)
+        keep = args, kwargs, result
+        self.instructions.append(_Instruction(make(*keep), reads, written | made, made, func, make, keep))
 
     def program(self, volatile: set[int]) -> list[_Instruction]:
         """The instructions that have to run at each replay.
@@ -127,16 +139,23 @@ class _TapeMode(DispatchMode):
 
 def _as_they_are(value: Any) -> Any:
     """Arguments with aliases for tensors: a later line of the step may lay those out otherwise, or exchange their memory."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) in (tuple, list):
-        return type(value)(map(_as_they_are, value))
-    return {key: _as_they_are(item) for key, item in value.items()} if type(value) is dict else value
+    return _mapped(value, lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf)
+
+
+def _casting(make: Callable[..., Callable[[], Any]], casts: Sequence[tuple[str, torch.dtype]], *keep: Any) -> Callable[[], Any]:
+    call = make(*keep)
+    for kind, dtype in casts:
+        call = torch.autocast(kind, dtype, cache_enabled=False)(call)
+    return call
+
+
+def _in_place_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
+    return functools.partial(func._op, *args, **kwargs)
 
 
 def _functional_call(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Callable[[], Any]:
     found = out_overload(func)
-    outputs = [tensor.detach() for tensor in tensors_in(result)]  # the step may squeeze_ the tensor itself
+    outputs = tensors_in(result)
     if found is None or len(found[1]) != len(outputs):  # an operator may leave results undefined
         return _copying_call(func, args, kwargs, result)
     overload, names = found
@@ -180,19 +199,25 @@ class TapeRecording:
         self._owned = owned
         self._program = program
         self._calls = [instruction.call for instruction in program]
-        own = {storage for i in program for storage in i.creates} | {storage_id(buffer) for buffer in buffers}
-        self._lasting = [
-            [t for t in written_tensors(i.func, i.keep[0], i.keep[1]) if storage_id(t) not in own] if i.keep else []
-            for i in program
-        ]
+        self._own = {storage for i in program for storage in i.creates} | {storage_id(buffer) for buffer in buffers}
+        self._lasting = list(map(self._written_by, program))
         self._slots = list(zip(contract.slots, buffers, strict=True))
         self._written = [(slot, buffer) for slot, buffer in self._slots if slot.written]
+        self.at: Sequence[Storage] | None = None
+        self._in_place: _InPlace | None = None
         self.pool_bytes = sum(
             storage.nbytes()
             for storage in {
                 s._cdata: s for i in program for t in tensors_in(i.keep[2]) for s in [t.untyped_storage()] if s._cdata in i.writes
             }.values()
         )
+
+    def _written_by(self, instruction: _Instruction) -> list[Tensor]:
+        """What an instruction writes beyond intermediates."""
+        if not instruction.keep:
+            return []
+        written = written_tensors(instruction.func, instruction.keep[0], instruction.keep[1])
+        return [tensor for tensor in written if storage_id(tensor) not in self._own]
 
     def _saving(self, journal: TensorState) -> Iterator[Callable[[], Any]]:
         """The operators, with what each is about to write beyond intermediates saved before it runs."""
@@ -208,6 +233,31 @@ class TapeRecording:
                 for tensor in tensors_in(instruction.keep[2]):
                     if storage_id(tensor) in instruction.creates:
                         _spoil(tensor)
+
+    def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
+        """Exchange tensors in the instructions; see `graphs.recording.recorder.Recording`."""
+        for index, keep in self._parts(recorded).on(storages).items():
+            if index < len(self._program):
+                self._program[index].exchange(keep)
+                self._calls[index], self._lasting[index] = self._program[index].call, self._written_by(self._program[index])
+            else:
+                self.outputs = keep
+        self.at = storages
+
+    def let_go(self, recorded: Sequence[tuple[int, int]]) -> None:
+        """Hold none of the tensors; see `graphs.recording.recorder.Recording`."""
+        for index, keep in self._parts(recorded).none().items():
+            if index < len(self._program):
+                self._program[index].keep, self._program[index].call = keep, _not_pointed
+                self._calls[index], self._lasting[index] = _not_pointed, []
+            else:
+                self.outputs = keep
+        self.at = None
+
+    def _parts(self, recorded: Sequence[tuple[int, int]]) -> _InPlace:
+        if self._in_place is None:
+            self._in_place = _InPlace([*(instruction.keep for instruction in self._program), self.outputs], recorded)
+        return self._in_place
 
     @property
     def operators(self) -> list[str]:
@@ -233,6 +283,62 @@ class TapeRecording:
             for out, dim in zip(self.outputs, self.contract.output_dims, strict=True)
         ]
         return [out.clone() for out in outputs] if self._owned else outputs
+
+
+class _InPlace:
+    """The parts of a tape that mention memory used in place, each with spots where tensors of it stand.
+
+    Args:
+        parts: arguments and results of the instructions, and the outputs.
+        recorded: address and bytes of the memory.
+    """
+
+    def __init__(self, parts: Sequence[Any], recorded: Sequence[tuple[int, int]]) -> None:
+        numbers = {address: number for number, (address, size) in enumerate(recorded) if size}
+        self._parts: dict[int, tuple[Any, set[int]]] = {}
+        for index, part in enumerate(parts):
+            used: set[int] = set()
+            spots = _mapped(part, functools.partial(_spot, numbers, used))
+            if used:
+                self._parts[index] = spots, used
+        self._storages: list[Storage | None] = [None] * len(recorded)
+
+    def on(self, storages: Sequence[Storage]) -> dict[int, Any]:
+        """The parts that have to be other ones with these storages, by position."""
+        moved = {number for number, (old, new) in enumerate(zip(self._storages, storages, strict=True)) if old is not new}
+        self._storages = list(storages)
+
+        def tensor(leaf: Any) -> Any:
+            return leaf.on(storages[leaf.place]) if isinstance(leaf, Spot) else leaf
+
+        return {index: _mapped(spots, tensor) for index, (spots, used) in self._parts.items() if used & moved}
+
+    def none(self) -> dict[int, Any]:
+        """All parts, with spots in place of tensors."""
+        self._storages = [None] * len(self._storages)
+        return {index: spots for index, (spots, _) in self._parts.items()}
+
+
+def _spot(numbers: dict[int, int], used: set[int], leaf: Any) -> Any:
+    """The spot of a tensor of memory used in place; anything else as it is."""
+    if not isinstance(leaf, Tensor) or not has_storage(leaf):
+        return leaf
+    place = numbers.get(leaf.untyped_storage().data_ptr())
+    if place is None:
+        return leaf
+    used.add(place)
+    return Spot.of(leaf, place)
+
+
+def _mapped(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """``value`` with ``fn`` applied to what its lists, tuples and dictionaries hold."""
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(item, fn) for item in value])
+    return {key: _mapped(item, fn) for key, item in value.items()} if type(value) is dict else fn(value)
+
+
+def _not_pointed() -> None:
+    raise RuntimeError("the recording was not pointed at memory since it let go of what it used")
 
 
 def _spoil(tensor: Tensor) -> None:

@@ -20,8 +20,10 @@ from graphs.contract.slots import Contract, is_dense
 from graphs.errors import CaptureFailed, Refusal
 from graphs.objects.torch_fast_paths import empty_strided_cuda
 from graphs.recording.copy_kernels import RING, AddressTable, Copier, Move, load_kernels
+from graphs.recording.driver_calls import driver_calls
+from graphs.recording.graph_nodes import GraphNodes, Memory
 from graphs.recording.host_ring import HostRing
-from graphs.recording.recorder import Body
+from graphs.recording.recorder import Body, CannotPoint, Storage
 from graphs.recording.vendor import current_vendor
 from graphs.state.tensor_state import TensorState
 
@@ -71,6 +73,9 @@ class CudaRecording:
         self.outputs: list[Tensor] | None = None if owned else outputs
         self.pool_bytes = 0
         self._replay = partial(torch._C._CUDAGraph.replay, graph)  # without the method that only calls it
+        self.at: Sequence[Storage] | None = None
+        self._nodes: GraphNodes | None = None
+        self._produced = [out.data_ptr() for out in outputs]
         self._table = table
         self._order = order
         self._keep = (*keep, buffers)
@@ -122,6 +127,35 @@ class CudaRecording:
             return [_fast_empty(shape, stride, dtype) for shape, stride, dtype in layouts]
         device = self._device
         return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in layouts]
+
+    def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
+        """Exchange addresses in the nodes of the graph; see `graphs.recording.recorder.Recording`.
+
+        Replays that were launched before are not affected.
+        """
+        bases = [storage.data_ptr() for storage in storages]
+        if self._nodes is None:
+            if bases == [start for start, _ in recorded]:
+                self.at = storages
+                return
+            self._nodes = self._find_nodes(recorded)
+        self._nodes.point(bases)
+        self.at = storages
+
+    def let_go(self, recorded: Sequence[tuple[int, int]]) -> None:
+        """Hold nothing of it; see `graphs.recording.recorder.Recording`."""
+        self.at = None
+
+    def _find_nodes(self, recorded: Sequence[tuple[int, int]]) -> GraphNodes:
+        memory = Memory(recorded)
+        if any(memory.find(address) is not None for address in self._produced):
+            raise CannotPoint("an output is copied from memory that the step uses in place")
+        try:
+            graph, executable = self.graph.raw_cuda_graph(), self.graph.raw_cuda_graph_exec()
+        except (RuntimeError, AttributeError) as error:
+            raise CannotPoint(f"this torch does not show its graphs: {str(error).splitlines()[0]}") from error
+        with torch.cuda.device(self._device):
+            return GraphNodes(driver_calls(current_vendor()), graph, executable, recorded)
 
     def __del__(self) -> None:
         """Wait for replays in flight: they read the address table and the slots, which are freed with this object."""
@@ -236,7 +270,7 @@ class CudaRecorder:
             buffers = contract.filled(tensors)
             host = any(slot.from_host for slot in contract.slots)
             table, inbound, outbound = self._copiers(contract, buffers, len(contract.output_dims) if owned else 0, host=host)
-            graph = torch.cuda.CUDAGraph()
+            graph = _new_graph()
             for generator in generators:
                 graph.register_generator_state(generator)
             with _paused_collector(), torch.no_grad(), self._capturing(graph):
@@ -250,6 +284,7 @@ class CudaRecorder:
                 )
                 outbound.launch()
             outbound.upload()
+            _instantiate(graph)
         kind = StagingRecording if host else CudaRecording
         recording = kind(graph, contract, table, outputs, self.order, buffers, (inbound, outbound), owned=owned)
         recording.pool_bytes = max(torch.cuda.memory_reserved(self.device) - before, 0)
@@ -294,6 +329,28 @@ class CudaRecorder:
         except RuntimeError:  # the driver dropped the capture; see begin_empty_capture
             self.vendor.begin_empty_capture(self.stream.cuda_stream)
             graph.capture_end()
+
+
+def _new_graph() -> torch.cuda.CUDAGraph:
+    """A graph that keeps its nodes, so that their parameters can be read and changed; from torch 2.8 on."""
+    try:
+        return torch.cuda.CUDAGraph(keep_graph=True)
+    except TypeError:
+        return torch.cuda.CUDAGraph()
+
+
+def _instantiate(graph: torch.cuda.CUDAGraph) -> None:
+    """Make a captured graph ready for replays, where the end of the capture did not.
+
+    Raises:
+        CaptureFailed: the driver refused.
+    """
+    if not hasattr(graph, "instantiate"):
+        return
+    try:
+        graph.instantiate()
+    except RuntimeError as error:
+        raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

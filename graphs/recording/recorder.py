@@ -12,6 +12,7 @@ from graphs.contract.slots import Contract
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
+Storage = torch.UntypedStorage
 Body = Callable[[Sequence[Tensor]], list[Tensor]]
 """A step bound to its constants: tensor leaves in, produced output tensors out."""
 
@@ -27,13 +28,36 @@ class ReplayRaised(Exception):
         self.error, self.operator = error, operator
 
 
+class CannotPoint(Exception):
+    """Why a recording cannot be pointed at other memory. What it points at by now is not known: it must not be replayed."""
+
+
 class Recording(Protocol):
     """A step that runs without the model's Python.
 
     Attributes:
         outputs: the static output tensors, at recorded sizes (None for owned outputs of a device graph, whose memory is
             shared with the other recordings of the module).
+        at: the storages that it was pointed at last, as they were given; None before.
     """
+
+    at: Sequence[Storage] | None
+
+    def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
+        """Read and write other memory from the next replay on, in place of what was recorded.
+
+        Args:
+            recorded: address and bytes of the memory at the time of the recording, one by one.
+            storages: what takes their place, as large and apart from each other; the same where nothing moved.
+
+        Raises:
+            CannotPoint: an address is not found though it is used, or the device refuses.
+        """
+        ...
+
+    def let_go(self, recorded: Sequence[tuple[int, int]]) -> None:
+        """Hold none of that memory any more; the recording must be pointed before it is replayed."""
+        ...
 
     def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """Copy the slots of ``tensors`` in, run, and return the outputs with ``rows`` real rows.

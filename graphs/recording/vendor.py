@@ -9,6 +9,29 @@ from dataclasses import dataclass
 
 import torch
 
+_CUDA_GRAPH_CALLS = (
+    ("nodes", "cuGraphGetNodes"),
+    ("kind", "cuGraphNodeGetType"),
+    ("kernel", "cuGraphKernelNodeGetParams_v2"),
+    ("copy", "cuGraphMemcpyNodeGetParams"),
+    ("fill", "cuGraphMemsetNodeGetParams"),
+    ("function_parameter", "cuFuncGetParamInfo"),
+    ("kernel_parameter", "cuKernelGetParamInfo"),
+    ("set_kernel", "cuGraphExecKernelNodeSetParams_v2"),
+    ("set_copy", "cuGraphExecMemcpyNodeSetParams"),
+    ("set_fill", "cuGraphExecMemsetNodeSetParams"),
+    ("context", "cuCtxGetCurrent"),
+)
+_HIP_GRAPH_CALLS = (  # none for copies: HIP tells of them in another form
+    ("nodes", "hipGraphGetNodes"),
+    ("kind", "hipGraphNodeGetType"),
+    ("kernel", "hipGraphKernelNodeGetParams"),
+    ("fill", "hipGraphMemsetNodeGetParams"),
+    ("function_parameter", "hipKernelGetParamInfo"),
+    ("set_kernel", "hipGraphExecKernelNodeSetParams"),
+    ("set_fill", "hipGraphExecMemsetNodeSetParams"),
+)
+
 
 @dataclass(frozen=True)
 class Vendor:
@@ -23,6 +46,7 @@ class Vendor:
         libraries: names of the driver's library, the first that can be loaded is used.
         driver: its symbols that begin a stream capture, ``int (stream, mode)``, and create a stream, ``int (stream*,
             flags)``; see `begin_empty_capture` and `create_stream`.
+        graph_calls: what reads and changes nodes of instantiated graphs, by what `graphs.recording.driver_calls` calls it.
         refused_operators: operators that record and then fault on a later replay, with the reason.
         bytes_per_graph: driver memory outside the pool, per graph; 0 where it is not known.
     """
@@ -32,6 +56,7 @@ class Vendor:
     poll_capture: bool = False
     libraries: tuple[str, ...] = ("libcuda.so.1",)
     driver: tuple[str, str] = ("cuStreamBeginCapture_v2", "cuStreamCreate")
+    graph_calls: tuple[tuple[str, str], ...] = _CUDA_GRAPH_CALLS
     refused_operators: tuple[tuple[str, str], ...] = ()
     bytes_per_graph: int = 0
 
@@ -62,13 +87,13 @@ class Vendor:
         return stream.value
 
     def _call(self, symbol: str, *arguments: object) -> None:
-        status = getattr(_load(self.libraries), symbol)(*arguments)
+        status = getattr(driver_library(self.libraries), symbol)(*arguments)
         if status != 0:
             raise RuntimeError(f"the driver's {symbol} failed with status {status}")
 
 
 @functools.cache
-def _load(libraries: tuple[str, ...]) -> ctypes.CDLL:
+def driver_library(libraries: tuple[str, ...]) -> ctypes.CDLL:
     """The first of ``libraries`` that can be loaded; torch has loaded it already."""
     errors = []
     for name in libraries:
@@ -88,6 +113,7 @@ HIP = Vendor(
     poll_capture=True,
     libraries=("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"),
     driver=("hipStreamBeginCapture", "hipStreamCreateWithFlags"),
+    graph_calls=_HIP_GRAPH_CALLS,
     refused_operators=(("aten.topk", "topk inside a HIP graph faults on its second replay with torch >= 2.13"),),
     bytes_per_graph=4 << 20,
 )

@@ -8,6 +8,7 @@ import torch
 
 from graphs.contract.slots import Contract
 from graphs.errors import CaptureFailed, UnsupportedOperator
+from graphs.events.ranges import first_call_run
 from graphs.observation.last_operator import last_operation
 from graphs.observation.operations import EagerTrace
 from graphs.recording.recorder import Body, Recorder, Recording
@@ -16,6 +17,7 @@ from graphs.rehearsal.rehearsal import Runs
 Tensor = torch.Tensor
 
 
+@first_call_run("", "recording")
 def record_body(
     body: Body,
     recorder: Recorder,

@@ -88,6 +88,11 @@ class Step:
         sentinels = [(tensor, self.padding[name]) for name, tensor in self.tensors() if name in self.padding]
         return any(policy.kind == "sentinel" and bool((tensor == policy.value).all()) for tensor, policy in sentinels)
 
+    def with_fresh_arguments(self) -> Step:
+        """The same step with containers of its own, as each call has: it may add to them. Tensors and objects are the same."""
+        args, kwargs = replace_tensors((self.args, self.kwargs), iter(self.call.tensors))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
     def run(self, tensors: Sequence[Tensor] | None = None) -> Any:
         """Call the model eagerly, with its tensor leaves replaced by ``tensors``."""
         with torch.no_grad():
@@ -95,6 +100,10 @@ class Step:
                 return self.model(*self.args, **self.kwargs)
             args, kwargs = replace_tensors((self.args, self.kwargs), iter(tensors))
             return self.model(*args, **kwargs)
+
+    def shapes(self, tensors: Sequence[Tensor]) -> str:
+        """The names and shapes of the tensor leaves, where they are ``tensors``: what a recording is called by in reports."""
+        return ", ".join(f"{n}{list(t.shape)}" for n, t in zip(self.names, tensors, strict=True)) or "no tensor arguments"
 
     def template(
         self, output: Any, tensors: Sequence[Tensor], externals: Sequence[Tensor]
@@ -181,10 +190,9 @@ class Checkpoint:
         return self._random.host_has_drawn()
 
     def with_python_of(self, other: Checkpoint) -> Checkpoint:
-        """This checkpoint with the Python state of another."""
+        """This checkpoint with the Python state of another, but for that of the arguments: each call brings its own."""
         mixed = copy.copy(self)
-        mixed.python, mixed._arguments = other.python, other._arguments
-        mixed._hung, mixed._forms = other._hung, other._forms
+        mixed.python = other.python
         return mixed
 
     def restore(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import passes
-from graphs.recording.recorder import Recording
+from graphs.recording.recorder import CannotPoint, Recording, Storage
 from graphs.state.counters import Counters
 from graphs.state.tensor_state import RandomState, TensorState
 
@@ -92,6 +92,7 @@ class CheckedReplay:
         self._before: RandomState | None = None
         self._run = assumption.runs() if assumption is not None else 0
         self.outputs = recording.outputs  # type: ignore[attr-defined]
+        self.at: Sequence[Storage] | None = None
 
     def replay(self, tensors: Sequence[Tensor], rows: int, journal: TensorState | None = None) -> list[Tensor]:
         """Replay; `commit_or_rollback` tells whether the results can be used."""
@@ -104,6 +105,13 @@ class CheckedReplay:
         if self._counters is not None:
             self._counters.ran()
         return produced
+
+    def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
+        """Not possible: what undoes a replay, and the numbers that it advances, belong to the tensors it was recorded with."""
+        raise CannotPoint("its replays are undone where an assumption does not hold")
+
+    def let_go(self, recorded: Sequence[tuple[int, int]]) -> None:
+        """Nothing is let go of; see `point`."""
 
     def abandoned(self) -> None:
         """Note that the last replay did not come to its end, and was undone by others."""

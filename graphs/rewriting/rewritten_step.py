@@ -16,7 +16,7 @@ import torch
 import passes
 from graphs.contract.arguments import flatten_call, replace_tensors
 from graphs.contract.outputs.template import map_output
-from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site
+from graphs.errors import ChangingValue, DataDependentShape, HostConstant, HostSync, MixedDevices, Refusal, Site, VerifyMismatch
 from graphs.objects.libraries import MODELS
 from graphs.observation.eager_trace import trace_again
 from graphs.observation.operations import EagerTrace
@@ -306,6 +306,12 @@ class RewrittenStep:
         if self.counters is not None:
             self.counters.unknown()
             self.counters.load()
+
+    def require_held(self) -> None:
+        """Raise a `VerifyMismatch` where what the graph assumes did not hold in its last run."""
+        if self.assumption is not None and not self.assumption.valid(self.assumption.runs()):
+            site = Site.at(self.decided_at[0]) if self.decided_at else None
+            raise VerifyMismatch("what the graph assumes does not hold for its own call", operator="branch", site=site)
 
     def checked(self, recording: Recording, random: Callable[[], RandomState] | None) -> CheckedReplay | None:
         """``recording`` of this graph with what a replay needs around it; None where it needs nothing."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from graphs.state.regions import Region, whole_region
-from graphs.state.storage import storage_id
+from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
 SMALL = 64 << 10
@@ -46,7 +46,7 @@ class TensorState:
         if self._covers(region):
             return
         storage, whole, live = region.storage, region.whole, region.live
-        size = self._partial.get(storage, 0) + live.nbytes
+        size = self._partial.get(storage, 0) + (0 if region.is_whole else live.nbytes)
         if region.is_whole or whole.nbytes <= SMALL or 2 * size > whole.nbytes:
             region, live = Region(storage, whole, whole), whole
             self._partial.pop(storage, None)
@@ -58,7 +58,7 @@ class TensorState:
     def expect(self, tensor: Tensor) -> None:
         """Know that the step writes to the storage of ``tensor``; what it writes there is saved when it is seen."""
         region = whole_region(tensor)
-        if region.whole.nbytes <= SMALL:
+        if not has_storage(tensor) or region.whole.nbytes <= SMALL:
             self.save_region(region)
         elif region.storage not in self._known:
             self._known[region.storage], self._partial[region.storage] = region.whole, 0
@@ -125,6 +125,14 @@ class TensorState:
                 if values is not None:
                     region.write(values)
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> TensorState:
+        """Tensors that are known to be written, each the whole of its storage; nothing is copied."""
+        state = cls()
+        state._known = {storage_id(tensor): tensor for tensor in tensors}
+        state._partial = dict.fromkeys(state._known, 0)
+        return state
+
     def release(self) -> None:
         """Free the saved values and keep only which tensors were written; which elements of them, other calls tell anew."""
         self._saved = [(region, None) for region, _ in self._saved if region.storage not in self._partial]
@@ -142,7 +150,7 @@ def _copy(whole: Tensor) -> Tensor:
 
 def _has_room(whole: Tensor) -> bool:
     """Whether the device can hold a copy and still run the step: a first call makes up to four, the step needs some too."""
-    if not whole.is_cuda or whole.nbytes <= SMALL:
+    if not whole.is_cuda or not has_storage(whole) or whole.nbytes <= SMALL:
         return True
     free, _ = torch.cuda.mem_get_info(whole.device)
     if 8 * whole.nbytes < free:

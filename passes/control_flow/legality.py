@@ -14,15 +14,11 @@ from passes.core.aliasing import parent_of, written
 from passes.core.node_calls import attribute
 from passes.core.predicates import BranchArm, trips_of
 from passes.core.schema import is_mutable
+from passes.core.values.refusals import refuses_unknown
 
 aten = torch.ops.aten
 LIMIT = 64
 """Operators above which a side is not cheap enough to be computed for nothing."""
-_RAISING = (
-    *("linalg_", "_linalg", "cholesky", "lu_", "inverse", "ormqr", "geqrf", "triangular", "histc", "_assert", "nll_loss"),
-    *("ctc_loss", "masked_scatter", "max_unpool", "embedding_bag", "_embedding_bag", "repeat_interleave", "take", "put"),
-)
-"""What the names of operators begin with that may refuse values, besides those that `guard` keeps from it."""
 
 
 def check_predicable(module: GraphModule) -> None:
@@ -62,7 +58,7 @@ def _unconditional(node: Node) -> str:
         return f"a side calls {name}, which may depend on what it is given"
     if torch.Tag.nondeterministic_seeded in target.tags:
         return "a side draws random numbers"
-    if name.removeprefix("aten.").startswith(_RAISING):
+    if refuses_unknown(node):
         return f"a side calls {name}, which may raise"
     if torch.Tag.inplace_view in target.tags or name.startswith(("aten.resize", "aten.set_")):
         return f"a side calls {name}, which changes a tensor's shape"

@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from passes.core.modes.patched_functions import as_torch_made
+
 Tensor = torch.Tensor
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
@@ -75,6 +77,7 @@ class Calls(TorchFunctionMode):
     """A function mode that does nothing but that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = as_torch_made(func, sys._getframe(1))
         with called(func):
             return func(*args, **(kwargs or {}))
 

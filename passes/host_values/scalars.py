@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch.fx import Node
 from torch.utils._sympy import functions as sympy_functions
 
@@ -21,6 +22,10 @@ from passes.host_values.emitter import Emitter
 from passes.host_values.integer_widths import limit_of
 
 aten = torch.ops.aten
+
+
+def _fits(number: sympy.Basic) -> bool:
+    return bool(-(2**63) <= number < 2**63)
 
 
 class Scalars(DeviceArithmetic):
@@ -72,6 +77,8 @@ class Scalars(DeviceArithmetic):
         """
         expression = self._emitter.facts.resolve(expression)
         if expression.is_Integer:
+            if not _fits(expression):
+                raise self._missing(f"{expression} has more than 64 bits")
             return int(expression)
         if expression in (sympy.true, sympy.false):
             return bool(expression)
@@ -88,6 +95,8 @@ class Scalars(DeviceArithmetic):
             return self._zero_dim(self._symbols[expression])
         if isinstance(expression, _GROWING):
             self._stay_within(expression)
+        if isinstance(expression, Relational) and (known := self._beyond(expression)) is not None:
+            return known
         special = _SPECIAL.get(type(expression))
         if special is not None:
             return special(self, expression)
@@ -124,6 +133,15 @@ class Scalars(DeviceArithmetic):
         for symbol, bound in bounds.items():
             if bound is None or bound > limit:
                 self._emitter.assume(sympy.And(symbol <= limit, symbol >= -limit))
+
+    def _beyond(self, expression: Relational) -> Node | None:
+        """The truth of a comparison of a symbol with a number that no symbol of 64 bits can be; None for any other."""
+        symbol = next((part for part in expression.args if part in self._symbols), None)
+        if symbol is None or not symbol.is_integer or self._symbols[symbol].meta["val"].dtype == torch.uint64:
+            return None
+        if all(part == symbol or not part.is_Integer or _fits(part) for part in expression.args):
+            return None
+        return self.filled(bool(expression.subs(symbol, 0)), self.number(symbol), torch.bool)
 
     def _flag(self, symbol: sympy.Basic, value: sympy.Basic) -> Node | None:
         """The tensor behind ``symbol == 1``, if it is one of flags."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import traceback as node_meta
 from torch.overrides import TorchFunctionMode
 
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import frames_of, is_user_file, line_of, raised_at, user_frame
 from passes.errors import SourceLine
 
@@ -23,6 +25,7 @@ class SourceLines(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = as_torch_made(func, sys._getframe(1))
         frame = user_frame()
         if frame is not None:
             node_meta.set_stack_trace(traceback.StackSummary.extract([(frame, line_of(frame)[1])]).format())

@@ -43,8 +43,6 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
     """Results with the flag behind them, if the graph assumes anything."""
     broken: Any = None
     rw.facts.checked.clear()
-    for check in rw.checks:
-        broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     for assumption in rw.facts.assumptions:
         condition = rw.bounds.of_signs(rw.facts.resolve(assumption.condition))
         if rw.bounds.certain(condition):
@@ -56,6 +54,8 @@ def flag(rw: Rewriter, results: list[Any]) -> list[Any]:
             continue
         rw.facts.checked.append(assumption.site)
         broken = holds if broken is None else rw.call(aten.logical_and.default, broken, holds)
+    for check in rw.checks:  # those of the numbers that have just been computed, too
+        broken = check if broken is None else rw.call(aten.logical_and.default, broken, check)
     return results if broken is None else [*results, rw.call(aten.logical_not.default, broken)]
 
 
@@ -70,15 +70,20 @@ def guard(module: GraphModule, position: int) -> list[tuple[str, str]]:
     output = module.graph.output_node()
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     broken = results[position] if len(results) > position else None
-    everywhere, changes = broken is not None, []
-    ranges = Ranges(module)
+    ranges, changes, assumes = Ranges(module), list[tuple[str, str]](), broken is not None
+    everywhere = assumes or any(
+        _is_open(operand, ranges)
+        for node in module.graph.nodes
+        if node.meta.get("predicate") is not None
+        for operand in operands(node)
+    )
     for node in list(module.graph.nodes):
         runs = node.meta.get("predicate")
-        if everywhere and is_beyond_help(node):
+        if assumes and is_beyond_help(node):
             detail = "it may refuse what it is given on a way that the step does not take"
             raise Unremovable(detail, str(node.target), node.meta.get("site", ("", 0)))
         for operand in operands(node) if everywhere or runs is not None else ():
-            if operand.size and operand.limit is None and _is_within(ranges(operand.value), operand.size, operand.least):
+            if not _is_open(operand, ranges):
                 continue
             safe, stray = _keep(module, node, operand)
             with module.graph.inserting_before(output):
@@ -100,9 +105,12 @@ def _keep(module: GraphModule, node: Node, operand: Operand) -> tuple[Node, Node
     return safe, stray
 
 
-def _is_within(found: tuple[int, int] | None, size: int, low: int) -> bool:
-    """Whether values in a range are indices of ``size`` places."""
-    return found is not None and low <= found[0] and found[1] < size
+def _is_open(operand: Operand, ranges: Ranges) -> bool:
+    """Whether the data may be such that an operand is not legal."""
+    if not operand.size or operand.limit is not None:
+        return True
+    found = ranges(operand.value)
+    return found is None or found[0] < operand.least or found[1] >= operand.size
 
 
 def conditions(module: GraphModule) -> set[Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import math
 import operator
 import sys
 import threading
@@ -54,8 +55,13 @@ class _Number(type):
         return getattr(cls.kind, name)
 
 
+def _whole(value: Any) -> Any:
+    """``int(value)`` of a symbol; of a fraction as `math.trunc` has it, which knows that NaN is refused."""
+    return math.trunc(value) if isinstance(value, torch.SymFloat) else torch.sym_int(value)
+
+
 class _Int(metaclass=_Number):
-    kind, symbols, convert = builtins.int, (torch.SymInt,), staticmethod(torch.sym_int)
+    kind, symbols, convert = builtins.int, (torch.SymInt,), staticmethod(_whole)
 
 
 class _Float(metaclass=_Number):

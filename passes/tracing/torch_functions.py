@@ -6,6 +6,7 @@ They are functions of Python and of the argument parser, above any operator: ``t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.control_flow.stopping import inside
 from passes.core.composites import called
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.predicates import is_iteration
 from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS
@@ -45,6 +47,7 @@ class SymbolicEntry(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call the symbolic version of ``func`` if there is one for these arguments, else ``func``."""
+        func = as_torch_made(func, sys._getframe(1))
         with inside(func, args):
             return self._run(func, args, kwargs or {})
 

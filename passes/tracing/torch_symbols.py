@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,9 @@ class _Tracing(threading.local):
 _tracing = _Tracing()
 _metadata_of = getattr(proxy_tensor, "_extract_tensor_metadata", None)
 
+_UNNAMED: dict[str, Any] = {name: True for name in ("_disable_torch_fn_metadata_mode",) if name in signature(make_fx).parameters}
+"""Leaves out a function mode that only names nodes, and that calls what a program put in the place of torch's function again."""
+
 
 def _metadata(value: Tensor, *args: Any, **kwargs: Any) -> Any:
     return None if _tracing.now else _metadata_of(value, *args, **kwargs)  # type: ignore[misc]
@@ -82,7 +86,10 @@ def _without_metadata() -> Iterator[None]:
 def graph_of(function: Callable[..., Any], fakes: Sequence[Tensor]) -> GraphModule:
     """The operators that ``function`` calls on fake tensors, those that ask for data among them."""
     with _without_metadata():
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*fakes)
+        traced = make_fx(
+            function, tracing_mode="fake", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False, **_UNNAMED
+        )
+        return traced(*fakes)
 
 
 def newest_nodes() -> Iterator[Node]:

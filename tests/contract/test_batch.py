@@ -20,7 +20,7 @@ def _quiet() -> Any:
         yield
 
 
-def padded(model: Any, calls: list[tuple[Any, ...]], *names: str, **settings: Any) -> graphs.CapturedModule[Any]:
+def padded(model: Any, calls: list[tuple[Any, ...]], *names: str, **settings: Any) -> graphs.CapturedModule[..., Any]:
     return parity(lambda: model, calls, buckets=[4], batch_dims=dict.fromkeys(names, 0), **settings)
 
 

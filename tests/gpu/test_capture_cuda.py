@@ -285,7 +285,7 @@ def test_failed_and_dropped_captures_leak_nothing(device):
     assert reserved() <= before
 
 
-def test_replaced_weights_and_moved_arguments_are_noticed(block, device):
+def test_replaced_weights_and_moved_arguments_are_used_by_the_same_recording(block, device):
     x = torch.randn(4, 64, device=device)
     with torch.no_grad():
         for change in ("data", "assign", "to"):
@@ -301,15 +301,19 @@ def test_replaced_weights_and_moved_arguments_are_noticed(block, device):
                 model.to("cpu").to(device)
                 del kept
             torch.testing.assert_close(step(x), model(x))
-            assert [r.reason for r in step.report().refusals] == ["moved-static-tensor"], change
+            report = step.report()
+            assert (report.recordings, report.moved, report.refusals) == (1, 1, ()), change
             step.invalidate()
             torch.testing.assert_close(step(x), model(x))
             assert step.report().recordings == 1
     strict = graphs.capture(lambda kv, x: kv.add_(x), strict=True, static=["kv"])
     kv = torch.zeros(4, device=device)
     strict(kv, torch.ones(4, device=device))
+    other = torch.zeros(4, device=device)
+    strict(other, torch.ones(4, device=device))
+    assert other.tolist() == kv.tolist() == [1] * 4
     with pytest.raises(MovedStaticTensor):
-        strict(torch.zeros(4, device=device), torch.ones(4, device=device))
+        strict(torch.zeros(8, device=device)[4:], torch.ones(4, device=device))
 
 
 def test_in_place_weight_updates_are_seen(block, device):

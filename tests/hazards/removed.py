@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from tests.hazards.case import AUTOCAST, INFERENCE, NO_GRAD, hazard, noise, steps, whole
+from tests.hazards.case import AUTOCAST, INFERENCE, NO_GRAD, Run, hazard, noise, steps, whole
 
 Tensor = torch.Tensor
 ALL = (NO_GRAD, INFERENCE, AUTOCAST)
@@ -190,3 +192,97 @@ steps(
     bounds={"n": 8, "more": 8},
 )
 assert hazard
+
+
+def divided_and_not_used(x: Tensor, n: Tensor) -> Tensor:
+    1 // int(n)
+    return x * 2
+
+
+def true_division_not_used(x: Tensor, n: Tensor) -> Tensor:
+    1 / n.item()
+    return x * 2
+
+
+def remainder_not_used(x: Tensor, n: Tensor) -> Tensor:
+    divmod(7, int(n))
+    return x * 2
+
+
+def negative_power_not_used(x: Tensor, n: Tensor) -> Tensor:
+    n.item() ** -1
+    return x * 2
+
+
+def shifted_and_not_used(x: Tensor, n: Tensor) -> Tensor:
+    1 << int(n)
+    return x * 2
+
+
+def divided_on_one_side(x: Tensor, n: Tensor) -> Tensor:
+    if x[0] > 0:
+        1 // int(n)
+    return x * 2
+
+
+def division_caught(x: Tensor, n: Tensor) -> Tensor:
+    try:
+        k = 8 // int(n)
+    except ZeroDivisionError:
+        k = 7
+    return x * k
+
+
+steps(
+    "F",
+    *(divided_and_not_used, true_division_not_used, remainder_not_used, negative_power_not_used),
+    *(shifted_and_not_used, divided_on_one_side, division_caught),
+    arguments=lambda i: (noise(i, 3), torch.tensor((2, 2, 3, 0, 2, -1, 0, 5)[i])),
+    contexts=ALL,
+    calls=8,
+    replays=3,
+)
+
+
+def truncated_and_not_used(x: Tensor, f: Tensor) -> Tensor:
+    int(f.item())
+    return x * 2
+
+
+def rounded_and_not_used(x: Tensor, f: Tensor) -> Tensor:
+    round(f.item())
+    return x * 2
+
+
+def overflown_and_not_used(x: Tensor, f: Tensor) -> Tensor:
+    f.item() ** 200.0
+    return x * 2
+
+
+def _fractions(i: int) -> tuple[Tensor, Tensor]:
+    return noise(i, 3), torch.tensor((0.5, 1.5, 2.5, float("nan"), 2.0, float("inf"), 0.25, 1e30)[i])
+
+
+steps(
+    "F",
+    truncated_and_not_used,
+    rounded_and_not_used,
+    overflown_and_not_used,
+    arguments=_fractions,
+    contexts=ALL,
+    calls=8,
+    replays=3,
+)
+
+
+def rows_that_are_set(x: Tensor) -> tuple[Tensor, ...]:
+    rows = (x < 0.5).nonzero()
+    return rows, rows.t(), rows.float() + 1, (x.view(2, 4) < 0.5).nonzero()
+
+
+@hazard("F", contexts=ALL, replays=4)
+def strides_of_rows_that_are_set(device: torch.device) -> Run:
+    def strided(called: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor], list[tuple[int, ...]]]:
+        return lambda x: [made.stride() for made in called(x)]
+
+    return Run(rows_that_are_set, lambda i: (noise(3, 8, device=device),), wrap=strided)

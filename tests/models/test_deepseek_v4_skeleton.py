@@ -20,7 +20,7 @@ def skeleton(device: torch.device | str = "cpu") -> DeepseekV4Skeleton:
     return DeepseekV4Skeleton(Sizes()).eval().to(device)
 
 
-def capture(model: DeepseekV4Skeleton) -> graphs.CapturedModule[DeepseekV4Skeleton]:
+def capture(model: DeepseekV4Skeleton) -> graphs.CapturedModule[..., tuple[torch.Tensor, ...]]:
     return graphs.capture(model)
 
 

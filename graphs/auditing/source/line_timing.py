@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -12,6 +13,7 @@ import torch
 
 from graphs.observation.fused_modules import unnoticed
 from passes.core.composites import Calls, as_written
+from passes.core.modes.patched_functions import as_torch_made
 from passes.core.source_location import user_site
 
 Place = tuple[tuple[str, int], str]
@@ -27,6 +29,7 @@ class _Stopwatch(Calls):
         self.seconds: dict[Place, float] = defaultdict(float)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = as_torch_made(func, sys._getframe(1))
         name = str(getattr(func, "__name__", ""))
         place = (user_site() if name in self.names else ("", 0), name)
         if place not in self.places:

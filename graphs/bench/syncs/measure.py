@@ -29,13 +29,14 @@ from graphs.bench.harness.rows import BarRow, WrongResult
 from graphs.bench.harness.sampling import Spread, Variant, ratios, time_variants, wall_variants
 from graphs.bench.settings import BenchSettings
 from graphs.bench.syncs.patterns import DECODE, PATTERNS, TOY_SYNCS, Pattern, SyncSizes
+from graphs.config import Compiler
 from graphs.observation.launches import count_launches
 
 Tensor = torch.Tensor
 DEVICE_LIMIT = 1.15
 PREDICTED_SHARE = 0.75  # of the predicted factor that has to be reached: the model knows no queue
 CALLS = 12  # calls that are compared before anything is timed; also those of one wall measurement
-COMPILERS = ("none", "inductor")
+COMPILERS: tuple[Compiler, ...] = ("none", "inductor")
 _LAUNCHES = 400
 
 
@@ -101,7 +102,7 @@ def _mean_us(call: Callable[[], Any], calls: int, device: torch.device) -> float
     return (time.perf_counter() - start) * 1e6 / calls
 
 
-def prepare(pattern: Pattern, sizes: SyncSizes, device: torch.device, compiler: str, progress: Progress) -> Steps:
+def prepare(pattern: Pattern, sizes: SyncSizes, device: torch.device, compiler: Compiler, progress: Progress) -> Steps:
     """The three versions with the same weights, recorded, and compared over `CALLS` calls.
 
     Raises:
@@ -150,7 +151,7 @@ def _require_replays(step: Any, name: str) -> None:
         raise WrongResult(f"{name} was not recorded once and for all:\n{report}")
 
 
-def rewritten_bar(steps: Steps, compiler: str, settings: BenchSettings, progress: Progress) -> BarRow:
+def rewritten_bar(steps: Steps, compiler: Compiler, settings: BenchSettings, progress: Progress) -> BarRow:
     """Device time (host time on a CPU) of the rewritten step over that of the one by hand."""
     variants = {
         name: Variant(_replay_of(step, steps.calls[0]))

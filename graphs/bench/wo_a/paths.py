@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from graphs.bench.choices import OURS, PATHS
+from graphs.environment import WoAPath
 from graphs.errors import MissingDependency
 from graphs.ops import GroupedProjection, GroupedWeight
 from graphs.ops.wo_a import aiter_backend, operators, weights
@@ -26,7 +28,7 @@ def build(path: str, weight: GroupedWeight) -> torch.nn.Module:
     if path == "deepgemm":
         return DeepGemmProjection(weight)
     backend, _, name = path.rpartition(" ")
-    return GroupedProjection(weight, path=name, backend=backend or "native")
+    return GroupedProjection(weight, path=cast(WoAPath, name), backend="aiter" if backend else "native")
 
 
 def absent(path: str, device: torch.device) -> str | None:

@@ -83,6 +83,15 @@ class OutputTemplate:
         holes = [hole for hole, _ in _holes(self.structure, self.structure) if isinstance(hole, Held)]
         return [hole.value for hole in holes if not of_type(hole.value, Tensor)]
 
+    @property
+    def tensors_of_step(self) -> list[Tensor]:
+        """The tensors of the step's own that are handed out as they are, or of which views are."""
+        holes = [hole for hole, _ in _holes(self.structure, self.structure)]
+        sources: list[Any] = [
+            hole.value if isinstance(hole, Held) else hole.source for hole in holes if isinstance(hole, (Held, View))
+        ]
+        return [source for source in sources if of_type(source, Tensor)]
+
     def seen(self, produced: Sequence[Tensor]) -> list[Tensor]:
         """The same of what a replay produced."""
         holes = [hole for hole, _ in _holes(self.structure, self.structure) if isinstance(hole, (Leaf, Part))]

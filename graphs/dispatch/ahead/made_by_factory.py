@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphs.dispatch.captured_module import CapturedModule, capture
+from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ConfigError
 from graphs.report import SizesReport
 
@@ -24,13 +24,13 @@ def record_made(
     """Record a step without gradients; one that is captured already keeps its settings.
 
     Raises:
-        ConfigError: batch dimensions were given for such a step, or what `CapturedModule.record` raises.
+        ConfigError: batch dimensions were given for such a step, or what `CapturedStep.record` raises.
         Refusal: it cannot be recorded.
     """
-    if isinstance(model, CapturedModule):
+    if isinstance(model, CapturedStep):
         if batch_dims:
             raise ConfigError("--batch-dims", dict(batch_dims), "left out: the factory returns a step that is captured")
-        step: CapturedModule[Any] = model
+        step: CapturedStep[Any, Any] = model
     else:
         step = capture(model, buckets=sizes or None, batch_dims=batch_dims or None)
     with torch.no_grad():

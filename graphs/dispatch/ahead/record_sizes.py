@@ -29,7 +29,7 @@ class SizesAhead:
     def record(
         self, example: Example, sizes: Iterable[int] | None, memory_budget: int | str | None, *, progress: bool
     ) -> SizesReport:
-        """Record sizes; see `graphs.dispatch.captured_module.CapturedModule.record`."""
+        """Record sizes; see `graphs.dispatch.captured_module.CapturedStep.record`."""
         given = as_bytes("memory_budget", memory_budget) if memory_budget is not None else self._keys.memory_budget
         calls = calls_of(example, as_sizes(sizes, self._keys.config), self._keys)
         device = device_of(calls[0].call, self._keys.step(calls[0].call, calls[0].leaves).model)
@@ -70,7 +70,7 @@ class SizesAhead:
         row, entry = self._recorded(sized)
         if self._taken() > limit:
             others = self._taken() - entry.memory_bytes
-            self._routes.drop(entry)
+            self._routes.discard(entry)
 
             def needed(size: int) -> int:
                 return others + entry.memory_bytes * size // sized.size
@@ -112,7 +112,7 @@ class SizesAhead:
 
     def _taken(self) -> int:
         """Bytes that all recordings of the module take."""
-        return sum(entry.memory_bytes for entry in self._routes.entries.values())
+        return sum(entry.memory_bytes for entry in self._routes.recordings())
 
 
 def _require_room(calls: Sequence[Sized], limit: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from graphs.errors import ConfigError
 from graphs.ops.wo_a import aiter_backend, auto_path, operators, reference, tuned_path, weights
 from graphs.ops.wo_a.auto_path import Limits
 from graphs.ops.wo_a.weights import BLOCK, PATHS, GroupedWeight
+
+if TYPE_CHECKING:
+    from graphs.environment import WoAPath
 
 LEGAL_PATHS = (*PATHS, "auto")
 BACKENDS = ("native", "aiter")
@@ -62,12 +65,12 @@ class GroupedProjection(nn.Module):
         self,
         weight: Tensor | GroupedWeight,
         scale: Tensor | None = None,
-        path: str | None = None,
+        path: WoAPath | None = None,
         *,
         groups: int | None = None,
-        activations: str = "bf16",
+        activations: Literal["bf16", "fp8"] = "bf16",
         overlap: bool = True,
-        backend: str = "native",
+        backend: Literal["native", "aiter"] = "native",
     ) -> None:
         super().__init__()
         if path is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphs.errors import ConfigError, WeightError
 from graphs.ops.wo_a.module import BUFFERS, LEGAL_PATHS, GroupedProjection
+
+if TYPE_CHECKING:
+    from graphs.environment import WoAPath
 
 
 class WoATarget(NamedTuple):
@@ -27,7 +30,7 @@ class WoATarget(NamedTuple):
 class WoARoutes:
     """Made by :func:`wo_a_routes`; a ``passes.Routes``."""
 
-    def __init__(self, path: str, only: tuple[str, ...]) -> None:
+    def __init__(self, path: WoAPath, only: tuple[str, ...]) -> None:
         self.path, self.only = path, only
         self._prepared: dict[Any, tuple[str, tuple[weakref.ref[Tensor], ...]]] = {}
 
@@ -63,7 +66,7 @@ class WoARoutes:
         return path, [getattr(projection, buffer) for buffer in BUFFERS[path] if buffer]
 
 
-def wo_a_routes(path: str | None = None, *, only: str | Iterable[str] = "*") -> WoARoutes:
+def wo_a_routes(path: WoAPath | None = None, *, only: str | Iterable[str] = "*") -> WoARoutes:
     """A routing table for ``passes.routing`` that sends grouped projections to ``torch.ops.graphs.wo_a_*``.
 
     Args:

@@ -39,6 +39,7 @@ ALONG = (
 BY_INDEX = (aten.index_put_.default, aten._index_put_impl_.default)
 DIVIDING = (
     *(aten.floor_divide.default, aten.floor_divide_.Tensor, aten.remainder.Tensor, aten.remainder_.Tensor),
+    *(aten.remainder.Scalar_Tensor,),
     *(aten.fmod.Tensor, aten.fmod_.Tensor, aten.div.Tensor_mode, aten.div_.Tensor_mode),
 )
 PICKING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl.default, *BY_INDEX)
@@ -66,10 +67,15 @@ class Operand:
     limit: Node | None = None
 
 
+def has_rule(target: Any) -> bool:
+    """Whether it is known which values an operator refuses, and what to put in their place."""
+    return target in _RULES
+
+
 def operands(node: Node) -> list[Operand]:
     """The arguments of a node of which its operator refuses some values."""
     rule = _RULES.get(node.target) if node.op == "call_function" else None
-    if rule is None or not (dtype_of(node.args[0]) or node.target is aten.normal.float_Tensor):
+    if rule is None or not (dtype_of(node.args[0]) or node.target in _BESIDE_NUMBERS):
         return []
     return [operand for operand in rule(node) if isinstance(operand.value, Node)]
 
@@ -178,7 +184,9 @@ def _divided(node: Node) -> list[Operand]:
     divisor: Any = node.args[1]
     if not isinstance(divisor, Node) or _is_not_zero(divisor):
         return []
-    whole = not (dtype_of(divisor).is_floating_point or dtype_of(node.args[0]).is_floating_point)
+    given = node.args[0]
+    dividend = dtype_of(given).is_floating_point if dtype_of(given) else isinstance(given, float)
+    whole = not (dtype_of(divisor).is_floating_point or dividend)
 
     def kept(graph: Graph, value: Node) -> tuple[Node, Node]:
         zeros = _zero(graph, value)
@@ -306,6 +314,8 @@ _RULES: dict[Any, Callable[[Node], list[Operand]]] = {
     **dict.fromkeys((aten._assert_async.default, aten._assert_async.msg), _argument(0, _zero, True)),
     **dict.fromkeys(_FINITE, _argument(0, _not_finite, 0)),
 }
+_BESIDE_NUMBERS = frozenset((*DIVIDING, aten.normal.float_Tensor))
+"""Those whose first argument may be a number."""
 _UNKNOWN = (
     *("cholesky", "inverse", "_ctc_loss", "ctc_loss", "max_unpool", "segment_reduce", "multi_margin", "multilabel_margin"),
     *("embedding_renorm", "binomial", "_sample_dirichlet", "linalg_lstsq", "_assert_tensor", "fractional_max_pool"),

@@ -40,9 +40,17 @@ def true_rows(rw: Rewriter, mask: Node, symbol_of: Any) -> tuple[Node, sympy.Bas
 def nonzero(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """``x.nonzero()``."""
     rows, length = true_rows(rw, args[0], node.meta["val"].shape[0])
+    if not length.free_symbols or rw.is_exact(length):  # all rows are true ones, so that the step may return them
+        rows = _column_by_column(rw, rows)
     if not rw.aliases.is_written(node):
         rows.meta["zeros"] = "exactly"
     return rw.padded(rows, {0: length} if length.free_symbols else {})
+
+
+def _column_by_column(rw: Rewriter, rows: Node) -> Node:
+    """``rows`` in the layout of ``nonzero``, which has one column behind the other: strides ``(1, count)``."""
+    columns = rw.call(aten.clone.default, rw.call(aten.t.default, rows), memory_format=torch.contiguous_format)
+    return rw.call(aten.t.default, columns)
 
 
 def masked_select(rw: Rewriter, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:

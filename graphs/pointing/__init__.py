@@ -1,0 +1,1 @@
+"""Recordings whose static tensors moved: the same recording, pointed at other memory."""
