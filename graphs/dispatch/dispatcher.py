@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_leaves
+from graphs.contract.arguments import Call, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import name_of, parameter_names, uninitialised
-from graphs.contract.settings import active_mode, ambient_of
+from graphs.contract.settings import ambient_of
 from graphs.dispatch.ahead.record_sizes import SizesAhead
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.dead_objects import DeadObjects
@@ -22,15 +20,13 @@ from graphs.dispatch.fast_path import FastPath
 from graphs.dispatch.key_recorder import KeyRecorder, NotNow
 from graphs.dispatch.moved import MovedTensors
 from graphs.dispatch.replay import MAX_VARIANTS, UNDONE, Outdated, is_hopeless, many_variants, replayed, stale, unpointed
-from graphs.dispatch.routes import Recorded, Routes
+from graphs.dispatch.routes import Recorded, Routes, may_move
 from graphs.dispatch.routes import Refused as RefusedRoute
 from graphs.errors import (
     AboveLargestBucket,
-    AutogradInput,
     GraphsError,
     MovedStaticTensor,
     Refusal,
-    UnsupportedArgument,
 )
 from graphs.events.listeners import listeners
 from graphs.events.ranges import attended_replay
@@ -108,7 +104,7 @@ class Dispatcher:
                 return self._replay(entry, rows, like)
         if self.dead.pending:
             self.dead.settle()
-        call = self._flattened(args, kwargs, ambient)
+        call = self.eager.flattened(args, kwargs, ambient)
         route = self.routes.by_signature.get(call.signature)
         if route is None or isinstance(route, RefusedRoute):
             if route is not None and route.serves(call):
@@ -119,23 +115,6 @@ class Dispatcher:
             with self.lock:
                 self.routes.used(call, route, like_this)
         return self._replay(route[0], route[1], call)
-
-    def _flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Any) -> Call:
-        """The call by its leaves; what no key can stand for runs eagerly."""
-        inside = active_mode()
-        if inside is not None:
-            self.eager.refuse([inside])
-        try:
-            call = flatten_call(args, kwargs, ambient)
-        except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
-            self.eager.refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")])
-        foreign = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN_TENSORS), None)
-        if foreign is not None:
-            detail = f"a {foreign.__name__}: what a subclass makes of an operator is not in a recording"
-            self.eager.refuse([UnsupportedArgument(detail, operator="arguments")])
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-            self.eager.refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")])
-        return call
 
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, and replay."""
@@ -164,7 +143,7 @@ class Dispatcher:
         if isinstance(why, Outdated):
             with _recording, self.lock:
                 self.routes.note_outdated(call, entry, why.refusal, why.change)
-        elif isinstance(why, MovedStaticTensor) and self.routes.may_move(call, entry, self.config.static):
+        elif isinstance(why, MovedStaticTensor) and may_move(self.routes, call, entry, self.config.static):
             with _recording, self.lock:
                 self.routes.note_moved(call, entry, why)
         else:

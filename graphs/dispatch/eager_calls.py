@@ -8,9 +8,11 @@ from typing import Any, NoReturn
 import torch
 
 from graphs.config import CaptureConfig
+from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call
+from graphs.contract.settings import active_mode
 from graphs.dispatch.call_log import CallLog
 from graphs.eager_mode import forced_by
-from graphs.errors import ChangingValue, InternalError, Refusal
+from graphs.errors import AutogradInput, ChangingValue, InternalError, Refusal, UnsupportedArgument
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.recording.failures import Eagerly, RaisedWatched, StepRaised, is_of_our_own, raised_refusal, refusal_of
 from graphs.recording.recorder import ReplayRaised
@@ -102,6 +104,23 @@ class EagerCalls:
         """Have `call` run the model."""
         self.count(refusals)
         raise Eagerly
+
+    def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Any) -> Call:
+        """The call by its leaves; what no key can stand for runs eagerly."""
+        inside = active_mode()
+        if inside is not None:
+            self.refuse([inside])
+        try:
+            call = flatten_call(args, kwargs, ambient)
+        except (RuntimeError, NotImplementedError) as error:  # a tensor without strides: sparse, nested, mkldnn
+            self.refuse([UnsupportedArgument(f"{error}".splitlines()[0], operator="arguments")])
+        foreign = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN_TENSORS), None)
+        if foreign is not None:
+            detail = f"a {foreign.__name__}: what a subclass makes of an operator is not in a recording"
+            self.refuse([UnsupportedArgument(detail, operator="arguments")])
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+            self.refuse([AutogradInput("a tensor argument requires a gradient", operator="arguments")])
+        return call
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model, because the caller asked for it, or the first call of a module around this one did."""

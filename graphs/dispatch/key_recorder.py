@@ -16,21 +16,20 @@ from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
-from graphs.dispatch.ahead.budget import over_budget
+from graphs.dispatch.ahead.budget import spent
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Recorded, Routes
 from graphs.eager_mode import forced_eager
-from graphs.errors import ChangingValue, ConfigError, Refusal, RowsInteract
+from graphs.errors import ConfigError, Refusal, RowsInteract
 from graphs.events import Recorded as RecordedEvent
 from graphs.events import emit
 from graphs.events.ranges import recording_range
 from graphs.first_call.host_arguments import record_key_on_device
-from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.padding_proof import compare_padded, prove_left_open
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.first_call.verify_replay import compare_replay, time_replay
+from graphs.first_call.verify_replay import compare_replay
 from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
@@ -86,7 +85,9 @@ class KeyRecorder:
             return habitual
         routes.forget_the_dead()
         host = self._host(call)
-        full = routes.against_variant(beside) or self._over_budget() if beside is not None else None
+        full = (
+            routes.room.against_variant(beside) or spent(self.memory_budget, routes.recordings()) if beside is not None else None
+        )
         refusal = full or inadmissible(call, self._model, host) or carries_objects(call)
         return [refusal] if refusal is not None else []
 
@@ -103,7 +104,7 @@ class KeyRecorder:
         config, routes, call = self.config, self._routes, step.call
         plan = self.plan(step)
         if not ahead and plan.key not in routes.entries:
-            against = self._over_budget() or routes.against(call, step.names)
+            against = spent(self.memory_budget, routes.recordings()) or routes.room.against(call, step.names)
             if against is not None:
                 raise NotNow(against)
         while True:
@@ -153,33 +154,6 @@ class KeyRecorder:
         self._routes.lead(call, entry, 1)
         return entry, 1
 
-    def record_ahead(self, call: Call, leaves: Leaves) -> RecordedStep:
-        """The recording for a call that is not made, but may come, with the time of its replay. State is left as it was.
-
-        Raises:
-            Refusal: it cannot be recorded.
-        """
-        step = self.step(call, leaves)
-        try:
-            entry, rows = self.record(step, ahead=True)
-        except Refused as refused:
-            if refused.undo is not None:
-                refused.undo()
-            raise refused.refusals[0] from refused
-        except Deferred as deferred:
-            deferred.undo()
-            detail = f"the step initialises {deferred}; call it once first"
-            raise ChangingValue(detail, operator=str(deferred)) from deferred
-        entry.ahead = True
-        if entry.replay is None:  # of a further size
-            entry.replay = time_replay(step, entry, rows)
-        self._routes.made_ahead(entry)
-        return entry
-
-    def known(self, call: Call, leaves: Leaves) -> RecordedStep | None:
-        """The recording that serves calls like this one, as far as their sizes say; None where there is none."""
-        return self._routes.entries.get(self.plan(self.step(call, leaves)).key)
-
     def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Leaves]:
         """A call with these arguments, made in the modes of now."""
         call = flatten_call(args, kwargs, ambient_of(self._model))
@@ -197,13 +171,6 @@ class KeyRecorder:
         if mismatch is not None:
             self._routes.discard(entry)
             raise mismatch
-
-    def _over_budget(self) -> Refusal | None:
-        """Why nothing more is recorded: there is no room for another recording of the smallest that there is."""
-        if self.memory_budget is None:
-            return None
-        taken = [entry.memory_bytes for entry in self._routes.recordings()]
-        return over_budget(self.memory_budget, min(taken, default=0), sum(taken), "another recording")
 
     def _first_call(self, step: Step) -> RecordedStep:
         owned, check = self.config.outputs == "owned", self.config.verify != "off"

@@ -23,6 +23,7 @@ from graphs.pointing.blueprint import Blueprint
 
 _MAX_DEFERRALS = 3
 _SIGNATURES = 16  # signatures that are remembered for each recording that may be kept
+_clock = itertools.count(1)  # tells which of two recordings was used last
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -52,13 +53,13 @@ class Routes:
         last: how to recognise a call like the last one, and where that led.
         attempts: how often a signature came to no lasting recording.
         moving: positions of arguments that are elsewhere at each call, by signature.
+        room: how many recordings may be kept.
         habits: signatures that differ at every call in one place.
         blueprints: recordings that can be pointed at other tensors, by key without the identities of opaque arguments.
     """
 
     def __init__(self, max_recordings: int, log: CallLog, *, buckets: int = 0) -> None:
         self._limit, self._log, self._buckets = max_recordings, log, buckets
-        self._clock = itertools.count(1)
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
@@ -74,18 +75,18 @@ class Routes:
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
         self.habits = Habits(self._limit, self._buckets)
-        self._in_vain = 0  # recordings dropped for a variant of another key before they served a second call
+        self.room = Room(self, self._limit, self._log)
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
         self.last = None
-        entry.used = next(self._clock)
+        entry.used = next(_clock)
         self.by_signature[call.signature] = (entry, rows)
 
     def used(self, call: Call, route: Recorded, like_this: FastPath | None) -> None:
         """Note that a call is served by ``route``, and how to recognise the next one like it."""
         if self.by_signature.get(call.signature) is route:  # unless another thread has just dropped it
-            route[0].used = next(self._clock)
+            route[0].used = next(_clock)
             self.last = (like_this, *route) if like_this is not None else None
 
     def refuse(self, call: Call, refusals: list[Refusal]) -> None:
@@ -102,7 +103,7 @@ class Routes:
         kept = self.by_signature.items()
         self.by_signature = {s: r for s, r in kept if isinstance(r, Refused) or r[0] is not entry}
         blueprint = entry.blueprint
-        if blueprint is None or blueprint not in self._all_blueprints():
+        if blueprint is None or blueprint not in self.all_blueprints():
             self._log.dropped(entry)
         else:
             blueprint.leave(entry)
@@ -121,10 +122,6 @@ class Routes:
     def steps_of(self, blueprint: Blueprint) -> list[RecordedStep]:
         """The recorded steps of one recording, the oldest first."""
         return [entry for entry in self.entries.values() if entry.blueprint is blueprint]
-
-    def _alike(self, entry: RecordedStep) -> list[RecordedStep]:
-        """The recorded steps of the recording of one."""
-        return [entry] if entry.blueprint is None else [entry, *self.steps_of(entry.blueprint)]
 
     def forget(self, blueprint: Blueprint) -> None:
         """Drop a recording with all its steps."""
@@ -150,25 +147,18 @@ class Routes:
         if change is not None:
             entry.guards.give_up(change)
 
-    def _all_blueprints(self) -> list[Blueprint]:
+    def all_blueprints(self) -> list[Blueprint]:
+        """The recordings that can be pointed at other tensors."""
         return [blueprint for kept in self.blueprints.values() for blueprint in kept]
 
     def recordings(self) -> list[RecordedStep]:
         """The recordings, each with the calls that it served for whatever tensors."""
         found = [entry for entry in self.entries.values() if entry.blueprint is None]
-        for blueprint in self._all_blueprints():
+        for blueprint in self.all_blueprints():
             steps = [blueprint.skeleton, *self.steps_of(blueprint)]
             replays, rows = sum(step.replays for step in steps), sum(step.real_rows for step in steps)
             found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
         return found
-
-    def _is_full(self) -> bool:
-        """Whether there are as many recordings as may be, once those were dropped that no object is left for."""
-        for blueprint in [b for b in self._all_blueprints() if not self.steps_of(b)]:
-            if len(self.recordings()) < self._limit:
-                break
-            self.forget(blueprint)
-        return len(self.recordings()) >= self._limit
 
     def forget_the_dead(self) -> None:
         """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
@@ -195,55 +185,11 @@ class Routes:
                 del self.by_signature[attempt.signature]
         return refusals
 
-    def against(self, call: Call, names: Sequence[str]) -> Refusal | None:
-        """Why a signature that no recording serves is not recorded now, though it could be; None where it is.
-
-        Args:
-            names: of the tensor arguments.
-        """
-        sizes = self.habits.against_sizes(call.signature, names)
-        if sizes:
-            return sizes[0]
-        full = self._is_full() or len(self.by_signature) >= _SIGNATURES * self._limit
-        in_vain = self.habits.against_anything(call.signature, full=full)
-        return self._too_many(f"at least {in_vain} of the last were not used again") if in_vain else None
-
-    def against_variant(self, beside: RecordedStep) -> Refusal | None:
-        """Why another recording of the key of ``beside`` is not made: there is no room, or making it was in vain too often."""
-        if not self._is_full():
-            return None
-        if all(entry.group is beside.group for entry in self.entries.values()):
-            return self._too_many("all of one key")
-        return self._too_many("whose places variants of other keys took in vain") if self._in_vain >= self._limit else None
-
-    def _too_many(self, why: str) -> TooManyKeys:
-        return TooManyKeys(f"{len(self.recordings())} recordings (max_recordings={self._limit}), {why}", operator="key")
-
-    def _make_room(self, made: RecordedStep) -> None:
-        """Drop the recordings above the limit that were used least recently, and of those recorded ahead only the last ones."""
-        while self._is_full() and len(self.recordings()) > self._limit:
-            own = self._alike(made)
-            others = [entry for entry in self.entries.values() if entry.group is not made.group and entry not in own]
-            if not others:
-                break
-            oldest = min(others, key=lambda entry: (entry.ahead, max(step.used for step in self._alike(entry))))
-            self._in_vain += len(made.group.variants) > 1 and oldest.replays <= 1
-            self.discard(oldest)
-            self._log.evicted(oldest, self._limit)
-        for signature in list(self.by_signature)[: -_SIGNATURES * self._limit]:
-            del self.by_signature[signature]
-
     def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
         """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
-        entry.used = next(self._clock)
         if not entry.replays:
             self.habits.tried(call.signature, leaves.changeable, entry)
-        self._make_room(entry)
-
-    def made_ahead(self, entry: RecordedStep) -> None:
-        """A recording was made, or asked for, before there was a call."""
-        entry.used = next(self._clock)
-        self._make_room(entry)
+        self.room.make(entry)
 
     def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
         """A first call ended in a refusal, and so would those like it."""
@@ -275,17 +221,6 @@ class Routes:
         else:
             self._log.recorded_otherwise(changed, "the step is recorded anew")
 
-    def may_move(self, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
-        """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
-
-        Args:
-            static: names of the arguments that were declared to stay.
-        """
-        moved = entry.statics.moved_arguments(call.tensors)
-        known = self.moving.get(call.signature, frozenset())
-        declared = any(name in static for _, name in moved)
-        return entry.contract.rows is None and not declared and not {index for index, _ in moved} <= known
-
     def note_moved(self, call: Call, entry: RecordedStep, why: MovedStaticTensor) -> None:
         """Such arguments are elsewhere: the recording is dropped, unless another thread was faster.
 
@@ -298,3 +233,74 @@ class Routes:
         if entry.replays < _OFTEN:
             moved = {index for index, _ in entry.statics.moved_arguments(call.tensors)}
             self.moving[call.signature] = self.moving.get(call.signature, frozenset()) | moved
+
+
+def may_move(known: Routes, call: Call, entry: RecordedStep, static: Iterable[str]) -> bool:
+    """Whether a step may be recorded anew since arguments that its recording writes in place are elsewhere.
+
+    Args:
+        static: names of the arguments that were declared to stay.
+    """
+    moved = entry.statics.moved_arguments(call.tensors)
+    declared = any(name in static for _, name in moved)
+    elsewhere = {index for index, _ in moved}
+    return entry.contract.rows is None and not declared and not elsewhere <= known.moving.get(call.signature, frozenset())
+
+
+class Room:
+    """The number of recordings that a module may keep, and which of them goes for a new one."""
+
+    def __init__(self, routes: Routes, limit: int, log: CallLog) -> None:
+        self._routes, self._limit, self._log = routes, limit, log
+        self._in_vain = 0  # recordings dropped for a variant of another key before they served a second call
+
+    def _is_full(self) -> bool:
+        """Whether there are as many recordings as may be, once those were dropped that no object is left for."""
+        for blueprint in [b for b in self._routes.all_blueprints() if not self._routes.steps_of(b)]:
+            if len(self._routes.recordings()) < self._limit:
+                break
+            self._routes.forget(blueprint)
+        return len(self._routes.recordings()) >= self._limit
+
+    def against(self, call: Call, names: Sequence[str]) -> Refusal | None:
+        """Why a signature that no recording serves is not recorded now, though it could be; None where it is.
+
+        Args:
+            names: of the tensor arguments.
+        """
+        sizes = self._routes.habits.against_sizes(call.signature, names)
+        if sizes:
+            return sizes[0]
+        full = self._is_full() or len(self._routes.by_signature) >= _SIGNATURES * self._limit
+        in_vain = self._routes.habits.against_anything(call.signature, full=full)
+        return self._too_many(f"at least {in_vain} of the last were not used again") if in_vain else None
+
+    def against_variant(self, beside: RecordedStep) -> Refusal | None:
+        """Why another recording of the key of ``beside`` is not made: there is no room, or making it was in vain too often."""
+        if not self._is_full():
+            return None
+        if all(entry.group is beside.group for entry in self._routes.entries.values()):
+            return self._too_many("all of one key")
+        return self._too_many("whose places variants of other keys took in vain") if self._in_vain >= self._limit else None
+
+    def _too_many(self, why: str) -> TooManyKeys:
+        return TooManyKeys(f"{len(self._routes.recordings())} recordings (max_recordings={self._limit}), {why}", operator="key")
+
+    def make(self, made: RecordedStep) -> None:
+        """Drop what is above the limit, of what was not recorded ahead first, and there what was used least recently."""
+        made.used = next(_clock)
+        while self._is_full() and len(self._routes.recordings()) > self._limit:
+            own = self._alike(made)
+            others = [entry for entry in self._routes.entries.values() if entry.group is not made.group and entry not in own]
+            if not others:
+                break
+            oldest = min(others, key=lambda entry: (entry.ahead, max(step.used for step in self._alike(entry))))
+            self._in_vain += len(made.group.variants) > 1 and oldest.replays <= 1
+            self._routes.discard(oldest)
+            self._log.evicted(oldest, self._limit)
+        for signature in list(self._routes.by_signature)[: -_SIGNATURES * self._limit]:
+            del self._routes.by_signature[signature]
+
+    def _alike(self, entry: RecordedStep) -> list[RecordedStep]:
+        """The recorded steps of the recording of one."""
+        return [entry] if entry.blueprint is None else [entry, *self._routes.steps_of(entry.blueprint)]

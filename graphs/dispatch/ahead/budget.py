@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,3 +56,11 @@ def over_budget(limit: int, needed: int, spent: int, what: str) -> OverBudget | 
     if needed <= left and spent < limit:
         return None
     return OverBudget(f"{what} needs about {mib(needed)}, and {mib(left)} are left of {mib(limit)}", operator="record")
+
+
+def spent(limit: int | None, recordings: Sequence[RecordedStep]) -> OverBudget | None:
+    """Why nothing more is recorded beside these: there is no room for another one like the smallest of them."""
+    if limit is None:
+        return None
+    taken = [entry.memory_bytes for entry in recordings]
+    return over_budget(limit, min(taken, default=0), sum(taken), "another recording")

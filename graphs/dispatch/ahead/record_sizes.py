@@ -15,8 +15,10 @@ from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.key_recorder import KeyRecorder
 from graphs.dispatch.routes import Routes
 from graphs.environment import as_bytes
-from graphs.errors import ConfigError, OverBudget
+from graphs.errors import ChangingValue, ConfigError, OverBudget
+from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.recorded_step import RecordedStep
+from graphs.first_call.verify_replay import time_replay
 from graphs.report import SizeReport, SizesReport
 
 
@@ -99,7 +101,7 @@ class SizesAhead:
 
     def _recorded(self, sized: Sized) -> tuple[SizeReport, RecordedStep]:
         started, known = time.perf_counter(), self._known(sized)
-        entry = known or self._keys.record_ahead(sized.call, sized.leaves)
+        entry = known or self._made(sized)
         seconds = 0.0 if known else time.perf_counter() - started
         exact = self._keys.config.buckets is not None and entry.contract.rows is None
         note = "recorded before" if known else "at its exact size: padding it would change the real rows" if exact else ""
@@ -107,8 +109,32 @@ class SizesAhead:
         us = max(replay.host_us, replay.device_us or 0.0) if replay is not None else None
         return SizeReport(sized.size, True, seconds, entry.memory_bytes, us, note), entry
 
+    def _made(self, sized: Sized) -> RecordedStep:
+        """The recording of a size, with the time of its replay. State is left as it was.
+
+        Raises:
+            Refusal: it cannot be recorded.
+        """
+        step = self._keys.step(sized.call, sized.leaves)
+        try:
+            entry, rows = self._keys.record(step, ahead=True)
+        except Refused as refused:
+            if refused.undo is not None:
+                refused.undo()
+            raise refused.refusals[0] from refused
+        except Deferred as deferred:
+            deferred.undo()
+            detail = f"the step initialises {deferred}; call it once first"
+            raise ChangingValue(detail, operator=str(deferred)) from deferred
+        entry.ahead = True
+        if entry.replay is None:  # of a further size
+            entry.replay = time_replay(step, entry, rows)
+        self._routes.room.make(entry)
+        return entry
+
     def _known(self, sized: Sized) -> RecordedStep | None:
-        return self._keys.known(sized.call, sized.leaves)
+        """The recording that serves calls of a size, as far as their sizes say; None where there is none."""
+        return self._routes.entries.get(self._keys.plan(self._keys.step(sized.call, sized.leaves)).key)
 
     def _taken(self) -> int:
         """Bytes that all recordings of the module take."""
