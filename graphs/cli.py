@@ -10,7 +10,9 @@ from typing import Annotated
 
 from graphs import __version__
 from graphs.bench.choices import MIN_RUNS, PATHS, Device, Experiment, Operator, as_paths, as_sizes
+from graphs.environment import as_bytes
 from graphs.errors import ConfigError, MissingDependency
+from graphs.factory import as_batch_dims
 
 try:
     import typer
@@ -46,6 +48,11 @@ def _checked(check: Callable[[str, str], object]) -> Callable[[typer.CallbackPar
         return text
 
     return callback
+
+
+def _check_bytes(name: str, text: str) -> None:
+    if text:
+        as_bytes(name, text)
 
 
 def _check_contexts(_: str, text: str) -> None:
@@ -196,3 +203,33 @@ def parity(
     found = compare(found_factory, calls, named, changes=changes, seed=seed, name=factory)
     typer.echo(found.to_json() if json else str(found))
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def record(
+    factory: _Factory,
+    sizes: Annotated[
+        str, typer.Option(callback=_checked(as_sizes), help="Batch sizes, separated by commas; default: the buckets of the step.")
+    ] = "",
+    batch_dims: Annotated[
+        str,
+        typer.Option(
+            callback=_checked(as_batch_dims), metavar="NAME=DIM,...", help="The batch dimension of each argument that has rows."
+        ),
+    ] = "",
+    memory_budget: Annotated[
+        str, typer.Option(callback=_checked(_check_bytes), help="What recordings may take, for example 2GiB.")
+    ] = "",
+    progress: Annotated[bool, typer.Option(help="Show a bar on a terminal.")] = True,
+    json: _Json = False,
+) -> None:
+    """Record a step at batch sizes: seconds, memory and time of a replay of each; exit status 1 where one does not fit."""
+    from graphs.factory import load_factory
+
+    model, args, kwargs = load_factory(factory)
+    from graphs.dispatch.ahead.made_by_factory import record_made
+
+    dims = as_batch_dims("--batch-dims", batch_dims)
+    found = record_made(model, (args, kwargs), as_sizes("--sizes", sizes), dims, memory_budget, progress=progress)
+    typer.echo(found.to_json() if json else str(found))
+    raise typer.Exit(0 if all(size.recorded for size in found.sizes) else 1)

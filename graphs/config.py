@@ -12,7 +12,18 @@ from typing import Any, Literal, get_args
 
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, Policy, as_padding
-from graphs.environment import choice, chosen, env_choice, env_count, env_flag, env_sizes, require, require_known_variables
+from graphs.environment import (
+    as_bytes,
+    choice,
+    chosen,
+    env_bytes,
+    env_choice,
+    env_count,
+    env_flag,
+    env_sizes,
+    require,
+    require_known_variables,
+)
 from graphs.errors import ConfigError
 
 Mode = Literal["graph", "eager"]
@@ -43,6 +54,11 @@ def as_buckets(buckets: Iterable[int] | None) -> tuple[int, ...] | None:
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         raise ConfigError("buckets", buckets, "a non-empty sequence of positive integers")
     return tuple(sorted(set(sizes)))
+
+
+def as_budget(memory_budget: int | str | None) -> int | None:
+    """Bytes that recordings may take: as given, else ``GRAPHS_MEMORY_BUDGET``, else None."""
+    return as_bytes("memory_budget", memory_budget) if memory_budget is not None else env_bytes("GRAPHS_MEMORY_BUDGET")
 
 
 def as_passes(passes: AllPasses | Iterable[Pass]) -> tuple[Pass, ...]:
@@ -102,6 +118,7 @@ class CaptureConfig:
     verify: Verify = "capture"
     strict: bool = False
     max_recordings: int = 64
+    memory_budget: int | None = None
     compiler: Compiler = "none"
     compiler_options: CompilerOptions = field(default_factory=CompilerOptions)
     passes: tuple[Pass, ...] = PASSES
@@ -127,6 +144,7 @@ class CaptureConfig:
         compiler_options: Mapping[str, Any] | None = None,
         passes: AllPasses | Iterable[Pass] | None = None,
         bounds: Mapping[str, int] | None = None,
+        memory_budget: int | str | None = None,
         name: str | None = None,
         ranges: bool | None = None,
     ) -> CaptureConfig:
@@ -150,6 +168,7 @@ class CaptureConfig:
             verify=chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
             strict=strict if strict is not None else env_flag("GRAPHS_STRICT", False),
             max_recordings=max_recordings if max_recordings is not None else env_count("GRAPHS_MAX_RECORDINGS", 64),
+            memory_budget=as_budget(memory_budget),
             compiler_options=CompilerOptions.resolve(compiler_options),
             compiler=chosen("compiler", compiler, "GRAPHS_COMPILER", "none", COMPILERS),
         )

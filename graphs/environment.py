@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -17,6 +18,7 @@ VARIABLES = (
     "GRAPHS_CACHE",
     "GRAPHS_COMPILER",
     "GRAPHS_MAX_RECORDINGS",
+    "GRAPHS_MEMORY_BUDGET",
     "GRAPHS_MODE",
     "GRAPHS_PASSES",
     "GRAPHS_RAISE_INTERNAL",
@@ -28,6 +30,8 @@ VARIABLES = (
 WoAPath = Literal["auto", "einsum", "bmm", "gloop", "fused"]
 WO_A_PATHS: tuple[WoAPath, ...] = get_args(WoAPath)
 SIZES = "positive integers separated by commas, for example 1,2,4,8"
+BYTES = "a positive number of bytes, or text such as '512MiB' or '2GB'"
+_UNITS = {f"{prefix}{unit}": base**power for unit, base in (("b", 1000), ("ib", 1024)) for power, prefix in enumerate("kmgt", 1)}
 Choice = TypeVar("Choice", bound=str)
 Flag = TypeVar("Flag", bool, None)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -98,6 +102,27 @@ def env_count(variable: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(variable, text, "a positive integer")
     return int(text)
+
+
+def as_bytes(name: str, value: object) -> int:
+    """A size of memory as a number of bytes, from a number or from text with a unit: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB.
+
+    Raises:
+        ConfigError: it is neither, or less than one byte.
+    """
+    if type(value) is int and value > 0:
+        return value
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    factor = {"": 1, "b": 1, **_UNITS}.get(parts[2]) if parts is not None else None
+    size = int(float(parts[1]) * factor) if parts is not None and factor is not None else 0
+    require(size > 0, name, value, BYTES)
+    return size
+
+
+def env_bytes(variable: str) -> int | None:
+    """A variable that is a size of memory in bytes; None where it is unset or empty."""
+    text = os.environ.get(variable)
+    return as_bytes(variable, text) if text else None
 
 
 def cache_directory() -> Path:

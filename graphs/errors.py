@@ -253,10 +253,17 @@ class AboveLargestBucket(Refusal):
 
 
 class TooManyKeys(Refusal):
-    """More distinct keys than ``max_recordings`` allows."""
+    """More distinct keys than ``max_recordings`` allows: the one used least recently is dropped, or the new one waits."""
 
     reason = "too-many-keys"
     remedy = "declare buckets=, pass changing numbers as tensors, or raise max_recordings"
+
+
+class OverBudget(Refusal):
+    """A recording that needs more device memory than ``memory_budget`` leaves."""
+
+    reason = "memory-budget"
+    remedy = "raise memory_budget, record fewer or smaller sizes, or free memory of the device first"
 
 
 class RowsInteract(Refusal):

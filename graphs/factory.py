@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
-from graphs.errors import FactoryError
+from graphs.errors import ConfigError, FactoryError
 
 
 def load_factory(spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -53,6 +53,18 @@ def checked(made: Any, spec: str) -> tuple[Callable[..., Any], tuple[Any, ...], 
     if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
         raise FactoryError(spec, f"it returned args of type {type(args).__name__} and kwargs of {type(kwargs).__name__}", remedy)
     return model, tuple(args), kwargs
+
+
+def as_batch_dims(name: str, text: str) -> dict[str, int]:
+    """Batch dimensions of arguments from ``argument=dimension`` pairs separated by commas; none for an empty text.
+
+    Raises:
+        ConfigError: ``text`` is something else; ``name`` is the option that it was given to.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")] if text.strip() else []
+    if not all(argument.strip() and sign and dim.strip().isdecimal() for argument, sign, dim in pairs):
+        raise ConfigError(name, text, "arguments with their batch dimension, for example input_ids=0,positions=1")
+    return {argument.strip(): int(dim) for argument, _, dim in pairs}
 
 
 def _well_formed(module_name: str, path: str) -> str:

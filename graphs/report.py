@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 
+WIDTH = 80  # columns of a table
 _SHOWN = 4  # rewrites of a graph that are printed one by one
 
 
@@ -89,6 +91,7 @@ class CaptureReport:
         eager_calls: calls served by the model itself: refused, switched off, or the observed first call of a key.
         refusals: why calls were not replayed.
         keys: one entry per recording.
+        evictions: recordings that were dropped to make room for others.
         moved: times that a recording was pointed at other tensors, instead of a step being recorded anew: a new cache, other
             weights.
         projection_bytes: bytes of the weights that the model's `graphs.GroupedProjection` modules hold, by path.
@@ -102,6 +105,7 @@ class CaptureReport:
     refusals: tuple[RefusalCount, ...]
     keys: tuple[KeyReport, ...]
     projection_bytes: dict[str, int] = field(default_factory=dict)
+    evictions: int = 0
     moved: int = 0
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -113,6 +117,8 @@ class CaptureReport:
             f"graphs: {self.recordings} recording(s) on {self.device}, {self.replays} replay(s), "
             f"{self.eager_calls} eager call(s), mode {self.mode}"
         ]
+        if self.evictions:
+            lines.append(f"  {self.evictions} recording(s) dropped to make room for others")
         if self.moved:
             lines.append(f"  pointed at other tensors: {self.moved}x")
         for key in self.keys:
@@ -158,6 +164,72 @@ def _refusal_lines(refusals: tuple[RefusalCount, ...]) -> list[str]:
         lines.append(f"      remedy: {refusal.remedy}")
         lines += [f"      {line}" for line in refusal.traceback.splitlines()]
     return lines
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """One size that was to be recorded ahead of serving.
+
+    Attributes:
+        size: rows.
+        recorded: whether there is a recording of it now.
+        seconds: what making it took; 0 where it was there before.
+        bytes: memory that the recording takes; see `SizesReport`.
+        replay_us: time of one replay, microseconds: on the host, or on the device where that is longer. None where not measured.
+        note: why there is no recording, or why it is not the one that was asked for; empty for most.
+    """
+
+    size: int
+    recorded: bool
+    seconds: float = 0.0
+    bytes: int = 0
+    replay_us: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SizesReport:
+    """What recording sizes ahead of serving took, the largest first.
+
+    Attributes:
+        device: where.
+        memory_budget: bytes that all recordings of the step may take.
+        estimated_seconds, estimated_bytes: what all sizes were said to take, from the first one; an estimate.
+        sizes: one entry for each size.
+    """
+
+    device: str
+    memory_budget: int
+    estimated_seconds: float
+    estimated_bytes: int
+    sizes: tuple[SizeReport, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What making the recordings took."""
+        return sum(size.seconds for size in self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the recordings take."""
+        return sum(size.bytes for size in self.sizes)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as a JSON object with the attribute names as keys."""
+        return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    def __str__(self) -> str:
+        recorded = sum(size.recorded for size in self.sizes)
+        head = f"graphs: {recorded} of {len(self.sizes)} sizes recorded on {self.device}"
+        told = f"  estimated from the first: {self.estimated_seconds:.2f} s, {self.estimated_bytes / 2**20:.1f} MiB"
+        lines = [head, f"{'size':>10}{'seconds':>12}{'MiB':>12}{'replay us':>14}"]
+        for size in self.sizes:
+            replay = f"{size.replay_us:.1f}" if size.replay_us is not None else "-"
+            measured = f"{size.seconds:>12.2f}{size.bytes / 2**20:>12.1f}{replay:>14}" if size.recorded else "  not recorded"
+            lines.append(f"{size.size:>10}{measured}")
+            lines += textwrap.wrap(size.note, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)
+        budget = f"of a budget of {self.memory_budget / 2**20:.0f} MiB"
+        return "\n".join([*lines, f"{'all':>10}{self.seconds:>12.2f}{self.bytes / 2**20:>12.1f}    {budget}", told])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,40 @@ def test_module_runs_from_the_source_tree() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--device" in done.stdout
+
+
+STEP = """
+import torch, graphs
+def layer():
+    return torch.nn.Linear(4, 4), (torch.ones(2, 4),)
+def captured():
+    step = graphs.capture(torch.nn.Linear(4, 4), buckets=[1, 2], batch_dims={"input": 0})
+    return step, (torch.ones(2, 4),)
+"""
+
+
+def test_a_step_is_recorded_at_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_record.py").write_text(STEP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert status("record", "of_record:layer", "--sizes", "1,4", "--batch-dims", "input=0", "--memory-budget", "1GiB") == 0
+    assert capsys.readouterr().out.startswith("graphs: 2 of 2 sizes recorded on cpu\n")
+    assert status("record", "of_record:captured", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(size["size"], size["recorded"]) for size in found["sizes"]] == [(2, True), (1, True)]
+    assert status("record", "of_record:layer", "--sizes", "1,4") == 2
+    assert "batch_dims" in message(capsys)
+    with pytest.warns(UserWarning, match="memory-budget"):
+        assert status("record", "of_record:layer", "--sizes", "7,8", "--batch-dims", "input=0", "--memory-budget", "300B") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "legal"),
+    [
+        (["--sizes", "0"], "positive integers separated by commas"),
+        (["--batch-dims", "x"], "input_ids=0"),
+        (["--memory-budget", "lots"], "'512MiB'"),
+    ],
+)
+def test_options_of_record_are_checked_first(arguments: list[str], legal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("record", "no.such:thing", *arguments) == 2
+    assert legal in message(capsys)

@@ -241,7 +241,7 @@ def calls(number: int) -> list[tuple[Tensor]]:
 def test_every_reason_is_met_by_some_test_or_needs_a_device() -> None:
     catalogue = {kind.reason for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Refusal)}
     elsewhere = {"refused", "compile-failed", "moved-static-tensor", "above-largest-bucket", "too-many-keys", "rows-interact"}
-    elsewhere |= {"many-ways"}
+    elsewhere |= {"many-ways", "memory-budget"}
     arguments = {"autograd", "mixed-devices", "unsupported-argument"}
     on_a_device = {"nested-capture"}
     of_operators = {"hidden-state", "unsafe-operator", "higher-order-operator"}

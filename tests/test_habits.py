@@ -152,6 +152,45 @@ def test_a_cache_per_sequence_is_served_by_one_recording(trials: list[Any]) -> N
     assert step.report().replays == 40
 
 
+ENDLESS: dict[str, tuple[Callable[[int], tuple[Any, ...]], int, str, str]] = {
+    "a length": (lambda i: (torch.ones(1, i + 1),), 16, "changing-value", "x"),
+    "two lengths": (lambda i: (torch.ones(1, i + 1), torch.ones(i + 1)), 16, "changing-value", "x, y"),
+    "two numbers": (lambda i: (torch.ones(2), i, -i), 24, "too-many-keys", "key"),
+    "a length and a number": (lambda i: (torch.ones(i + 1), i), 24, "too-many-keys", "key"),
+    "a number": (lambda i: (torch.ones(2), i), 4, "changing-value", "y"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_two_hundred_calls_that_never_repeat_are_first_calls_a_few_times(kind: str, trials: list[Any]) -> None:
+    arguments, most, reason, operator = ENDLESS[kind]
+    step = graphs.capture(lambda x, y=1, z=1: x * y + z, max_recordings=24)
+    with torch.no_grad():
+        for call in range(200):
+            given = arguments(call)
+            assert torch.equal(step(*given), given[0] * given[1] + (given[2:] or (1,))[0] if given[1:] else given[0] + 1)
+    report = step.report()
+    assert len(trials) == most and (report.replays, report.eager_calls, report.evictions) == (most, 200 - most, 0)
+    assert [(found.reason, found.operator, found.count) for found in report.refusals] == [(reason, operator, 200 - most)]
+
+
+def test_a_size_that_comes_again_is_recorded(trials: list[Any]) -> None:
+    step = graphs.capture(lambda x: x * 2)
+    for size in [*range(1, 31), *range(1, 31), *range(1, 31)]:
+        assert torch.equal(step(torch.ones(size)), torch.full((size,), 2.0))
+    assert len(trials) == 30 and step.report().recordings == 30 and step.report().eager_calls == 14
+
+
+def test_more_sizes_in_turn_than_may_be_kept_are_not_recorded_for_ever(trials: list[Any]) -> None:
+    step, rounds = graphs.capture(lambda x: x * 2, max_recordings=8), list[int]()
+    for _ in range(25):
+        before = len(trials)
+        for size in range(1, 13):
+            assert torch.equal(step(torch.ones(size)), torch.full((size,), 2.0))
+        rounds.append(len(trials) - before)
+    assert sum(rounds) <= 80 and sum(rounds[-8:]) <= 16, f"first calls in each round: {rounds}"
+
+
 def test_invalidate_forgets_habits(trials: list[Any]) -> None:
     step = graphs.capture(lambda x, t: x * t)
     with torch.no_grad():

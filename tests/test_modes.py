@@ -143,8 +143,11 @@ def test_variables_do_what_the_arguments_do(monkeypatch: pytest.MonkeyPatch) -> 
     step = graphs.capture(double, batch_dims={"x": 0})
     step(torch.ones(2, 3))
     assert [key.rows for key in step.report().keys] == [2]
-    with pytest.raises(graphs.Refusal, match="max_recordings=1"):
+    with pytest.warns(UserWarning, match="max_recordings=1"):
         step(torch.ones(5, 3))
+    assert [key.rows for key in step.report().keys] == [8]
+    with pytest.raises(graphs.Refusal, match="above-largest-bucket"):
+        step(torch.ones(9, 3))
 
 
 def test_an_empty_list_of_buckets_in_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

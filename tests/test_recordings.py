@@ -98,16 +98,67 @@ def test_what_a_tensor_is_is_part_of_the_key(other: Callable[[], Tensor]) -> Non
     assert (step.report().recordings, step.report().replays) == (2, 6)
 
 
-def test_too_many_keys_run_eagerly_and_the_known_ones_still_replay() -> None:
-    step = graphs.capture(lambda x, n: x * n, max_recordings=2)
+def recorded_keys(step: Any) -> list[str]:
+    return [key.key for key in step.report().keys]
+
+
+def test_the_recording_used_least_recently_makes_room() -> None:
+    step = graphs.capture(lambda x: x * 2, max_recordings=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for n in (1, 2, 3, 4, 1, 2, 3):
-            assert step(torch.ones(2), n).tolist() == [n, n]
+        for size in (1, 2, 3, 2, 1, 1, 4, 5):
+            assert step(torch.ones(size)).tolist() == [2] * size
+    assert recorded_keys(step) == ["x[1]", "x[4]", "x[5]"]
     report = step.report()
-    assert (report.recordings, report.replays, report.eager_calls) == (2, 4, 3)
-    assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [("too-many-keys", 3)]
-    assert len([warning for warning in caught if warning.category is NotReplayed]) == 1
+    assert (report.recordings, report.evictions, report.replays, report.eager_calls) == (3, 2, 8, 0)
+    assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [("too-many-keys", 0)]
+    assert [str(warning.message).count("max_recordings=3") for warning in caught if warning.category is NotReplayed] == [1]
+    assert "2 recording(s) dropped to make room" in str(report)
+
+
+def test_the_call_like_the_last_one_is_a_use() -> None:
+    step = graphs.capture(lambda x: x * 2, max_recordings=2)
+    with pytest.warns(NotReplayed, match="used least recently"):
+        for size in (1, 2, 1, 1, 1, 3):
+            step(torch.ones(size))
+    assert recorded_keys(step) == ["x[1]", "x[3]"]
+
+
+def test_a_recording_that_made_room_frees_its_memory() -> None:
+    step = graphs.capture(lambda x: x * 2, max_recordings=1)
+    step(torch.ones(1))
+    (entry,) = step._graphs_recordings.routes.entries.values()
+    gone = weakref.ref(entry.recording)
+    del entry
+    with pytest.warns(NotReplayed):
+        step(torch.ones(2))
+    gc.collect()
+    assert gone() is None and step.report().recordings == 1
+
+
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_a_new_size_of_a_known_bucket_needs_no_room() -> None:
+    step = graphs.capture(lambda x: x * 2, buckets=[4, 8], batch_dims={"x": 0}, max_recordings=1)
+    for size in (1, 2, 3, 4, 3):
+        assert step(torch.ones(size, 2)).tolist() == [[2, 2]] * size
+    assert (step.report().evictions, step.report().replays, step.report().eager_calls) == (0, 5, 0)
+
+
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_variants_do_not_take_turns_in_dropping_one_another() -> None:
+    def model(x: Tensor, mode: Tensor, n: int) -> Tensor:
+        return x * int({int(mode): int(mode)}[int(mode)]) + n
+
+    step, calls = graphs.capture(model, max_recordings=4), 0
+    for _ in range(12):
+        for mode in range(5):
+            for n in (2, 3):
+                x, calls = torch.full((2,), float(calls)), calls + 1
+                assert torch.equal(step(x, torch.tensor(mode), n), x * mode + n)
+    report = step.report()
+    assert report.recordings <= 4 and report.replays + report.eager_calls == calls == 120
+    assert report.evictions <= 12, "variants of two keys drop one another for ever"
+    assert ("too-many-keys", "key") in {(refusal.reason, refusal.operator) for refusal in report.refusals}
 
 
 def test_an_invalidated_step_records_again() -> None:

@@ -32,26 +32,34 @@ class Plan:
     real: int
     dims: Dims
 
-    def resize(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """The tensors with ``rows`` rows: cut, or with the last row repeated. What was one object still is."""
-        resized: dict[int, Tensor] = {}
-        for tensor, dim in zip(tensors, self.dims, strict=True):
-            if id(tensor) in resized:
-                continue
-            sized = tensor
-            if dim is not None and tensor.shape[dim] >= rows:
-                sized = tensor.narrow(dim, 0, rows)
-            elif dim is not None:
-                last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
-                sized = torch.cat([tensor, *[last] * (rows - tensor.shape[dim])], dim)
-            resized[id(tensor)] = sized
-        return [resized[id(tensor)] for tensor in tensors]
+
+def grown(tensors: Sequence[Tensor], dims: Dims, rows: int) -> list[Tensor]:
+    """The tensors with ``rows`` rows: cut, or with the last row repeated. What was one object still is."""
+    resized: dict[int, Tensor] = {}
+    for tensor, dim in zip(tensors, dims, strict=True):
+        if id(tensor) in resized:
+            continue
+        sized = tensor
+        if dim is not None and tensor.shape[dim] >= rows:
+            cut = tensor.narrow(dim, 0, rows)
+            sized = cut.contiguous() if tensor.is_contiguous() else cut
+        elif dim is not None:
+            last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+            sized = torch.cat([tensor, *[last] * (rows - tensor.shape[dim])], dim)
+        resized[id(tensor)] = sized
+    return [resized[id(tensor)] for tensor in tensors]
 
 
 def structure_of(call: Call) -> tuple[Any, ...]:
     """The signature of a call without the sizes of its tensors; of their layout, whether it is contiguous."""
+    return split_sizes(call.signature)[0]
+
+
+def split_sizes(signature: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Shape]]:
+    """A signature without the sizes of its tensors, and their shapes."""
     structure: list[Any] = []
-    signature, position = call.signature, 0
+    shapes: list[Shape] = []
+    position = 0
     while position < len(signature):
         item = signature[position]
         structure.append(item)
@@ -59,8 +67,9 @@ def structure_of(call: Call) -> tuple[Any, ...]:
         if isinstance(item, type) and issubclass(item, Tensor):
             shape, strides, dtype, device, traits = signature[position : position + 5]
             structure += [len(shape), is_contiguous(shape, strides), dtype, device, traits]
+            shapes.append(tuple(shape))
             position += 5
-    return tuple(structure)
+    return tuple(structure), shapes
 
 
 class BatchRule:
@@ -120,6 +129,15 @@ class BatchRule:
             if dims is not None:
                 self._inferred[structure] = dims
         return self._inferred.get(structure)
+
+
+def declared_dims(call: Call, names: Sequence[str], declared: Mapping[str, int]) -> Dims:
+    """The batch dimension of each tensor leaf as declared.
+
+    Raises:
+        ConfigError: one does not exist, or they differ in size.
+    """
+    return _declared(names, [tuple(tensor.shape) for tensor in call.tensors], declared)
 
 
 def _declared(names: Sequence[str], shapes: Sequence[Shape], declared: Mapping[str, int]) -> Dims:

@@ -124,6 +124,11 @@ class Slot:
             return self.shape
         return tuple(min(size, 1) if stride == 0 else size for size, stride in zip(self.shape, self.strides, strict=True))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return prod(self.distinct) * self.dtype.itemsize
+
     @cached_property
     def like_its_source(self) -> bool:
         """Whether the buffer's bytes are those from the argument's first to its last, in the same order."""
@@ -202,6 +207,11 @@ class Contract:
         for index, first in self.same:
             arranged[index] = arranged[first]
         return arranged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copies of arguments take."""
+        return sum(slot.nbytes for slot in self.slots)
 
     @property
     def written(self) -> list[int]:

@@ -6,8 +6,8 @@ import dataclasses
 import traceback
 import warnings
 
-from graphs.errors import InternalError, Refusal
-from graphs.events import Refused, emit
+from graphs.errors import InternalError, Refusal, TooManyKeys
+from graphs.events import Evicted, Refused, emit
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.report import CaptureReport, KeyReport, RefusalCount
 from passes.core.source_location import user_level
@@ -27,6 +27,7 @@ class CallLog:
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.eager_calls = 0
+        self.evictions = 0
         self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
@@ -82,6 +83,15 @@ class CallLog:
         """Keep the replays of a recording that is being dropped."""
         self._replays_dropped += entry.replays
 
+    def evicted(self, entry: RecordedStep, limit: int) -> None:
+        """Count a recording that was dropped to make room for another; the first time is warned about."""
+        self.evictions += 1
+        detail = f"{entry.key}, after {entry.replays} replays (max_recordings={limit})"
+        outcome = "the recording used least recently was dropped to make room for another"
+        self.refused(TooManyKeys(detail, operator="max_recordings"), outcome=outcome, calls=0)
+        rows, size = entry.contract.rows, entry.memory_bytes
+        emit(Evicted(step=self.name, key=entry.key, rows=rows, bytes=size, replays=entry.replays))
+
     def report(self, device: str, mode: str, entries: list[RecordedStep]) -> CaptureReport:
         """The report of everything counted so far."""
         return CaptureReport(
@@ -90,6 +100,7 @@ class CallLog:
             recordings=len(entries),
             replays=self._replays_dropped + sum(entry.replays for entry in entries),
             eager_calls=self.eager_calls,
+            evictions=self.evictions,
             moved=self.moved,
             refusals=self.refusals,
             keys=tuple(_key_report(entry) for entry in entries),

@@ -20,7 +20,7 @@ from graphs.eager_mode import forced_by
 from graphs.environment import choice
 from graphs.errors import ConfigError
 from graphs.ops.wo_a.module import bytes_by_path
-from graphs.report import CaptureReport
+from graphs.report import CaptureReport, SizesReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,6 +50,7 @@ class CaptureSettings(TypedDict, total=False):
     verify: Verify | None
     strict: bool | None
     max_recordings: int | None
+    memory_budget: int | str | None
     compiler: Compiler | None
     compiler_options: Mapping[str, Any] | None
     passes: AllPasses | Iterable[Pass] | None
@@ -78,6 +79,7 @@ def capture(
     compiler_options: Mapping[str, Any] | None = None,
     passes: AllPasses | Iterable[Pass] | None = None,
     bounds: Mapping[str, int] | None = None,
+    memory_budget: int | str | None = None,
     name: str | None = None,
     ranges: bool | None = None,
 ) -> Any:
@@ -103,7 +105,10 @@ def capture(
         verify: ``"capture"`` (default) compares the first replay of each key with eager; ``"always"`` each replay;
             ``"off"`` none. Default ``GRAPHS_VERIFY``.
         strict: raise a refusal instead of running eagerly. Default ``GRAPHS_STRICT``, else False.
-        max_recordings: keys to record at most. Default ``GRAPHS_MAX_RECORDINGS``, else 64.
+        max_recordings: recordings to keep at most; a new one then takes the place of the one used least recently. Default
+            ``GRAPHS_MAX_RECORDINGS``, else 64.
+        memory_budget: bytes, or text like ``"2GiB"``, that all recordings may take; what does not fit runs eagerly. Default
+            ``GRAPHS_MEMORY_BUDGET``, else no limit, but for `CapturedStep.record`.
         compiler: ``"inductor"`` compiles the step once per key with ``torch.compile`` and records what that gives; ``"auto"``
             records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
             that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
@@ -140,6 +145,7 @@ def capture(
         compiler_options=compiler_options,
         passes=passes,
         bounds=bounds,
+        memory_budget=memory_budget,
         name=name,
         ranges=ranges,
     )
@@ -152,7 +158,7 @@ class CapturedStep(Generic[P, R_co]):
     """A callable with recordings: made by `capture`, called like the callable.
 
     Attributes of the model are read and written through it (``step.config``, ``step.parameters()``, ``step.eval()``).
-    Its own are `mode`, `report`, `record_buckets` and `invalidate`. Methods of the model that call the model
+    Its own are `mode`, `report`, `record`, `record_buckets` and `invalidate`. Methods of the model that call the model
     themselves (``generate``) call the model, not its recordings.
     """
 
@@ -196,16 +202,48 @@ class CapturedStep(Generic[P, R_co]):
         report = self._graphs_recordings.report(self.mode)
         return dataclasses.replace(report, projection_bytes=bytes_by_path(self._graphs_model))
 
-    def record_buckets(self, /, *args: Any, **kwargs: Any) -> None:
-        """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.
+    def record(
+        self,
+        example: Any,
+        *,
+        sizes: Iterable[int] | None = None,
+        memory_budget: int | str | None = None,
+        progress: bool = True,
+    ) -> SizesReport:
+        """Record batch sizes ahead of serving, the largest first, all in one pool of memory. The step's state is left as it was.
 
-        The step's state is left as it was.
+        Call it in the modes that the step is called in, for example under ``torch.no_grad()``.
+
+        Args:
+            example: the arguments of one call: a tuple, a dict of keyword arguments, or a pair of both. Along ``batch_dims`` its
+                rows are cut off, or the last one is repeated. Or a function of the size that returns one of these, for example
+                with a cache of its own for each size, which the caller keeps.
+            sizes: numbers of rows; with ``buckets``, some of these. Default: all buckets.
+            memory_budget: bytes, or text like ``"2GiB"``, that all recordings of the step may take from now on. Default: that
+                of `capture`, else four fifths of what is free on the device, for this call only. A size that is estimated not to
+                fit beside those that were recorded is not, and its example runs eagerly: the report says what it needs and what
+                is left. With ``strict`` that is raised.
+            progress: show a bar and the table where the error stream is a terminal. The logger ``graphs`` is told in any case.
+
+        Returns:
+            Seconds, bytes and time of a replay of each size, and what was estimated after the first; ``str()`` gives a table.
+
+        Raises:
+            ConfigError: before anything runs: sizes or a budget that are not legal, an example without rows or of another size,
+                no known batch dimension, or a budget below what the arguments alone take.
+            Refusal: a size cannot be recorded, or the largest takes more than the budget. Those before it stay.
+        """
+        recordings: Dispatcher = self._graphs_recordings
+        return recordings.record(example, sizes, memory_budget, progress=progress)
+
+    def record_buckets(self, /, *args: Any, **kwargs: Any) -> SizesReport:
+        """Record every bucket ahead of serving: `record` with this call as the example, and without a bar.
 
         Raises:
             ConfigError: there are no buckets, or the batch dimension is neither declared nor inferred yet.
             Refusal: a bucket cannot be recorded.
         """
-        self._graphs_recordings.record_buckets(args, kwargs)
+        return self.record((args, kwargs), progress=False)
 
     def invalidate(self) -> None:
         """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""

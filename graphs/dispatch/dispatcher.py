@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,11 +14,12 @@ from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call, named_l
 from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import name_of, parameter_names, uninitialised
 from graphs.contract.settings import active_mode, ambient_of
+from graphs.dispatch.ahead.record_sizes import SizesAhead
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.dead_objects import DeadObjects
 from graphs.dispatch.eager_calls import EagerCalls
 from graphs.dispatch.fast_path import FastPath
-from graphs.dispatch.key_recorder import KeyRecorder
+from graphs.dispatch.key_recorder import KeyRecorder, NotNow
 from graphs.dispatch.moved import MovedTensors
 from graphs.dispatch.replay import MAX_VARIANTS, UNDONE, Outdated, is_hopeless, many_variants, replayed, stale, unpointed
 from graphs.dispatch.routes import Recorded, Routes
@@ -38,7 +39,7 @@ from graphs.first_call.recorded_step import RecordedStep
 from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
-from graphs.report import CaptureReport
+from graphs.report import CaptureReport, SizesReport
 
 _recording = first_call_lock
 
@@ -54,7 +55,7 @@ class Dispatcher:
         self._parameters = parameter_names(model)
         self.name = config.name or name_of(model)
         self.call_log = CallLog(self.name)
-        self.routes = Routes(config.max_recordings, self.call_log)
+        self.routes = Routes(config.max_recordings, self.call_log, buckets=len(config.buckets or ()))
         self.dead = DeadObjects(self.routes.forget_the_dead, (_recording, self.lock))
         self.keys = KeyRecorder(model, config, self.name, self._parameters, self.routes, self.call_log)
         self.moved = MovedTensors(self.keys, self.routes, self.call_log)
@@ -115,9 +116,8 @@ class Dispatcher:
             route = self._unknown(call)
         else:
             like_this = FastPath.of(args, kwargs, ambient, call)
-            with self.lock:  # unless another thread has just dropped the route
-                if self.routes.by_signature.get(call.signature) is route:
-                    self.routes.last = (like_this, *route) if like_this is not None else None
+            with self.lock:
+                self.routes.used(call, route, like_this)
         return self._replay(route[0], route[1], call)
 
     def _flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Any) -> Call:
@@ -231,6 +231,8 @@ class Dispatcher:
                     beside.group.refusals = refused.refusals
                 self.eager.count_refused(refused)
                 raise
+            except NotNow as unadmitted:
+                self.eager.refuse([unadmitted.refusal])
             except AboveLargestBucket as too_large:
                 routes.refuse(call, [too_large])
                 self.eager.refuse([too_large])
@@ -248,10 +250,10 @@ class Dispatcher:
             devices = ", ".join(sorted(map(str, self.keys.recorders))) or "no device"
             return self.call_log.report(devices, mode, self.routes.recordings())
 
-    def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record every bucket ahead of time; see `KeyRecorder.record_buckets`."""
+    def record(self, example: Any, sizes: Iterable[int] | None, budget: int | str | None, *, progress: bool) -> SizesReport:
+        """Record sizes ahead of serving; see `CapturedStep.record`."""
         with _recording, self.lock:
-            self.keys.record_buckets(args, kwargs)
+            return SizesAhead(self.keys, self.routes, self.call_log).record(example, sizes, budget, progress=progress)
 
     def invalidate(self) -> None:
         """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves, replace_tensors
+from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule, Plan
 from graphs.contract.eligibility import carries_objects, device_of, host_arguments, inadmissible
 from graphs.contract.settings import ambient_of
+from graphs.dispatch.ahead.budget import over_budget
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.replay import stale
 from graphs.dispatch.routes import Recorded, Routes
@@ -26,10 +27,10 @@ from graphs.events import emit
 from graphs.events.ranges import recording_range
 from graphs.first_call.host_arguments import record_key_on_device
 from graphs.first_call.outcomes import Deferred, Refused
-from graphs.first_call.padding_proof import compare_padded
+from graphs.first_call.padding_proof import compare_padded, prove_left_open
 from graphs.first_call.record_key import record_key
 from graphs.first_call.recorded_step import RecordedStep
-from graphs.first_call.verify_replay import compare_replay
+from graphs.first_call.verify_replay import compare_replay, time_replay
 from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
@@ -39,10 +40,20 @@ from graphs.rehearsal.tried_step import TriedStep
 _KNOWN = 8  # steps that a further size is compared with
 
 
+class NotNow(Exception):
+    """A call is not recorded this time, though it could be; nothing ran."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 class KeyRecorder:
     """Makes the recordings of one module.
 
     Attributes:
+        config: settings of the capture.
+        memory_budget: bytes that recordings may take, or None.
         recorders: by device.
         batch: the batch dimension, as far as it is known.
     """
@@ -56,8 +67,9 @@ class KeyRecorder:
         routes: Routes,
         log: CallLog,
     ) -> None:
-        self._model, self._config, self._name = model, config, name
+        self._model, self.config, self._name = model, config, name
         self._parameters, self._routes, self._log = parameters, routes, log
+        self.memory_budget = config.memory_budget
         self.recorders: dict[torch.device, Recorder] = {}
         self.batch = BatchRule()
         self._merged: dict[tuple[str, CodeType], frozenset[tuple[int, int]]] = {}
@@ -74,13 +86,26 @@ class KeyRecorder:
             return habitual
         routes.forget_the_dead()
         host = self._host(call)
-        refusal = routes.full() or inadmissible(call, self._model, host) or carries_objects(call)
+        full = routes.against_variant(beside) or self._over_budget() if beside is not None else None
+        refusal = full or inadmissible(call, self._model, host) or carries_objects(call)
         return [refusal] if refusal is not None else []
 
-    def record(self, step: Step) -> Recorded:
-        """The recording for a call: an existing one of its bucket, or a new one. State is as before the call."""
-        config, routes, call = self._config, self._routes, step.call
+    def record(self, step: Step, *, ahead: bool = False) -> Recorded:
+        """The recording for a call: an existing one of its bucket, or a new one. State is as before the call.
+
+        Args:
+            ahead: whether there is no such call yet, and the recording was asked for.
+
+        Raises:
+            NotNow: it could be recorded, and is not; nothing ran.
+            Deferred, Refused: see `record_key`.
+        """
+        config, routes, call = self.config, self._routes, step.call
         plan = self.plan(step)
+        if not ahead and plan.key not in routes.entries:
+            against = self._over_budget() or routes.against(call, step.names)
+            if against is not None:
+                raise NotNow(against)
         while True:
             entry = routes.entries.get(plan.key)
             step.rows, step.batch_dims, step.real = plan.rows, plan.dims, plan.real
@@ -92,10 +117,13 @@ class KeyRecorder:
                 elif plan.rows is not None and config.verify != "off" and stale(entry, call) is None:
                     entry.point()
                     with forced_eager("first call"):
+                        prove_left_open(step, entry)
                         compare_padded(step, entry, plan.real)
             except RowsInteract as reason:
                 self._log.recorded_otherwise(reason, "the step is recorded at its exact sizes")
                 plan = self.batch.reject(plan, call, for_good=entry is not None or not reason.unproved)
+                if entry is not None and entry.left_open:
+                    routes.discard(entry)
                 continue
             routes.by_signature[call.signature] = (entry, plan.real)
             return entry, plan.real
@@ -106,7 +134,7 @@ class KeyRecorder:
         Raises:
             AboveLargestBucket: it fits no bucket.
         """
-        return self.batch.plan(step.call, step.names, self._config.buckets, self._config.batch_dims)
+        return self.batch.plan(step.call, step.names, self.config.buckets, self.config.batch_dims)
 
     def _describe(self, entry: RecordedStep, step: Step, plan: Plan) -> None:
         """Keep what another call has to look like for this recording to be pointed at its tensors."""
@@ -125,34 +153,37 @@ class KeyRecorder:
         self._routes.lead(call, entry, 1)
         return entry, 1
 
-    def record_buckets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record every bucket ahead of time, the largest first, with this call's rows repeated or cut as needed.
-
-        The step's state is left as it was.
+    def record_ahead(self, call: Call, leaves: Leaves) -> RecordedStep:
+        """The recording for a call that is not made, but may come, with the time of its replay. State is left as it was.
 
         Raises:
-            ConfigError: there are no buckets, or the batch dimension is neither declared nor inferred yet.
-            Refusal: a bucket cannot be recorded.
+            Refusal: it cannot be recorded.
         """
-        config = self._config
+        step = self.step(call, leaves)
+        try:
+            entry, rows = self.record(step, ahead=True)
+        except Refused as refused:
+            if refused.undo is not None:
+                refused.undo()
+            raise refused.refusals[0] from refused
+        except Deferred as deferred:
+            deferred.undo()
+            detail = f"the step initialises {deferred}; call it once first"
+            raise ChangingValue(detail, operator=str(deferred)) from deferred
+        entry.ahead = True
+        if entry.replay is None:  # of a further size
+            entry.replay = time_replay(step, entry, rows)
+        self._routes.made_ahead(entry)
+        return entry
+
+    def known(self, call: Call, leaves: Leaves) -> RecordedStep | None:
+        """The recording that serves calls like this one, as far as their sizes say; None where there is none."""
+        return self._routes.entries.get(self.plan(self.step(call, leaves)).key)
+
+    def flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Leaves]:
+        """A call with these arguments, made in the modes of now."""
         call = flatten_call(args, kwargs, ambient_of(self._model))
-        step = self.step(call, named_leaves(call, self._parameters))
-        plan = self.batch.plan(call, step.names, config.buckets, config.batch_dims, clamp=True)
-        if plan.rows is None or config.buckets is None:
-            raise ConfigError("batch_dims", config.batch_dims, "the batch dimension of each padded argument, with buckets= given")
-        for rows in sorted(config.buckets, reverse=True):
-            sized_args, sized_kwargs = replace_tensors((args, kwargs), iter(plan.resize(call.tensors, rows)))
-            sized = flatten_call(sized_args, sized_kwargs, ambient_of(self._model))
-            try:
-                self.record(self.step(sized, named_leaves(sized, self._parameters)))
-            except Refused as refused:
-                if refused.undo is not None:
-                    refused.undo()
-                raise refused.refusals[0] from refused
-            except Deferred as deferred:
-                deferred.undo()
-                detail = f"the step initialises {deferred}; call it once first"
-                raise ChangingValue(detail, operator=str(deferred)) from deferred
+        return call, named_leaves(call, self._parameters)
 
     def verify(self, entry: RecordedStep, rows: int, call: Call) -> None:
         """Compare a replay with an eager run, both undone; a recording that differs is dropped.
@@ -167,13 +198,20 @@ class KeyRecorder:
             self._routes.discard(entry)
             raise mismatch
 
+    def _over_budget(self) -> Refusal | None:
+        """Why nothing more is recorded: there is no room for another recording of the smallest that there is."""
+        if self.memory_budget is None:
+            return None
+        taken = [entry.memory_bytes for entry in self._routes.recordings()]
+        return over_budget(self.memory_budget, min(taken, default=0), sum(taken), "another recording")
+
     def _first_call(self, step: Step) -> RecordedStep:
-        owned, check = self._config.outputs == "owned", self._config.verify != "off"
+        owned, check = self.config.outputs == "owned", self.config.verify != "off"
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()  # a cast weight in the cache would be recorded in place of its cast
         torch.set_autocast_cache_enabled(False)
         try:
-            marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self._config.ranges)
+            marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self.config.ranges)
             with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
                 recorder = self._recorder(step.device)
                 record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
@@ -201,7 +239,7 @@ class KeyRecorder:
         Raises:
             ConfigError: a setting names an argument that is not there.
         """
-        config, names = self._config, leaves.tensors
+        config, names = self.config, leaves.tensors
         for setting, given in (("static", config.static), ("padding", config.padding), ("batch_dims", config.batch_dims or ())):
             for name in given:
                 if name not in names and name.split(".")[0] not in self._parameters:
@@ -233,7 +271,7 @@ class KeyRecorder:
 
     def _host(self, call: Call) -> tuple[int, ...]:
         """Positions of host tensors that a recording takes in; with buckets, which would have to pad them, none."""
-        return host_arguments(call) if self._config.buckets is None else ()
+        return host_arguments(call) if self.config.buckets is None else ()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ What became of a call is told here, and here alone it is decided what that says 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from graphs.contract.arguments import Call, Leaves
@@ -21,6 +22,7 @@ from graphs.objects.cells import Difference
 from graphs.pointing.blueprint import Blueprint
 
 _MAX_DEFERRALS = 3
+_SIGNATURES = 16  # signatures that are remembered for each recording that may be kept
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
@@ -54,8 +56,9 @@ class Routes:
         blueprints: recordings that can be pointed at other tensors, by key without the identities of opaque arguments.
     """
 
-    def __init__(self, max_recordings: int, log: CallLog) -> None:
-        self._limit, self._log = max_recordings, log
+    def __init__(self, max_recordings: int, log: CallLog, *, buckets: int = 0) -> None:
+        self._limit, self._log, self._buckets = max_recordings, log, buckets
+        self._clock = itertools.count(1)
         self.entries: dict[tuple[Any, ...], RecordedStep] = {}
         self.blueprints: dict[tuple[Any, ...], list[Blueprint]] = {}
         self.clear()
@@ -70,12 +73,20 @@ class Routes:
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
-        self.habits = Habits(self._limit)
+        self.habits = Habits(self._limit, self._buckets)
+        self._in_vain = 0  # recordings dropped for a variant of another key before they served a second call
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
         self.last = None
+        entry.used = next(self._clock)
         self.by_signature[call.signature] = (entry, rows)
+
+    def used(self, call: Call, route: Recorded, like_this: FastPath | None) -> None:
+        """Note that a call is served by ``route``, and how to recognise the next one like it."""
+        if self.by_signature.get(call.signature) is route:  # unless another thread has just dropped it
+            route[0].used = next(self._clock)
+            self.last = (like_this, *route) if like_this is not None else None
 
     def refuse(self, call: Call, refusals: list[Refusal]) -> None:
         """Let calls of this signature run eagerly."""
@@ -100,7 +111,8 @@ class Routes:
         """Let all that led to a recorded step lead to another one of the same recording."""
         self.last = None
         self.habits.dropped(entry)
-        by.replays, by.real_rows = entry.replays, entry.real_rows
+        by.replays, by.real_rows, by.used = entry.replays, entry.real_rows, entry.used
+        by.ahead, by.left_open = entry.ahead, entry.left_open
         self.entries = {key: by if other is entry else other for key, other in self.entries.items()}
         for signature, route in self.by_signature.items():
             if not isinstance(route, Refused) and route[0] is entry:
@@ -109,6 +121,10 @@ class Routes:
     def steps_of(self, blueprint: Blueprint) -> list[RecordedStep]:
         """The recorded steps of one recording, the oldest first."""
         return [entry for entry in self.entries.values() if entry.blueprint is blueprint]
+
+    def _alike(self, entry: RecordedStep) -> list[RecordedStep]:
+        """The recorded steps of the recording of one."""
+        return [entry] if entry.blueprint is None else [entry, *self.steps_of(entry.blueprint)]
 
     def forget(self, blueprint: Blueprint) -> None:
         """Drop a recording with all its steps."""
@@ -146,13 +162,13 @@ class Routes:
             found.append(dataclasses.replace(blueprint.skeleton, replays=replays, real_rows=rows))
         return found
 
-    def _make_room(self) -> int:
-        """How many recordings there are, once those were dropped that no object is left for, if that many are too many."""
+    def _is_full(self) -> bool:
+        """Whether there are as many recordings as may be, once those were dropped that no object is left for."""
         for blueprint in [b for b in self._all_blueprints() if not self.steps_of(b)]:
             if len(self.recordings()) < self._limit:
                 break
             self.forget(blueprint)
-        return len(self.recordings())
+        return len(self.recordings()) >= self._limit
 
     def forget_the_dead(self) -> None:
         """Drop what was recorded or refused for opaque arguments that are gone, and the memory it keeps."""
@@ -179,18 +195,55 @@ class Routes:
                 del self.by_signature[attempt.signature]
         return refusals
 
-    def full(self) -> TooManyKeys | None:
-        """Why no further signature is recorded at all."""
-        limit, recordings = self._limit, self._make_room()
-        if recordings < limit and len(self.by_signature) < 16 * limit:
+    def against(self, call: Call, names: Sequence[str]) -> Refusal | None:
+        """Why a signature that no recording serves is not recorded now, though it could be; None where it is.
+
+        Args:
+            names: of the tensor arguments.
+        """
+        sizes = self.habits.against_sizes(call.signature, names)
+        if sizes:
+            return sizes[0]
+        full = self._is_full() or len(self.by_signature) >= _SIGNATURES * self._limit
+        in_vain = self.habits.against_anything(call.signature, full=full)
+        return self._too_many(f"at least {in_vain} of the last were not used again") if in_vain else None
+
+    def against_variant(self, beside: RecordedStep) -> Refusal | None:
+        """Why another recording of the key of ``beside`` is not made: there is no room, or making it was in vain too often."""
+        if not self._is_full():
             return None
-        detail = f"{recordings} recordings for {len(self.by_signature)} keys (max_recordings={limit})"
-        return TooManyKeys(detail, operator="key")
+        if all(entry.group is beside.group for entry in self.entries.values()):
+            return self._too_many("all of one key")
+        return self._too_many("whose places variants of other keys took in vain") if self._in_vain >= self._limit else None
+
+    def _too_many(self, why: str) -> TooManyKeys:
+        return TooManyKeys(f"{len(self.recordings())} recordings (max_recordings={self._limit}), {why}", operator="key")
+
+    def _make_room(self, made: RecordedStep) -> None:
+        """Drop the recordings above the limit that were used least recently, and of those recorded ahead only the last ones."""
+        while self._is_full() and len(self.recordings()) > self._limit:
+            own = self._alike(made)
+            others = [entry for entry in self.entries.values() if entry.group is not made.group and entry not in own]
+            if not others:
+                break
+            oldest = min(others, key=lambda entry: (entry.ahead, max(step.used for step in self._alike(entry))))
+            self._in_vain += len(made.group.variants) > 1 and oldest.replays <= 1
+            self.discard(oldest)
+            self._log.evicted(oldest, self._limit)
+        for signature in list(self.by_signature)[: -_SIGNATURES * self._limit]:
+            del self.by_signature[signature]
 
     def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
         """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
+        entry.used = next(self._clock)
         if not entry.replays:
             self.habits.tried(call.signature, leaves.changeable, entry)
+        self._make_room(entry)
+
+    def made_ahead(self, entry: RecordedStep) -> None:
+        """A recording was made, or asked for, before there was a call."""
+        entry.used = next(self._clock)
+        self._make_room(entry)
 
     def note_refused(self, call: Call, leaves: Leaves, refusals: list[Refusal]) -> None:
         """A first call ended in a refusal, and so would those like it."""

@@ -121,6 +121,19 @@ def _compare_random(expected: Sequence[Tensor], start: Checkpoint) -> None:
         raise RowsInteract("random numbers are drawn for padded rows too: those that come next would be others")
 
 
+def prove_left_open(step: Step, entry: RecordedStep) -> None:
+    """Prove of the first call with rows that count what a recording of padding alone left open; the state is as before.
+
+    Raises:
+        RowsInteract: padding reaches the rows.
+    """
+    if entry.left_open and not step.is_dummy:
+        rehearsal = rehearsal_of(step, entry)
+        padding = PaddingProof(step, entry.contract, rehearsal, entry.externals)
+        rehearsal.run(lambda: padding.prove(entry))
+        entry.left_open = False
+
+
 def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
     """Compare the first padded replay at ``rows`` rows with eager at exact sizes; the state is as before.
 

@@ -130,7 +130,7 @@ def _record(
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
         if counters:
             verify_second_replay(plain, entry, rehearsal, stand_ins)
-    if padding is not None:
+    if padding is not None and not step.is_dummy:
         rehearsal.run(lambda: padding.prove(entry))
     between = rehearsal.reset if counters else rehearsal.rewind
     timed = functools.partial(time_call, device=step.device, before=between, enough=_ENOUGH)
@@ -157,7 +157,7 @@ def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, own
     entry = _recorded(body, recorder, dataclasses.replace(contract, output_dims=dims), rehearsal, stand_ins, owned=owned)
     if check:
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
-    return dataclasses.replace(entry, tried=like)
+    return dataclasses.replace(entry, tried=like, left_open=entry.left_open or like.left_open)
 
 
 def _contract(step: Step, trace: EagerTrace) -> tuple[Contract, list[int]]:
@@ -235,6 +235,7 @@ def _recorded(
         uploads=_uploads(step),
         proof=body.proof,
         on_device=step.device.type == "cuda",
+        left_open=step.rows is not None and step.is_dummy,
         generators=[*trace.generators] if draws is not None else None,
         bumped=_bumped(trace, tensors),
         bumped_arguments=[

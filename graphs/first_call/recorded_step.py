@@ -53,6 +53,8 @@ class RecordedStep:
         written: the tensors that the step writes in place.
         sentinels: padding rows that padded calls may write to.
         replays, real_rows: calls served and the rows they had.
+        used: when it was last found for a call that is not like the one before, or made: a number that grows.
+        ahead: whether it was recorded ahead of the calls.
         candidate: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
@@ -67,6 +69,7 @@ class RecordedStep:
         generators: those that the step names, where it draws random numbers; None where it draws none.
         bumped, bumped_arguments: the step's own tensors, and positions of arguments, that replays write where they are: autograd
             is told so.
+        left_open: whether no padding was compared yet, since the step was recorded of rows that are padding themselves.
         tried: the step as it was tried as a whole, at this size or at another one.
         from_host: whether some arguments are host tensors, of which the recording has copies.
         recorded: address and bytes of the memory that is used in place, as it was recorded.
@@ -89,6 +92,8 @@ class RecordedStep:
     capture_seconds: float = 0.0
     replays: int = 0
     real_rows: int = 0
+    used: int = 0
+    ahead: bool = False
     candidate: Any = None
     compiler: str = "none"
     compile_seconds: float = 0.0
@@ -106,6 +111,7 @@ class RecordedStep:
     bumped: list[Tensor] = field(default_factory=list)
     bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
+    left_open: bool = False
     recorded: Sequence[tuple[int, int]] = ()
     storages: Sequence[torch.UntypedStorage] | None = None
     blueprint: Any = None
@@ -122,6 +128,16 @@ class RecordedStep:
         """
         if self.storages is not None and self.recording.at is not self.storages:
             self.recording.point(self.recorded, self.storages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the recording takes.
+
+        On a device that of its pool, or what the device lost meanwhile, the driver's own included, where that is more.
+        """
+        if self.on_device:
+            return max(self.recording.pool_bytes, self.device_free_delta, self.contract.nbytes)
+        return self.recording.pool_bytes + self.contract.nbytes
 
     @property
     def rounds_otherwise(self) -> bool:

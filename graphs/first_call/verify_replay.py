@@ -13,6 +13,7 @@ from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
 from graphs.observation.eager_trace import trace_again
 from graphs.observation.operations import EagerTrace
+from graphs.observation.timing import CallTime, time_call
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 
@@ -99,6 +100,17 @@ def rehearsal_of(step: Step, entry: RecordedStep) -> Rehearsal:
     for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
         trace.written.expect(tensor)
     return Rehearsal(Checkpoint(step, trace), trace)
+
+
+def time_replay(step: Step, entry: RecordedStep, rows: int) -> CallTime:
+    """The time of a replay of a call with ``rows`` real rows; the state is as before."""
+    rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
+    find_written(step, rehearsal, tensors)
+
+    def replay() -> CallTime:
+        return time_call(lambda: entry.recording.replay(tensors, rows), step.device, before=rehearsal.reset)
+
+    return rehearsal.run(replay)
 
 
 def find_written(step: Step, rehearsal: Rehearsal, *calls: list[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -80,6 +81,12 @@ class Step:
     def without_candidate(self) -> Step:
         """The same step of the module itself."""
         return self if self.plain is None else dataclasses.replace(self, model=self.plain, plain=None)
+
+    @functools.cached_property
+    def is_dummy(self) -> bool:
+        """Whether the rows of the call are padding themselves: each is at a sentinel, which no row that counts is."""
+        sentinels = [(tensor, self.padding[name]) for name, tensor in self.tensors() if name in self.padding]
+        return any(policy.kind == "sentinel" and bool((tensor == policy.value).all()) for tensor, policy in sentinels)
 
     def with_fresh_arguments(self) -> Step:
         """The same step with containers of its own, as each call has: it may add to them. Tensors and objects are the same."""

@@ -42,6 +42,7 @@ class TriedStep:
         rows: its bucket; None at exact sizes.
         operations: of run A.
         output_dims: the batch dimension of each output, where there is a bucket.
+        left_open: whether it could not be shown that padding leaves its rows alone; see `Step.is_dummy`.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,7 @@ class TriedStep:
     rows: int | None
     operations: tuple[Operation, ...]
     output_dims: tuple[int | None, ...]
+    left_open: bool = False
 
     def covers(self, step: Step, trace: EagerTrace) -> bool:
         """Whether a call is the same step at another size."""
@@ -78,7 +80,8 @@ def tried(step: Step, trace: EagerTrace, output_dims: Sequence[int | None]) -> T
     if step.compiler != "none" or step.host or step.moving or trace.findings or step.rows not in (None, step.real):
         return None
     shapes = tuple(tuple(tensor.shape) for tensor in step.call.tensors)
-    return TriedStep(tuple(step.names), shapes, step.rows, tuple(trace.operations), tuple(output_dims))
+    left_open = step.rows is not None and step.is_dummy
+    return TriedStep(tuple(step.names), shapes, step.rows, tuple(trace.operations), tuple(output_dims), left_open)
 
 
 def _alike(a: Any, b: Any, sizes: _Sizes, storages: dict[int, int]) -> bool:
