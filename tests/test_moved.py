@@ -369,7 +369,7 @@ def test_a_recording_that_refuses_is_recorded_anew_and_counted(monkeypatch: pyte
         pair.feed(fresh(), fresh(), inputs(3, seed))
     report = pair.step.report()
     assert (report.recordings, report.moved, report.replays) == (1, 0, 9)
-    assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [("moved-static-tensor", 2)]
+    assert [(refusal.reason, refusal.count, refusal.recorded) for refusal in report.refusals] == [("moved-static-tensor", 0, 2)]
 
 
 def test_a_recording_that_refuses_to_go_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,11 @@ class CallLog:
 
     def recorded_otherwise(self, reason: Refusal, outcome: str) -> None:
         """Count why a step (or a graph) was recorded anew, at its exact sizes or uncompiled: the call itself is replayed."""
+        first = reason.signature not in self._refusals
         self.refused(reason, outcome=outcome, calls=0)
         known = self._refusals[reason.signature]
         self._refusals[reason.signature] = dataclasses.replace(known, recorded=known.recorded + 1)
+        self._tell(reason, outcome, first)
 
     def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
         """Count a refusal; warn the first time its reason, operator and line are seen.

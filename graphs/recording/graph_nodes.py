@@ -21,6 +21,7 @@ from graphs.recording.recorder import CannotPoint
 KERNEL, MEMCPY, MEMSET, EMPTY, WAIT, RECORD = 0, 1, 2, 5, 6, 7  # CUgraphNodeType, hipGraphNodeType
 _HOLD_NO_ADDRESS = frozenset((EMPTY, WAIT, RECORD))
 _WORD = 8
+_BUFFER, _BUFFER_SIZE, _OPTIONS = 1, 2, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE, by HIP's names likewise
 
 
 class Memory:
@@ -182,10 +183,26 @@ def _kernel(calls: DriverCalls, handle: int, memory: Memory) -> KernelNode | Non
         for index, (offset, size) in enumerate(sizes):
             ctypes.memmove(ctypes.addressof(content) + offset, sources[index], size)
     elif sizes:
-        raise CannotPoint("a kernel of the graph was launched with its parameters in one buffer")
+        _copy_buffer(structure.extra, content)
+        structure.extra = None  # from now on each parameter is pointed to
     words = words_in(content.raw, sizes, memory)
     if not words:
         return None
     pointers = (ctypes.c_void_p * len(sizes))(*(ctypes.addressof(content) + offset for offset, _ in sizes))
     structure.kernelParams = ctypes.addressof(pointers)
     return KernelNode(handle, structure, content, words, pointers)
+
+
+def _copy_buffer(extra: int | None, content: ctypes.Array[ctypes.c_char]) -> None:
+    """Copy the parameters of a kernel that was launched with all of them in one buffer, as libraries of products do."""
+    options = ctypes.cast(extra, ctypes.POINTER(ctypes.c_void_p)) if extra else ()
+    given: dict[int, int] = {}
+    for index in range(0, 2 * _OPTIONS, 2):
+        option = options[index] if options else None
+        if option not in (_BUFFER, _BUFFER_SIZE):
+            break
+        given[option] = options[index + 1] or 0
+    size = ctypes.c_size_t.from_address(given[_BUFFER_SIZE]).value if given.get(_BUFFER_SIZE) else 0
+    if not given.get(_BUFFER) or size < len(content):
+        raise CannotPoint("a kernel of the graph does not tell its parameters")
+    ctypes.memmove(content, given[_BUFFER], len(content))

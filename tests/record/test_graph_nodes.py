@@ -136,18 +136,38 @@ def test_nodes_without_parameters_are_passed_over() -> None:
     assert made(5, 6, 7, [])[0].found == frozenset()
 
 
-def test_parameters_in_one_buffer_are_not_guessed() -> None:
-    driver = Driver([pointer(CACHE[0])])
-    whole = driver.kernel
+class Buffered(Driver):
+    """Kernels that were launched with their parameters in one buffer of ``size`` bytes."""
 
-    def kernel(node: int) -> Any:
-        structure = whole(node)
-        structure.kernelParams = None
+    def __init__(self, *nodes: Any, size: int, end: int = 0) -> None:
+        super().__init__(*nodes)
+        self._size, self._end = size, end
+
+    def kernel(self, node: int) -> Any:
+        structure = super().kernel(node)
+        buffer = ctypes.create_string_buffer(64)
+        for (offset, size), part in zip(self.parameters(structure), self._nodes[node], strict=True):
+            ctypes.memmove(ctypes.addressof(buffer) + offset, part, size)
+        size = ctypes.c_size_t(self._size)
+        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), self._end)
+        self._held += [buffer, size, extra]
+        structure.kernelParams, structure.extra = None, ctypes.addressof(extra) if self._size else None
         return structure
 
-    driver.kernel = kernel  # type: ignore[method-assign]
-    with pytest.raises(CannotPoint, match="one buffer"):
-        GraphNodes(driver, 1, 2, [CACHE])  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("end", [0, 3], ids=["CUDA", "HIP"])
+def test_parameters_in_one_buffer_are_read_by_their_offsets(end: int) -> None:
+    parts = [struct.pack("<i", 3), struct.pack("<QQ", 7, CACHE[0] + 130), pointer(WEIGHT[0])]
+    driver = Buffered(parts, size=32, end=end)
+    nodes = GraphNodes(driver, 1, 2, [CACHE, WEIGHT])  # type: ignore[arg-type]
+    assert nodes.point([0x5000, WEIGHT[0]]) == 1
+    assert driver.set[1] == [parts[0], struct.pack("<QQ", 7, 0x5000 + 130), parts[2]]
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_parameters_that_are_not_told_are_not_guessed(size: int) -> None:
+    with pytest.raises(CannotPoint, match="does not tell"):
+        GraphNodes(Buffered([bytes(16), pointer(CACHE[0])], size=size), 1, 2, [CACHE])  # type: ignore[arg-type]
 
 
 def test_what_the_driver_refuses_is_told() -> None:
