@@ -18,6 +18,7 @@ from torch import nn
 import graphs
 from graphs.dispatch.call_log import NotReplayed
 from graphs.errors import ConfigError, VerifyMismatch
+from graphs.events import Event, Evicted, on_event
 from graphs.recording.cpu_tape import TapeRecorder, TapeRecording
 from tests.parity import batches, parity
 
@@ -500,3 +501,14 @@ def test_the_inner_step_still_replays_by_itself() -> None:
     assert outer.inner.report().replays == 2
     with graphs.eager():
         assert step(torch.ones(1)).item() == 9 + 100
+
+
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_a_recording_that_made_room_is_told_as_an_event() -> None:
+    told: list[Event] = []
+    step = graphs.capture(lambda x: x * 2, max_recordings=1, name="double")
+    with on_event(told.append):
+        for size in (1, 1, 2):
+            step(torch.ones(size))
+    (evicted,) = [event for event in told if isinstance(event, Evicted)]
+    assert (evicted.step, evicted.key, evicted.replays) == ("double", "x[1]", 2) and evicted.bytes > 0
