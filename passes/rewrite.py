@@ -34,9 +34,8 @@ def rewrite(
         Unremovable: as `remove_host_values`.
         RuntimeError: a pass left an ill-formed graph.
     """
-    graph, names = RewrittenGraph.unchanged(traced), [name for name in only if name in HOST_VALUES]
-    if names:
-        graph = remove_host_values(traced, bounds, names, forced=forced)
+    names = [name for name in only if name in HOST_VALUES]
+    graph = remove_host_values(traced, bounds, names, forced=forced)  # also without any: what the graph assumes is refused there
     if graph.changes:
         finish(graph.module)
     return upload_constants(graph) if "constants" in only else graph

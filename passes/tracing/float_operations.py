@@ -81,13 +81,13 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
         if trace is None or not isinstance(other, (bool, int, float, *SYMBOLS)):
             return original(self, other)
         if name in _SECOND:
-            _raise_for(name, self, other)
+            _raise_for(name, self, other, trace[0])
         fractions = isinstance(self, torch.SymFloat) or isinstance(other, (float, torch.SymFloat))
         if name in _OPERATORS and fractions and not isinstance(other, torch.SymBool):
             return _computed(_OPERATORS[name], self, other, *trace)
         made = original(self, other)
         if "pow" in name and isinstance(made, torch.SymFloat):
-            bool(_computed(_is_not_below, _size_of(made), math.inf, *trace))  # Python raises where it overflows
+            _raises(trace[0], _computed(_is_not_below, _size_of(made), math.inf, *trace) != 0)  # Python: where it overflows
         return made
 
     return chosen
@@ -97,7 +97,7 @@ def _rounding(name: str, original: Any) -> Callable[..., Any]:
     def chosen(self: Any, *digits: Any) -> Any:
         trace = _trace_of(sys._getframe(1))
         whole = isinstance(self, torch.SymFloat) and digits in ((), (None,))
-        if trace is not None and whole and _computed(_is_not_below, _size_of(self), _WHOLE, *trace):
+        if trace is not None and whole and _raises(trace[0], _computed(_is_not_below, _size_of(self), _WHOLE, *trace) != 0):
             raise ValueError("no whole number of 64 bits is near to it")
         return original(self, *digits)
 
@@ -110,7 +110,7 @@ def _trace_of(frame: FrameType) -> tuple[Facts, Branches] | None:
     return getattr(_active, "trace", None) if caller not in ("torch", "sympy") else None
 
 
-def _raise_for(name: str, self: Any, other: Any) -> None:
+def _raise_for(name: str, self: Any, other: Any, facts: Facts) -> None:
     """Raise as Python does for a divisor of zero, a negative count, a negative power of zero: a branch of the step's line.
 
     Raises:
@@ -119,13 +119,26 @@ def _raise_for(name: str, self: Any, other: Any) -> None:
     position = _SECOND[name]
     first, second = (self, other) if position else (other, self)
     if "shift" in name:
-        if second < 0:
+        if _raises(facts, second < 0):
             raise ValueError("negative shift count")
     elif "pow" in name:
-        if not isinstance(second, torch.SymFloat) and second < 0 and first == 0:
+        if not isinstance(second, torch.SymFloat) and _raises(facts, second < 0, first == 0):
             raise ZeroDivisionError("zero to a negative power")
-    elif (not second) if isinstance(second, torch.SymBool) else second == 0:
+    elif (not second) if isinstance(second, torch.SymBool) else _raises(facts, second == 0):
         raise ZeroDivisionError("division by zero")
+
+
+def _raises(facts: Facts, *conditions: Any) -> bool:
+    """Whether Python raises here, where all of ``conditions`` hold.
+
+    On a side that the eager run did not take, it is assumed not to, for the data with which that side is taken.
+    """
+    asked = [one for one in conditions if isinstance(one, torch.SymBool)]
+    if not asked or facts.executed():
+        return all(map(bool, conditions))
+    if all(one for one in conditions if not isinstance(one, torch.SymBool)):
+        facts.decide(sympy.And(*(one.node.expr for one in asked)), False, user_site())
+    return False
 
 
 def _size_of(value: Any) -> Any:

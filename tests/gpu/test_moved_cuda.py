@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import graphs
-from graphs.dynamo.backend import backend_report
+from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.recording.recorder import CannotPoint
 
 Tensor = torch.Tensor
@@ -283,7 +283,7 @@ def test_the_backend_points_its_graphs(compiler: str, device: torch.device) -> N
 
     torch.compiler.reset()
     model, twin = Step().to(device), Step().to(device)
-    step = torch.compile(model, backend="graphs", options={"compiler": compiler})
+    step = torch.compile(model, backend=graphs_backend, options={"compiler": compiler})
     kept = []
     with torch.no_grad():
         for turn in range(5):

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import graphs
 import passes
 from passes.core.facts import Facts
 
@@ -126,3 +127,17 @@ def test_an_ill_formed_graph_is_not_let_through():
     module = make_fx(lambda x: x.sin() + 1)(torch.ones(2))
     with pytest.raises(RuntimeError):
         passes.run(module, [broken])
+
+
+@pytest.mark.parametrize("names", [["constants"], ["constants", "addressing"], ["arithmetic"], []])
+@pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed")
+def test_what_a_step_assumes_is_refused_where_no_pass_takes_it(names: list[str]) -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        table = torch.tensor([1.0, 2.0])
+        return x * table if x.sum() > 0 else x - table
+
+    captured = graphs.capture(step, passes=names)
+    with torch.no_grad():
+        for value in (1.0, -1.0, 2.0, -2.0):
+            assert torch.equal(captured(torch.full((2,), value)), step(torch.full((2,), value)))
+    assert captured.report().replays == 0
