@@ -181,7 +181,7 @@ PLACES = [
     ("graphs.first_call.verify_replay.tolerance.run_difference", record_key),
     ("graphs.observation.watching.finding", record_key),
     ("graphs.observation.watching.values_read", record_key),
-    ("graphs.observation.watching.checksum", record_key),
+    ("graphs.state.checksums.checksum", record_key),
     ("graphs.recording.cpu_tape._functional_call", cpu_tape),
     ("graphs.recording.cpu_tape.TapeRecording.poison", cpu_tape),
     ("graphs.dispatch.dispatcher.FastPath.of", Dispatcher),

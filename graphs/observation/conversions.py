@@ -78,7 +78,7 @@ class Conversions(Calls):
         """Take note of a tensor whose address somebody asks for: they may write there."""
         if func in _ADDRESSES and type(args[0]) in _PLAIN:
             with _disable_current_modes():
-                self.watch.hand_out(args[:1])
+                self.watch.checksums.hand_out(args[:1])
 
     def _read_property(self, func: Any, args: Any, frame: FrameType) -> None:
         """Report what the user's own code asks of an argument and no copy of it can answer."""

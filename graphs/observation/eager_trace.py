@@ -18,7 +18,7 @@ from graphs.observation.conversions import Conversions
 from graphs.observation.fused_modules import unnoticed
 from graphs.observation.grad_questions import grad_questions
 from graphs.observation.operations import EagerTrace, Operation
-from graphs.observation.watching import Watching, checksum, raw_launches
+from graphs.observation.watching import Watching, raw_launches
 from passes.core.composites import as_written, is_dynamo_there
 from passes.core.source_location import is_user
 
@@ -70,12 +70,10 @@ def trace_eager(
     for tensor in written.tensors:
         detail = f"memory of a tensor{tuple(tensor.shape)} that NumPy was given is written, which no operator says"
         trace.found(UndeclaredWrite(detail, operator="Tensor.numpy"))
-    for storage, before_it in trace.checksums.items():
-        tensor = trace.externals[storage]
-        if storage not in trace.written and not torch.equal(before_it, checksum(tensor)):
-            by = _last_reader(trace, storage)
-            detail = f"a tensor{tuple(tensor.shape)} changed though no operator says that it writes it"
-            trace.found(UndeclaredWrite(detail, operator=str(by.func), site=by.site))
+    for storage in watch.checksums.changed(trace.externals, trace.written):
+        by = _last_reader(trace, storage)
+        detail = f"a tensor{tuple(trace.externals[storage].shape)} changed though no operator says that it writes it"
+        trace.found(UndeclaredWrite(detail, operator=str(by.func), site=by.site))
     return output, trace
 
 

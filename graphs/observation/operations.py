@@ -73,7 +73,6 @@ class EagerTrace:
         lent: those whose memory the host was given as an array of NumPy's, as they were then.
         written: externals and arguments that were written in place, saved before the first write.
         generators: generators named explicitly by an operator, with the states they had.
-        checksums: of each external when it was first seen.
         origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
         made_at: the lines that made each output and wrote each tensor, by what a mismatch calls them; filled by the trial.
         imported_dynamo: whether the step did so: what it compiled was not run as it is written.
@@ -89,7 +88,6 @@ class EagerTrace:
     lent: TensorState = field(default_factory=TensorState)
     written: TensorState = field(default_factory=TensorState)
     generators: dict[torch.Generator, Tensor] = field(default_factory=dict)
-    checksums: dict[int, Tensor] = field(default_factory=dict)
     origins: dict[int, tuple[str, int]] = field(default_factory=dict)
     storages: list[StorageWeakRef] = field(default_factory=list)
     made_at: dict[str, Site] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from graphs.errors import (
 from graphs.observation.grad_questions import GradWrites
 from graphs.observation.host_reads import FILLS, HostRead, finding, may_read, values_read
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
+from graphs.state.checksums import Checksums, checksum
 from graphs.state.op_registry import check_once
 from graphs.state.regions import written_region
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
@@ -35,10 +36,6 @@ from passes.core.source_location import user_line
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-_WIDTH = 2048
-_SUMMED = 1 << 20
-"""Bytes up to which every tensor of the host that a step reads is summed, to find writes that no operator declares. Larger ones
-are summed where operators that are not ATen's, or code that asks for their address, are given them."""
 
 
 class Watching(DispatchMode):
@@ -54,8 +51,8 @@ class Watching(DispatchMode):
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
-        self._handed_out: set[int] = set()
         self.origins = trace.origins
+        self.checksums = Checksums(trace.origins, taken=before is None)
         self.turns: Counter[tuple[str, Place]] = Counter()
         self.raised: list[tuple[str, tuple[str, int], Exception]] = []
         for index, tensor in enumerate(arguments):
@@ -105,36 +102,31 @@ class Watching(DispatchMode):
         """Let the class of a wrapper run an operator: what it calls on the tensors inside is watched."""
         with torch._C.DisableTorchFunction():
             inner = wrapped_tensors(wrapper)
-            own = inner is not None and all(self._known(tensor) for tensor in inner)
+            unknown = ("external", 0)
+            own = inner is not None and all(self.origins.get(storage_id(each), unknown)[0] != "external" for each in inner)
         if not own:
             detail = f"a {type(wrapper).__name__} that the step did not make: its memory is in other tensors"
             self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
         if _is_dispatched_in_c(wrapper):
-            return self._run_below(wrapper, func, args, kwargs, frame)
+            detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
+            self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
+            self._save(inside for tensor in written_tensors(func, args, kwargs) for inside in wrapped_tensors(tensor) or ())
+            return func(*args, **kwargs)
         with self:
             return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
-
-    def _run_below(self, wrapper: Tensor, func: OpOverload, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
-        """Run an operator on a wrapper that torch's own code takes apart, unwatched."""
-        detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
-        self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
-        for tensor in written_tensors(func, args, kwargs):
-            for each in wrapped_tensors(tensor) or ():
-                if not self.made(each):
-                    self.trace.written.save(each)
-        return func(*args, **kwargs)
-
-    def _known(self, tensor: Tensor) -> bool:
-        return self.origins.get(storage_id(tensor), ("external",))[0] != "external"
 
     def _run_higher_order(self, func: HigherOrderOperator, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
         """Run an operator that takes functions, unwatched; what it is given may be written."""
         detail = "what the functions it is given do cannot be seen"
         self.trace.found(HigherOrder(detail, operator=func.name(), site=Site.at(frame)), self.asked)
-        for tensor in tensors_in((*args, kwargs)):
-            if has_storage(tensor) and not self.made(tensor):
-                self.trace.written.save(tensor)
+        self._save(tensor for tensor in tensors_in((*args, kwargs)) if has_storage(tensor))
         return func(*args, **kwargs)
+
+    def _save(self, tensors: Iterable[Tensor]) -> None:
+        """Save what may be written unseen, but for what the step made."""
+        for tensor in tensors:
+            if not self.made(tensor):
+                self.trace.written.save(tensor)
 
     def is_argument(self, tensor: Tensor) -> bool:
         """Whether a tensor is an argument or a view of one."""
@@ -147,20 +139,6 @@ class Watching(DispatchMode):
         place = user_place()
         self.turns[str(func), place] += 1
         return place, self.turns[str(func), place] - 1
-
-    def _is_summed(self, tensor: Tensor, storage: int) -> bool:
-        if not has_storage(tensor):
-            return False
-        return tensor.is_cuda or storage in self._handed_out or tensor.untyped_storage().nbytes() <= _SUMMED
-
-    def hand_out(self, tensors: Sequence[Tensor]) -> None:
-        """Have the bits of tensors summed, however large, that code which may write without saying so is about to be given."""
-        for tensor in tensors:
-            storage = storage_id(tensor)
-            self._handed_out.add(storage)
-            is_known = self.origins.get(storage) == ("external", storage) and storage not in self.trace.checksums
-            if is_known and self.before is None and has_storage(tensor):
-                self.trace.checksums[storage] = checksum(tensor)
 
     def _source(self, func: OpOverload, args: Any) -> str:
         """The operator that made the tensor whose one number is read; empty if none of the step's did."""
@@ -199,7 +177,7 @@ class Watching(DispatchMode):
         if func is aten.lift_fresh.default:
             described = (*described, _host_data(tensors[0]))
         if func.namespace != "aten":
-            self.hand_out(tensors)
+            self.checksums.hand_out(tensors)
         operation = Operation(func, described, frame)
         refusal = None if self._fills_with_host_data(func, args) else finding(func, args, kwargs, tensors, self.function)
         refusal = _unrecordable(func, tensors) or refusal
@@ -256,8 +234,7 @@ class Watching(DispatchMode):
         origin = self.origins.get(storage)
         if origin is None:
             self.trace.externals[storage] = tensor
-            if self.before is None and self._is_summed(tensor, storage):
-                self.trace.checksums[storage] = checksum(tensor)
+            self.checksums.see(tensor, storage)
             origin = self.origins[storage] = ("external", storage)
         return origin
 
@@ -312,15 +289,3 @@ def raw_launches(watch: Watching) -> Iterator[None]:
         yield
     finally:
         hooks.remove(launched)
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A number of the bits of the whole storage and of their order: enough to notice that somebody wrote there."""
-    with torch.inference_mode(False), torch.no_grad():
-        storage = tensor.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
-        words = flat[: flat.numel() // 8 * 8].view(torch.int64)
-        table = words[: words.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
-        rest = flat[words.numel() * 8 :].to(torch.int64)
-        parts = (table.sum(0), table.sum(1), words[table.numel() :], rest)
-        return torch.stack([(part * torch.arange(1, part.numel() + 1, device=part.device)).sum() for part in parts]).sum()
