@@ -87,7 +87,7 @@ def _method(name: str, original: Any) -> Callable[[Any, Any], Any]:
             return _computed(_OPERATORS[name], self, other, *trace)
         made = original(self, other)
         if "pow" in name and isinstance(made, torch.SymFloat):
-            _raises(trace[0], _computed(_is_not_below, _size_of(made), math.inf, *trace) != 0)  # Python: where it overflows
+            _raises(trace[0], _computed(_is_not_below, _size_of(made), math.inf, *trace))  # Python: where it overflows
         return made
 
     return chosen
@@ -97,7 +97,7 @@ def _rounding(name: str, original: Any) -> Callable[..., Any]:
     def chosen(self: Any, *digits: Any) -> Any:
         trace = _trace_of(sys._getframe(1))
         whole = isinstance(self, torch.SymFloat) and digits in ((), (None,))
-        if trace is not None and whole and _raises(trace[0], _computed(_is_not_below, _size_of(self), _WHOLE, *trace) != 0):
+        if trace is not None and whole and _raises(trace[0], _computed(_is_not_below, _size_of(self), _WHOLE, *trace)):
             raise ValueError("no whole number of 64 bits is near to it")
         return original(self, *digits)
 
@@ -133,11 +133,12 @@ def _raises(facts: Facts, *conditions: Any) -> bool:
 
     On a side that the eager run did not take, it is assumed not to, for the data with which that side is taken.
     """
-    asked = [one for one in conditions if isinstance(one, torch.SymBool)]
+    asked = [one for one in conditions if isinstance(one, SYMBOLS)]
     if not asked or facts.executed():
         return all(map(bool, conditions))
-    if all(one for one in conditions if not isinstance(one, torch.SymBool)):
-        facts.decide(sympy.And(*(one.node.expr for one in asked)), False, user_site())
+    if all(one for one in conditions if not isinstance(one, SYMBOLS)):
+        truths = [one.node.expr if isinstance(one, torch.SymBool) else sympy.Ne(one.node.expr, 0) for one in asked]
+        facts.decide(sympy.And(*truths), False, user_site())
     return False
 
 

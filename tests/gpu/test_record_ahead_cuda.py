@@ -8,6 +8,7 @@ from torch import nn
 
 import graphs
 from graphs.dispatch.captured_module import CapturedModule
+from graphs.errors import ConfigError
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA or HIP device on this machine", allow_module_level=True)
@@ -38,7 +39,7 @@ def test_sizes_share_a_pool_and_are_replayed() -> None:
 @torch.no_grad()
 def test_a_budget_below_the_largest_refuses_it_and_the_device_can_be_used_on() -> None:
     step, x = captured(), torch.randn(64, 1024, device=DEVICE)
-    with pytest.raises(graphs.Refusal, match="memory-budget"):
+    with pytest.raises(ConfigError, match="memory_budget"):
         step.record((x,), memory_budget=x.nbytes // 2, progress=False)
     assert step.report().recordings == 0
     assert all(size.recorded for size in step.record((x,), memory_budget="4GiB", progress=False).sizes)
