@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from graphs.compiler_options import CompilerOptions
 from graphs.contract.padding import Padding, Policy, as_padding
@@ -150,20 +150,15 @@ class CaptureConfig:
     ) -> CaptureConfig:
         """Combine arguments with the environment and validate the result."""
         require_known_variables()
-        _require_legal(static, padding, batch_dims, strict, max_recordings, bounds)
-        require(name is None or (isinstance(name, str) and name != ""), "name", name, "a text that is not empty")
-        require(ranges is None or isinstance(ranges, bool), "ranges", ranges, "True or False")
+        _require_legal(static, padding, batch_dims, strict, max_recordings, bounds, name, ranges)
         return cls(
             name=name,
             ranges=ranges if ranges is not None else env_flag("GRAPHS_RANGES", None),
             passes=as_passes(passes if passes is not None else env_choice("GRAPHS_PASSES", "auto", ALL_PASSES)),
-            bounds=dict(bounds or {}),
             raise_internal=env_flag("GRAPHS_RAISE_INTERNAL", False),
             mode=chosen("mode", mode, "GRAPHS_MODE", "graph", MODES),
             buckets=as_buckets(buckets if buckets is not None else env_sizes("GRAPHS_BUCKETS")),
-            batch_dims=dict(batch_dims) if batch_dims is not None else None,
-            static=tuple(static),
-            padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},
+            **_by_argument(static, padding, batch_dims, bounds),
             outputs=choice("outputs", outputs, OUTPUTS),
             verify=chosen("verify", verify, "GRAPHS_VERIFY", "capture", VERIFY),
             strict=strict if strict is not None else env_flag("GRAPHS_STRICT", False),
@@ -174,7 +169,33 @@ class CaptureConfig:
         )
 
 
-def _require_legal(static: Any, padding: Any, batch_dims: Any, strict: Any, max_recordings: Any, bounds: Any) -> None:
+class _ByArgument(TypedDict):
+    """The settings that name arguments or lengths of the step."""
+
+    static: tuple[str, ...]
+    padding: dict[str, Padding]
+    batch_dims: dict[str, int] | None
+    bounds: dict[str, int]
+
+
+def _by_argument(
+    static: Iterable[str],
+    padding: Mapping[str, Padding | Policy] | None,
+    batch_dims: Mapping[str, int] | None,
+    bounds: Mapping[str, int] | None,
+) -> _ByArgument:
+    """Copies that nobody else can change."""
+    return _ByArgument(
+        static=tuple(static),
+        padding={name: as_padding(name, policy) for name, policy in (padding or {}).items()},
+        batch_dims=dict(batch_dims) if batch_dims is not None else None,
+        bounds=dict(bounds or {}),
+    )
+
+
+def _require_legal(
+    static: Any, padding: Any, batch_dims: Any, strict: Any, max_recordings: Any, bounds: Any, name: Any, ranges: Any
+) -> None:
     """Raise `ConfigError` for the first argument of `graphs.capture` that has a value no variable can give."""
     require(isinstance(static, Iterable) and not isinstance(static, str), "static", static, "a sequence of argument names")
     require(padding is None or isinstance(padding, Mapping), "padding", padding, "a mapping from argument names to policies")
@@ -185,5 +206,7 @@ def _require_legal(static: Any, padding: Any, batch_dims: Any, strict: Any, max_
     positive = max_recordings is None or (type(max_recordings) is int and max_recordings > 0)
     require(positive, "max_recordings", max_recordings, "a positive integer")
     limits = bounds if isinstance(bounds, Mapping) else {"": 0} if bounds is not None else {}
-    legal_bounds = all(isinstance(name, str) and type(limit) is int and limit > 0 for name, limit in limits.items())
+    legal_bounds = all(isinstance(key, str) and type(limit) is int and limit > 0 for key, limit in limits.items())
     require(legal_bounds, "bounds", bounds, "a mapping from names of lengths to positive integers")
+    require(name is None or (isinstance(name, str) and name != ""), "name", name, "a text that is not empty")
+    require(ranges is None or isinstance(ranges, bool), "ranges", ranges, "True or False")

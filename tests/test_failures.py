@@ -168,7 +168,7 @@ _fails = _raising(ZeroDivisionError("a fault"))
 
 
 PLACES = [
-    ("graphs.dispatch.dispatcher.flatten_call", Dispatcher),
+    ("graphs.dispatch.eager_calls.flatten_call", Dispatcher),
     ("graphs.dispatch.key_recorder.device_of", key_recorder),
     ("graphs.dispatch.dispatcher.named_leaves", key_recorder),
     ("graphs.first_call.record_key.Checkpoint", record_key),
@@ -220,7 +220,7 @@ def test_strict_raises_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_tests_a_fault_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("graphs.first_call.record_key.make_contract", "graphs.dispatch.dispatcher.flatten_call"):
+    for place in ("graphs.first_call.record_key.make_contract", "graphs.dispatch.eager_calls.flatten_call"):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="a fault"), torch.no_grad():
             patch.setattr(place, _fails)
             graphs.capture(Stateful())(torch.ones(2))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from graphs.config import CaptureConfig
-from graphs.contract.arguments import Call, flatten_call, named_leaves
+from graphs.contract.arguments import Call, Leaves, flatten_call, named_leaves
 from graphs.contract.batch import BatchRule
 from graphs.contract.eligibility import name_of, parameter_names, uninitialised
 from graphs.contract.settings import ambient_of
@@ -182,42 +182,43 @@ class Dispatcher:
             Eagerly: nothing is to be recorded, and nothing ran.
             Deferred, Refused: nothing was recorded, and the first call ran for real. `Refusal` in strict mode.
         """
-        routes, keys = self.routes, self.keys
         with _recording, self.lock:
-            route = routes.by_signature.get(call.signature)
+            route = self.routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
-            lazy = uninitialised(self.model)
-            if lazy is not None:
+            if (lazy := uninitialised(self.model)) is not None:
                 self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
             if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
                 return pointed
-            refusals = keys.reasons_against(call, leaves, beside)
-            if refusals:
+            if refusals := self.keys.reasons_against(call, leaves, beside):
                 self.eager.refuse(refusals)
-            try:
-                step = keys.step(call, leaves)
-                recorded = keys.record(step) if beside is None else keys.record_variant(step, beside)
-            except Deferred as deferred:
-                routes.note_deferred(call, leaves, deferred)
-                self.eager.count_deferred(deferred)
-                raise
-            except Refused as refused:
-                if beside is None:
-                    routes.note_refused(call, leaves, refused.refusals)
-                else:
-                    beside.group.refusals = refused.refusals
-                self.eager.count_refused(refused)
-                raise
-            except NotNow as unadmitted:
-                self.eager.refuse([unadmitted.refusal])
-            except AboveLargestBucket as too_large:
-                routes.refuse(call, [too_large])
-                self.eager.refuse([too_large])
-            routes.note_recorded(call, leaves, recorded[0])
+            recorded = self._record(call, leaves, beside)
+            self.routes.note_recorded(call, leaves, recorded[0])
             self.dead.watch(call.opaques)
         return recorded
+
+    def _record(self, call: Call, leaves: Leaves, beside: RecordedStep | None) -> Recorded:
+        """The recording that a first call makes or finds; where there is none it is noted why, and raised as by `_unknown`."""
+        try:
+            step = self.keys.step(call, leaves)
+            return self.keys.record(step) if beside is None else self.keys.record_variant(step, beside)
+        except Deferred as deferred:
+            self.routes.note_deferred(call, leaves, deferred)
+            self.eager.count_deferred(deferred)
+            raise
+        except Refused as refused:
+            if beside is None:
+                self.routes.note_refused(call, leaves, refused.refusals)
+            else:
+                beside.group.refusals = refused.refusals
+            self.eager.count_refused(refused)
+            raise
+        except NotNow as unadmitted:
+            self.eager.refuse([unadmitted.refusal])
+        except AboveLargestBucket as too_large:
+            self.routes.refuse(call, [too_large])
+            self.eager.refuse([too_large])
 
     def run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model, because the caller asked for it, or the first call of a module around this one did."""

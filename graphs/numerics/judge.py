@@ -124,11 +124,7 @@ def candidate_difference(
     pairs = list(zip([*expected, *state], candidate, strict=True))
     if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return found
-    precise, why = _in_float64(rerun, regions, frozenset())
-    if precise is not None and not why and _refused(precise, [*expected, *state], names, ()) is not None:
-        why = "eager does not repeat itself"
-    if precise is not None and not why and (share := max(map(_share, precise.results), default=0.0)) > MEANINGLESS:
-        why = f"rounding makes up {share:.0%} of what it computes"
+    precise, why = _judging_run(rerun, regions, [*expected, *state], names)
     if precise is None or why:
         found = tolerance.run_difference(expected, produced, state, Left(left, regions), sentinels, tolerance_factor)
         return (found[0], f"{found[1]}; by tolerance, since {why}") if found is not None else None
@@ -136,6 +132,19 @@ def candidate_difference(
     if refused is None:
         return None
     return refused[0], f"{found[1] if found[0] == refused[0] else 'differs from eager'}; {refused[1]}"
+
+
+def _judging_run(
+    rerun: Rerun, regions: Sequence[Region], eager: Sequence[Tensor], names: Sequence[str]
+) -> tuple[_Precise | None, str]:
+    """A run with float64 beside it, and why it says nothing of a candidate; an empty text where it does."""
+    precise, why = _in_float64(rerun, regions, frozenset())
+    if precise is None or why:
+        return precise, why
+    if _refused(precise, eager, names, ()) is not None:
+        return precise, "eager does not repeat itself"
+    share = max(map(_share, precise.results), default=0.0)
+    return precise, f"rounding makes up {share:.0%} of what it computes" if share > MEANINGLESS else ""
 
 
 def _names(outputs: int, state: int) -> list[str]:

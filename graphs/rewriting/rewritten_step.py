@@ -27,7 +27,7 @@ from graphs.rehearsal.step import Checkpoint, Step
 from graphs.rewriting.checked_replay import CheckedReplay, Speculation
 from graphs.rewriting.forbidding import forbidding
 from graphs.rewriting.python_stores import Stored, Stores
-from graphs.state.counters import Counters
+from graphs.state.counters import Counter, Counters
 from graphs.state.python_state import PythonState
 from graphs.state.storage import storage_id
 from graphs.state.tensor_state import RandomState
@@ -135,28 +135,13 @@ def traced(
     Raises:
         passes.Unremovable: the step does such a thing, and is not to be traced up to there.
     """
-    structure: list[Any] = []
     before = Checkpoint(step)
-    places = counters.counters if counters is not None else []
-    advanced: list[Any] = []
-
-    def flat(leaves: Sequence[Tensor], symbols: Sequence[Any]) -> list[Any]:
-        for place, symbol in zip(places, symbols, strict=True):
-            place.container[place.key] = symbol
-        args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
-        stores = Stores(before, (args, kwargs), leaves, places)
-        output = step.model(*args, **kwargs)
-        stores.check()
-        advanced[:] = [place.container[place.key] for place in places]
-        found: list[Any] = []
-        structure[:] = [map_output(output, lambda leaf: _hole(leaf, found))]
-        return found
-
+    flat = _FlatStep(step, before, counters.counters if counters is not None else [])
     runs = Runs(PythonOnly(before), trace, is_there=True)  # another attempt starts from here
     made = runs.run(
         lambda: passes.trace_step(
-            *(flat, tensors, _reads(trace), _modules(step, trace), _numbers(counters), lambda: advanced),
-            structure=lambda: structure[0],
+            *(flat, tensors, _reads(trace), _modules(step, trace), _numbers(counters), lambda: flat.advanced),
+            structure=lambda: flat.structure,
             snapshot=functools.partial(PythonState, tensors=False) if merge else None,
             forbidding=forbidding() if merge else None,
             restore=runs.undo,
@@ -168,6 +153,33 @@ def traced(
     if counters is not None and made.advance is not None:
         counters.advance = made.advance
     return made
+
+
+class _FlatStep:
+    """The step as a function from its tensor leaves, and symbols for the numbers that it advances, to its results in a row.
+
+    Attributes:
+        structure: the output of the last run, with a hole for each result.
+        advanced: what the numbers were after it.
+    """
+
+    def __init__(self, step: Step, before: Checkpoint, counters: Sequence[Counter]) -> None:
+        self._step, self._before, self._counters = step, before, counters
+        self.structure: Any = None
+        self.advanced: list[Any] = []
+
+    def __call__(self, leaves: Sequence[Tensor], symbols: Sequence[Any]) -> list[Any]:
+        step, counters = self._step, self._counters
+        for counter, symbol in zip(counters, symbols, strict=True):
+            counter.container[counter.key] = symbol
+        args, kwargs = replace_tensors((step.args, step.kwargs), iter(leaves))
+        stores = Stores(self._before, (args, kwargs), leaves, counters)
+        output = step.model(*args, **kwargs)
+        stores.check()
+        self.advanced = [counter.container[counter.key] for counter in counters]
+        found: list[Any] = []
+        self.structure = map_output(output, lambda leaf: _hole(leaf, found))
+        return found
 
 
 def _reads(trace: EagerTrace) -> list[passes.Read]:
