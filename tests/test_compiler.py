@@ -143,7 +143,7 @@ def test_what_the_compiler_raises_is_named_and_the_step_recorded_uncompiled(monk
         same(step, twin)
     report = step.report()
     assert (report.replays, report.eager_calls, report.keys[0].compiler) == (3, 0, "none")
-    assert [(refusal.reason, refusal.count) for refusal in report.refusals] == [("compile-failed", 1)]
+    assert [(refusal.reason, refusal.count, refusal.recorded) for refusal in report.refusals] == [("compile-failed", 0, 1)]
 
 
 def test_a_line_that_dynamo_cannot_trace_is_named() -> None:

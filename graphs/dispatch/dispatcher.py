@@ -119,7 +119,8 @@ class Dispatcher:
     def _replay(self, entry: RecordedStep, rows: int, call: Call) -> Any:
         """Check the contract, and replay."""
         with self._attended(entry, rows) if listeners.at_replays or profiler._is_profiler_enabled else self.lock:
-            why = stale(entry, call) or unpointed(entry)
+            here = entry.storages is None or entry.recording.at is entry.storages
+            why = stale(entry, call) or (None if here else unpointed(entry))
             if why is None:
                 if self.verifies_always:
                     self.keys.verify(entry, rows, call)
@@ -130,8 +131,8 @@ class Dispatcher:
 
     def _attended(self, entry: RecordedStep, rows: int) -> AbstractContextManager[None]:
         """The lock, with a range in the traces that are being made, and an event for those who are told of replays."""
-        bucket, asked = entry.contract.rows, self.config.ranges
-        return attended_replay(self.lock, entry, asked, step=self.name, key=entry.key, rows=bucket, real_rows=rows)
+        name, key, bucket = self.name, entry.key, entry.contract.rows
+        return attended_replay(self.lock, entry, self.config.ranges, step=name, key=key, rows=bucket, real_rows=rows)
 
     def _anew(self, entry: RecordedStep, rows: int, why: Refusal | Outdated, call: Call) -> Any:
         """Serve a call that ``entry`` cannot serve: by its recording, pointed at what moved; by another; else by the model."""
@@ -158,8 +159,7 @@ class Dispatcher:
                 with self._attended(entry, rows):
                     output = replayed(entry, rows, call) if stale(entry, call) is None else UNDONE
                 if output is not UNDONE:
-                    variants.remove(entry)
-                    variants.insert(0, entry)
+                    variants[:] = [entry, *(other for other in variants if other is not entry)]
                     self.routes.lead(call, entry, rows)
                     return output
             if group.refusals:
