@@ -8,7 +8,6 @@ A place may be elsewhere if all its anchors say so, and if everything else about
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -200,7 +199,7 @@ class Blueprint:
         for index, anchor in enumerate(self.anchors):
             own = anchor.own() if anchor.own is not None else None
             if own is not None and id(own) in exchanged:
-                self.anchors[index] = anchor._replace(own=weakref.ref(exchanged[id(own)]))
+                self.anchors[index] = anchor._replace(own=_holding(exchanged[id(own)]))
         gone = {identity for identity in exchanged if identity in self.others}
         self.others = (self.others - gone) | {id(exchanged[identity]) for identity in gone}
 
@@ -215,6 +214,11 @@ class Blueprint:
     def written_at(self, located: Located) -> TensorState:
         """The tensors that the step writes."""
         return TensorState.of(located.tensor(piece) for piece in self.written)
+
+
+def _holding(tensor: Tensor) -> Callable[[], Tensor]:
+    """A tensor of the model's, to be asked for. It is held: torch swaps no tensor that something refers to weakly."""
+    return lambda: tensor
 
 
 def _own(anchor: Anchor, exchanged: Mapping[int, Tensor]) -> Tensor | None:
@@ -308,7 +312,7 @@ def _anchors(entry: RecordedStep, call: Call, view: Portrait | None, places: Pla
     known = {id(tensor) for _, tensor in behind}
     for path, tensor in {id(tensor): (path, tensor) for path, tensor in entry.statics.hanging}.values():
         if id(tensor) not in known:
-            add(path, tensor, own=weakref.ref(tensor))
+            add(path, tensor, own=_holding(tensor))
     return found
 
 
