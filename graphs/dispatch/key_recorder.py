@@ -36,6 +36,7 @@ from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
 from graphs.rehearsal.tried_step import TriedStep
 
+_OBJECTS = 100_000  # that are made between two looks of the garbage collector during a first call
 _KNOWN = 8  # steps that a further size is compared with
 
 
@@ -179,7 +180,7 @@ class KeyRecorder:
         torch.set_autocast_cache_enabled(False)
         try:
             marked = recording_range(self._name, step.shapes(step.call.tensors), step.rows, self.config.ranges)
-            with marked, _only_new_garbage(), forced_eager("first call"):  # a captured module in this one is a part of it
+            with marked, _seldom_collected(), forced_eager("first call"):  # a captured module in this one is a part of it
                 recorder = self._recorder(step.device)
                 record = record_key_on_device if step.host else functools.partial(record_key, known=self._tried())
                 entry = record(step, recorder, owned=owned, check=check)
@@ -242,15 +243,14 @@ class KeyRecorder:
 
 
 @contextlib.contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Have the garbage collector leave alone what is there already: a first call makes objects enough to have it look at all of
-    torch and transformers several times, for a third of the time that it takes.
+def _seldom_collected() -> Iterator[None]:
+    """Have the garbage collector look less often: a first call makes objects enough to have it look at all of torch and
+    transformers several times, for a third of the time that it takes. Freezing them would hide them from `gc.get_referrers`.
     """
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.freeze()
+    before = gc.get_threshold()
+    if before[0]:
+        gc.set_threshold(max(before[0], _OBJECTS), *before[1:])
     try:
         yield
     finally:
-        if ours:
-            gc.unfreeze()
+        gc.set_threshold(*before)
