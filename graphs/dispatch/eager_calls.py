@@ -90,7 +90,8 @@ class EagerCalls:
 
     def _initialised(self, what: str) -> None:
         detail = "the call initialised it; the next one like it is tried again"
-        self._log.refused(ChangingValue(detail, operator=what), warn=False)
+        remedy = "nothing has to change; what is initialised beforehand is recorded at the first call"
+        self._log.refused(ChangingValue(detail, operator=what, remedy=remedy), warn=False)
         self._log.eager_calls += 1
 
     def count_refused(self, first_call: Refused) -> None:
