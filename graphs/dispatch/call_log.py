@@ -17,6 +17,9 @@ class NotReplayed(UserWarning):
     """A call ran eagerly although graph mode was asked for."""
 
 
+INITIALISED = "the call initialised it; the next one like it is tried again"
+
+
 class CallLog:
     """Counts of one captured module.
 
@@ -54,6 +57,8 @@ class CallLog:
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             if warn:
                 warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=user_level())
+        elif known.detail == INITIALISED:  # what is the matter beyond that tells more
+            known = dataclasses.replace(known, detail=refusal.detail, remedy=refusal.remedy)
         first = refusal.signature not in self._refusals
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
         if calls:

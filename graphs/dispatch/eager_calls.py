@@ -10,7 +10,7 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.contract.arguments import PLAIN_TENSORS, Call, flatten_call
 from graphs.contract.settings import active_mode
-from graphs.dispatch.call_log import CallLog
+from graphs.dispatch.call_log import INITIALISED, CallLog
 from graphs.eager_mode import forced_by
 from graphs.errors import AutogradInput, ChangingValue, InternalError, Refusal, UnsupportedArgument
 from graphs.first_call.outcomes import Deferred, Refused
@@ -89,9 +89,8 @@ class EagerCalls:
         raise Eagerly
 
     def _initialised(self, what: str) -> None:
-        detail = "the call initialised it; the next one like it is tried again"
         remedy = "nothing has to change; what is initialised beforehand is recorded at the first call"
-        self._log.refused(ChangingValue(detail, operator=what, remedy=remedy), warn=False)
+        self._log.refused(ChangingValue(INITIALISED, operator=what, remedy=remedy), warn=False)
         self._log.eager_calls += 1
 
     def count_refused(self, first_call: Refused) -> None:
