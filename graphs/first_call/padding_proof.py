@@ -41,7 +41,9 @@ class PaddingProof:
     def _find_written(self, step: Step, contract: Contract) -> None:
         tensors = self._tensors
         try:
-            find_written(step, self._rehearsal, tolerance.padded(contract, tensors), *tolerance.poisons(contract, tensors))
+            find_written(
+                step, self._rehearsal, lambda: [tolerance.padded(contract, tensors), *tolerance.poisons(contract, tensors)]
+            )
         except Exception as error:  # a replay would be given the same
             raise RowsInteract(f"a run with padded rows raised {type(error).__name__}: {error}") from error
 
@@ -144,7 +146,7 @@ def compare_padded(step: Step, entry: RecordedStep, rows: int) -> None:
         Exception: what the step raises at this size.
     """
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
-    find_written(step, rehearsal, tolerance.padded(entry.contract, tensors))
+    find_written(step, rehearsal, lambda: [tolerance.padded(entry.contract, tensors)])
     start, written = rehearsal.start, rehearsal.first.written
     expected, state, random = rehearsal.run(lambda: _exact_run(step, entry, rows, rehearsal))
 

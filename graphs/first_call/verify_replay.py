@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -60,7 +60,7 @@ def verify_second_replay(plain: Step, entry: RecordedStep, rehearsal: Rehearsal,
 def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
-    find_written(step, rehearsal, tensors, tolerance.padded(entry.contract, tensors))
+    find_written(step, rehearsal, lambda: [tensors, tolerance.padded(entry.contract, tensors)])
     written = rehearsal.first.written
 
     def eager() -> list[Tensor]:
@@ -105,7 +105,7 @@ def rehearsal_of(step: Step, entry: RecordedStep) -> Rehearsal:
 def time_replay(step: Step, entry: RecordedStep, rows: int) -> CallTime:
     """The time of a replay of a call with ``rows`` real rows; the state is as before."""
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
-    find_written(step, rehearsal, tensors)
+    find_written(step, rehearsal, lambda: [tensors])
 
     def replay() -> CallTime:
         return time_call(lambda: entry.recording.replay(tensors, rows), step.device, before=rehearsal.reset)
@@ -113,8 +113,8 @@ def time_replay(step: Step, entry: RecordedStep, rows: int) -> CallTime:
     return rehearsal.run(replay)
 
 
-def find_written(step: Step, rehearsal: Rehearsal, *calls: list[Tensor]) -> None:
-    """Have what eager runs of these calls write saved where it is not yet: a replay writes there too."""
+def find_written(step: Step, rehearsal: Rehearsal, calls: Callable[[], Iterable[list[Tensor]]]) -> None:
+    """Have what eager runs of ``calls`` write saved where it is not yet: a replay writes there too."""
     if rehearsal.first.written.is_partial:
-        for tensors in calls:
+        for tensors in calls():
             rehearsal.run(lambda tensors=tensors: trace_again(lambda: step.run(tensors), tensors, rehearsal.first))  # type: ignore[misc]
