@@ -27,7 +27,6 @@ from graphs.observation.host_reads import FILLS, HostRead, finding, may_read, va
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.state.checksums import Checksums, checksum
 from graphs.state.op_registry import check_once
-from graphs.state.regions import written_region
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
 from graphs.state.tensor_state import TensorState
 from passes import Place, inside, user_place
@@ -190,7 +189,7 @@ class Watching(DispatchMode):
             trace.found(AutogradInput(detail, operator=str(func), site=operation.site), self.asked)
         for tensor in written:
             if self._origin(tensor)[0] != "operation":
-                self._saving(tensor).save_region(written_region(func, args, kwargs, tensor))
+                self._saving(tensor).save_written(func, args, kwargs, tensor)
         return tensors
 
     def _saving(self, tensor: Tensor) -> TensorState:

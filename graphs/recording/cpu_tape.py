@@ -21,7 +21,6 @@ from graphs.contract.slots import Contract
 from graphs.errors import UnsupportedOperator
 from graphs.observation.fused_modules import unnoticed
 from graphs.recording.recorder import Body, ReplayRaised, Storage
-from graphs.state.regions import written_region
 from graphs.state.storage import RESIZING, has_storage, is_wrapper, storage_id, tensors_in, written_tensors
 from graphs.state.tensor_state import TensorState
 from passes.core.composites import Calls, DispatchMode, as_eager, as_written, casts_inside, run, taken_apart
@@ -223,7 +222,7 @@ class TapeRecording:
         """The operators, with what each is about to write beyond intermediates saved before it runs."""
         for instruction, written in zip(self._program, self._lasting, strict=True):
             for tensor in written:
-                journal.save_region(written_region(instruction.func, instruction.keep[0], instruction.keep[1], tensor))
+                journal.save_written(instruction.func, instruction.keep[0], instruction.keep[1], tensor)
             yield instruction.call
 
     def poison(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 
-from graphs.state.regions import Region, whole_region
+from graphs.state.regions import Region, whole_region, written_region
 from graphs.state.storage import has_storage, storage_id
 
 Tensor = torch.Tensor
@@ -54,6 +55,13 @@ class TensorState:
             self._partial[storage] = size
         self._known.setdefault(storage, whole)
         self._saved.append((region, _copy(live)))
+
+    def save_written(self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tensor: Tensor) -> None:
+        """Copy what a call of ``func`` is about to write of ``tensor``."""
+        if not has_storage(tensor) or tensor.untyped_storage().nbytes() > SMALL:
+            self.save_region(written_region(func, args, kwargs, tensor))
+        elif storage_id(tensor) not in self._known:
+            self.save(tensor)
 
     def expect(self, tensor: Tensor) -> None:
         """Know that the step writes to the storage of ``tensor``; what it writes there is saved when it is seen."""
