@@ -13,6 +13,7 @@ from graphs.errors import AutogradInput, HiddenRead, HostSync, Site, Unsupported
 from graphs.observation.grad_questions import GRAD_PROPERTIES
 from graphs.observation.host_reads import FROM_LISTS, OF_THE_OBJECT, SPLITS, TO_HOST, leaves_the_device
 from graphs.observation.watching import Watching
+from graphs.python_reads.call_hook import Awake, resting
 from graphs.state.storage import has_storage, tensors_in
 from passes import inside
 from passes.core.composites import Calls, called
@@ -36,10 +37,17 @@ class Conversions(Calls):
         self.grad_mode = torch.is_grad_enabled()  # the caller's; a step runs without
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        caller = sys._getframe(1)
-        func = as_torch_made(func, caller)
-        with inside(func, args):
-            return self._run(func, args, kwargs or {}, caller)
+        hook = resting()
+        try:
+            if hook is not None:
+                self.watch.awake = Awake(hook)
+            caller = sys._getframe(1)
+            func = as_torch_made(func, caller)
+            with inside(func, args):
+                return self._run(func, args, kwargs or {}, caller)
+        finally:
+            if hook is not None:
+                sys.setprofile(hook)
 
     def _run(self, func: Any, args: Any, kwargs: Any, caller: FrameType) -> Any:
         if self.grad_mode and func in GRAD_PROPERTIES:
@@ -58,7 +66,7 @@ class Conversions(Calls):
         try:
             if func in TO_HOST and leaves_the_device(func, args, kwargs):
                 return self._convert(func, args, kwargs)
-            with called(func):
+            with called(func), self.watch.awake:
                 return func(*args, **kwargs)
         finally:
             self.watch.function.pop()
@@ -99,7 +107,8 @@ class Conversions(Calls):
                 watch.trace.lent.save(args[0])
         watch.converting = True
         try:
-            result = func(*args, **kwargs)
+            with watch.awake:
+                result = func(*args, **kwargs)
         finally:
             watch.converting = False
         watch.read(

@@ -25,6 +25,7 @@ from graphs.errors import (
 from graphs.observation.grad_questions import GradWrites
 from graphs.observation.host_reads import FILLS, HostRead, finding, may_read, values_read
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
+from graphs.python_reads.call_hook import Awake, resting
 from graphs.state.checksums import Checksums, checksum
 from graphs.state.op_registry import check_once
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
@@ -47,6 +48,7 @@ class Watching(DispatchMode):
         self.trace = trace
         self.before = before
         self.grad = GradWrites(torch.is_grad_enabled())  # the caller's mode; a step runs without
+        self.awake = Awake(None)
         self.inside = False
         self.function: list[Any] = []
         self.converting = False
@@ -58,9 +60,16 @@ class Watching(DispatchMode):
             self.origins[storage_id(tensor)] = ("argument", index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frame = user_line(sys._getframe(1))
-        with inside(func, args):
-            return self._run(func, types, args, kwargs or {}, frame)
+        hook = resting()
+        try:
+            if hook is not None:
+                self.awake = Awake(hook)
+            frame = user_line(sys._getframe(1))
+            with inside(func, args):
+                return self._run(func, types, args, kwargs or {}, frame)
+        finally:
+            if hook is not None:
+                sys.setprofile(hook)
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any, frame: tuple[str, int]) -> Any:
         if isinstance(func, HigherOrderOperator):
@@ -68,7 +77,8 @@ class Watching(DispatchMode):
         wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
         if wrapper is not None:
             return self._run_wrapped(wrapper, func, types, args, kwargs, frame)
-        whole = taken_apart(self, func, args, kwargs)
+        with self.awake:
+            whole = taken_apart(self, func, args, kwargs)
         if whole is not NotImplemented:
             return whole
         args = as_eager(func, args, kwargs)
@@ -81,7 +91,8 @@ class Watching(DispatchMode):
             tensors = self._before(func, args, kwargs, frame)
         self.inside = True
         try:
-            result = run(func, args, kwargs)
+            with self.awake:
+                result = run(func, args, kwargs)
         except Exception as error:  # where the step goes on, a recording would not know of another outcome
             self.raised.append((str(func), frame, error))
             raise
@@ -110,8 +121,9 @@ class Watching(DispatchMode):
             detail = f"what a {type(wrapper).__name__} does with the tensors inside it cannot be seen"
             self.trace.found(UnsupportedTensor(detail, operator=str(func), site=Site.at(frame)), self.asked)
             self._save(inside for tensor in written_tensors(func, args, kwargs) for inside in wrapped_tensors(tensor) or ())
-            return func(*args, **kwargs)
-        with self:
+            with self.awake:
+                return func(*args, **kwargs)
+        with self, self.awake:
             return type(wrapper).__torch_dispatch__(func, types, args, kwargs)
 
     def _run_higher_order(self, func: HigherOrderOperator, args: Any, kwargs: dict[str, Any], frame: tuple[str, int]) -> Any:
@@ -119,7 +131,8 @@ class Watching(DispatchMode):
         detail = "what the functions it is given do cannot be seen"
         self.trace.found(HigherOrder(detail, operator=func.name(), site=Site.at(frame)), self.asked)
         self._save(tensor for tensor in tensors_in((*args, kwargs)) if has_storage(tensor))
-        return func(*args, **kwargs)
+        with self.awake:
+            return func(*args, **kwargs)
 
     def _save(self, tensors: Iterable[Tensor]) -> None:
         """Save what may be written unseen, but for what the step made."""

@@ -28,6 +28,7 @@ import torch
 
 from graphs.errors import Refusal, SideEffect, Site, UnguardedRead
 from graphs.objects.libraries import in_torchs_models, origin_of
+from graphs.python_reads.call_hook import calls_seen_by, is_profiled
 from graphs.python_reads.effects import NAMES, SEEDS, refused_call, refused_loads
 from passes.core.source_location import first_frame, is_user, line_of
 
@@ -49,6 +50,7 @@ _CONTEXT = frozenset(("get", "set"))
 _HANDS = {"acquire": 1, "release": -1}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _NAMES = NAMES | _CONTEXT | _HANDS.keys()
+_COUNT_ANYWHERE = _NAMES | {"initial_seed"}
 _OF_REPR = ("dataclasses", "reprlib")
 _CALLERS_OF_THEIR_OWN = frozenset(("torch", "triton", "importlib", "linecache", "inspect", "tokenize"))
 """Packages that read files and clocks for themselves: to load code, to compile kernels, to show lines."""
@@ -295,6 +297,12 @@ class Observer:
             self.reads.refusals.append(refusal)
 
 
+def _may_tell(code: types.CodeType) -> bool:
+    """Whether it matters which functions of C a function calls: of torch's own, only those that count wherever they are called."""
+    origin = origin_of(code.co_filename)
+    return origin != "own" and (origin != "torch" or not _COUNT_ANYWHERE.isdisjoint(code.co_names))
+
+
 def _is_layers_code(code: types.CodeType, module: str) -> bool:
     """Whether a function is one of torch's layers and the like, whose attributes count; not what registers attributes."""
     return in_torchs_models(module) and code.co_name not in ("__setattr__", "__delattr__", "__init__")
@@ -350,16 +358,6 @@ def _line(frame: types.FrameType | None) -> tuple[str, int]:
     return line_of(first_frame(frame, lambda frame: is_user(frame) and origin_of(frame.f_code.co_filename) != "python"))
 
 
-def _both(first: Any, second: Any) -> Callable[..., None]:
-    """A profiling hook that calls two."""
-
-    def hook(frame: types.FrameType, event: str, argument: Any) -> None:
-        first(frame, event, argument)
-        second(frame, event, argument)
-
-    return hook
-
-
 def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
     """``run`` with the hook installed: what it asks for is put into ``reads``.
 
@@ -367,16 +365,13 @@ def observed(run: Callable[[], Any], reads: CodeReads) -> Callable[[], Any]:
     """
 
     def observe() -> Any:
-        before = sys.getprofile()
-        if before is not None and not hasattr(before, "graphs_hook"):
+        if is_profiled():
             reads.complete = False
             return run()
-        observer = Observer(reads)
-        sys.setprofile(observer if before is None else _both(before, observer))
         try:
-            return run()
+            with calls_seen_by(Observer(reads), _may_tell):
+                return run()
         finally:
-            sys.setprofile(before)
             reads.refusals += reads.left_set()
 
     return observe
