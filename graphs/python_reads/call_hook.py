@@ -43,9 +43,9 @@ def calls_seen_by(hook: Hook, may_tell: Callable[[types.CodeType], bool]) -> Ite
 
 @contextlib.contextmanager
 def _profiling(hook: Hook) -> Iterator[None]:
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
 
-    def seen(frame: types.FrameType, event: str, argument: Any) -> None:
+    def seen(frame: types.FrameType, event: Any, argument: Any) -> None:
         if before is not None:
             before(frame, event, argument)
         if event == "call" or event == "c_call":
