@@ -100,7 +100,7 @@ def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: 
 
 
 def resting() -> Any:
-    """Have the hook of this thread rest: what is to be given to `sys.setprofile` for it to see calls again; None if none rests."""
+    """Have the hook of this thread rest: what `sys.setprofile` is to be given for it to see calls again; None if none rests."""
     hook = sys.getprofile()
     if hook is None or not hasattr(hook, "rests"):
         return None

@@ -14,7 +14,6 @@ import functools
 import gc
 import os
 import re
-import sys
 import threading
 import time
 import types
@@ -298,7 +297,7 @@ class Observer:
 
 
 def _may_tell(code: types.CodeType) -> bool:
-    """Whether it matters which functions of C a function calls: of torch's own, only those that count wherever they are called."""
+    """Whether it matters which functions of C a function calls: in torch, only those that count wherever they are called."""
     origin = origin_of(code.co_filename)
     return origin != "own" and (origin != "torch" or not _COUNT_ANYWHERE.isdisjoint(code.co_names))
 
