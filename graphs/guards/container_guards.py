@@ -209,6 +209,11 @@ class SetGuard:
     def __init__(self, path: str, items: set[Any]) -> None:
         self._path, self._items, self._recorded = path, items, list(set.__iter__(items))
 
+    @property
+    def items(self) -> list[Any]:
+        """What was in the set."""
+        return self._recorded
+
     def difference(self) -> Difference | None:
         """That the items changed."""
         now = list(set.__iter__(self._items))

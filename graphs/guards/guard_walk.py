@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from graphs.errors import Refusal
 from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
 from graphs.guards.namespace_guards import guard_environment, guard_module, guard_namespaces
-from graphs.guards.object_guards import guard_object, guard_weakly_held, version_of
+from graphs.guards.object_guards import guard_object, guard_weakly_held, memory_of, version_of
 from graphs.guards.portrait import portrait
 from graphs.guards.python_guards import About, Guards
 from graphs.guards.traversal import LEAVES, Scope, Traversal
@@ -44,6 +45,7 @@ def guards_of(
     uploaded: Sequence[Tensor] = (),
     placed: Iterable[int] = (),
     opaques: Sequence[tuple[str, Any]] = (),
+    asked: Sequence[Tensor] = (),
 ) -> Guards:
     """The guards of a recording.
 
@@ -53,6 +55,7 @@ def guards_of(
         advanced: numbers that the recording advances itself.
         links: links to the tensors that the recording reads in place.
         uploaded: host tensors that it holds copies of, whose versions tell of writes.
+        asked: tensors of which the step asked where they lie.
         placed, opaques: see `GuardWalk`.
     """
     walk = GuardWalk(reads, roots, [(counter.container, counter.key) for counter in advanced], placed, opaques)
@@ -60,7 +63,8 @@ def guards_of(
         ValueGuard("a host tensor's version", functools.partial(version_of, tensor), by_value=True) for tensor in uploaded
     ]
     kinds = [ValueGuard(f"the type of {counter.path}", counter.kind) for counter in advanced]
-    return walk.guards([*versions, *kinds], walk.of_links(links))
+    lying = [ValueGuard("where a tensor lies", functools.partial(memory_of, tensor), by_value=True) for tensor in asked]
+    return walk.guards([*versions, *kinds, *lying], walk.of_links(links))
 
 
 class GuardWalk:
@@ -92,6 +96,8 @@ class GuardWalk:
         for container, key in advanced:
             keys.setdefault(id(container), set()).add(key)
         scope = Scope(reads, keys, frozenset(placed))
+        self._own: set[int] = set()
+        self._reached: frozenset[int] = frozenset()
         self.complete = True
         while True:  # functions that were found and did not run in the observed run may run in others
             size = scope.size
@@ -111,9 +117,10 @@ class GuardWalk:
         What opaque arguments alone lead to is told apart, unless something lies behind them: then nobody knows what.
         """
         into = self._traversal
-        view = portrait(self._last, into.scope) if self._last and not behind else None
+        view = portrait(self._last, into.scope, reached=self._reached) if self._last and not behind else None
         own = frozenset(self._own & view.visited) if view is not None else frozenset[int]()
-        return Guards(into.watched, [*into.polled, *more, *behind], About(into.subjects, into.scope.kept(), view, own))
+        about = About(into.subjects, into.scope.kept(), view, own, self._reached)
+        return Guards(into.watched, [*into.polled, *more, *behind], about)
 
     def changed(self) -> Difference | None:
         """The first value that is not what it was when the walk saw it."""
@@ -147,10 +154,12 @@ class GuardWalk:
         last = list(self._last)
         root_ids = {id(root) for _, root in [*self._roots, *last]}
         before: set[int] | None = None
+        weak: set[int] = set()
         while into.pending or into.weakly or last:
             into.subject = None
             if not into.pending and last:
-                before = before if before is not None else set(into.seen)
+                if before is None:
+                    before, weak = set(into.seen), {id(weakref.ref.__call__(reference)) for _, reference in into.weakly}
                 into.pending.append(last.pop())
             elif not into.pending:
                 guard_weakly_held(into, *into.weakly.pop())
@@ -161,7 +170,7 @@ class GuardWalk:
             if type(value) in LEAVES or of_type(value, NOT_ENTERED) or id(value) in into.seen:
                 continue
             if len(into.seen) > _LIMIT:
-                self.complete, self._own = False, set()
+                self.complete, self._own, self._reached = False, set(), frozenset()
                 return
             into.seen.add(id(value))
             if id(value) not in root_ids:
@@ -170,6 +179,7 @@ class GuardWalk:
             guard_object(into, path, value)
         into.subject = None
         self._own = into.seen - before if before is not None else set()
+        self._reached = frozenset((into.seen - self._own) | weak)
 
     def _guard_observed(self) -> None:
         """Guard what the run asked the process for: the environment, settings, context variables."""

@@ -8,12 +8,14 @@ module level writes) is compared in one generated expression.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
+from graphs.guards.identity import numbers_held, times_held
 from graphs.guards.portrait import Portrait
 from graphs.guards.traversal import Scope
 from graphs.guards.value_guards import Changed, TypeGuard
@@ -39,12 +41,14 @@ class About:
         scope: what the functions of the step look up.
         view: the opaque arguments as they were recorded; None where they cannot be described.
         own: identities of the objects that only they lead to.
+        reached: identities of all others that the step can look at.
     """
 
     subjects: dict[int, tuple[int, str]]
     scope: Scope
     view: Portrait | None = None
     own: frozenset[int] = frozenset()
+    reached: frozenset[int] = frozenset()
 
 
 class Guards:
@@ -123,6 +127,7 @@ class Guards:
         self._watched = self._without(self._watched, frozenset(gone))
         self._polled = self._without(self._polled, frozenset(gone))
         about.subjects = self._subjects_of(self._watched, self._polled)
+        about.reached = (about.reached - present.keys()) | {id(value) for value in present.values()}
         for identity, path in gone.items():
             new = list(made(path, present[identity], about.scope))
             about.subjects.update((id(guard), (id(present[identity]), path)) for guard in new)
@@ -135,7 +140,15 @@ class Guards:
         if about is None or not about.own:
             return self
         kept = self._without(self._watched, about.own), self._without(self._polled, about.own)
-        return Guards(*kept, About(self._subjects_of(*kept), about.scope))
+        return Guards(*kept, About(self._subjects_of(*kept), about.scope, reached=about.reached))
+
+    def numbers(self) -> frozenset[int]:
+        """Whole numbers that stand where the guards look, and may be made of objects."""
+        return numbers_held((*self._watched, *self._polled))
+
+    def times(self, wanted: Iterable[int]) -> Counter[int]:
+        """How often objects, by identity, stand where the guards look."""
+        return times_held((*self._watched, *self._polled), wanted)
 
     def _subjects_of(self, *guards: Sequence[Guard]) -> dict[int, tuple[int, str]]:
         """What the guards that are left are about: an identity may be another guard's once one is gone."""
