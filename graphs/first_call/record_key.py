@@ -113,7 +113,7 @@ def _record(
     Where the step has a candidate for its model, C and P still run the model, and R and the recording the candidate.
     """
     rehearsal, tensors, plain = Rehearsal(call.start, call.trace), step.call.tensors, step.without_candidate()
-    contract, moving = _contract(step, call.trace)
+    contract, moving = _contract(step, call)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     seen = run_on_stand_ins(call, plain, recorder, rehearsal, contract, stand_ins, counters)
     if moving and (seen.trace.findings or counters or plain is not step):
@@ -146,7 +146,7 @@ def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, own
     """R, the recording, V and P of a step that was tried at another size. Raises and leaves the state as `_record` does."""
     step, trace, rehearsal = call.step, call.trace, Rehearsal(call.start, call.trace)
     tensors, given = step.call.tensors, {storage_id(tensor) for tensor in step.call.tensors}
-    contract, _ = _contract(step, trace)
+    contract, _ = _contract(step, call)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     template = step.template(call.output, tensors, externals)[0]
@@ -162,10 +162,15 @@ def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, own
     return dataclasses.replace(entry, tried=like)
 
 
-def _contract(step: Step, trace: EagerTrace) -> tuple[Contract, list[int]]:
-    """Which arguments are copied, and which of those are written and lie elsewhere at each call."""
-    tensors = step.call.tensors
-    in_place = {*step.static, *sharing(tensors, trace.written.tensors)}
+def _contract(step: Step, call: FirstCall) -> tuple[Contract, list[int]]:
+    """Which arguments are copied, and which of those are written and lie elsewhere at each call.
+
+    Read in place are also arguments that are tensors of the step's own, which it knows again: their copies it would not.
+    """
+    tensors, trace = step.call.tensors, call.trace
+    own = {id(owner.value) for owner in call.start.python.owners} if step.rows is None else set[int]()
+    known = [index for index, tensor in enumerate(tensors) if id(tensor) in own]
+    in_place = {*step.static, *sharing(tensors, trace.written.tensors), *known}
     given = {storage_id(tensor) for tensor in tensors}
     others = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     moving = [index for index in in_place & step.moving if alone(index, tensors, others)] if step.rows is None else []
