@@ -90,7 +90,7 @@ class RecordedSubgraph:
         self._proven: set[int] = set()
         storages = self._settle(inputs)
         self._recorded = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-        recording.at = storages
+        recording.settle(storages)
 
     def _settle(self, inputs: Sequence[Any]) -> list[Storage]:
         """Expect the static inputs where they are now; returns their storages."""
