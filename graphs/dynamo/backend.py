@@ -126,7 +126,8 @@ class Subgraph:
                 for recorded in known:
                     if recorded.fits(inputs):
                         return self._replayed(recorded, inputs)
-        return self._not_replayed(inputs)
+        with self._ledger.warning_after():
+            return self._not_replayed(inputs)
 
     def _replayed(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> Any:
         """Replay; the lock is held."""
