@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,6 +35,7 @@ from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
 from graphs.report import CaptureReport, SizesReport
+from passes.forked_process import forkable_lock
 
 _recording = first_call_lock
 _NOTHING = object()
@@ -49,7 +49,7 @@ class Dispatcher:
         self.model, self.config = model, config
         # verifying a replay runs the step as a first call does, so it needs their lock, and from the start of the call
         self.verifies_always = config.verify == "always"
-        self.lock = _recording if self.verifies_always else threading.RLock()
+        self.lock = _recording if self.verifies_always else forkable_lock()
         self._parameters = parameter_names(model)
         self.name = config.name or name_of(model)
         self.call_log = CallLog(self.name)
