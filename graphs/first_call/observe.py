@@ -62,8 +62,10 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         if is_interrupt(error):
             rehearsal.undo()
             raise
-        if not isinstance(error, Exception) or any(change.irreversible for change in origin.differences()):
+        if any(change.irreversible for change in origin.differences()):
             raise StepRaised(error) from None
+        if not isinstance(error, Exception):
+            raise StepRaised(error, rehearsal.undo) from None
         rehearsal.undo()
         raise RaisedWatched(error) from error
     origin.covers(trace)
