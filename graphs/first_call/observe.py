@@ -52,6 +52,7 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         StepRaised: and what it did cannot be undone, or it raised what no `except Exception` takes for a failure (`SystemExit`):
             that was the call.
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
+        WritesError: what an operator's author says of what it writes is not legal; all of the run was undone.
     """
     rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
     reads.before = functools.partial(_take_named, origin)
@@ -69,6 +70,9 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         rehearsal.undo()
         raise RaisedWatched(error) from error
     origin.covers(trace)
+    if trace.written.misdeclared is not None:
+        rehearsal.undo()
+        raise trace.written.misdeclared
     return output, trace
 
 
