@@ -52,6 +52,7 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         StepRaised: and what it did cannot be undone, or it raised what no `except Exception` takes for a failure (`SystemExit`):
             that was the call.
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
+        WritesError: what an operator's author says of what it writes is not legal; all of the run was undone.
     """
     rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
     reads.before = functools.partial(_take_named, origin)
@@ -62,11 +63,16 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         if is_interrupt(error):
             rehearsal.undo()
             raise
-        if not isinstance(error, Exception) or any(change.irreversible for change in origin.differences()):
+        if any(change.irreversible for change in origin.differences()):
             raise StepRaised(error) from None
+        if not isinstance(error, Exception):
+            raise StepRaised(error, rehearsal.undo) from None
         rehearsal.undo()
         raise RaisedWatched(error) from error
     origin.covers(trace)
+    if trace.written.misdeclared is not None:
+        rehearsal.undo()
+        raise trace.written.misdeclared
     return output, trace
 
 
