@@ -19,6 +19,7 @@ from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.python_reads.named_state import Ran
+from graphs.python_reads.replaced import Replaced
 from graphs.recording.failures import RaisedWatched, StepRaised, is_interrupt
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.returned_tensors import adopt_returned, unobserved, unreturnable
@@ -54,7 +55,7 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
-    reads.before = functools.partial(_take_named, origin)
+    reads.before = functools.partial(_take_named, origin, Replaced(step.replaced, origin.python.classes))
     try:
         output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
@@ -70,13 +71,16 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
     return output, trace
 
 
-def _take_named(origin: Checkpoint, frame: types.FrameType) -> None:
+def _take_named(origin: Checkpoint, replaced: Replaced, frame: types.FrameType) -> None:
     """Have ``origin`` cover what a function names that starts for the first time, and the class whose method it is."""
-    code, owner = frame.f_code, None
-    if code.co_argcount and origin_of_code(code, frame.f_globals) == "library":
+    code, space, owner = frame.f_code, frame.f_globals, None
+    origin.python.enter(replaced.looked_up_by(code, space))
+    if origin_of_code(code, space) == "torch":
+        return
+    if code.co_argcount and origin_of_code(code, space) == "library":
         first = frame.f_locals.get(code.co_varnames[0])
         owner = first if issubclass(type(first), type) else type(first)
-    origin.python.take(Ran(code, frame.f_globals, owner))
+    origin.python.take(Ran(code, space, owner))
 
 
 def examine(call: FirstCall, reads: CodeReads) -> Examined:

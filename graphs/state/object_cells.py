@@ -187,6 +187,7 @@ def _container(into: Inventory, path: str, value: Any, link: Link | None) -> Ite
 def _plain_object(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator[Found]:
     """Attributes, slots and, if it is the user's, the class of an object."""
     kind = type(value)
+    into.classes[id(kind)] = kind
     yield from _attributes(into, path, value, link)
     slots = slots_of(kind)
     if slots:
