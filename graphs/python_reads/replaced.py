@@ -43,8 +43,12 @@ _OF_C = frozenset(
     )
 )
 _OF_PYBIND = "pybind11_builtins"  # no module has this name
-_own: dict[int, types.FunctionType] = {}
-"""Functions that are torch's or Python's, by identity: there are a thousand of them in the classes of one model."""
+_BUILTINS: dict[str, Any] = vars(builtins)
+_LEADING = (type, types.ModuleType)
+_LASTING = (types.FunctionType, types.BuiltinFunctionType, type, *_OF_C)
+"""What stays what it is: torch's and Python's own are asked once."""
+_own: dict[int, Any] = {}
+"""Functions and classes that are torch's or Python's, by identity: there are a thousand of them in the classes of one model."""
 _DEPTH = 4  # decorators of torch's and of Python's around one function
 
 
@@ -84,42 +88,49 @@ class Replaced:
                 self._classes[id(base)] = list(_in_class(base))
 
     def _in_namespaces(self, code: types.CodeType, space: dict[str, Any], names: frozenset[str]) -> Iterator[tuple[str, Any]]:
-        containers = not _is_machinery(code, space)
-        if origin_of_code(code, space) == "torch":
-            yield from _in_namespace("{}", space, names, containers=containers)
-        yield from _in_namespace("{}", vars(builtins), names - space.keys(), containers=containers)
-        pending = [(name, space[name]) for name in names if name in space]
+        origin, containers = origin_of_code(code, space), not _is_machinery(code, space)
+        known = names & space.keys()
+        if origin == "torch":
+            yield from _standing("{}", space, known, containers=containers)
+        yield from _standing("{}", _BUILTINS, (names & _BUILTINS.keys()) - known, containers=containers)
+        pending = [(name, space[name]) for name in known]
         pending += [(name, module) for name in imported_names(code) if (module := _imported(name, space)) is not None]
         seen = set[int]()
         while pending:
             path, value = pending.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if of_type(value, type):
-                self._add_class(value)
-            elif of_type(value, types.ModuleType) and origin_of_module(value) in _COMPLETE:
-                content = attributes_of(value) or {}
-                yield from _in_namespace(path + ".{}", content, names, containers=containers)
-                pending += [(f"{path}.{name}", content[name]) for name in names if name in content]
+            if of_type(value, _LEADING) and id(value) not in seen:
+                seen.add(id(value))
+                if of_type(value, type):
+                    self._add_class(value)
+                elif of_type(value, types.ModuleType) and origin_of_module(value) in _COMPLETE:
+                    content = attributes_of(value) or {}
+                    there = names & content.keys()
+                    yield from _standing(path + ".{}", content, there, containers=containers)
+                    pending += [(f"{path}.{name}", content[name]) for name in there]
 
 
-def is_foreign(value: Any, depth: int = _DEPTH) -> bool:
+def is_foreign(value: Any) -> bool:
     """Whether a function, or what is called like one, is the program's or a library's, or leads to such a one."""
+    if _own.get(id(value)) is value:
+        return False
+    found = _is_foreign(value, _DEPTH)
+    if not found and of_type(value, _LASTING):
+        _own[id(value)] = value
+    return found
+
+
+def _is_foreign(value: Any, depth: int) -> bool:
     kind = type(value)
-    if kind in _OF_C or _own.get(id(value)) is value or kind in ATOMS or issubclass(kind, types.ModuleType) or not depth:
+    if kind in _OF_C or kind in ATOMS or issubclass(kind, types.ModuleType) or not depth:
         return False
     if kind is types.FunctionType:
         origin = origin_of_code(value.__code__, value.__globals__)
-        found = origin in _OTHERS or (origin != "own" and any(is_foreign(one, depth - 1) for one in _wrapped(value)))
-        if not found and depth == _DEPTH:
-            _own[id(value)] = value
-        return found
+        return origin in _OTHERS or (origin != "own" and any(_is_foreign(one, depth - 1) for one in _wrapped(value)))
     if issubclass(kind, type):
         return origin_of_type(value) in _OTHERS
     parts = _parts(value)
     if parts is not None:
-        return any(type(part) in _CONTAINERS or is_foreign(part, depth - 1) for part in parts)
+        return any(type(part) in _CONTAINERS or _is_foreign(part, depth - 1) for part in parts)
     if module_name(kind).startswith(_OF_PYBIND):
         return False
     origin = origin_of_type(kind)
@@ -158,15 +169,16 @@ def _in_class(base: type[Any]) -> Iterator[tuple[str, str, Any]]:
     if base.__flags__ & IMMUTABLE_TYPE or origin_of_type(base) != "torch":
         return
     for name, item in type.__getattribute__(base, "__dict__").items():
-        if is_foreign(item):
+        if _own.get(id(item)) is not item and is_foreign(item):
             inner = functions_in(item) if kind_of(item) is Kind.DESCRIPTOR else [item]
             yield from ((f"{base.__name__}.{name}", name, one) for one in inner)
 
 
-def _in_namespace(form: str, content: dict[str, Any], names: frozenset[str], *, containers: bool) -> Iterator[tuple[str, Any]]:
+def _standing(form: str, content: dict[str, Any], names: Iterable[str], *, containers: bool) -> Iterator[tuple[str, Any]]:
+    """What stands under names in a namespace of torch's or of Python's and is of neither."""
     for name in names:
-        item = content.get(name)
-        if item is not None and (is_foreign(item) or (containers and type(item) in _CONTAINERS)):
+        item = content[name]
+        if _own.get(id(item)) is not item and (is_foreign(item) or (containers and type(item) in _CONTAINERS)):
             yield form.format(name), item
 
 

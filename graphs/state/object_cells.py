@@ -38,6 +38,9 @@ from graphs.state.tensor_form import GradientView, gradient_of, has_form
 
 Visit = Callable[[Inventory, str, Any, Link | None], Iterator[Found]]
 
+_OF_MACHINERY = ("torch", "own")
+"""Whose functions note for themselves what they have done, in variables that only they see: no state of a step."""
+
 
 def visit(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator[Found]:
     """Add the cells of an object; yields what it leads to."""
@@ -95,8 +98,8 @@ def _function(into: Inventory, path: str, function: Any, link: Link | None) -> I
         yield f"{function.__name__}'s attributes", function.__dict__, None
     for name, cell in closure_of(function):
         view = CellView(cell)
-        for item in into.add_view(name + "{}", view).values():
-            yield into.entry(name, view, "", item, None)
+        content = view.read() if origin in _OF_MACHINERY else into.add_view(name + "{}", view)
+        yield from (into.entry(name, view, "", item, None) for item in content.values())
     if origin == "user":
         into.add_view(function.__name__ + ".{}", SpecialView(function, ("__defaults__", "__kwdefaults__")))
         if function.__kwdefaults__:
