@@ -64,8 +64,9 @@ class Replaced:
         self._found, self._known = found, {id(value) for _, value in found}
         self._names: set[str] = set()
         self._classes: dict[int, list[tuple[str, str, Any]]] = {}
-        for kind in (*classes, torch.Tensor):
+        for kind in classes:
             self._add_class(kind)
+        self._add_class(torch.Tensor)
 
     def looked_up_by(self, code: types.CodeType, space: dict[str, Any]) -> list[tuple[str, Any]]:
         """What can be looked up of it now that a function starts, and could not before."""

@@ -69,6 +69,10 @@ class Counters:
         """New values of all counters from the old ones; set once the step was traced."""
         self._on_device = [counter.value for counter in counters]
 
+    def next_values(self) -> list[int]:
+        """What the numbers are after the next run."""
+        return [int(value) for value in self.advance(*(counter.value for counter in self.counters))]
+
     def load(self) -> None:
         """Make the device hold what Python holds; a launch for each counter that somebody else has changed."""
         for index, counter in enumerate(self.counters):
