@@ -26,6 +26,7 @@ from graphs.objects.raw_access import (
     elements_of,
     functions_in,
     items_of,
+    notes_of,
     of_type,
     sequence_class,
     slots_of,
@@ -94,7 +95,10 @@ def _function(into: Inventory, path: str, function: Any, link: Link | None) -> I
     yield path, function.__dict__.get("__wrapped__"), link
     for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield f"{path}'s default", default, None
-    if function.__dict__ or origin == "user":
+    notes = notes_of(function)
+    if notes:
+        yield from ((f"{function.__name__}.{name}", item, None) for name, item in function.__dict__.items() if name not in notes)
+    elif function.__dict__ or origin == "user":
         yield f"{function.__name__}'s attributes", function.__dict__, None
     for name, cell in closure_of(function):
         view = CellView(cell)
