@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
     """
     rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
-    reads.before = functools.partial(_take_named, origin, Replaced(step.replaced, origin.python.classes))
+    reads.before = taking_names(step, origin)
     try:
         output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
@@ -71,16 +71,25 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
     return output, trace
 
 
-def _take_named(origin: Checkpoint, replaced: Replaced, frame: types.FrameType) -> None:
-    """Have ``origin`` cover what a function names that starts for the first time, and the class whose method it is."""
-    code, space, owner = frame.f_code, frame.f_globals, None
-    origin.python.enter(replaced.looked_up_by(code, space))
-    if origin_of_code(code, space) == "torch":
-        return
-    if code.co_argcount and origin_of_code(code, space) == "library":
-        first = frame.f_locals.get(code.co_varnames[0])
-        owner = first if issubclass(type(first), type) else type(first)
-    origin.python.take(Ran(code, space, owner))
+def taking_names(step: Step, *states: Checkpoint) -> Callable[[types.FrameType], None]:
+    """Has ``states`` cover what a function names that starts for the first time, and the class whose method it is.
+
+    To be called before its first line runs: see `CodeReads`.
+    """
+    replaced = Replaced(step.replaced, states[0].python.classes)
+
+    def take(frame: types.FrameType) -> None:
+        code, space, owner = frame.f_code, frame.f_globals, None
+        origin, roots = origin_of_code(code, space), replaced.looked_up_by(code, space)
+        if code.co_argcount and origin == "library":
+            first = frame.f_locals.get(code.co_varnames[0])
+            owner = first if issubclass(type(first), type) else type(first)
+        for state in states:
+            state.python.enter(roots)
+            if origin != "torch":
+                state.python.take(Ran(code, space, owner))
+
+    return take
 
 
 def examine(call: FirstCall, reads: CodeReads) -> Examined:

@@ -30,6 +30,7 @@ from graphs.objects.raw_access import (
     module_name,
     of_type,
 )
+from graphs.objects.special_names import OF_MODULES, OF_THE_INTERPRETER
 from graphs.python_reads.code_reads import global_names, imported_names, names_in
 
 _COMPLETE = ("torch", "python")
@@ -45,8 +46,9 @@ _OF_C = frozenset(
 _OF_PYBIND = "pybind11_builtins"  # no module has this name
 _BUILTINS: dict[str, Any] = vars(builtins)
 _LEADING = (type, types.ModuleType)
-_LASTING = (types.FunctionType, types.BuiltinFunctionType, type, *_OF_C)
-"""What stays what it is: torch's and Python's own are asked once."""
+_OF_THE_PROCESS = OF_MODULES | OF_THE_INTERPRETER
+_LASTING = frozenset((types.FunctionType, types.BuiltinFunctionType))
+"""What stays what it is, as classes do: torch's and Python's own are asked once."""
 _own: dict[int, Any] = {}
 """Functions and classes that are torch's or Python's, by identity: there are a thousand of them in the classes of one model."""
 _DEPTH = 4  # decorators of torch's and of Python's around one function
@@ -70,9 +72,12 @@ class Replaced:
 
     def looked_up_by(self, code: types.CodeType, space: dict[str, Any]) -> list[tuple[str, Any]]:
         """What can be looked up of it now that a function starts, and could not before."""
-        names = _names_of(code, space)
+        origin = origin_of_code(code, space)
+        machinery = origin == "torch" and not in_torchs_models(str(space.get("__name__")))
+        names = (_mentioned(code) if machinery else names_in(code) | global_names(code)) - _OF_THE_PROCESS
         self._names |= names
-        found = list(self._in_namespaces(code, space, names))
+        found = [] if origin != "torch" else [*_standing("{}", space, names, containers=not machinery)]
+        found += self._in_namespaces(code, space, names, containers=not machinery)
         methods = (entry for entries in self._classes.values() for entry in entries)
         found += [(path, item) for path, name, item in methods if name in self._names or name.startswith("__")]
         new = []
@@ -88,26 +93,25 @@ class Replaced:
             if id(base) not in self._classes:
                 self._classes[id(base)] = list(_in_class(base))
 
-    def _in_namespaces(self, code: types.CodeType, space: dict[str, Any], names: frozenset[str]) -> Iterator[tuple[str, Any]]:
-        origin, containers = origin_of_code(code, space), not _is_machinery(code, space)
-        known = names & space.keys()
-        if origin == "torch":
-            yield from _standing("{}", space, known, containers=containers)
-        yield from _standing("{}", _BUILTINS, (names & _BUILTINS.keys()) - known, containers=containers)
-        pending = [(name, space[name]) for name in known]
+    def _in_namespaces(
+        self, code: types.CodeType, space: dict[str, Any], names: frozenset[str], *, containers: bool
+    ) -> Iterator[tuple[str, Any]]:
+        """What a function names in the builtins and in the Python modules that it knows; classes are noted on the way."""
+        yield from _standing("{}", _BUILTINS, names - space.keys(), containers=containers)
+        pending = [(name, space[name]) for name in names & space.keys()]
         pending += [(name, module) for name in imported_names(code) if (module := _imported(name, space)) is not None]
         seen = set[int]()
         while pending:
             path, value = pending.pop()
-            if of_type(value, _LEADING) and id(value) not in seen:
-                seen.add(id(value))
-                if of_type(value, type):
-                    self._add_class(value)
-                elif of_type(value, types.ModuleType) and origin_of_module(value) in _COMPLETE:
-                    content = attributes_of(value) or {}
-                    there = names & content.keys()
-                    yield from _standing(path + ".{}", content, there, containers=containers)
-                    pending += [(f"{path}.{name}", content[name]) for name in there]
+            if not of_type(value, _LEADING) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if of_type(value, type):
+                self._add_class(value)
+            elif of_type(value, types.ModuleType) and (origin := origin_of_module(value)) in _COMPLETE:
+                content = attributes_of(value) or {}
+                yield from _standing(path + ".{}", content, names, containers=containers and origin == "torch")
+                pending += [(f"{path}.{name}", content[name]) for name in names & content.keys()]
 
 
 def is_foreign(value: Any) -> bool:
@@ -115,7 +119,7 @@ def is_foreign(value: Any) -> bool:
     if _own.get(id(value)) is value:
         return False
     found = _is_foreign(value, _DEPTH)
-    if not found and of_type(value, _LASTING):
+    if not found and (of_type(value, type) or type(value) in _LASTING) and _holds_nothing(value):
         _own[id(value)] = value
     return found
 
@@ -136,6 +140,13 @@ def _is_foreign(value: Any, depth: int) -> bool:
         return False
     origin = origin_of_type(kind)
     return origin == "user" or (origin == "library" and class_attribute(kind, "__call__") is not None)
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether nothing but functions and classes is kept alive with a function or class."""
+    if type(value) is not types.FunctionType:
+        return True
+    return all(one is None or type(one) in _LASTING or of_type(one, type) for one in _wrapped(value))
 
 
 def _wrapped(function: types.FunctionType) -> Iterator[Any]:
@@ -175,24 +186,18 @@ def _in_class(base: type[Any]) -> Iterator[tuple[str, str, Any]]:
             yield from ((f"{base.__name__}.{name}", name, one) for one in inner)
 
 
-def _standing(form: str, content: dict[str, Any], names: Iterable[str], *, containers: bool) -> Iterator[tuple[str, Any]]:
+def _standing(form: str, content: dict[str, Any], names: frozenset[str], *, containers: bool) -> Iterator[tuple[str, Any]]:
     """What stands under names in a namespace of torch's or of Python's and is of neither."""
-    for name in names:
+    for name in names & content.keys():
         item = content[name]
         if _own.get(id(item)) is not item and (is_foreign(item) or (containers and type(item) in _CONTAINERS)):
             yield form.format(name), item
 
 
-def _is_machinery(code: types.CodeType, space: dict[str, Any]) -> bool:
-    """Whether a function is torch's and no part of a layer: what it keeps is its own."""
-    return origin_of_code(code, space) == "torch" and not in_torchs_models(str(space.get("__name__")))
-
-
-def _names_of(code: types.CodeType, space: dict[str, Any]) -> frozenset[str]:
-    """What a function can look up, by whatever way; of torch's machinery, which is not looked at otherwise, the names alone."""
-    if not _is_machinery(code, space):
-        return names_in(code) | global_names(code)
-    return frozenset(code.co_names).union(*(_names_of(one, space) for one in code.co_consts if type(one) is types.CodeType))
+def _mentioned(code: types.CodeType) -> frozenset[str]:
+    """The names in a function of torch's machinery, of which nothing else is looked at."""
+    inner = [_mentioned(one) for one in code.co_consts if type(one) is types.CodeType]
+    return frozenset(code.co_names).union(*inner)
 
 
 def _imported(name: str, space: dict[str, Any]) -> types.ModuleType | None:
