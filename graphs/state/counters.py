@@ -7,7 +7,7 @@ them from the device, advances them there, and the host writes the new values ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ class Counter:
     """A whole number that hangs somewhere in the step's Python state.
 
     Attributes:
-        path: as the user would write it.
+        path: as the user would write it; there may be other ways to it.
         container, key: where it hangs.
     """
 
-    path: str
+    path: str = field(compare=False)
     container: Any
     key: Any
 
