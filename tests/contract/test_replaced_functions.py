@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
+from graphs.explain import explain
 from graphs.python_reads.replaced import Replaced, is_foreign
 
 Tensor = torch.Tensor
@@ -371,6 +372,15 @@ def test_a_number_that_is_advanced_in_torchs_place_is_advanced_by_replays(verify
         for call in range(5):
             captured(_x())
             assert count == [call + 1]
+
+
+def test_an_audit_names_what_is_kept_in_torchs_place_and_puts_it_back(patch: Callable[..., None]) -> None:
+    seen, own = list[int](), F.gelu
+    patch(F, "gelu", lambda x: (seen.append(1), own(x))[1])
+    found = graphs.audit(lambda x: F.gelu(x), _x())
+    assert seen == [] and "seen[" in str(found)
+    explain(lambda x: F.gelu(x), (_x(),), fuse=False)
+    assert seen == []
 
 
 def test_torchs_and_pythons_own_functions_are_their_own() -> None:
