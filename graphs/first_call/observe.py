@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,15 +108,15 @@ def examine(call: FirstCall, reads: CodeReads) -> Examined:
         raise call.refused(*walk.incomparable, undoable=False)
     if not origin.python.complete:
         raise call.refused(UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self"))
-    _look_back(call)
+    _look_back(call, changed)
     return Examined(changed, counters, walk)
 
 
-def _look_back(call: FirstCall) -> None:
+def _look_back(call: FirstCall, changed: Sequence[Difference]) -> None:
     """Save the state that the call left, and see that a replay can hand out what it returned."""
     step, origin = call.step, call.origin
-    after = Checkpoint(step, call.trace)
-    for one in origin.python.ran:
+    after = Checkpoint(step, call.trace) if changed else origin.later(step, call.trace)
+    for one in origin.python.ran if changed else ():
         after.python.take(one)
     unseen = _unreturnable(step, call.trace, call.output, after)
     if unseen is not None:
