@@ -14,6 +14,7 @@ from graphs.errors import ChangingValue, Refusal, SideEffect, StepRaises, Unsupp
 from graphs.events.ranges import first_call_run
 from graphs.first_call.outcomes import FirstCall
 from graphs.guards.guard_walk import GuardWalk
+from graphs.guards.python_guards import Guards
 from graphs.objects.cells import Difference
 from graphs.objects.libraries import origin_of_code
 from graphs.observation.eager_trace import trace_eager
@@ -80,8 +81,11 @@ def _take_named(origin: Checkpoint, frame: types.FrameType) -> None:
     origin.python.take(Ran(code, frame.f_globals, owner))
 
 
-def examine(call: FirstCall, reads: CodeReads) -> Examined:
+def examine(call: FirstCall, reads: CodeReads, beside: Guards | None = None) -> Examined:
     """What run A left, as far as the run alone tells; ``call`` knows the state after it from then on.
+
+    Args:
+        beside: see `GuardWalk`; the walk is then about the rest, unless something changed.
 
     Raises:
         Deferred, Refused: it stands in the way of a recording.
@@ -103,13 +107,19 @@ def examine(call: FirstCall, reads: CodeReads) -> Examined:
         raise call.deferred("torch.compile")
     if reads.refusals:
         raise call.deferred(reads.refusals[0].operator, reads.refusals[0])
-    walk = GuardWalk(reads, step.roots())
+    walk = _walk(call, reads, beside if not changed else None)
     if walk.incomparable:
         raise call.refused(*walk.incomparable, undoable=False)
     if not origin.python.complete:
         raise call.refused(UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self"))
     _look_back(call, changed)
     return Examined(changed, counters, walk)
+
+
+def _walk(call: FirstCall, reads: CodeReads, beside: Guards | None) -> GuardWalk:
+    """A look at what the step can have read, but for what the guards ``beside`` are about."""
+    walk = GuardWalk(reads, call.step.roots(), beside=beside)
+    return walk if walk.fits else GuardWalk(reads, call.step.roots())
 
 
 def _look_back(call: FirstCall, changed: Sequence[Difference]) -> None:
