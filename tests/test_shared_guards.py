@@ -223,7 +223,7 @@ def test_a_size_that_writes_to_python(shared: list[bool]) -> None:
 
 @torch.no_grad()
 def test_caches_of_sizes_have_guards_of_their_own(shared: list[bool]) -> None:
-    model, step = made(cached)
+    _, step = made(cached)
     caches = {size: Cache(size) for size in (2, 5, 7)}
     for size, cache in caches.items():
         agreed(step, size, cache)
@@ -236,7 +236,7 @@ def test_caches_of_sizes_have_guards_of_their_own(shared: list[bool]) -> None:
 
 @torch.no_grad()
 def test_a_cache_of_another_class(shared: list[bool]) -> None:
-    model, step = made(cached)
+    _, step = made(cached)
     caches = {2: Cache(2), 5: OtherCache(5)}
     for size, cache in caches.items():
         agreed(step, size, cache)
@@ -274,7 +274,7 @@ def test_weights_that_are_exchanged_are_seen_at_every_size(shared: list[bool]) -
 
 @torch.no_grad()
 def test_caches_and_what_they_hold_are_let_go() -> None:
-    model, step = made(cached)
+    _, step = made(cached)
     caches = {size: Cache(size) for size in (2, 5, 7)}
     for size, cache in caches.items():
         agreed(step, size, cache)
