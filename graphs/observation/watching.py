@@ -36,6 +36,8 @@ from passes.core.source_location import user_line
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_PLAIN = (Tensor, torch.nn.Parameter)
+_CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
 class Watching(DispatchMode):
@@ -185,7 +187,7 @@ class Watching(DispatchMode):
         trace, tensors = self.trace, list[Tensor]()
         if func is aten.lift_fresh.default:  # made from host data just now, at another address each time
             self.origins[storage_id(args[0])] = ("operation", len(trace.operations))
-        described = self._describe((*args, *kwargs.items()), tensors)
+        described = tuple(self._describe(value, tensors) for value in (*args, *kwargs.items()))
         if func is aten.lift_fresh.default:
             described = (*described, _host_data(tensors[0]))
         if func.namespace != "aten":
@@ -218,14 +220,22 @@ class Watching(DispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
-        self.grad.made(self.trace.operations[index].func, tensors, tensors_in(result))
-        for tensor in tensors_in(result):
-            if not _aliases(tensor, tensors):
-                self.origins[storage_id(tensor)] = ("operation", index)
+        results, given = tensors_in(result), {*map(storage_id, tensors)}
+        self.grad.made(self.trace.operations[index].func, tensors, results)
+        for tensor in results:
+            storage = storage_id(tensor)
+            if storage not in given:
+                self.origins[storage] = ("operation", index)
                 if has_storage(tensor):
                     self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return value
+        if kind in _PLAIN and value.layout is torch.strided and not value.is_nested:
+            tensors.append(value)
+            return TensorUse(tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
         if isinstance(value, Tensor):
             tensors.append(value)
             strides = value.stride() if has_storage(value) else ()
@@ -271,11 +281,6 @@ def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refu
 def _host_data(tensor: Tensor) -> str:
     """Host data that becomes a tensor, as text to compare."""
     return str(tensor.tolist()) if tensor.numel() <= 64 else f"{tensor.numel()} numbers with checksum {int(checksum(tensor)):#x}"
-
-
-def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
-    storage = storage_id(tensor)
-    return any(storage_id(other) == storage for other in others)
 
 
 @contextlib.contextmanager

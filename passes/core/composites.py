@@ -55,17 +55,22 @@ _set_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
-@contextlib.contextmanager
-def called(func: Any) -> Iterator[None]:
+class called:  # noqa: N801  # it is used as a function
     """To be entered by a function mode around each function: remembers what autocast there was."""
-    before, name = _callers.kinds, _callers.name
-    _callers.name = getattr(func, "__name__", "")
-    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
-    _callers.kinds = tuple(kind for kind in on if kind not in _cast_by_itself(getattr(func, "__name__", "")))
-    try:
-        yield
-    finally:
-        _callers.kinds, _callers.name = before, name
+
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, func: Any) -> None:
+        self._name = getattr(func, "__name__", "")
+
+    def __enter__(self) -> None:
+        self._before = _callers.kinds, _callers.name
+        on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+        _callers.kinds = tuple(kind for kind in on if kind not in _cast_by_itself(self._name)) if on else ()
+        _callers.name = self._name
+
+    def __exit__(self, *_: object) -> None:
+        _callers.kinds, _callers.name = self._before
 
 
 def calling() -> str:

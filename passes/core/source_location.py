@@ -5,6 +5,7 @@ The one place that goes through stacks and tracebacks for that.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -42,6 +43,7 @@ class Place(NamedTuple):
 def add_library(package: str, models: Iterable[str] = ()) -> None:
     """Have no line of a package be taken for the user's, but for those in its parts ``models``."""
     _LIBRARIES[package] = frozenset(models)
+    _is_of_library.cache_clear()
 
 
 def first_frame(frame: FrameType | None, wanted: Callable[[FrameType], bool]) -> FrameType | None:
@@ -136,7 +138,12 @@ def is_user(frame: FrameType) -> bool:
 
 
 def _is_librarys(frame: FrameType) -> bool:
-    package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+    return _is_of_library(str(frame.f_globals.get("__name__", "")))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_library(module: str) -> bool:
+    package, _, rest = module.partition(".")
     models = _LIBRARIES.get(package)
     return models is not None and rest.partition(".")[0] not in models
 
