@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import graphs
 from graphs.contract.arguments import flatten_call, named_leaves
@@ -255,3 +256,63 @@ def flat(value: Any) -> Iterator[Any]:
 
 def is_changeable(value: Any) -> bool:
     return not isinstance(value, Tensor) and value is not None and value is not True and value is not torch.float16
+
+
+def test_a_habit_of_changing_is_looked_at_anew_when_it_may_be_over() -> None:
+    model = nn.Linear(2, 2)
+    model.scale = 1.0
+    step = graphs.capture(lambda x: model(x) * model.scale)
+    x = torch.ones(1, 2)
+    with torch.no_grad():
+        for call in range(3):
+            model.scale = float(call)
+            step(x)
+        assert step.report().recordings == 0
+        for _ in range(40):
+            assert torch.equal(step(x), model(x) * model.scale)
+    report = step.report()
+    assert report.recordings == 1 and report.replays > 6
+    assert [refusal.reason for refusal in report.refusals] == ["changing-value"]
+
+
+def test_a_habit_that_is_not_over_is_looked_at_more_and_more_seldom(trials: list[Any]) -> None:
+    model = nn.Linear(2, 2)
+    step = graphs.capture(lambda x: model(x) * model.scale)
+    with torch.no_grad():
+        for call in range(600):
+            model.scale = float(call)
+            step(torch.ones(1, 2))
+    assert len(trials) <= 8, "32, 64, 128, 256 eager calls between two attempts"
+
+
+def test_buffers_that_are_made_once_for_each_size_are_recorded_once_they_are_there() -> None:
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            object.__setattr__(self, "buffers_of", {})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            buffer = self.buffers_of.get(len(x))
+            if buffer is None:
+                buffer = self.buffers_of[len(x)] = torch.zeros(len(x), 4)
+            return buffer.add_(x) * 2
+
+    model, twin = Buffered(), Buffered()
+    step = graphs.capture(model)
+    with torch.no_grad():
+        for call in range(200):
+            x = torch.full((call % 4 + 1, 4), float(call))
+            assert torch.equal(step(x), twin(x))
+    assert step.report().recordings == 4
+
+
+def test_setting_an_attribute_through_the_step_drops_nothing_that_still_holds(trials: list[Any]) -> None:
+    model = nn.Linear(2, 2)
+    step: Any = graphs.capture(model)
+    with torch.no_grad():
+        for call in range(5):
+            step.request = call
+            step(torch.ones(1, 2))
+        assert len(trials) == 1 and model.request == 4
+        step.weight = nn.Parameter(torch.zeros(2, 2))
+        assert torch.equal(step(torch.ones(1, 2)), model(torch.ones(1, 2)))

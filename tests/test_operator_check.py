@@ -327,3 +327,30 @@ def test_a_write_that_changes_nothing_at_first_is_caught() -> None:
     op = graphs.register_op(_clamped, name="rows::clamped")
     with pytest.raises(UndeclaredWrite, match="'x'"):
         graphs.capture_check(op, (torch.ones(3), torch.ones(3)))
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.randn(3, 4).t(),
+    "channels last": lambda: torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last),
+    "cut out": lambda: torch.randn(4, 6)[:, 1:4],
+    "every second": lambda: torch.randn(8, 4)[::2],
+    "expanded": lambda: torch.randn(1, 4).expand(3, 4),
+    "conjugated": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "8 bits": lambda: torch.randn(4, 4).to(torch.float8_e4m3fn).t(),
+}
+
+
+def in_its_layout(x: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_operator_passes_with_a_tensor_of_any_layout(layout: str) -> None:
+    name = f"layout_{layout.replace(' ', '_')}"
+
+    def fn(x: Tensor) -> Tensor:
+        return in_its_layout(x)
+
+    fn.__name__ = name
+    checked = graphs.register_op(fn, name=f"operator_check::{name}", fake=torch.empty_like)
+    graphs.capture_check(checked, (LAYOUTS[layout](),))

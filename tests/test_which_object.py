@@ -61,3 +61,24 @@ def test_a_step_knows_its_argument_again(kind: Callable[[], Any], context: Any) 
         changes.append(model.changes)
     assert changes == [1] * 5 + [2] * 3
     assert any("which object" in refusal.detail for refusal in step.report().refusals)
+
+
+class Own(torch.nn.Module):
+    """Makes both results, and returns one by which tensor it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = torch.full((4, 3), 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = x * 2, x * 3
+        return y if x is self.b else z
+
+
+def test_a_tensor_of_the_models_own_is_known_again_at_the_first_call() -> None:
+    model = Own()
+    step = graphs.capture(model)
+    with torch.no_grad():
+        for x in (model.b, model.b, torch.ones(4, 3), torch.ones(4, 3), model.b, model.b.clone()):
+            assert torch.equal(step(x), model(x))
+    assert step.report().replays > 2

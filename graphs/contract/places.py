@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from graphs.contract.slots import physical
-from graphs.state.storage import has_storage, storage_id
+from graphs.state.storage import storage_id
 
 Tensor = torch.Tensor
 Storage = torch.UntypedStorage
@@ -71,15 +70,6 @@ class Spot:
             tensor.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload]
             tensor = torch._conj(tensor) if self.conj else tensor
             return torch._neg_view(tensor) if self.neg else tensor
-
-
-def form_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What a tensor is but for its address, its content and what hangs on it; None where it has no memory to be exchanged."""
-    if not has_storage(tensor):
-        return None
-    layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.storage_offset()
-    flags = tensor.requires_grad, tensor.is_inference(), tensor.is_conj(), tensor.is_neg()
-    return (type(tensor), *layout, tensor.untyped_storage().nbytes(), *flags)
 
 
 def lie_apart(storages: Sequence[Storage]) -> bool:

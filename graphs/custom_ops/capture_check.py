@@ -38,7 +38,7 @@ from graphs.recording.choose import recorder_for
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.op_registry import overload_of, registered
 from graphs.state.python_state import PythonState
-from graphs.state.regions import written_region
+from graphs.state.regions import overlaps, written_region
 from graphs.state.storage import tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.schema import written_arguments
@@ -347,7 +347,8 @@ def _redrawn(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _draw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.numel():
+    """Other data in the same layout; the tensor itself where two of its elements are one memory."""
+    if not tensor.numel() or overlaps(tensor):
         return tensor
     index = torch.randint(tensor.numel(), (tensor.numel(),), generator=generator).to(tensor.device)
     if tensor.element_size() == 1:  # few operators know 8-bit floating point
@@ -355,4 +356,5 @@ def _draw(tensor: Tensor, generator: torch.Generator) -> Tensor:
     else:
         factor = torch.rand(tensor.numel(), generator=generator).to(tensor.device) / 2 + 0.5
         drawn = (tensor.reshape(-1)[index] * factor).to(tensor.dtype)
-    return drawn.view(tensor.shape)
+    laid_out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return laid_out.copy_(drawn.view(tensor.shape))

@@ -190,6 +190,7 @@ class Dispatcher:
                 self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
             if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
+                self.dead.watch(call.opaques)
                 return pointed
             if refusals := self.keys.reasons_against(call, leaves, beside):
                 self.eager.refuse(refusals)

@@ -34,7 +34,11 @@ class MovedTensors:
         self._keys, self._routes, self._log = keys, routes, log
 
     def unknown(self, call: Call, leaves: Leaves) -> tuple[RecordedStep, int] | None:
-        """The recording for a call that is known but for its opaque arguments, and the rows of the call; else None."""
+        """The recording for a call that is known but for its opaque arguments, and the rows of the call; else None.
+
+        Where there are buckets it is only taken among the recordings of the key: what the step makes of this number of rows is
+        compared first, as it is for any recording.
+        """
         if not self._routes.blueprints:
             return None
         try:
@@ -52,8 +56,10 @@ class MovedTensors:
         for oldest in self._routes.steps_of(blueprint)[: 1 - _STEPS]:
             self._routes.drop(oldest)
         self._routes.entries[plan.key] = found.step
-        self._routes.lead(call, found.step, plan.real)
         self._routes.forget_the_dead()
+        if plan.rows is not None and self._keys.config.verify != "off":
+            return None
+        self._routes.lead(call, found.step, plan.real)
         return found.step, plan.real
 
     def elsewhere(self, entry: RecordedStep, rows: int, why: Outdated | MovedStaticTensor, call: Call) -> RecordedStep | None:

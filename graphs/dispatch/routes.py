@@ -9,7 +9,8 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
@@ -24,17 +25,30 @@ from graphs.pointing.blueprint import Blueprint
 _MAX_DEFERRALS = 3
 _SIGNATURES = 16  # signatures that are remembered for each recording that may be kept
 _clock = itertools.count(1)  # tells which of two recordings was used last
+_PATIENCE = 32  # eager calls before a habit of changing is looked at anew, doubled with each attempt that was in vain
+_MOST_DOUBLINGS = 12
 _OFTEN = 8  # replays a recording must serve before a changed value, for the change not to count as a habit
 
 
-class Refused(NamedTuple):
-    """Why the calls of a signature run eagerly, and the opaque arguments (weakly) that this holds for."""
+@dataclass
+class Refused:
+    """Why the calls of a signature run eagerly.
+
+    Attributes:
+        opaques: the opaque arguments (weakly) that this holds for.
+        left: calls after which it is asked again, where what stood in the way may come to an end; None where it cannot.
+    """
 
     refusals: list[Refusal]
     opaques: list[Callable[[], Any]]
+    left: int | None = None
 
     def serves(self, call: Call) -> bool:
-        """Whether it holds for the opaque arguments of a call."""
+        """Whether it holds for a call, which counts as one."""
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                return False
         return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
 
 
@@ -74,6 +88,7 @@ class Routes:
         self.last: tuple[FastPath, RecordedStep, int] | None = None
         self.attempts: Counter[tuple[Any, ...]] = Counter()
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
+        self._waits: Counter[tuple[Any, ...]] = Counter()
         self.habits = Habits(self._limit, self._buckets)
         self.room = Room(self, self._limit, self._log)
 
@@ -89,10 +104,12 @@ class Routes:
             route[0].used = next(_clock)
             self.last = (like_this, *route) if like_this is not None else None
 
-    def refuse(self, call: Call, refusals: list[Refusal]) -> None:
-        """Let calls of this signature run eagerly."""
+    def refuse(self, call: Call, refusals: list[Refusal], *, for_good: bool = True) -> None:
+        """Let calls of this signature run eagerly; unless ``for_good``, for so many as make another attempt in vain bearable."""
         self.last = None
-        self.by_signature[call.signature] = Refused(refusals, [reference_to(opaque) for opaque in call.opaques])
+        left = None if for_good else _PATIENCE << min(self._waits[call.signature], _MOST_DOUBLINGS)
+        self._waits[call.signature] += left is not None
+        self.by_signature[call.signature] = Refused(refusals, [reference_to(opaque) for opaque in call.opaques], left)
 
     def drop(self, entry: RecordedStep) -> None:
         """Forget one recording."""
@@ -206,18 +223,18 @@ class Routes:
         """A first call was one of its kind: the next one is tried again, a few times."""
         self.habits.tried(call.signature, leaves.changeable, None)
         self.attempts[call.signature] += 1
-        if self.attempts[call.signature] > _MAX_DEFERRALS:
+        if self.attempts[call.signature] > _MAX_DEFERRALS or self._waits[call.signature]:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))
-            self.refuse(call, [deferred.refusal or changing])
+            self.refuse(call, [deferred.refusal or changing], for_good=False)
 
     def note_outdated(self, call: Call, entry: RecordedStep, changed: Refusal | None, change: Difference | None = None) -> None:
         """A recording froze what has changed since: it is dropped, to be made anew; what changes often is refused by name."""
         self._drop_outdated(entry, change)
         if changed is None:
             return
-        self.attempts[call.signature] += entry.replays < _OFTEN
+        self.attempts[call.signature] = self.attempts[call.signature] + 1 if entry.replays < _OFTEN else 0
         if self.attempts[call.signature] > 1:
-            self.refuse(call, [changed])  # which this call is counted under
+            self.refuse(call, [changed], for_good=False)  # which this call is counted under
         else:
             self._log.recorded_otherwise(changed, "the step is recorded anew")
 

@@ -16,7 +16,7 @@ import torch
 
 from graphs.contract.arguments import Call
 from graphs.contract.eligibility import inadmissible
-from graphs.contract.places import Places, Storage, form_of, lie_apart
+from graphs.contract.places import Places, Storage, lie_apart
 from graphs.contract.slots import Contract, Slot
 from graphs.errors import (
     CaptureFailed,
@@ -35,6 +35,7 @@ from graphs.recording.recorder import CannotPoint, Recorder, Recording
 from graphs.rehearsal.record_body import record_body
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id
+from graphs.state.tensor_form import form_of
 from graphs.state.tensor_state import RandomState
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RecordedSubgraph:
         self._proven: set[int] = set()
         storages = self._settle(inputs)
         self._recorded = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-        recording.at = storages
+        recording.settle(storages)
 
     def _settle(self, inputs: Sequence[Any]) -> list[Storage]:
         """Expect the static inputs where they are now; returns their storages."""

@@ -87,7 +87,9 @@ class PaddingProof:
         _compare_random(self._random, self._rehearsal.start)
         poisons = tolerance.poisons(entry.contract, self._tensors)
         if not poisons:
-            raise RowsInteract("no padded row could be poisoned: this call's rows are all zeros or sentinels", unproved=True)
+            kept = all(slot.written or slot.padding.kind not in ("repeat", "zero") for slot in entry.contract.slots)
+            what = "padded rows are sentinels, or of arguments that are written" if kept else "this call's rows are all zeros"
+            raise RowsInteract(f"no padded row could be poisoned: {what}", unproved=True)
         for tensors in poisons:
             outputs = sliced(self._replayed(entry, tensors, self._bucket), entry.contract.output_dims, self.rows)
             if not tolerance.bitwise_equal(padded, outputs):

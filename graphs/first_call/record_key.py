@@ -24,7 +24,7 @@ import torch
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static_tensors import StaticTensors, alone, sharing
-from graphs.errors import MovedStaticTensor, RowsInteract
+from graphs.errors import MovedStaticTensor
 from graphs.events.ranges import first_call_run
 from graphs.first_call.candidate_step import compare_candidate, cover, prepare, without_host_values
 from graphs.first_call.candidates import record_compiled
@@ -60,7 +60,7 @@ def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool, know
     """Record one key. On return the state is the one before the call: the caller replays.
 
     Args:
-        known: recordings of steps of the module that were tried: of a further size of one, A, R, the recording and V are all.
+        known: recordings of steps that were tried: of a further size of one, A, R, the recording, V and P are all.
 
     Raises:
         Deferred: the step initialised itself; it ran once, for real.
@@ -108,11 +108,12 @@ def _guarded(
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     links = [*statics.links, *links_to(entry.template.held, call.start.python)]
     opaques = list(zip(step.opaque_names, step.call.opaques, strict=True))
-    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques, beside)
+    asked = [*{id(tensor): tensor for tensor in call.trace.placed}.values()]
+    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques, asked, beside)
     statics.links.clear()  # they hold objects on the way, and are guarded now
     caught = step.device.type == "cpu" and catches(reads)  # on a device no operator raises
     seconds = time.perf_counter() - started
-    return dataclasses.replace(entry, guards=guards, catches=caught, capture_seconds=seconds)
+    return dataclasses.replace(entry, guards=guards, catches=caught, capture_seconds=seconds, asks_memory=bool(asked))
 
 
 class _Body(NamedTuple):
@@ -132,7 +133,7 @@ def _record(
     Where the step has a candidate for its model, C and P still run the model, and R and the recording the candidate.
     """
     rehearsal, tensors, plain = Rehearsal(call.start, call.trace), step.call.tensors, step.without_candidate()
-    contract, moving = _contract(step, call.trace)
+    contract, moving = _contract(step, call)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     seen = run_on_stand_ins(call, plain, recorder, rehearsal, contract, stand_ins, counters)
     if moving and (seen.trace.findings or counters or plain is not step):
@@ -157,33 +158,39 @@ def _record(
     eager = rehearsal.run(lambda: timed(lambda: plain.run(stand_ins)))
     replay = rehearsal.run(lambda: timed(lambda: entry.recording.replay(tensors, step.real)))
     as_it_is = entry.checked is None and entry.candidate is None and not counters
-    known = tried(step, call.trace, dims) if as_it_is else None
+    known = tried(step, call.trace) if as_it_is else None
     return dataclasses.replace(entry, eager=eager, replay=replay, tried=known)
 
 
 def _record_further(call: FirstCall, recorder: Recorder, like: TriedStep, *, owned: bool, check: bool) -> RecordedStep:
-    """R, the recording and V of a step that was tried at another size. Raises and leaves the state as `_record` does."""
+    """R, the recording, V and P of a step that was tried at another size. Raises and leaves the state as `_record` does."""
     step, trace, rehearsal = call.step, call.trace, Rehearsal(call.start, call.trace)
     tensors, given = step.call.tensors, {storage_id(tensor) for tensor in step.call.tensors}
-    contract, _ = _contract(step, trace)
+    contract, _ = _contract(step, call)
     stand_ins = contract.arrange(contract.filled(tensors), tensors)
     externals = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     template = step.template(call.output, tensors, externals)[0]
     body = _Body(step, externals, template, Proof())
+    padding = PaddingProof(step, contract, rehearsal, externals) if step.rows is not None else None
     reference, state = rehearsal.run(lambda: _warm_up(body, recorder, contract, stand_ins, trace))
-    dims = (None,) * len(reference) if step.rows is None else like.output_dims
-    if len(dims) != len(reference):
-        raise RowsInteract(f"the step has {len(dims)} outputs at {like.rows} rows, {len(reference)} at {step.rows}")
+    dims = (None,) * len(reference) if padding is None else padding.output_dims(reference)
     entry = _recorded(body, recorder, dataclasses.replace(contract, output_dims=dims), rehearsal, stand_ins, owned=owned)
     if check:
         rehearsal.run(lambda: verify_first_replay(entry, tensors, step.real, reference, state))
-    return dataclasses.replace(entry, tried=like, left_open=entry.left_open or like.left_open)
+    if padding is not None and not step.is_dummy:
+        rehearsal.run(lambda: padding.prove(entry))
+    return dataclasses.replace(entry, tried=like)
 
 
-def _contract(step: Step, trace: EagerTrace) -> tuple[Contract, list[int]]:
-    """Which arguments are copied, and which of those are written and lie elsewhere at each call."""
-    tensors = step.call.tensors
-    in_place = {*step.static, *sharing(tensors, trace.written.tensors)}
+def _contract(step: Step, call: FirstCall) -> tuple[Contract, list[int]]:
+    """Which arguments are copied, and which of those are written and lie elsewhere at each call.
+
+    Read in place are also arguments that are tensors of the step's own, which it knows again: their copies it would not.
+    """
+    tensors, trace = step.call.tensors, call.trace
+    own = {id(owner.value) for owner in call.start.python.owners} if step.rows is None else set[int]()
+    known = [index for index, tensor in enumerate(tensors) if id(tensor) in own]
+    in_place = {*step.static, *sharing(tensors, trace.written.tensors), *known}
     given = {storage_id(tensor) for tensor in tensors}
     others = [tensor for storage, tensor in trace.externals.items() if storage not in given]
     moving = [index for index in in_place & step.moving if alone(index, tensors, others)] if step.rows is None else []

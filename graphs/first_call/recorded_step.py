@@ -67,6 +67,7 @@ class RecordedStep:
         catches: whether the step may catch what one of its operators raises in a replay: then the replay is undone.
         on_device: whether replays are launched on a GPU.
         generators: those that the step names, where it draws random numbers; None where it draws none.
+        asks_memory: whether the step's code asks where tensors of its own lie.
         bumped, bumped_arguments: the step's own tensors, and positions of arguments, that replays write where they are: autograd
             is told so.
         left_open: whether no padding was compared yet, since the step was recorded of rows that are padding themselves.
@@ -111,6 +112,7 @@ class RecordedStep:
     bumped: list[Tensor] = field(default_factory=list)
     bumped_arguments: list[int] = field(default_factory=list)
     from_host: bool = False
+    asks_memory: bool = False
     left_open: bool = False
     recorded: Sequence[tuple[int, int]] = ()
     storages: Sequence[torch.UntypedStorage] | None = None

@@ -11,6 +11,7 @@ from graphs.events.ranges import first_call_run
 from graphs.first_call.recorded_step import RecordedStep, sliced
 from graphs.numerics import tolerance
 from graphs.numerics.judge import Rerun, candidate_difference
+from graphs.objects.cells import Difference
 from graphs.observation.eager_trace import trace_again
 from graphs.observation.operations import EagerTrace
 from graphs.observation.timing import CallTime, time_call
@@ -60,7 +61,8 @@ def verify_second_replay(plain: Step, entry: RecordedStep, rehearsal: Rehearsal,
 def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch | None:
     """Run the call eagerly and as a replay from the same state, restore the state, and tell how they differ."""
     rehearsal, tensors = rehearsal_of(step, entry), step.call.tensors
-    find_written(step, rehearsal, lambda: [tensors, tolerance.padded(entry.contract, tensors)])
+    _find_beyond(step, rehearsal)
+    find_written(step, rehearsal, lambda: [tolerance.padded(entry.contract, tensors)])
     written = rehearsal.first.written
 
     def eager() -> list[Tensor]:
@@ -72,7 +74,13 @@ def compare_replay(step: Step, entry: RecordedStep, rows: int) -> VerifyMismatch
 
     if entry.checked is not None and not rehearsal.run(valid):
         return None  # an eager run of another variant would write what this recording does not
-    expected, state = rehearsal.run(lambda: ([out.clone() for out in eager()], written.copies()))
+
+    def run() -> tuple[list[Tensor], list[Tensor], list[Difference]]:
+        return [out.clone() for out in eager()], written.copies(), rehearsal.start.differences()
+
+    expected, state, changed = rehearsal.run(run)
+    if changed and entry.checked is None:  # numbers that a step advances are the recording's to advance
+        return VerifyMismatch(f"eager changes {changed[0].path}, which a replay does not", operator=changed[0].path)
 
     def compared() -> tuple[str, str] | None:
         produced = entry.template.seen(entry.recording.replay(tensors, rows))
@@ -111,6 +119,18 @@ def time_replay(step: Step, entry: RecordedStep, rows: int) -> CallTime:
         return time_call(lambda: entry.recording.replay(tensors, rows), step.device, before=rehearsal.reset)
 
     return rehearsal.run(replay)
+
+
+def _find_beyond(step: Step, rehearsal: Rehearsal) -> None:
+    """Have all that an eager run of the call writes saved, what the recording does not write as well: it is to be undone."""
+    tensors, known = step.call.tensors, rehearsal.first
+
+    def run() -> None:
+        _, seen = trace_again(lambda: step.run(tensors), tensors, known)
+        known.written.also(seen.written)
+        rehearsal.start.covers(known)
+
+    rehearsal.run(run)
 
 
 def find_written(step: Step, rehearsal: Rehearsal, calls: Callable[[], Iterable[list[Tensor]]]) -> None:

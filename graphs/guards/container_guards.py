@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import types
 from collections import OrderedDict, deque
@@ -48,6 +49,9 @@ class MappingGuard:
         counted = {id(key) for key, _ in entries}
         others = [] if self._relevant is None else [key for key, _ in _items(self.mapping) if id(key) not in counted]
         self._others = frozenset(others) if all(type(key) is str for key in others) else None
+        self._keys, self._values = [key for key, _ in entries], [value for _, value in entries]
+        known = type(self.mapping) in (dict, OrderedDict) and self._others is not None and not self._ignored
+        self._is_plain = known and (self._relevant is None or _are_texts(entries))
 
     def _present(self) -> list[tuple[Any, Any]]:
         return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
@@ -59,6 +63,9 @@ class MappingGuard:
 
     def difference(self) -> Difference | None:
         """The first entry that was exchanged, removed or added, or stands in another place."""
+        if self._is_plain and self._is_untouched():
+            self._version = version_in(self.mapping)
+            return None
         now = self._present()
         if self._relevant is not None:  # attributes: their order means nothing
             now.sort(key=_place_of)
@@ -77,6 +84,16 @@ class MappingGuard:
             return Difference(self.form.format(_text_of_key(key)), *texts)
         self._take(now)
         return None
+
+    def _is_untouched(self) -> bool:
+        """Whether the same objects stand under the same keys; looked at by C alone."""
+        mapping, keys, values = self.mapping, self._keys, self._values
+        if len(mapping) != self._length:
+            return False
+        if self._relevant is None:
+            return all(map(operator.is_, mapping, keys)) and all(map(operator.is_, mapping.values(), values))
+        there = map(operator.is_, map(mapping.get, keys, itertools.repeat(ABSENT)), values)
+        return all(there) and (not self._others or mapping.keys() >= self._others)
 
     def exchanged(self) -> list[tuple[Any, Any]] | None:
         """Values that stand in the place of others now, each with what was there; None where keys differ."""
@@ -208,6 +225,11 @@ class SetGuard:
 
     def __init__(self, path: str, items: set[Any]) -> None:
         self._path, self._items, self._recorded = path, items, list(set.__iter__(items))
+
+    @property
+    def items(self) -> list[Any]:
+        """What was in the set."""
+        return self._recorded
 
     def difference(self) -> Difference | None:
         """That the items changed."""

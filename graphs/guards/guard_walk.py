@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from graphs.errors import Refusal
 from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
 from graphs.guards.namespace_guards import guard_environment, guard_module, guard_namespaces
-from graphs.guards.object_guards import guard_object, guard_weakly_held, version_of
+from graphs.guards.object_guards import guard_object, guard_weakly_held, memory_of, version_of
 from graphs.guards.portrait import portrait
 from graphs.guards.python_guards import About, Guards, Look
 from graphs.guards.traversal import LEAVES, Scope, Traversal
@@ -44,6 +45,7 @@ def guards_of(
     uploaded: Sequence[Tensor] = (),
     placed: Iterable[int] = (),
     opaques: Sequence[tuple[str, Any]] = (),
+    asked: Sequence[Tensor] = (),
     beside: Guards | None = None,
 ) -> Guards:
     """The guards of a recording.
@@ -54,6 +56,7 @@ def guards_of(
         advanced: numbers that the recording advances itself.
         links: links to the tensors that the recording reads in place.
         uploaded: host tensors that it holds copies of, whose versions tell of writes.
+        asked: tensors of which the step asked where they lie.
         placed, opaques, beside: see `GuardWalk`.
     """
     keys, at, named = [(counter.container, counter.key) for counter in advanced], frozenset(placed), list(roots)
@@ -64,7 +67,8 @@ def guards_of(
         ValueGuard("a host tensor's version", functools.partial(version_of, tensor), by_value=True) for tensor in uploaded
     ]
     kinds = [ValueGuard(f"the type of {counter.path}", counter.kind) for counter in advanced]
-    return walk.guards([*versions, *kinds], walk.of_links(links))
+    lying = [ValueGuard("where a tensor lies", functools.partial(memory_of, tensor), by_value=True) for tensor in asked]
+    return walk.guards([*versions, *kinds, *lying], walk.of_links(links))
 
 
 class GuardWalk:
@@ -121,15 +125,17 @@ class GuardWalk:
         What opaque arguments alone lead to is told apart, unless something lies behind them: then nobody knows what.
         """
         into = self._traversal
-        view = portrait(self._last, into.scope) if self._last and not behind else None
+        known = self._beside.about if self._beside is not None else None
+        reached = self._reached | (known.reached if known is not None else frozenset())
+        view = portrait(self._last, into.scope, reached=reached) if self._last and not behind else None
         own = frozenset(self._own & view.visited) if view is not None else frozenset[int]()
-        about = About(into.subjects, into.scope.kept(), view, own)
+        about = About(into.subjects, into.scope.kept(), view, own, reached)
         if self._beside is not None:
             return Guards(into.watched, [*into.polled, *more, *behind], about, self._beside)
         (watched, others), (polled, rest) = self._parted(into.watched, self._found[0]), self._parted(into.polled, self._found[1])
         subjects = {id(guard): into.subjects[id(guard)] for guard in (*others, *rest) if id(guard) in into.subjects}
-        shared = Guards(others, [*rest, *more], About(subjects, about.scope, look=self._as_look(subjects)))
-        return Guards(watched, [*polled, *behind], about, shared)
+        shared = Guards(others, rest, About(subjects, about.scope, reached=reached, look=self._as_look(subjects)))
+        return Guards(watched, [*polled, *more, *behind], about, shared)
 
     def _parted(self, guards: Sequence[Guard], found: int) -> tuple[list[Guard], list[Guard]]:
         """Guards of what opaque arguments alone lead to, with those behind the first ``found``, of links; and all others."""
@@ -187,9 +193,10 @@ class GuardWalk:
 
     def _follow(self) -> None:
         """Look at what is pending and all that it leads to; then at opaque arguments; then at what is held weakly."""
-        into, self._own, self._weak = self._traversal, set[int](), False
+        into, self._own, self._weak, self._reached = self._traversal, set[int](), False, frozenset[int]()
         self._look_on()
         before, weakly = set(into.seen), len(into.weakly)
+        weak = {id(weakref.ref.__call__(reference)) for _, reference in into.weakly}
         for root in reversed(self._last):
             into.pending.append(root)
             self._look_on()
@@ -200,6 +207,8 @@ class GuardWalk:
             guard_weakly_held(into, *into.weakly.pop())
             self._look_on()
         into.subject = None
+        if self.complete:
+            self._reached = frozenset((into.seen - self._own) | weak)
 
     def _look_on(self) -> None:
         """Look at what is pending and all that it leads to, as long as that is not too much."""

@@ -306,9 +306,15 @@ def _names_of(kind: type[Any]) -> tuple[Any, Any]:
     return tuple(type.__dict__[name].__get__(kind) for name in ("__name__", "__qualname__"))  # type: ignore[return-value]
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and what it answers of that."""
+    storage = tensor.untyped_storage()
+    return tensor.data_ptr(), storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tensor.is_leaf
+
+
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
     """What a tensor answers of itself besides its values."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 _VISITS: dict[Kind, Callable[[Traversal, str, Any], None]] = {

@@ -9,6 +9,7 @@ it is the same object.
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -23,12 +24,14 @@ from graphs.guards.traversal import LEAVES, Scope, Traversal
 from graphs.guards.value_guards import TypeGuard, ValueGuard
 from graphs.objects.cells import reference_to, same
 from graphs.objects.kinds import NOT_ENTERED, Kind, kind_of
-from graphs.objects.raw_access import elements_of, of_type
+from graphs.objects.raw_access import IMMUTABLE_TYPE, bases_of, elements_of, of_type, per_class
+from graphs.state.tensor_form import form_of
 
 Tensor = torch.Tensor
 _COMPARED = (Kind.TENSOR, Kind.OBJECT)
 """Kinds that a portrait goes into. What is of another kind has to be the same object."""
 _LIMIT = 4096  # objects
+_TRANSPARENT = frozenset((object, dict, list, tuple, set, frozenset, OrderedDict, defaultdict))
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,15 @@ class _Same:
     reference: Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What a tensor answers of itself, whether or not an operator reads it."""
+
+    form: tuple[Any, ...]
+
+
 class _Everything(frozenset[int]):
-    """Of tensors, place and layout are compared by whoever pairs them."""
+    """Of tensors, the place is compared by whoever pairs them, and the layout at once for all."""
 
     def __contains__(self, item: object) -> bool:
         return True
@@ -75,11 +85,17 @@ class Portrait:
         return [*self.polled, *(ValueGuard(p, functools.partial(layout_of, t), by_value=True) for p, t in left)]
 
 
-def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[str] | None = None) -> Portrait | None:
+def portrait(
+    roots: Sequence[tuple[str, Any]],
+    scope: Scope,
+    names: frozenset[str] | None = None,
+    reached: frozenset[int] = frozenset(),
+) -> Portrait | None:
     """The portrait of opaque arguments; None where something hangs on them that cannot be described.
 
     Args:
         scope: what the functions of the step look up; ``names``, where these are known, are the names in it.
+        reached: identities of what the step can look at without these arguments, and so tell from others that are like it.
     """
     into = Traversal(_anywhere(scope), names)
     into.pending += reversed(list(roots))
@@ -90,7 +106,7 @@ def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[st
         if type(value) in LEAVES or of_type(value, NOT_ENTERED) or id(value) in into.seen:
             continue
         kind = kind_of(value)
-        if kind not in _COMPARED:
+        if kind not in _COMPARED or id(value) in reached or (kind is Kind.OBJECT and not _shows_all(type(value))):
             continue
         if len(into.seen) >= _LIMIT:
             return None
@@ -104,8 +120,18 @@ def portrait(roots: Sequence[tuple[str, Any]], scope: Scope, names: frozenset[st
             numbers[id(value)] = _Part(len(numbers))
     if into.incomparable or into.weakly or any(id(root) not in numbers for _, root in roots):
         return None
-    described = [*(_described(guard, numbers) for guard in (*into.watched, *into.polled)), *_contents(into.keep, numbers)]
+    described = [
+        *(_described(guard, numbers) for guard in (*into.watched, *into.polled)),
+        *_contents(into.keep, numbers),
+        *(_Form((form_of(tensor), tensor.is_leaf)) for _, tensor in tensors),
+    ]
     return None if None in described else Portrait(tuple(described), tensors, frozenset(numbers), into.watched, into.polled)
+
+
+@per_class
+def _shows_all(kind: type[Any]) -> bool:
+    """Whether objects of a class hold nothing but attributes, slots, items and entries: what C keeps of others is not seen."""
+    return all(base in _TRANSPARENT for base in bases_of(kind) if base.__flags__ & IMMUTABLE_TYPE)
 
 
 def _anywhere(scope: Scope) -> Scope:
@@ -142,7 +168,8 @@ def alike(first: Any, second: Any) -> bool:
     if type(first) is _Same and type(second) is _Same:
         found = first.reference()
         return found is not None and found is second.reference()
-    return first == second if type(first) is _Part and type(second) is _Part else same(first, second)
+    kinds = type(first), type(second)
+    return bool(first == second) if kinds in ((_Part, _Part), (_Form, _Form)) else same(first, second)
 
 
 def _part(value: Any, numbers: dict[int, _Part]) -> Any:

@@ -9,12 +9,14 @@ module level writes) is compared in one generated expression.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graphs.guards.container_guards import MappingGuard, NamesGuard, SequenceGuard
 from graphs.guards.guard import Guard
+from graphs.guards.identity import numbers_held, times_held
 from graphs.guards.portrait import Portrait
 from graphs.guards.traversal import Scope
 from graphs.guards.value_guards import Changed, TypeGuard
@@ -60,6 +62,7 @@ class About:
         scope: what the functions of the step look up.
         view: the opaque arguments as they were recorded; None where they cannot be described.
         own: identities of the objects that only they lead to.
+        reached: identities of all others that the step can look at.
         look: for looks at other calls; None where these may not rely on it.
     """
 
@@ -67,6 +70,7 @@ class About:
     scope: Scope
     view: Portrait | None = None
     own: frozenset[int] = frozenset()
+    reached: frozenset[int] = frozenset()
     look: Look | None = None
 
 
@@ -174,7 +178,8 @@ class Guards:
             subjects.update((id(guard), (id(present[identity]), path)) for guard in new)
             polled += new
         beside = self._beside.adopted(present, made) if self._beside is not None else None
-        return Guards(watched, polled, About(subjects, about.scope), beside)
+        reached = (about.reached - present.keys()) | {id(value) for value in present.values()}
+        return Guards(watched, polled, About(subjects, about.scope, reached=reached), beside)
 
     def shared(self) -> Guards:
         """The guards of what does not hang on the opaque arguments alone."""
@@ -182,9 +187,20 @@ class Guards:
         if about is None:
             return self
         kept = self._without(self._watched, about.own), self._without(self._polled, about.own)
-        if self._beside is not None and not any(kept):
-            return self._beside
-        return Guards(*kept, About(self._subjects_of(*kept), about.scope), self._beside) if about.own else self
+        if self._beside is not None and not any(kept) and self._beside.about is not None:
+            if about.reached <= self._beside.about.reached:
+                return self._beside
+        elif not about.own:
+            return self
+        return Guards(*kept, About(self._subjects_of(*kept), about.scope, reached=about.reached), self._beside)
+
+    def numbers(self) -> frozenset[int]:
+        """Whole numbers that stand where the guards look, and may be made of objects."""
+        return numbers_held(self.all())
+
+    def times(self, wanted: Iterable[int]) -> Counter[int]:
+        """How often objects, by identity, stand where the guards look."""
+        return times_held(self.all(), wanted)
 
     def _subjects_of(self, *guards: Sequence[Guard]) -> dict[int, tuple[int, str]]:
         """What the guards that are left are about: an identity may be another guard's once one is gone."""

@@ -87,6 +87,7 @@ def bitwise_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_conj().resolve_neg()
     return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
 
 

@@ -97,6 +97,8 @@ class Conversions(Calls):
             operator = f"Tensor.{OF_THE_OBJECT[func]}"
             detail = "it is asked of an argument, has another answer at each call, and a replay would know only the recorded one"
             self.watch.trace.found(UnsupportedArgument(detail, operator=operator, site=Site.at(user_line(frame)), remedy=_ASKED))
+        elif not self.watch.made(args[0]) and has_storage(args[0]):
+            self.watch.trace.placed.append(args[0])
 
     def _convert(self, func: Any, args: Any, kwargs: Any) -> Any:
         watch, operator = self.watch, f"Tensor.{TO_HOST[func]}"

@@ -75,6 +75,7 @@ class EagerTrace:
         generators: generators named explicitly by an operator, with the states they had.
         origins: where each storage that was seen comes from, by its identity; see `TensorUse`.
         made_at: the lines that made each output and wrote each tensor, by what a mismatch calls them; filled by the trial.
+        placed: tensors that the step did not make and of which its own code asked where they lie.
         imported_dynamo: whether the step did so: what it compiled was not run as it is written.
         storages: what keeps identities of storages that are gone from being those of new ones.
     """
@@ -91,6 +92,7 @@ class EagerTrace:
     origins: dict[int, tuple[str, int]] = field(default_factory=dict)
     storages: list[StorageWeakRef] = field(default_factory=list)
     made_at: dict[str, Site] = field(default_factory=dict)
+    placed: list[Tensor] = field(default_factory=list)
     imported_dynamo: bool = False
 
     def found(self, refusal: Refusal, asked: str = "") -> None:

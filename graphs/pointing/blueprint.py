@@ -8,7 +8,7 @@ A place may be elsewhere if all its anchors say so, and if everything else about
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,14 +16,16 @@ import torch
 
 from graphs.contract.arguments import Call
 from graphs.contract.outputs.template import OutputTemplate
-from graphs.contract.places import Places, Spot, Storage, form_of, lie_apart
+from graphs.contract.places import Places, Spot, Storage, lie_apart
 from graphs.contract.static_tensors import StaticTensors
 from graphs.first_call.recorded_step import RecordedStep
+from graphs.guards.identity import numbers_of, numbers_of_identity
 from graphs.guards.portrait import Portrait
 from graphs.guards.python_guards import Guards
 from graphs.rewriting.rewritten_step import RewrittenStep
 from graphs.state.inventory import Link
 from graphs.state.storage import has_storage
+from graphs.state.tensor_form import form_of
 from graphs.state.tensor_state import TensorState
 
 Tensor = torch.Tensor
@@ -104,6 +106,7 @@ class Blueprint:
         external, written, bumped: what the step has of each; see `RecordedStep`.
         hanging: path and anchor of the tensors that are looked at at every call.
         others: identities of the model's own tensors.
+        numbers: whole numbers that the step keeps, by which it may know objects.
         proven: places that were once moved and the replay then compared with eager.
         settled: addresses of the model's own places that a replay was compared at.
         usable: False once the recording has refused to be pointed.
@@ -121,6 +124,7 @@ class Blueprint:
     bumped: list[Piece]
     hanging: list[tuple[str, int]]
     others: frozenset[int]
+    numbers: frozenset[int]
     shared: Guards
     proven: set[int] = field(default_factory=set)
     settled: set[tuple[int, ...]] = field(default_factory=set)
@@ -254,6 +258,9 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
     numbers = {id(tensor) for _, tensor in view.tensors} if view is not None else set[int]()
     if view is not None and (fixed or _behind(entry, opaque_names, numbers) or _handed_out(entry.template, view)):
         return None
+    kept = entry.guards.numbers()
+    if (view is not None and is_known_by_number(view, kept)) or not kept.isdisjoint(_addresses(_tensors(anchors, call, view))):
+        return None
     pieces = _Pieces(places, {id(tensor): number for number, tensor in enumerate(_tensors(anchors, call, view))})
     found = [pieces.of(part) for part in (entry.externals, entry.written.tensors, entry.bumped)]
     if any(part is None for part in found) or any(piece.anchor is None for piece in found[2] or ()):
@@ -272,20 +279,31 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
         bumped=bumped,
         hanging=[(path, pieces.anchors[id(tensor)]) for path, tensor in entry.statics.hanging],
         others=entry.statics.own - numbers,
+        numbers=kept,
         shared=entry.guards.shared(),
     )
+
+
+def is_known_by_number(view: Portrait, kept: frozenset[int]) -> bool:
+    """Whether one of the numbers ``kept`` is made of an object of a portrait."""
+    found = frozenset().union(*map(numbers_of_identity, view.visited), *(numbers_of(tensor) for _, tensor in view.tensors))
+    return not kept.isdisjoint(found)
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> frozenset[int]:
+    return frozenset().union(*(numbers_of(tensor) for tensor in tensors if tensor is not None))
 
 
 def _settle(entry: RecordedStep, storages: list[Storage]) -> None:
     """Note where the memory of a recording is, now that it was recorded there."""
     entry.storages, entry.recorded = storages, [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-    entry.recording.at = storages
+    entry.recording.settle(storages)
 
 
 def _is_movable(entry: RecordedStep) -> bool:
     """Whether nothing but addresses ties a recording to its tensors: a step may compare an argument with what is its own."""
     rewritten = entry.checked is not None or isinstance(entry.candidate, RewrittenStep) or bool(entry.uploads)
-    return not rewritten and not entry.statics.own_arguments
+    return not rewritten and not entry.asks_memory and not entry.statics.own_arguments
 
 
 def _skeleton(entry: RecordedStep) -> RecordedStep:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from graphs.contract.arguments import Call
-from graphs.contract.places import form_of
 from graphs.contract.static_tensors import StaticTensors
 from graphs.errors import Refusal
 from graphs.first_call.recorded_step import RecordedStep, reference_to
+from graphs.guards.identity import numbers_of
 from graphs.guards.portrait import Portrait, alike, guards_of_tensor, portrait
 from graphs.guards.python_guards import Guards
 from graphs.objects.keys import NOT_CONSTANT, nested_key
 from graphs.objects.raw_access import of_type
-from graphs.pointing.blueprint import Blueprint, Located
+from graphs.pointing.blueprint import Blueprint, Located, is_known_by_number
 from graphs.recording.recorder import CannotPoint
 from graphs.state.inventory import Link
+from graphs.state.tensor_form import form_of
 
 Tensor = torch.Tensor
 Compare = Callable[[RecordedStep], Refusal | None]
@@ -88,12 +90,17 @@ def _seen(blueprint: Blueprint, call: Call, opaque_names: Sequence[str]) -> Port
     about = blueprint.shared.about
     if blueprint.pattern is None or about is None:
         return None
-    seen = portrait(list(zip(opaque_names, call.opaques, strict=True)), about.scope, blueprint.names)
-    return seen if seen is not None and alike(seen.pattern, blueprint.pattern) else None
+    seen = portrait(list(zip(opaque_names, call.opaques, strict=True)), about.scope, blueprint.names, about.reached)
+    if seen is None or not alike(seen.pattern, blueprint.pattern) or is_known_by_number(seen, blueprint.numbers):
+        return None
+    return seen
 
 
 def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
-    """Tensors of the model's that stand in the place of others, by the identity of those; None where more than that changed."""
+    """Tensors of the model's that stand in the place of others, by the identity of those; None where more than that changed.
+
+    More changed where the step could see which tensor it is: the old one stands elsewhere still, or the new one did before.
+    """
     if blueprint.shared.changed() is None:
         return {}
     pairs = blueprint.shared.exchanged()
@@ -102,7 +109,15 @@ def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
         return None
     exchanged = {id(old): new for old, new in pairs}
     consistent = all(exchanged[id(old)] is new for old, new in pairs)
-    return exchanged if consistent and len({id(new) for new in exchanged.values()}) == len(exchanged) else None
+    if not consistent or len({id(new) for new in exchanged.values()}) != len(exchanged):
+        return None
+    gone = Counter(id(old) for old, _ in pairs)
+    about = blueprint.shared.about
+    known = about is None or any(id(new) in about.reached for new in exchanged.values())
+    if known or blueprint.shared.times(gone) != gone:
+        return None
+    numbers = frozenset().union(*(numbers_of(tensor) for pair in pairs for tensor in pair))
+    return exchanged if numbers.isdisjoint(blueprint.numbers) else None
 
 
 def _is_like(old: Any, new: Any) -> bool:

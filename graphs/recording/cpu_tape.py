@@ -233,9 +233,15 @@ class TapeRecording:
                     if storage_id(tensor) in instruction.creates:
                         _spoil(tensor)
 
+    def settle(self, storages: Sequence[Storage]) -> None:
+        """Find the tensors that lie in memory used in place; see `graphs.recording.recorder.Recording`."""
+        self._in_place = _InPlace([*(instruction.keep for instruction in self._program), self.outputs], storages)
+        self.at = storages
+
     def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
         """Exchange tensors in the instructions; see `graphs.recording.recorder.Recording`."""
-        for index, keep in self._parts(recorded).on(storages).items():
+        assert self._in_place is not None
+        for index, keep in self._in_place.on(storages).items():
             if index < len(self._program):
                 self._program[index].exchange(keep)
                 self._calls[index], self._lasting[index] = self._program[index].call, self._written_by(self._program[index])
@@ -245,18 +251,14 @@ class TapeRecording:
 
     def let_go(self, recorded: Sequence[tuple[int, int]]) -> None:
         """Hold none of the tensors; see `graphs.recording.recorder.Recording`."""
-        for index, keep in self._parts(recorded).none().items():
+        assert self._in_place is not None
+        for index, keep in self._in_place.none().items():
             if index < len(self._program):
                 self._program[index].keep, self._program[index].call = keep, _not_pointed
                 self._calls[index], self._lasting[index] = _not_pointed, []
             else:
                 self.outputs = keep
         self.at = None
-
-    def _parts(self, recorded: Sequence[tuple[int, int]]) -> _InPlace:
-        if self._in_place is None:
-            self._in_place = _InPlace([*(instruction.keep for instruction in self._program), self.outputs], recorded)
-        return self._in_place
 
     @property
     def operators(self) -> list[str]:
@@ -289,18 +291,18 @@ class _InPlace:
 
     Args:
         parts: arguments and results of the instructions, and the outputs.
-        recorded: address and bytes of the memory.
+        storages: the memory.
     """
 
-    def __init__(self, parts: Sequence[Any], recorded: Sequence[tuple[int, int]]) -> None:
-        numbers = {address: number for number, (address, size) in enumerate(recorded) if size}
+    def __init__(self, parts: Sequence[Any], storages: Sequence[Storage]) -> None:
+        numbers = {storage._cdata: number for number, storage in enumerate(storages)}
         self._parts: dict[int, tuple[Any, set[int]]] = {}
         for index, part in enumerate(parts):
             used: set[int] = set()
             spots = _mapped(part, functools.partial(_spot, numbers, used))
             if used:
                 self._parts[index] = spots, used
-        self._storages: list[Storage | None] = [None] * len(recorded)
+        self._storages: list[Storage | None] = [*storages]
 
     def on(self, storages: Sequence[Storage]) -> dict[int, Any]:
         """The parts that have to be other ones with these storages, by position."""
@@ -322,7 +324,7 @@ def _spot(numbers: dict[int, int], used: set[int], leaf: Any) -> Any:
     """The spot of a tensor of memory used in place; anything else as it is."""
     if not isinstance(leaf, Tensor) or not has_storage(leaf):
         return leaf
-    place = numbers.get(leaf.untyped_storage().data_ptr())
+    place = numbers.get(storage_id(leaf))
     if place is None:
         return leaf
     used.add(place)

@@ -128,6 +128,10 @@ class CudaRecording:
         device = self._device
         return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in layouts]
 
+    def settle(self, storages: Sequence[Storage]) -> None:
+        """Take note of the memory used in place, which the graph knows by address; see `graphs.recording.recorder.Recording`."""
+        self.at = storages
+
     def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
         """Exchange addresses in the nodes of the graph; see `graphs.recording.recorder.Recording`.
 

@@ -43,6 +43,10 @@ class Recording(Protocol):
 
     at: Sequence[Storage] | None
 
+    def settle(self, storages: Sequence[Storage]) -> None:
+        """Take note of the memory that was used in place, before anything of it moves."""
+        ...
+
     def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
         """Read and write other memory from the next replay on, in place of what was recorded.
 

@@ -2,15 +2,15 @@
 
 A step that went through a whole first call is told by its operators. Where a call with another batch runs the same operators,
 from the same lines, on the same numbers, in which nothing differs but the size, what the first call proved holds for it as well:
-that two consecutive steps are the same, that copies of its arguments give the same step, and which dimension of an output is the
-batch. What is left is what the size itself may decide: the call is watched (run A), and its recording is compared with a plain
-run (R, V). Branches on the size, constants computed from it otherwise than as a multiple, another order of operators: any of
-them makes it another step, which is tried as a whole.
+that two consecutive steps are the same, and that copies of its arguments give the same step. What is left is what the size may
+decide: the call is watched (run A), its recording is compared with a plain run (R, V), and where there are buckets it is proved
+of each that padding stays in its rows (P), since rows that are special by their number are other rows of another bucket.
+Branches on the size, constants computed from it otherwise than as a multiple, another order of operators: any of them makes it
+another step, which is tried as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,16 +41,12 @@ class TriedStep:
         shapes: of its tensor arguments.
         rows: its bucket; None at exact sizes.
         operations: of run A.
-        output_dims: the batch dimension of each output, where there is a bucket.
-        left_open: whether it could not be shown that padding leaves its rows alone; see `Step.is_dummy`.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     rows: int | None
     operations: tuple[Operation, ...]
-    output_dims: tuple[int | None, ...]
-    left_open: bool = False
 
     def covers(self, step: Step, trace: EagerTrace) -> bool:
         """Whether a call is the same step at another size."""
@@ -75,13 +71,12 @@ class TriedStep:
         return _Sizes(*found.pop()) if len(found) == 1 and all(map(all, found)) else None
 
 
-def tried(step: Step, trace: EagerTrace, output_dims: Sequence[int | None]) -> TriedStep | None:
+def tried(step: Step, trace: EagerTrace) -> TriedStep | None:
     """What to know of a step that was recorded as it is; None where what was recorded depends on more than its operators."""
     if step.compiler != "none" or step.host or step.moving or trace.findings or step.rows not in (None, step.real):
         return None
     shapes = tuple(tuple(tensor.shape) for tensor in step.call.tensors)
-    left_open = step.rows is not None and step.is_dummy
-    return TriedStep(tuple(step.names), shapes, step.rows, tuple(trace.operations), tuple(output_dims), left_open)
+    return TriedStep(tuple(step.names), shapes, step.rows, tuple(trace.operations))
 
 
 def _alike(a: Any, b: Any, sizes: _Sizes, storages: dict[int, int]) -> bool:

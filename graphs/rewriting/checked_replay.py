@@ -106,6 +106,9 @@ class CheckedReplay:
             self._counters.ran()
         return produced
 
+    def settle(self, storages: Sequence[Storage]) -> None:
+        """Nothing is noted; see `point`."""
+
     def point(self, recorded: Sequence[tuple[int, int]], storages: Sequence[Storage]) -> None:
         """Not possible: what undoes a replay, and the numbers that it advances, belong to the tensors it was recorded with."""
         raise CannotPoint("its replays are undone where an assumption does not hold")

@@ -101,7 +101,7 @@ def whole_region(tensor: Tensor) -> Region:
 
 def written_region(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tensor: Tensor) -> Region:
     """What a call of ``func`` writes of ``tensor``: at least that, and the whole storage where nothing less is known."""
-    if not has_storage(tensor) or _overlaps(tensor):
+    if not has_storage(tensor) or overlaps(tensor):
         return whole_region(tensor)
     storage, whole, view = storage_id(tensor), _whole(tensor), _view(tensor)
     indices = _indices(func, args, kwargs, tensor)
@@ -202,7 +202,7 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return (storage_id(tensor), tuple(tensor.shape), strides, tensor.dtype)
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Whether two elements may be one memory, as in an expanded tensor."""
     end = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):

@@ -92,3 +92,12 @@ def has_form(value: Any) -> bool:
     """Whether a value is a plain tensor with memory of its own."""
     plain = type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return plain and value.layout == torch.strided and has_storage(value)
+
+
+def form_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What a tensor is but for its address, its content and what hangs on it; None where it has no memory to be exchanged."""
+    if not has_storage(tensor):
+        return None
+    layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.storage_offset()
+    flags = tensor.requires_grad, tensor.is_inference(), tensor.is_conj(), tensor.is_neg()
+    return (type(tensor), *layout, tensor.untyped_storage().nbytes(), *flags)
