@@ -9,6 +9,7 @@ module level writes) is compared in one generated expression.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,11 @@ class Guards:
 
     def numbers(self) -> frozenset[int]:
         """Whole numbers that stand where the guards look, and may be made of objects."""
-        return numbers_held(self.all())
+        return self._numbers | (self._beside.numbers() if self._beside is not None else frozenset())
+
+    @functools.cached_property
+    def _numbers(self) -> frozenset[int]:
+        return numbers_held((*self._watched, *self._polled))  # of as many sizes as share the guards, once
 
     def times(self, wanted: Iterable[int]) -> Counter[int]:
         """How often objects, by identity, stand where the guards look."""
