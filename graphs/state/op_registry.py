@@ -52,7 +52,7 @@ def registered(func: OpOverload) -> RegisteredOperator | None:
 
 def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Check ``func`` if that was asked for and has not been done on this device type; before its first call there."""
-    operator = _operators.get(func)
+    operator = _operators.get(func) if _operators else None
     if operator is None or operator.graph_safe is not None:
         return
     device = device_type(tensors_in((*args, kwargs)))
@@ -72,7 +72,7 @@ def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 def refusal_of(func: OpOverload, tensors: Sequence[torch.Tensor]) -> Callable[..., Refusal] | None:
     """Why a call of ``func`` is not recorded, as a function of where it is; None where it may be."""
-    operator = _operators.get(func)
+    operator = _operators.get(func) if _operators else None
     if operator is None or operator.graph_safe:
         return None
     if operator.graph_safe is False:

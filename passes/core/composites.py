@@ -122,8 +122,10 @@ def as_eager(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     ``svdvals`` and what is made of it have the vectors computed too under a mode, by another kernel, whose values differ in the
     last bit. They are not used, so leave them out.
     """
+    if _callers.name not in _VALUES_ONLY or kwargs:
+        return args
     position = _VECTORS.get(func)
-    if position is None or _callers.name not in _VALUES_ONLY or kwargs:
+    if position is None:
         return args
     given = [*args, *(argument.default_value for argument in func._schema.arguments[len(args) : position])]
     return (*given[:position], False, *args[position + 1 :])
