@@ -26,6 +26,10 @@ class ConfigError(GraphsError, ValueError):
         self.name, self.value = name, value
 
 
+class WritesError(ConfigError):
+    """What the ``writes`` of `graphs.register_op` says of a call of its operator tells no rows of an argument."""
+
+
 class WeightError(GraphsError, ValueError):
     """A weight, scale or activation of a grouped projection has the wrong shape, dtype, device or values."""
 

@@ -25,10 +25,12 @@ from graphs.dynamo.backend import backend_report, graphs_backend
 from graphs.eager_mode import forced_eager
 from graphs.errors import CompileFailed
 from graphs.first_call.candidates import CompiledModel, fusion_of
+from graphs.first_call.observe import taking_names
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.launches import count_launches
 from graphs.observation.operations import EagerTrace
 from graphs.ops.wo_a.routes import wo_a_routes
+from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 from graphs.report import CaptureReport, PieceReport, RefusalCount
@@ -170,7 +172,8 @@ def explain(
     trace = EagerTrace()
     rehearsal = Rehearsal(Checkpoint(step), trace, is_there=True)
     with forced_eager("trial"):
-        rehearsal.covering(lambda: trace_eager(step.run, step.call.tensors, into=trace))
+        reads = CodeReads(before=taking_names(step, rehearsal.start))
+        rehearsal.covering(lambda: trace_eager(observed(step.run, reads), step.call.tensors, into=trace))
         graph, untraced, effects, assumed = rehearsal.run(lambda: _passes(step, trace))
     fusion = rehearsal.run(lambda: _fusion(step)) if fuse else None
     pieces = rehearsal.run(lambda: _pieces(step))

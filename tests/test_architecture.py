@@ -73,7 +73,7 @@ FLOORS = {
         ("__main__",),
     ],
     "passes": [
-        ("errors",),
+        ("errors", "forked_process"),
         ("core",),
         ("control_flow",),
         ("host_values",),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import types
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ from graphs.dispatch import key_recorder
 from graphs.dispatch.ahead.budget import needed_bytes
 from graphs.dispatch.captured_module import CapturedModule
 from graphs.environment import as_bytes
-from graphs.errors import ConfigError
+from graphs.errors import ConfigError, InternalError
 
 Tensor = torch.Tensor
 SPARE = 16
@@ -255,6 +258,75 @@ def test_a_size_that_is_recorded_already_is_not_recorded_again() -> None:
     found = step.record(example(), sizes=[4, 2])
     assert [(size.seconds > 0, size.note) for size in found.sizes] == [(False, "recorded before"), (True, "")]
     assert step.report().recordings == 2
+
+
+contexts = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+
+
+class Picky(nn.Module):
+    """Counts, and raises at two rows."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls, self.error = 0, (error,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        self.calls += 1
+        if x.shape[0] == 2:
+            raise self.error[0]
+        return x * 2
+
+
+@contexts
+@pytest.mark.parametrize("error", [ValueError("not two"), SystemExit(3)], ids=["ValueError", "SystemExit"])
+def test_what_the_step_raises_at_a_size_is_raised_and_nothing_else_remains(error: BaseException, context: Any) -> None:
+    model = Picky(error)
+    step = graphs.capture(model, batch_dims={"x": 0})
+    with context():
+        with pytest.raises(type(error)) as raised:
+            step.record((torch.ones(1, 4),), sizes=[4, 2, 1])
+        assert raised.value is error and raised.value.__context__ is None and raised.value.__cause__ is None
+        assert (model.steps.item(), model.calls) == (0, 0)
+        assert torch.equal(step(torch.ones(4, 4)), torch.full((4, 4), 2.0)) and (model.steps.item(), model.calls) == (1, 1)
+    assert [key.replays for key in step.report().keys] == [1]
+
+
+def test_what_this_layer_raises_at_a_size_is_raised_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAPHS_RAISE_INTERNAL")
+    fault = types.FunctionType((lambda *_: 1 / 0).__code__, {"__name__": "graphs.fault"})
+    monkeypatch.setattr("graphs.observation.watching.finding", fault)
+    step = captured()
+    with pytest.raises(InternalError, match=r"internal-error.*ZeroDivisionError"):
+        step.record(example(), sizes=[2])
+    assert step.steps.item() == 0
+
+
+def _with_a_file(x: Tensor) -> Tensor:
+    with open(os.devnull):
+        return x * 2
+
+
+def _catching(x: Tensor) -> Tensor:
+    try:
+        return x[torch.tensor([9])]
+    except IndexError:
+        return x * 2
+
+
+@contexts
+@pytest.mark.parametrize(("model", "reason"), [(_with_a_file, "unguarded-read"), (_catching, "step-raises")])
+def test_a_size_is_refused_for_the_reason_of_a_call(model: Callable[[Tensor], Tensor], reason: str, context: Any) -> None:
+    step = graphs.capture(model, batch_dims={"x": 0})
+    with context():
+        with pytest.raises(graphs.Refusal) as raised:
+            step.record((torch.ones(1, 4),), sizes=[4, 1])
+        with warnings.catch_warnings(record=True):
+            step(torch.ones(4, 4))
+    (refusal,) = step.report().refusals
+    assert raised.value.reason == refusal.reason == reason
+    assert (raised.value.operator, raised.value.detail) == (refusal.operator, refusal.detail)
 
 
 def test_a_size_that_cannot_be_recorded_raises_and_those_before_it_stay() -> None:

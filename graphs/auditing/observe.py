@@ -10,9 +10,11 @@ from graphs.auditing.compare_steps import differences
 from graphs.auditing.source.assignment_sites import executed_code, line_that_sets
 from graphs.auditing.source.line_timing import Place, time_places
 from graphs.errors import Site
+from graphs.first_call.observe import taking_names
 from graphs.objects.cells import Difference
 from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
+from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Checkpoint, Step
 from passes.core.source_location import raised_at
@@ -68,17 +70,18 @@ def observe(step: Step) -> Observation:
     """
     seen, rehearsal = Observation(step), Rehearsal(Checkpoint(step), EagerTrace(), is_there=True)
     seen.complete = rehearsal.start.python.complete
-    rehearsal.covering(lambda: _watch(seen, rehearsal.first))
+    rehearsal.covering(lambda: _watch(seen, rehearsal))
     if not any(_is_irreversible(run) for run in seen.runs):  # else each further run would leave more behind
         rehearsal.run(lambda: _measure(seen, rehearsal))
     return seen
 
 
-def _watch(seen: Observation, first: EagerTrace) -> None:
+def _watch(seen: Observation, rehearsal: Rehearsal) -> None:
     """Run until two consecutive steps are alike, three at most: the first may have initialised something."""
+    first = rehearsal.first
     while len(seen.runs) < 3:
         trace = first if not seen.runs else EagerTrace(written=first.written, generators=first.generators)
-        run = _run(seen.step, trace, may_raise=not seen.runs)
+        run = _run(seen.step, trace, rehearsal.start, may_raise=not seen.runs)
         seen.runs.append(run)
         if run.error is not None or _is_irreversible(run):
             return
@@ -86,10 +89,11 @@ def _watch(seen: Observation, first: EagerTrace) -> None:
             return
 
 
-def _run(step: Step, trace: EagerTrace, *, may_raise: bool) -> Run:
+def _run(step: Step, trace: EagerTrace, start: Checkpoint, *, may_raise: bool) -> Run:
     before = Checkpoint(step)
+    reads = CodeReads(before=taking_names(step, before, start))
     try:
-        output, _ = trace_eager(step.run, step.call.tensors, into=trace)
+        output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except Exception as error:
         if may_raise:
             raise

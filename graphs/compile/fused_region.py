@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphs.compile.torch_dynamo import private
+from graphs.events.listeners import logger
 
 Tensor = torch.Tensor
 Compiled = Callable[..., Sequence[Tensor]]
@@ -49,7 +51,10 @@ class CompiledRegion(torch.nn.Module):
                     function = private("compile_fx")(self.body, list(inputs), config_patches={"triton.cudagraphs": False})
             except Exception as error:  # whatever a compiler fails with, the region can run without it
                 reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"{len(self.body.graph.nodes)} small operators run unfused: {reason}", RuntimeWarning, stacklevel=2)
+                text = f"{len(self.body.graph.nodes)} small operators run unfused: {reason}"
+                logger.warning("%s", text)
+                with contextlib.suppress(RuntimeWarning):  # made an error, it would look like an error of the step
+                    warnings.warn(text, RuntimeWarning, stacklevel=2)
                 return self.body
             _compiled[key] = function
         return function

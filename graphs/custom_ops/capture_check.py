@@ -72,7 +72,7 @@ def capture_check(
 
     Raises:
         Refusal: what was found first.
-        ConfigError: ``op`` is no operator, or ``others`` differ in more than data.
+        ConfigError: ``op`` is no operator, ``others`` differ in more than data, or ``writes`` returns what is not legal.
     """
     subject = _Subject(overload_of(op), tuple(args), dict(kwargs or {}))
     datasets = [subject.leaves_of(other) for other in others] or [_redrawn(subject.tensors)]

@@ -55,9 +55,10 @@ def register_op(
             device type; ``True``: it is recorded unchecked; ``False``: steps with it run eagerly. The module says more.
         device_types: where the function runs (``"cuda"``); default: everywhere.
         writes: by name of an argument that it writes, a function of the operator's arguments that returns which of its rows:
-            whole numbers ``[n]`` for the first dimension, or a tuple of such for the first dimensions (pages and offsets), on the
-            device of the argument; None for all of it. A first call saves, compares and puts back these alone, instead of a whole
-            cache for a row. Operators of ATen with indices say it themselves. `graphs.capture_check` finds writes elsewhere.
+            whole numbers ``[n]`` (a tensor on the device of the argument, or a list) for the first dimension, or a tuple of such
+            for the first dimensions (pages and offsets); None for all of it. A first call saves, compares and puts back these
+            alone, instead of a whole cache for a row; one that is given anything else raises a `ConfigError`. Operators of ATen
+            with indices say it themselves. `graphs.capture_check` finds writes elsewhere.
         tags: of the operator, such as ``torch.Tag.nondeterministic_seeded`` for one that draws random numbers.
 
     Returns:

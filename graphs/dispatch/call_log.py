@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 
 from graphs.errors import InternalError, Refusal, TooManyKeys
 from graphs.events import Evicted, Refused, emit
@@ -23,8 +26,14 @@ INITIALISED = "the call initialised it; the next one like it is tried again"
 class CallLog:
     """Counts of one captured module.
 
+    A filter may make an exception of a warning (``-W error``). In the midst of a call that would look like a failure, so warnings
+    are kept until `warn_now`, which the call ends with.
+
     Args:
         name: what events call it.
+
+    Attributes:
+        unsaid: warnings of calls that are not over, by the thread of the call.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -34,6 +43,7 @@ class CallLog:
         self.moved = 0  # times that a recording was pointed at other tensors
         self._replays_dropped = 0
         self._refusals: dict[tuple[str, str, str, int], RefusalCount] = {}
+        self.unsaid: dict[int, list[str]] = {}
 
     def recorded_otherwise(self, reason: Refusal, outcome: str) -> None:
         """Count why a step (or a graph) was recorded anew, at its exact sizes or uncompiled: the call itself is replayed."""
@@ -44,7 +54,7 @@ class CallLog:
         self._tell(reason, outcome, first)
 
     def refused(self, refusal: Refusal, *, outcome: str = "this call runs eagerly", calls: int = 1, warn: bool = True) -> None:
-        """Count a refusal; warn the first time its reason, operator and line are seen.
+        """Count a refusal; its reason, operator and line are warned about when the call is over that they are first seen in.
 
         Args:
             calls: 0 for what was found beside the reason that the call is counted under.
@@ -56,13 +66,41 @@ class CallLog:
             where, what = (site.file, site.line), (refusal.detail, refusal.remedy)
             known = RefusalCount(refusal.reason, refusal.operator, *where, *what, 0, _traceback(refusal))
             if warn:
-                warnings.warn(f"graphs: {outcome}: {refusal}", NotReplayed, stacklevel=user_level())
+                self.unsaid.setdefault(threading.get_ident(), []).append(f"graphs: {outcome}: {refusal}")
         elif known.detail == INITIALISED:  # what is the matter beyond that tells more
             known = dataclasses.replace(known, detail=refusal.detail, remedy=refusal.remedy)
         first = refusal.signature not in self._refusals
         self._refusals[refusal.signature] = dataclasses.replace(known, count=known.count + calls)
         if calls:
             self._tell(refusal, outcome, first)
+
+    def warn_now(self, *, raising: bool = True) -> None:
+        """Give the warnings of this thread's call, which is over.
+
+        Args:
+            raising: False where the call raises something itself, which goes before.
+
+        Raises:
+            NotReplayed: a filter makes an exception of it; of several, the first.
+        """
+        raised: NotReplayed | None = None
+        for text in self.unsaid.pop(threading.get_ident(), ()):
+            try:
+                warnings.warn(text, NotReplayed, stacklevel=user_level())
+            except NotReplayed as error:
+                raised = raised or error
+        if raised is not None and raising:
+            raise raised
+
+    @contextlib.contextmanager
+    def warning_after(self) -> Iterator[None]:
+        """Have what happens inside warned about afterwards; what is raised inside goes before."""
+        try:
+            yield
+        except BaseException:
+            self.warn_now(raising=False)
+            raise
+        self.warn_now()
 
     def _tell(self, refusal: Refusal, outcome: str, first: bool) -> None:
         emit(

@@ -232,6 +232,7 @@ class CapturedStep(Generic[P, R_co]):
             ConfigError: before anything runs: sizes or a budget that are not legal, an example without rows or of another size,
                 no known batch dimension, or a budget below what the arguments alone take.
             Refusal: a size cannot be recorded, or the largest takes more than the budget. Those before it stay.
+            Exception: what the step itself raises at a size. Those before it stay.
         """
         recordings: Dispatcher = self._graphs_recordings
         return recordings.record(example, sizes, memory_budget, progress=progress)
@@ -242,6 +243,7 @@ class CapturedStep(Generic[P, R_co]):
         Raises:
             ConfigError: there are no buckets, or the batch dimension is neither declared nor inferred yet.
             Refusal: a bucket cannot be recorded.
+            Exception: what the step itself raises.
         """
         return self.record((args, kwargs), progress=False)
 

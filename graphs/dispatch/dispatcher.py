@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,8 +35,11 @@ from graphs.objects.torch_fast_paths import profiler
 from graphs.recording.failures import Eagerly, StepRaised
 from graphs.recording.recorder import first_call_lock
 from graphs.report import CaptureReport, SizesReport
+from passes.forked_process import forkable_lock
 
 _recording = first_call_lock
+_NOTHING = object()
+"""The output of a call that the model is still to be run for."""
 
 
 class Dispatcher:
@@ -47,7 +49,7 @@ class Dispatcher:
         self.model, self.config = model, config
         # verifying a replay runs the step as a first call does, so it needs their lock, and from the start of the call
         self.verifies_always = config.verify == "always"
-        self.lock = _recording if self.verifies_always else threading.RLock()
+        self.lock = _recording if self.verifies_always else forkable_lock()
         self._parameters = parameter_names(model)
         self.name = config.name or name_of(model)
         self.call_log = CallLog(self.name)
@@ -62,26 +64,42 @@ class Dispatcher:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one step: replay it if its key is recorded, else try to record it, else run the model.
 
-        Only what the model raises reaches the caller, and in strict mode a refusal.
+        Only what the model raises reaches the caller, in strict mode a refusal, and a warning that a filter makes an error of.
         """
         failure: Exception | None = None
         own: BaseException | None = None
+        output: Any = _NOTHING
         try:
-            return self._serve(args, kwargs)
+            output = self._serve(args, kwargs)
         except Eagerly:
             pass
         except (Deferred, Refused) as first_call:
-            return first_call.output
+            output = first_call.output
         except StepRaised as raised:
             own = raised.error
         except GraphsError:
+            self.call_log.warn_now(raising=False)
             raise
         except Exception as error:
             failure = error
-        if own is not None:
-            self.eager.raised(own)
-            raise own
-        return self.model(*args, **kwargs) if failure is None else self.eager.despite(failure, args, kwargs)
+        if output is _NOTHING:
+            output = self._by_the_model(failure, own, args, kwargs)
+        if self.call_log.unsaid:
+            self.call_log.warn_now()
+        return output
+
+    def _by_the_model(
+        self, failure: Exception | None, own: BaseException | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The model's output where nothing was replayed, after ``failure`` if any; ``own`` is what it has raised already."""
+        try:
+            if own is not None:
+                self.eager.raised(own)
+                raise own
+            return self.model(*args, **kwargs) if failure is None else self.eager.despite(failure, args, kwargs)
+        except BaseException:
+            self.call_log.warn_now(raising=False)
+            raise
 
     def _remember(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run calls like this one eagerly from now on; a call that cannot be flattened has no key to remember it by."""
@@ -233,7 +251,7 @@ class Dispatcher:
 
     def record(self, example: Any, sizes: Iterable[int] | None, budget: int | str | None, *, progress: bool) -> SizesReport:
         """Record sizes ahead of serving; see `CapturedStep.record`."""
-        with _recording, self.lock:
+        with self.call_log.warning_after(), _recording, self.lock:
             return SizesAhead(self.keys, self.routes, self.call_log).record(example, sizes, budget, progress=progress)
 
     def invalidate(self) -> None:

@@ -38,16 +38,22 @@ class Attempt:
         entry: the recording, weakly; gives None where there is none (any more).
         replays: calls served, once the recording is dropped.
         refusals: why there is no recording, where it was refused.
+        initialised: whether the call initialised something, so that it is left to the next one like it to be recorded.
+        again: whether one like it was served since.
     """
 
     signature: tuple[Any, ...]
     entry: Callable[[], RecordedStep | None]
     replays: int = 0
     refusals: Sequence[Refusal] = ()
+    initialised: bool = False
+    again: bool = False
 
     @property
     def in_vain(self) -> bool:
         """Whether nobody but the call that it was made for was served."""
+        if self.initialised:
+            return not self.again
         entry = self.entry()
         return (self.replays if entry is None else sum(variant.replays for variant in entry.group.variants)) <= 1
 
@@ -84,7 +90,9 @@ class _Habit:
     def in_vain(self) -> list[Attempt]:
         """The attempts to give up, once there are enough of them."""
         found = [attempt for attempt in self.attempts if attempt.in_vain]
-        return found if len(found) >= (min(self.few, self.most) if self.needed == 1 else self.most) else []
+        recorded = sum(not attempt.initialised or bool(attempt.refusals) for attempt in found)  # the others' turn may well come
+        few = min(self.few, self.most) if self.needed == 1 else self.most
+        return found if recorded >= few or len(found) >= self.most else []
 
     def asked(self, count: int) -> tuple[bool, list[Attempt]]:
         """Whether a value that has come up ``count`` times is to be recorded, and the attempts to give up."""
@@ -148,13 +156,17 @@ class Habits:
         changeable: list[Argument],
         entry: RecordedStep | None,
         refusals: Sequence[Refusal] = (),
-    ) -> None:
+        *,
+        initialised: bool = False,
+    ) -> Attempt:
         """Note an attempt to record a signature, and what came of it."""
-        attempt = Attempt(signature, weakref.ref(entry) if entry is not None else lambda: None, refusals=refusals)
+        made = weakref.ref(entry) if entry is not None else lambda: None
+        attempt = Attempt(signature, made, refusals=refusals, initialised=initialised)
         for argument in changeable:
             self._note(attempt, _place(signature, argument), signature[argument.place], argument)
         self._note(attempt, _place_of_sizes(signature), signature, few=self._few_sizes)
         self._note(attempt, _ANYWHERE, signature)
+        return attempt
 
     def _note(
         self, attempt: Attempt, place: tuple[Any, ...], value: Any, argument: Argument | None = None, few: int = _FEW
@@ -199,7 +211,7 @@ def _why(habit: _Habit, argument: Argument, given_up: list[Attempt]) -> list[Ref
         habit.refusals = list(given_up[-1].refusals)
     elif given_up:
         what = f"a {type(argument.value).__name__} made anew" if argument.is_object else "another value"
-        detail = f"the argument was {what} in each of {len(given_up)} recordings, and none of them was used again"
+        detail = f"the argument was {what} in each of {_not_used(given_up)}"
         remedy = (
             "make the object once and pass it again, or pass the tensors that it holds"
             if argument.is_object
@@ -209,6 +221,12 @@ def _why(habit: _Habit, argument: Argument, given_up: list[Attempt]) -> list[Ref
     return habit.refusals
 
 
+def _not_used(attempts: Sequence[Attempt]) -> str:
+    if any(attempt.initialised for attempt in attempts):
+        return f"{len(attempts)} calls that were recorded or initialised something, and none like them came again"
+    return f"{len(attempts)} recordings, and none of them was used again"
+
+
 def _why_sizes(attempts: list[Attempt], names: Sequence[str]) -> list[Refusal]:
     """The reason for calls whose tensors have other sizes each time; it names those tensors."""
     if all(attempt.refusals for attempt in attempts[:-1]):
@@ -216,6 +234,6 @@ def _why_sizes(attempts: list[Attempt], names: Sequence[str]) -> list[Refusal]:
     last, now = (split_sizes(attempt.signature)[1] for attempt in attempts[-2:])
     changed = [(name, a, b) for name, a, b in zip(names, last, now, strict=True) if a != b]
     shapes = ", ".join(f"{list(a)} before {list(b)}" for _, a, b in changed)
-    detail = f"the sizes were others in each of {len(attempts) - 1} recordings, and none of them was used again: {shapes}"
+    detail = f"the sizes were others in each of {_not_used(attempts[:-1])}: {shapes}"
     remedy = "pad what grows to a fixed length, declare buckets= for a batch that varies, or record the sizes ahead (record)"
     return [ChangingValue(detail, operator=", ".join(name for name, _, _ in changed) or "arguments", remedy=remedy)]

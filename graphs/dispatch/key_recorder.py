@@ -34,6 +34,7 @@ from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
+from passes.forked_process import put_back_by
 
 _OBJECTS = 100_000  # that are made between two looks of the garbage collector during a first call
 _KNOWN = 8  # steps that a further size is compared with
@@ -251,9 +252,7 @@ def _seldom_collected() -> Iterator[None]:
     transformers several times, for a third of the time that it takes. Freezing them would hide them from `gc.get_referrers`.
     """
     before = gc.get_threshold()
-    if before[0]:
-        gc.set_threshold(max(before[0], _OBJECTS), *before[1:])
-    try:
+    with put_back_by(lambda: gc.set_threshold(*before)):
+        if before[0]:
+            gc.set_threshold(max(before[0], _OBJECTS), *before[1:])
         yield
-    finally:
-        gc.set_threshold(*before)

@@ -15,7 +15,7 @@ from typing import Any
 from graphs.contract.arguments import Call, Leaves
 from graphs.dispatch.call_log import CallLog
 from graphs.dispatch.fast_path import FastPath
-from graphs.dispatch.habits import Habits
+from graphs.dispatch.habits import Attempt, Habits
 from graphs.errors import ChangingValue, MovedStaticTensor, Refusal, TooManyKeys, Unwatchable
 from graphs.first_call.outcomes import Deferred
 from graphs.first_call.recorded_step import RecordedStep, reference_to
@@ -49,7 +49,17 @@ class Refused:
             self.left -= 1
             if self.left < 0:
                 return False
-        return all(reference() is opaque for reference, opaque in zip(self.opaques, call.opaques, strict=True))
+        return _same(self.opaques, call)
+
+
+def _weakly(call: Call) -> list[Callable[[], Any]]:
+    """The opaque arguments of a call."""
+    return [reference_to(opaque) for opaque in call.opaques]
+
+
+def _same(opaques: list[Callable[[], Any]], call: Call) -> bool:
+    """Whether the opaque arguments of a call are these: its signature holds their identity, which another one may take."""
+    return all(reference() is opaque for reference, opaque in zip(opaques, call.opaques, strict=True))
 
 
 Recorded = tuple[RecordedStep, int]
@@ -90,13 +100,21 @@ class Routes:
         self.moving: dict[tuple[Any, ...], frozenset[int]] = {}
         self._waits: Counter[tuple[Any, ...]] = Counter()
         self.habits = Habits(self._limit, self._buckets)
+        self._initialised: dict[tuple[Any, ...], tuple[Attempt, list[Callable[[], Any]]]] = {}
         self.room = Room(self, self._limit, self._log)
 
     def lead(self, call: Call, entry: RecordedStep, rows: int) -> None:
         """Let calls of this signature try ``entry`` first."""
         self.last = None
+        self._come_again(call)
         entry.used = next(_clock)
         self.by_signature[call.signature] = (entry, rows)
+
+    def _come_again(self, call: Call) -> None:
+        """A call is served that is like one which initialised something."""
+        known = self._initialised.get(call.signature)
+        if known is not None and _same(known[1], call):
+            known[0].again = True
 
     def used(self, call: Call, route: Recorded, like_this: FastPath | None) -> None:
         """Note that a call is served by ``route``, and how to recognise the next one like it."""
@@ -109,7 +127,7 @@ class Routes:
         self.last = None
         left = None if for_good else _PATIENCE << min(self._waits[call.signature], _MOST_DOUBLINGS)
         self._waits[call.signature] += left is not None
-        self.by_signature[call.signature] = Refused(refusals, [reference_to(opaque) for opaque in call.opaques], left)
+        self.by_signature[call.signature] = Refused(refusals, _weakly(call), left)
 
     def drop(self, entry: RecordedStep) -> None:
         """Forget one recording."""
@@ -186,6 +204,9 @@ class Routes:
         self.by_signature = {
             s: r for s, r in kept if not isinstance(r, Refused) or all(reference() is not None for reference in r.opaques)
         }
+        for signature, (_, opaques) in list(self._initialised.items()):
+            if any(reference() is None for reference in opaques):
+                del self._initialised[signature], self.attempts[signature]
 
     def habitual(self, call: Call, leaves: Leaves) -> list[Refusal]:
         """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
@@ -204,6 +225,7 @@ class Routes:
 
     def note_recorded(self, call: Call, leaves: Leaves, entry: RecordedStep) -> None:
         """A first call ended in a recording, or in one that is known and has served other signatures of its bucket."""
+        self._come_again(call)
         if not entry.replays:
             self.habits.tried(call.signature, leaves.changeable, entry)
         self.room.make(entry)
@@ -221,7 +243,13 @@ class Routes:
 
     def note_deferred(self, call: Call, leaves: Leaves, deferred: Deferred) -> None:
         """A first call was one of its kind: the next one is tried again, a few times."""
-        self.habits.tried(call.signature, leaves.changeable, None)
+        known = self._initialised.get(call.signature)
+        if known is None or not _same(known[1], call):
+            if known is not None:  # the identity of an object that is gone
+                del self.attempts[call.signature], self._waits[call.signature]
+            why = [deferred.refusal] if deferred.refusal is not None else []
+            attempt = self.habits.tried(call.signature, leaves.changeable, None, why, initialised=True)
+            self._initialised[call.signature] = attempt, _weakly(call)
         self.attempts[call.signature] += 1
         if self.attempts[call.signature] > _MAX_DEFERRALS or self._waits[call.signature]:
             changing = ChangingValue(f"{deferred} changes in most calls", operator=str(deferred))

@@ -44,6 +44,7 @@ from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import CannotPoint, Recorder, first_call_lock
 from graphs.report import BackendReport, PieceReport
 from graphs.state.storage import storage_id
+from passes.forked_process import forkable_lock
 
 if TYPE_CHECKING:
     from graphs.compile.compiled_graph import CompiledGraph
@@ -126,7 +127,8 @@ class Subgraph:
                 for recorded in known:
                     if recorded.fits(inputs):
                         return self._replayed(recorded, inputs)
-        return self._not_replayed(inputs)
+        with self._ledger.warning_after():
+            return self._not_replayed(inputs)
 
     def _replayed(self, recorded: RecordedSubgraph, inputs: Sequence[Any]) -> Any:
         """Replay; the lock is held."""
@@ -279,7 +281,7 @@ class _Place:
         """The place of a device; it lives as long as some subgraph there."""
         place = _places.get(device)
         if place is None:
-            place = _places[device] = cls(recorder_for(device), threading.RLock())
+            place = _places[device] = cls(recorder_for(device), forkable_lock())
         return place
 
     __hash__ = object.__hash__

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import warnings
 from collections.abc import Callable
 
 from graphs.errors import ConfigError
 from graphs.events.kinds import Event
+from passes.forked_process import forkable_lock
 
 logger = logging.getLogger("graphs")
 logger.addHandler(logging.NullHandler())  # a program that configures no logging is told by warnings alone
@@ -63,7 +63,7 @@ class Listeners:
         self.known: tuple[Subscription, ...] = ()
         self.at_replays = False
         self._ranges = False
-        self._lock = threading.Lock()
+        self._lock = forkable_lock()
 
     def change(self, of: Callable[[tuple[Subscription, ...]], tuple[Subscription, ...]]) -> None:
         """Exchange the subscriptions."""

@@ -79,6 +79,14 @@ def prepare(step: Step) -> None:
         step.model.prepare()
 
 
+def _require_advanced(counters: Counters, expected: Sequence[int]) -> None:
+    """Raise where the step has not advanced its numbers as its graph does."""
+    for counter, value in zip(counters.counters, expected, strict=True):
+        if counter.value != value:
+            detail = f"{counter.path} is {counter.value} after the step, and {value} after its graph"
+            raise VerifyMismatch(detail, operator=counter.path)
+
+
 def compare_candidate(
     step: Step, rehearsal: Rehearsal, trace: EagerTrace, stand_ins: list[Tensor], externals: list[Tensor], *, check: bool
 ) -> OutputTemplate:
@@ -86,10 +94,13 @@ def compare_candidate(
 
     Returns the template of its output: what the model hands through on one side of a branch, the candidate makes.
     """
-    plain = step.without_candidate()
+    plain, counters = step.without_candidate(), step.model.counters if isinstance(step.model, RewrittenStep) else None
 
     def eager() -> tuple[OutputTemplate, Any, list[Tensor]]:
+        expected = counters.next_values() if counters is not None else []
         returned = ran(plain, lambda: plain.run(stand_ins))
+        if counters is not None:
+            _require_advanced(counters, expected)
         exact = plain.template(returned, stand_ins, externals)[0]
         output = map_output(returned, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
         return exact, output, trace.written.copies()

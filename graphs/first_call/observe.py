@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
 from graphs.python_reads.code_reads import CodeReads, observed
 from graphs.python_reads.named_state import Ran
+from graphs.python_reads.replaced import Replaced
 from graphs.recording.failures import RaisedWatched, StepRaised, is_interrupt
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.returned_tensors import adopt_returned, unobserved, unreturnable
@@ -54,9 +54,10 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         StepRaised: and what it did cannot be undone, or it raised what no `except Exception` takes for a failure (`SystemExit`):
             that was the call.
         KeyboardInterrupt: the call was interrupted; so does what a signal's handler raises.
+        WritesError: what an operator's author says of what it writes is not legal; all of the run was undone.
     """
     rehearsal = Rehearsal(origin, trace := EagerTrace(), is_there=True)
-    reads.before = functools.partial(_take_named, origin)
+    reads.before = taking_names(step, origin)
     try:
         output, _ = trace_eager(observed(step.run, reads), step.call.tensors, into=trace)
     except BaseException as error:
@@ -64,21 +65,38 @@ def observe(step: Step, origin: Checkpoint, reads: CodeReads) -> tuple[Any, Eage
         if is_interrupt(error):
             rehearsal.undo()
             raise
-        if not isinstance(error, Exception) or any(change.irreversible for change in origin.differences()):
+        if any(change.irreversible for change in origin.differences()):
             raise StepRaised(error) from None
+        if not isinstance(error, Exception):
+            raise StepRaised(error, rehearsal.undo) from None
         rehearsal.undo()
         raise RaisedWatched(error) from error
     origin.covers(trace)
+    if trace.written.misdeclared is not None:
+        rehearsal.undo()
+        raise trace.written.misdeclared
     return output, trace
 
 
-def _take_named(origin: Checkpoint, frame: types.FrameType) -> None:
-    """Have ``origin`` cover what a function names that starts for the first time, and the class whose method it is."""
-    code, owner = frame.f_code, None
-    if code.co_argcount and origin_of_code(code, frame.f_globals) == "library":
-        first = frame.f_locals.get(code.co_varnames[0])
-        owner = first if issubclass(type(first), type) else type(first)
-    origin.python.take(Ran(code, frame.f_globals, owner))
+def taking_names(step: Step, *states: Checkpoint) -> Callable[[types.FrameType], None]:
+    """Has ``states`` cover what a function names that starts for the first time, and the class whose method it is.
+
+    To be called before its first line runs: see `CodeReads`.
+    """
+    replaced = Replaced(step.replaced, states[0].python.classes)
+
+    def take(frame: types.FrameType) -> None:
+        code, space, owner = frame.f_code, frame.f_globals, None
+        origin, roots = origin_of_code(code, space), replaced.looked_up_by(code, space)
+        if code.co_argcount and origin == "library":
+            first = frame.f_locals.get(code.co_varnames[0])
+            owner = first if issubclass(type(first), type) else type(first)
+        for state in states:
+            state.python.enter(roots)
+            if origin != "torch":
+                state.python.take(Ran(code, space, owner))
+
+    return take
 
 
 def examine(call: FirstCall, reads: CodeReads, beside: Guards | None = None) -> Examined:

@@ -113,7 +113,10 @@ def _guarded(
     statics.links.clear()  # they hold objects on the way, and are guarded now
     caught = step.device.type == "cpu" and catches(reads)  # on a device no operator raises
     seconds = time.perf_counter() - started
-    return dataclasses.replace(entry, guards=guards, catches=caught, capture_seconds=seconds, asks_memory=bool(asked))
+    asks = bool(asked)
+    return dataclasses.replace(
+        entry, guards=guards, catches=caught, capture_seconds=seconds, asks_memory=asks, replaced=step.replaced
+    )
 
 
 class _Body(NamedTuple):

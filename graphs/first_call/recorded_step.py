@@ -76,6 +76,7 @@ class RecordedStep:
         recorded: address and bytes of the memory that is used in place, as it was recorded.
         storages: that memory as it is for this step; None where the recording is never pointed at other memory.
         blueprint: the recording without the tensors it uses in place; see `graphs.pointing.blueprint`.
+        replaced: see `graphs.rehearsal.step.Step`; runs that are undone undo what is kept there.
         not_compiled: why the step was recorded uncompiled although a compiler was asked for.
     """
 
@@ -118,6 +119,7 @@ class RecordedStep:
     storages: Sequence[torch.UntypedStorage] | None = None
     blueprint: Any = None
     tried: TriedStep | None = None
+    replaced: list[tuple[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.group = Variants([self])

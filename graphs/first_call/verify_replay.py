@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -107,7 +108,7 @@ def rehearsal_of(step: Step, entry: RecordedStep) -> Rehearsal:
     trace = EagerTrace()
     for tensor in [*entry.written.tensors, *(step.call.tensors[index] for index in entry.contract.written)]:
         trace.written.expect(tensor)
-    return Rehearsal(Checkpoint(step, trace), trace)
+    return Rehearsal(Checkpoint(dataclasses.replace(step, replaced=entry.replaced), trace), trace)
 
 
 def time_replay(step: Step, entry: RecordedStep, rows: int) -> CallTime:

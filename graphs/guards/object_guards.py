@@ -36,6 +36,7 @@ from graphs.objects.raw_access import (
     filled_slots,
     functions_in,
     module_name,
+    notes_of,
     of_type,
     sequence_class,
     slots_of,
@@ -111,7 +112,9 @@ def _function(into: Traversal, path: str, function: types.FunctionType) -> None:
         if function.__kwdefaults__:
             into.mapping(path + "'s default {}", function.__kwdefaults__)
     if users or function.__dict__:
-        into.mapping(function.__name__ + ".{}", function.__dict__, into.relevant if users else None)
+        notes = notes_of(function)
+        others = functools.partial(_is_none_of, notes) if notes else None
+        into.mapping(function.__name__ + ".{}", function.__dict__, into.relevant if users else others)
     for name, cell in closure_of(function):
         guard = CellGuard(name, cell)
         if users or id(code) in codes:

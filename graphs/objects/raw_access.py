@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 IMMUTABLE_TYPE = 1 << 8
 """``Py_TPFLAGS_IMMUTABLETYPE``: classes written in C."""
+_FUNCTOOLS = functools.wraps.__code__.co_filename
+_NOTES = frozenset(("dispatch_cache", "cache_token", "_clear_cache"))
 T = TypeVar("T")
 
 
@@ -116,8 +118,18 @@ def functions_in(descriptor: Any) -> list[Any]:
 
 
 def closure_of(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
-    """The cells of a closure, with the names that the function knows them by."""
-    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    """The cells of a closure, with the names that the function knows them by; but for those of `notes_of`."""
+    notes = notes_of(function)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return ((name, cell) for name, cell in cells if name not in notes)
+
+
+def notes_of(function: types.FunctionType) -> frozenset[str]:
+    """Variables and attributes of a function under which ``functools.singledispatch`` keeps what it found for each class.
+
+    It would find the same again. The classes of a tracer are among them.
+    """
+    return _NOTES if function.__code__.co_filename == _FUNCTOOLS else frozenset()
 
 
 def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:

@@ -8,7 +8,6 @@ somebody, so that a watched run would compute otherwise than the caller's: under
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from passes.core.composites import Calls
+from passes.forked_process import forkable_lock, put_back_by
 
-_lock = threading.Lock()
-_users = 0
+_lock = forkable_lock()
+_users: set[object] = set()
 _original: Any = torch.overrides.has_torch_function
 
 
@@ -36,14 +36,16 @@ def unnoticed() -> Iterator[None]:
 
     The one place that exchanges a function of torch: the name that modules look it up by, while at least one thread watches.
     """
-    global _users
-    with _lock:
-        _users += 1
-        torch.overrides.has_torch_function = _has_torch_function
-    try:
-        yield
-    finally:
+    user = object()
+
+    def noticed() -> None:
         with _lock:
-            _users -= 1
+            _users.discard(user)
             if not _users:
                 torch.overrides.has_torch_function = _original
+
+    with put_back_by(noticed):
+        with _lock:
+            _users.add(user)
+            torch.overrides.has_torch_function = _has_torch_function
+        yield

@@ -89,7 +89,7 @@ class Watching(DispatchMode):
         args = as_eager(func, args, kwargs)
         self.inside = True
         try:
-            check_once(func, args, kwargs)
+            self.trace.written.misdeclared = check_once(func, args, kwargs) or self.trace.written.misdeclared
         finally:
             self.inside = False
         with torch._C.DisableTorchFunction():

@@ -9,17 +9,21 @@ This project's own modes run Python between any two operators of a watched step,
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from passes.forked_process import put_back_by
+
 Hook = Callable[[types.FrameType, str, Any], None]
 """Called with a frame and ``"call"`` or ``"c_call"``, as by `sys.setprofile`; of a function that starts, once may be enough."""
 
 _MONITORING: Any = getattr(sys, "monitoring", None)
 _TOOLS = (4, 3, 2)  # numbers of tools that nobody is advised to take; that of profilers last
+_NAME = "graphs"
 _OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType)
 
 
@@ -85,16 +89,19 @@ def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: 
             hook(sys._getframe(1), "c_call", function)
         return None
 
-    _MONITORING.use_tool_id(number, "graphs")
-    try:
+    with put_back_by(functools.partial(_end_monitoring, number)):
+        _MONITORING.use_tool_id(number, _NAME)
         _MONITORING.register_callback(number, events.PY_START, started)
         _MONITORING.register_callback(number, events.CALL, called)
         _MONITORING.restart_events()
         _MONITORING.set_events(number, events.PY_START | events.CALL)
         yield
-    finally:
+
+
+def _end_monitoring(number: int) -> None:
+    if _MONITORING.get_tool(number) == _NAME:
         _MONITORING.set_events(number, 0)
-        for event in (events.PY_START, events.CALL):
+        for event in (_MONITORING.events.PY_START, _MONITORING.events.CALL):
             _MONITORING.register_callback(number, event, None)
         _MONITORING.free_tool_id(number)
 

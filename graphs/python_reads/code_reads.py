@@ -81,7 +81,8 @@ class CodeReads:
         locks: how much more often each lock was taken than given back by the step's own lines.
         environment: whether environment variables were read.
         complete: False where another profiler was active and nothing could be observed.
-        before: called with the frame of each function that starts, the user's or a library's, before its first line runs.
+        before: called with the frame of each function that starts, neither Python's own nor this package's, before its first
+            line runs.
     """
 
     codes: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
@@ -255,11 +256,11 @@ class Observer:
             self._refuse(SideEffect, "the step sets an environment variable", "os.environ", frame)
         origin = origin_of(code.co_filename)
         module = frame.f_globals.get("__name__", "")
+        if origin not in ("python", "own") and self.reads.before is not None:
+            self.reads.before(frame)
         if origin in ("user", "library") or (origin == "torch" and _is_layers_code(code, str(module))):
             self.reads.codes[id(code)] = (code, frame.f_globals)
             if origin != "torch":
-                if self.reads.before is not None:
-                    self.reads.before(frame)
                 self._loads(code, frame)
         elif module == "torch.serialization" and code.co_name in ("save", "load"):
             kind = SideEffect if code.co_name == "save" else UnguardedRead

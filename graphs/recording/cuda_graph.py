@@ -26,6 +26,7 @@ from graphs.recording.host_ring import HostRing
 from graphs.recording.recorder import Body, CannotPoint, Storage
 from graphs.recording.vendor import current_vendor
 from graphs.state.tensor_state import TensorState
+from passes.forked_process import put_back_by
 
 Tensor = torch.Tensor
 _raw_stream = torch._C._cuda_getCurrentRawStream
@@ -359,10 +360,6 @@ def _instantiate(graph: torch.cuda.CUDAGraph) -> None:
 
 @contextlib.contextmanager
 def _paused_collector() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with put_back_by(gc.enable) if gc.isenabled() else contextlib.nullcontext():
+        gc.disable()
         yield
-    finally:
-        if was_enabled:
-            gc.enable()

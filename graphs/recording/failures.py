@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
+from collections.abc import Callable
 
 import torch
 
@@ -20,11 +21,11 @@ class Eagerly(Exception):
 
 
 class StepRaised(Exception):
-    """The step itself raised ``error``, and has left what eager leaves: the user gets just that."""
+    """The step itself raised ``error``, and left what eager leaves: the user gets just that. ``undo`` takes it back, if given."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, undo: Callable[[], None] | None = None) -> None:
         super().__init__(error)
-        self.error = error
+        self.error, self.undo = error, undo
 
 
 class RaisedWatched(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,13 +9,14 @@ import torch
 
 from graphs.contract.slots import Contract
 from graphs.state.tensor_state import TensorState
+from passes.forked_process import forkable_lock
 
 Tensor = torch.Tensor
 Storage = torch.UntypedStorage
 Body = Callable[[Sequence[Tensor]], list[Tensor]]
 """A step bound to its constants: tensor leaves in, produced output tensors out."""
 
-first_call_lock = threading.RLock()
+first_call_lock = forkable_lock()
 """One first call at a time in a process: a capture shares the state of allocators and generators."""
 
 

@@ -47,6 +47,8 @@ class Step:
         moving: positions of arguments that lie elsewhere at each call: copied, and copied back if the step writes them.
         host: positions of host tensors among arguments on a device; see `graphs.first_call.host_arguments`.
         held: whether an object hangs on the module or on an opaque argument; filled by the first call.
+        replaced: what stands in the place of functions of torch's and Python's, and torch's hooks for all modules, as far as the
+            step can look it up, by name; filled by its observed run. See `graphs.python_reads.replaced`.
         plain: the module itself, where ``model`` is a candidate for it (compiled, or rewritten); else None.
     """
 
@@ -73,6 +75,7 @@ class Step:
     moving: frozenset[int] = frozenset()
     host: tuple[int, ...] = ()
     held: Callable[[Any], bool] = lambda value: False
+    replaced: list[tuple[str, Any]] = field(default_factory=list)
 
     def with_candidate(self, model: Callable[..., Any]) -> Step:
         """The same step with ``model`` in place of the module, which stays its reference."""
@@ -123,11 +126,13 @@ class Step:
         return self.form.select(output) if self.form is not None else self.template(output, tensors, externals)[1]
 
     def roots(self) -> list[tuple[str, Any]]:
-        """Where Python state of the step can hang: the model, the opaque arguments, and the classes of all others."""
+        """Where Python state of the step can hang: the model, the opaque arguments, the classes of all others, and what the
+        program has put in the place of others' functions.
+        """
         model = getattr(self.model, "_orig_mod", self.model)  # a compiled module's own bookkeeping is not state
         model = getattr(model, "_torchdynamo_orig_callable", model)
         classes = [("an argument's class", kind) for kind in classes_of(self.args, self.kwargs, self.call.opaques)]
-        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True), *classes]
+        return [("self", model), *zip(self.opaque_names, self.call.opaques, strict=True), *classes, *self.replaced]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensor arguments by name."""

@@ -23,6 +23,7 @@ from graphs.objects.libraries import origin_of_frame
 from graphs.python_reads.code_reads import BETWEEN_THREADS, CodeReads, Observer, is_by_itself, is_collecting, who_logs
 from passes import Stopping
 from passes.core.source_location import first_frame
+from passes.forked_process import put_back_by
 
 _BUILTINS = frozenset(
     (
@@ -144,11 +145,9 @@ def _unwarned() -> Iterator[None]:
         if threading.get_ident() != thread:
             warn(*args, **kwargs)
 
-    warnings.warn = silent
-    try:
+    with put_back_by(lambda: setattr(warnings, "warn", warn)):
+        warnings.warn = silent
         yield
-    finally:
-        warnings.warn = warn
 
 
 def is_pure(function: Any) -> bool:

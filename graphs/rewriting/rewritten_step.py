@@ -294,8 +294,9 @@ class RewrittenStep:
         Raises:
             StepRaises: an operator refuses what it is given. Of the step that is known not to reach the caller.
         """
+        run = self.traced.forward if self.module is self.traced else self.module  # which hooks for all modules are not told of
         try:
-            made = self.module(*flatten_call(args, kwargs).tensors)
+            made = run(*flatten_call(args, kwargs).tensors)
         except (IndexError, ValueError, _SINGULAR) as error:
             raise raised_refusal(error) from error
         results = made[: self._results]

@@ -7,7 +7,7 @@ them from the device, advances them there, and the host writes the new values ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ class Counter:
     """A whole number that hangs somewhere in the step's Python state.
 
     Attributes:
-        path: as the user would write it.
+        path: as the user would write it; there may be other ways to it.
         container, key: where it hangs.
     """
 
-    path: str
+    path: str = field(compare=False)
     container: Any
     key: Any
 
@@ -68,6 +68,10 @@ class Counters:
         self.advance: Callable[..., Sequence[int]] = lambda *values: values
         """New values of all counters from the old ones; set once the step was traced."""
         self._on_device = [counter.value for counter in counters]
+
+    def next_values(self) -> list[int]:
+        """What the numbers are after the next run."""
+        return [int(value) for value in self.advance(*(counter.value for counter in self.counters))]
 
     def load(self) -> None:
         """Make the device hold what Python holds; a launch for each counter that somebody else has changed."""

@@ -48,6 +48,7 @@ class Inventory:
         owners: links to tensors.
         generators: generators of random numbers of torch's; their states are the caller's to keep.
         seen: identities of all objects that were found.
+        classes: classes of objects with attributes among them, by identity.
         named: the cell for the names of a namespace or class, by the identity of that.
     """
 
@@ -59,6 +60,7 @@ class Inventory:
         self.owners: list[Link] = []
         self.generators: list[torch.Generator] = []
         self.seen: set[int] = set(seen)
+        self.classes: dict[int, type[Any]] = {}
         self.named: dict[int, tuple[Cell, NamesView]] = {}
 
     def is_root(self, value: Any) -> bool:

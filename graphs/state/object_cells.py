@@ -26,6 +26,7 @@ from graphs.objects.raw_access import (
     elements_of,
     functions_in,
     items_of,
+    notes_of,
     of_type,
     sequence_class,
     slots_of,
@@ -39,6 +40,9 @@ from graphs.state.tensor_form import GradientView, gradient_of, has_form
 _CONTAINERS = frozenset((dict, list, tuple, set, frozenset, deque))
 """Classes whose own instances hold their items and nothing else; those of `OrderedDict` may have attributes."""
 Visit = Callable[[Inventory, str, Any, Link | None], Iterator[Found]]
+
+_OF_MACHINERY = ("torch", "own")
+"""Whose functions note for themselves what they have done, in variables that only they see: no state of a step."""
 
 
 def visit(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator[Found]:
@@ -93,12 +97,15 @@ def _function(into: Inventory, path: str, function: Any, link: Link | None) -> I
     yield path, function.__dict__.get("__wrapped__"), link
     for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield f"{path}'s default", default, None
-    if function.__dict__ or origin == "user":
+    notes = notes_of(function)
+    if notes:
+        yield from ((f"{function.__name__}.{name}", item, None) for name, item in function.__dict__.items() if name not in notes)
+    elif function.__dict__ or origin == "user":
         yield f"{function.__name__}'s attributes", function.__dict__, None
     for name, cell in closure_of(function):
         view = CellView(cell)
-        for item in into.add_view(name + "{}", view).values():
-            yield into.entry(name, view, "", item, None)
+        content = view.read() if origin in _OF_MACHINERY else into.add_view(name + "{}", view)
+        yield from (into.entry(name, view, "", item, None) for item in content.values())
     if origin == "user":
         into.add_view(function.__name__ + ".{}", SpecialView(function, ("__defaults__", "__kwdefaults__")))
         if function.__kwdefaults__:
@@ -196,6 +203,7 @@ def _container(into: Inventory, path: str, value: Any, link: Link | None) -> Ite
 def _plain_object(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator[Found]:
     """Attributes, slots and, if it is the user's, the class of an object."""
     kind = type(value)
+    into.classes[id(kind)] = kind
     yield from _attributes(into, path, value, link)
     slots = slots_of(kind)
     if slots:

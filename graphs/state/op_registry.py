@@ -11,7 +11,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import _disable_current_modes
 
-from graphs.errors import CaptureFailed, ConfigError, Refusal, UnsafeOperator
+from graphs.errors import CaptureFailed, ConfigError, Refusal, UnsafeOperator, WritesError
 from graphs.state.storage import tensors_in
 
 Check = Callable[[OpOverload, Sequence[Any], dict[str, Any]], None]
@@ -50,24 +50,32 @@ def registered(func: OpOverload) -> RegisteredOperator | None:
     return _operators.get(func)
 
 
-def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Check ``func`` if that was asked for and has not been done on this device type; before its first call there."""
+def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> WritesError | None:
+    """Check ``func`` if that was asked for and has not been done on this device type; before its first call there.
+
+    Returns:
+        What is wrong about what its author says of it, if that is why it could not be checked.
+    """
     operator = _operators.get(func) if _operators else None
     if operator is None or operator.graph_safe is not None:
-        return
+        return None
     device = device_type(tensors_in((*args, kwargs)))
     if device in operator.verdicts:
-        return
+        return None
     operator.verdicts[device] = None
     with _disable_current_modes():
         try:
             operator.check(func, args, kwargs)
         except Refusal as refusal:
             operator.verdicts[device] = refusal
+        except WritesError as error:
+            del operator.verdicts[device]
+            return error
         except Exception as error:  # the operator's own, on data that is not the user's
             text = f"checking it raised {type(error).__name__}: {error}"
             remedy = "call graphs.capture_check on it with others=, or register it with graph_safe=True"
             operator.verdicts[device] = CaptureFailed(text, remedy=remedy)
+    return None
 
 
 def refusal_of(func: OpOverload, tensors: Sequence[torch.Tensor]) -> Callable[..., Refusal] | None:

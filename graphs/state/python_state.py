@@ -74,6 +74,18 @@ class PythonState:
         with _disable_current_modes():  # what is looked at here is not done by the step
             self._walk(list(names_of(self._inventory, ran)))
 
+    def enter(self, roots: Iterable[tuple[str, Any]]) -> None:
+        """Take in what hangs on further roots; to be called before anything of it can change."""
+        found: list[Found] = [(path, root, None) for path, root in roots]
+        if found:
+            with _disable_current_modes():
+                self._walk(found)
+
+    @property
+    def classes(self) -> Iterable[type[Any]]:
+        """The classes of the objects that were found."""
+        return self._inventory.classes.values()
+
     def _walk(self, pending: list[Found]) -> None:
         into = self._inventory
         while pending:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from graphs.errors import WritesError
 from graphs.state.op_registry import registered
 from graphs.state.storage import has_storage, storage_id
 
@@ -22,6 +23,10 @@ Indices = tuple[Tensor | None, ...]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # gathered for every dtype, and bit for bit
 _ALONG = {"index_copy_", "index_add_", "index_fill_", "index_reduce_"}
 _ENTRIES = {"index_put_", "_index_put_impl_", "_unsafe_index_put_"}
+_LEGAL = (
+    "a function of all arguments of a call, also of those that have defaults, that returns whole numbers [n] (a tensor or a list "
+    "of int), a tuple of such for the first dimensions, or None"
+)
 _SCATTERED = {"scatter_", "scatter_add_", "scatter_reduce_"}
 
 
@@ -100,7 +105,11 @@ def whole_region(tensor: Tensor) -> Region:
 
 
 def written_region(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tensor: Tensor) -> Region:
-    """What a call of ``func`` writes of ``tensor``: at least that, and the whole storage where nothing less is known."""
+    """What a call of ``func`` writes of ``tensor``: at least that, and the whole storage where nothing less is known.
+
+    Raises:
+        WritesError: the author of the operator says what is not legal.
+    """
     if not has_storage(tensor) or overlaps(tensor):
         return whole_region(tensor)
     storage, whole, view = storage_id(tensor), _whole(tensor), _view(tensor)
@@ -137,8 +146,30 @@ def _declared(
     name = next((name for name, value in given.items() if value is tensor), None)
     if name is None or name not in writes:
         return None
-    rows = writes[name](*args, **kwargs)
-    return _owned(rows if isinstance(rows, tuple) else (rows,)) if rows is not None else None
+    called = f"writes[{name!r}] of {func._schema.name}"
+    try:
+        rows = writes[name](*args, **kwargs)
+    except Exception as error:
+        raise WritesError(called, error, _LEGAL) from error
+    if rows is None:
+        return None
+    return _owned([_rows_given(called, each, tensor) for each in (rows if isinstance(rows, tuple) else (rows,))])
+
+
+def _rows_given(called: str, rows: Any, tensor: Tensor) -> Tensor | None:
+    """Whole numbers that an author gave, as a tensor.
+
+    Raises:
+        WritesError: they are none.
+    """
+    if isinstance(rows, list) and all(type(row) is int for row in rows):
+        return torch.tensor(rows, dtype=torch.int64, device=tensor.device)
+    if isinstance(rows, Tensor) and not (rows.is_floating_point() or rows.is_complex()):
+        return rows
+    if rows is not None:
+        given = f"tensor of {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise WritesError(called, given, _LEGAL)
+    return None
 
 
 def _scattered(dim: int, index: Tensor) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 
+from graphs.errors import WritesError
 from graphs.state.regions import Region, whole_region, written_region
 from graphs.state.storage import has_storage, storage_id
 
@@ -28,12 +29,17 @@ class TensorState:
     """What a step writes, saved before it is written: whole storages where they are small, else the elements written.
 
     A copy goes to host memory when the device has no room for it: slower once, and never an out-of-memory error.
+
+    Attributes:
+        misdeclared: an operator whose author says what is not legal of what it writes; all is saved then, since the step, which
+            may catch what an operator raises, must not be told.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, Tensor] = {}
         self._saved: list[tuple[Region, Tensor | None]] = []
         self._partial: dict[int, int] = {}  # bytes saved of storages that are not saved whole
+        self.misdeclared: WritesError | None = None
 
     def __contains__(self, storage: int) -> bool:
         return storage in self._known
@@ -59,7 +65,12 @@ class TensorState:
     def save_written(self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tensor: Tensor) -> None:
         """Copy what a call of ``func`` is about to write of ``tensor``."""
         if not has_storage(tensor) or tensor.untyped_storage().nbytes() > SMALL:
-            self.save_region(written_region(func, args, kwargs, tensor))
+            try:
+                region = written_region(func, args, kwargs, tensor)
+            except WritesError as error:
+                self.misdeclared = self.misdeclared or error
+                region = whole_region(tensor)
+            self.save_region(region)
         elif storage_id(tensor) not in self._known:
             self.save(tensor)
 

@@ -20,6 +20,7 @@ from typing import Any
 from passes.control_flow.source_transform import PLACEHOLDER, with_branches
 from passes.control_flow.syntax import Start, branch_at
 from passes.core.source_location import Place
+from passes.forked_process import put_back_by
 
 Starts = frozenset[Start]
 """Where ``if`` statements and conditional expressions begin."""
@@ -103,7 +104,12 @@ def patched(plan: Plan, branches: Any, functions: Mapping[Written, Sequence[Func
         functions: what `functions_of` found.
     """
     changed: list[tuple[FunctionType, CodeType]] = []
-    try:
+
+    def put_back() -> None:
+        for function, code in changed:
+            function.__code__ = code
+
+    with put_back_by(put_back):
         for place, starts in plan.items():
             new = rewritten(place[1], starts)
             for function in functions[place] if new is not None else ():
@@ -112,9 +118,6 @@ def patched(plan: Plan, branches: Any, functions: Mapping[Written, Sequence[Func
                     function.__code__ = new
         with ENTRY.answered_by(branches):
             yield
-    finally:
-        for function, code in changed:
-            function.__code__ = code
 
 
 def written(code: CodeType) -> Written:

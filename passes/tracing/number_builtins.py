@@ -12,13 +12,13 @@ import contextlib
 import math
 import operator
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from passes.core.symbols import SYMBOLS
+from passes.forked_process import forkable_lock, put_back_by
 from passes.tracing.symbol_methods import value_methods
 
 _ABSENT = object()
@@ -134,7 +134,7 @@ SYMBOLIC = {"int": _Int, "float": _Float, "min": _min, "max": _max, "len": _len,
 """What stands for each builtin."""
 
 
-_ONE_TRACE = threading.RLock()
+_ONE_TRACE = forkable_lock()
 """Modules are seen by every thread, so one thread traces at a time: the other's names would go with the first that ends."""
 
 
@@ -148,11 +148,13 @@ def symbolic_builtins(modules: Iterable[str]) -> Iterator[None]:
     with _ONE_TRACE:
         spaces = [vars(sys.modules[name]) for name in dict.fromkeys(modules) if name in sys.modules]
         hidden = [(space, name) for space in spaces for name in SYMBOLIC if space.get(name, _ABSENT) is _ABSENT]
-        try:
+
+        def put_back() -> None:
+            for space, name in hidden:
+                space.pop(name, None)
+
+        with put_back_by(put_back):
             for space, name in hidden:
                 space[name] = SYMBOLIC[name]
             with value_methods():
                 yield
-        finally:
-            for space, name in hidden:
-                space.pop(name, None)

@@ -19,6 +19,7 @@ import torch
 from passes.core.source_location import is_user, user_site
 from passes.core.symbols import SYMBOLS, expression_of
 from passes.errors import Unremovable
+from passes.forked_process import put_back_by
 
 _KINDS: dict[type, type] = {torch.SymInt: builtins.int, torch.SymFloat: builtins.float, torch.SymBool: builtins.bool}
 _ABSENT = object()
@@ -61,18 +62,22 @@ def value_methods() -> Iterator[None]:
     """Let text of symbols be refused, and their hash be that of the value, in this thread."""
     outer = getattr(_active, "here", False)
     before = [(kind, name, vars(kind).get(name, _ABSENT), getattr(kind, name)) for kind in SYMBOLS for name in _METHODS]
-    try:
-        _active.here = True
-        for kind, name, _, original in before:
-            setattr(kind, name, _METHODS[name](original))
-        yield
-    finally:
-        _active.here = outer
+
+    def put_back() -> None:
         for kind, name, method, _ in before:
-            if method is _ABSENT:
-                delattr(kind, name)
-            else:
+            if method is not _ABSENT:
                 setattr(kind, name, method)
+            elif name in vars(kind):
+                delattr(kind, name)
+
+    with put_back_by(put_back):
+        try:
+            _active.here = True
+            for kind, name, _, original in before:
+                setattr(kind, name, _METHODS[name](original))
+            yield
+        finally:
+            _active.here = outer
 
 
 def _in_this_thread(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tests.hazards.case import AUTOCAST, INFERENCE, NO_GRAD, Run, hazard, noise
 from tests.hazards.libraries import LOCATIONS, adapters
@@ -185,4 +187,33 @@ def cache_reset(device: torch.device) -> Run:
     return Run(
         *(step, lambda i: (noise(i, 3, 4, device=device), noise(i // 4, 3, 4, device=device), cache)),
         lambda i: cache.reset() if i % 4 == 0 else None,
+    )
+
+
+class Instrumented:
+    """A function put in the place of one of torch's, and a hook for all modules, which read a setting and count."""
+
+    def __init__(self) -> None:
+        self.scale, self.count, self.own = 1.0, [0], F.gelu
+        F.gelu = self.called
+        self.handle = register_module_forward_hook(lambda module, args, output: output * self.scale)
+
+    def called(self, x: Tensor, **options: Any) -> Tensor:
+        self.count[0] += 1
+        return self.own(x, **options) * self.scale
+
+    def remove(self) -> None:
+        F.gelu = self.own
+        self.handle.remove()
+
+
+@hazard("D", calls=CALLS, replays=7)
+def settings_in_torchs_place(device: torch.device) -> Run:
+    instrumented = Instrumented()
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU()).to(device)
+    return Run(
+        *(model, lambda i: (noise(i, 3, 4, device=device),)),
+        change=lambda i: setattr(instrumented, "scale", float(i)) if i == AT[0] else None,
+        after=lambda: instrumented.count[0],
+        restore=instrumented.remove,
     )

@@ -19,6 +19,7 @@ from graphs.errors import ChangingValue, ConfigError, OverBudget
 from graphs.first_call.outcomes import Deferred, Refused
 from graphs.first_call.recorded_step import RecordedStep
 from graphs.first_call.verify_replay import time_replay
+from graphs.recording.failures import RaisedWatched, StepRaised, is_of_our_own, refusal_of
 from graphs.report import SizeReport, SizesReport
 
 
@@ -114,18 +115,29 @@ class SizesAhead:
 
         Raises:
             Refusal: it cannot be recorded.
+            Exception: what the step itself raises at this size.
         """
         step = self._keys.step(sized.call, sized.leaves)
+        failure: RaisedWatched | None = None
+        own: BaseException | None = None
         try:
             entry, rows = self._keys.record(step, ahead=True)
+        except RaisedWatched as raised:
+            failure, own = raised, raised.error
+        except StepRaised as raised:
+            own = raised.error
+            if raised.undo is not None:
+                raised.undo()
         except Refused as refused:
             if refused.undo is not None:
                 refused.undo()
             raise refused.refusals[0] from refused
         except Deferred as deferred:
             deferred.undo()
-            detail = f"the step initialises {deferred}; call it once first"
-            raise ChangingValue(detail, operator=str(deferred)) from deferred
+            initialises = ChangingValue(f"the step initialises {deferred}; call it once first", operator=str(deferred))
+            raise (deferred.refusal or initialises) from deferred
+        if own is not None:
+            raise refusal_of(failure) if failure is not None and is_of_our_own(own) else own
         entry.ahead = True
         if entry.replay is None:  # of a further size
             entry.replay = time_replay(step, entry, rows)

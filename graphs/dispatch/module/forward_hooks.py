@@ -6,6 +6,7 @@ captured module are run, as ``nn.Module._call_impl`` does. Global hooks are left
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def call_with_hooks(module: nn.Module, serve: Serve, args: tuple[Any, ...], kwar
             if identity in module._forward_hooks_always_called and identity not in ran:
                 try:
                     output = _after(module, identity, hook, args, kwargs, output)
-                except Exception as error:  # the first one is raised
-                    warnings.warn(f"a forward hook with always_call=True raised as well: {error}", stacklevel=2)
+                except Exception as error:  # the first one is raised, whatever a filter makes of the warning
+                    with contextlib.suppress(UserWarning):
+                        warnings.warn(f"a forward hook with always_call=True raised as well: {error}", stacklevel=2)
         raise
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from graphs.errors import MissingDependency, WeightError
 from graphs.ops.wo_a import operators
 from graphs.ops.wo_a.reference import BLOCK
+from passes.forked_process import put_back_by
 
 AMD_ONLY = frozenset({"waves_per_eu", "matrix_instr_nonkdim", "kpack"})  # launch options that only Triton's AMD compiler knows
 INSTALL = "pip install amd-aiter" if torch.version.hip else "pip install --no-deps amd-aiter"
@@ -162,8 +163,14 @@ def bare_package(root: Path) -> Iterator[None]:
     holds exactly the ``aiter`` modules that it held before, so for everybody else ``import aiter`` does what it always did; what
     was imported lives on through the references the caller took.
     """
-    before = _take_modules_out()
-    try:
+    before = _modules()
+
+    def put_back() -> None:
+        _take_modules_out()
+        sys.modules.update(before)
+
+    with put_back_by(put_back):
+        _take_modules_out()
         for name, folder in (("aiter", root), ("aiter.ops", root / "ops"), ("aiter.ops.triton", root / TRITON)):
             spec = ModuleSpec(name, None, is_package=True)
             spec.submodule_search_locations = [str(folder)]
@@ -171,13 +178,15 @@ def bare_package(root: Path) -> Iterator[None]:
             if name != "aiter":
                 setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
         yield
-    finally:
-        _take_modules_out()
-        sys.modules.update(before)
 
 
-def _take_modules_out() -> dict[str, ModuleType]:
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "aiter"}
+def _modules() -> dict[str, ModuleType]:
+    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "aiter"}
+
+
+def _take_modules_out() -> None:
+    for name in _modules():
+        del sys.modules[name]
 
 
 def bmm(o: Tensor, weight: Tensor, scale: Tensor, *, config: Mapping[str, Any] | None = None) -> Tensor:
