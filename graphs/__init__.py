@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphs.eager_mode import eager
     from graphs.errors import GraphsError, Refusal
     from graphs.events import Event, on_event
+    from graphs.generation.accelerate import accelerate, accelerated_report, restore
     from graphs.ops import GroupedProjection
     from graphs.ops.route import route
     from graphs.parity import ParityReport, parity
@@ -42,6 +43,8 @@ __all__ = [
     "ParityReport",
     "Refusal",
     "__version__",
+    "accelerate",
+    "accelerated_report",
     "audit",
     "backend_report",
     "capture",
@@ -50,6 +53,7 @@ __all__ = [
     "on_event",
     "parity",
     "register_op",
+    "restore",
     "route",
     "sentinel",
 ]
@@ -60,6 +64,7 @@ _MODULES = {
     "graphs.contract.padding": ("Padding", "sentinel"),
     "graphs.events": ("Event", "on_event"),
     "graphs.errors": ("GraphsError", "Refusal"),
+    "graphs.generation.accelerate": ("accelerate", "accelerated_report", "restore"),
     "graphs.eager_mode": ("eager",),
     "graphs.custom_ops.capture_check": ("capture_check",),
     "graphs.ops": ("GroupedProjection",),

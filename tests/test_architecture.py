@@ -65,7 +65,7 @@ FLOORS = {
         ("pointing",),
         ("auditing", "custom_ops"),
         ("dispatch",),
-        ("dynamo", "parity"),
+        ("dynamo", "generation", "parity"),
         ("__init__",),
         ("explain",),
         ("bench",),

@@ -1,0 +1,210 @@
+"""`accelerate`: the ``generate()`` of a model of transformers on recordings; nothing else about the model changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+
+from graphs.dispatch.captured_module import CapturedStep, capture
+from graphs.errors import ChangingValue, ConfigError
+from graphs.generation.fixed_caches import STEP, FixedCaches, fixed_or_none, is_fixed, reorder_in_place
+from graphs.report import CaptureReport
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+_CACHES = ("cache", "past_key_values")  # what the argument is called, from 5.24 on and before
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
+_STATE = "_graphs_accelerated"
+_METHODS = {
+    "forward": "forward",
+    "generate": "generate",
+    "get_compiled_call": "get_compiled_call",
+    "_prepare_cache_for_generation": "prepare_cache",
+}
+"""Methods of a model, and what of `_Accelerated` stands in front of them."""
+
+
+def accelerate(model: Model, **capture_options: Any) -> Model:
+    """Serve the decode steps of ``model.generate()`` by recordings. The same object is returned, and goes on being what it is.
+
+    Prompts run eagerly. A decode step runs on a cache of fixed storage, which takes the place of the default one and is kept for
+    the next call; a cache that the caller passes or names stays what it is, and its steps are recorded where its storage is
+    fixed. A step whose cache grows runs eagerly, and is counted by that reason. `restore` undoes it, `accelerated_report` tells
+    what was recorded and why not.
+
+    Args:
+        model: a model of transformers that can generate.
+        capture_options: as of `graphs.capture`.
+
+    Raises:
+        ConfigError: the model cannot generate, or an option is not legal.
+    """
+    if not callable(getattr(model, "generate", None)) or not isinstance(model, torch.nn.Module):
+        raise ConfigError("model", type(model).__name__, "a model with generate(), as those of transformers")
+    restore(model)
+    state = _Accelerated(model, capture_options)
+    state.step  # noqa: B018  # raises where an option is not legal
+    vars(model)[_STATE] = state
+    vars(model).update(state.replacements())
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Take back what `accelerate` did to a model; nothing, if it did nothing."""
+    if vars(model).pop(_STATE, None) is not None:
+        for name in _METHODS:
+            vars(model).pop(name, None)
+    return model
+
+
+def accelerated_report(model: torch.nn.Module) -> CaptureReport:
+    """What was recorded of the decode steps of a model, and why others run eagerly.
+
+    Raises:
+        ConfigError: `accelerate` was not called for it.
+    """
+    state = vars(model).get(_STATE)
+    if state is None:
+        raise ConfigError("model", type(model).__name__, "a model that graphs.accelerate was called for")
+    report: CaptureReport = state.step.report()
+    return report
+
+
+class DecodeStep(torch.nn.Module):
+    """One call of a model, as its class defines it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+class _Accelerated:
+    """What `accelerate` keeps of one model, and makes anew for a copy of it."""
+
+    def __init__(self, model: torch.nn.Module, options: dict[str, Any]) -> None:
+        self._model, self._options = model, options
+        self._caches = FixedCaches()
+        self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
+
+    @functools.cached_property
+    def step(self) -> CapturedStep[Any, Any]:
+        """The captured step; made when it is first needed, for a model that is being copied is not there yet."""
+        return capture(DecodeStep(self._model), **self._options)
+
+    def replacements(self) -> dict[str, _Replacement]:
+        """What stands in front of the methods of the class, by name."""
+        return {name: self.replacement(name) for name in _METHODS if hasattr(type(self._model), name)}
+
+    def replacement(self, name: str) -> _Replacement:
+        """What is called in place of a method."""
+        original = types.MethodType(getattr(type(self._model), name), self._model)
+        return _Replacement(self, name, original)
+
+    def forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """One call of the model."""
+        running = self._running.get()
+        cache = running.continued(kwargs) if running is not None else None
+        if cache is None or self.step.mode == "eager":
+            return original(*args, **kwargs)
+        if is_fixed(cache):
+            return self.step(*args, **kwargs)
+        detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
+        remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
+        self.step._graphs_recordings.call_log.refused(ChangingValue(detail, operator="cache", remedy=remedy))
+        return original(*args, **kwargs)
+
+    def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; caches that it lent come back unless they are handed out."""
+        running = _Generation()
+        token = self._running.set(running)
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._running.reset(token)
+        handed_out = {id(getattr(result, name, None)) for name in _CACHES}
+        for key, cache in running.lent:
+            if id(cache) not in handed_out:
+                self._caches.give(key, cache)
+        return result
+
+    def get_compiled_call(self, original: Any, compile_config: Any = None) -> Any:
+        """What the loop calls for a token: the model itself, unless the caller says how to compile it."""
+        return original(compile_config) if compile_config is not None else self._model.__call__
+
+    def prepare_cache(
+        self, original: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
+    ) -> Any:
+        """Make a cache of fixed storage, or lend one that is there, where the caller asks for none of his own."""
+        running = self._running.get()
+        own = any(model_kwargs.get(name) is not None for name in _CACHES)
+        chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
+            return original(generation_config, model_kwargs, mode, batch_size, length)
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        encoded = model_kwargs.get("encoder_outputs")
+        key = rows, -(-length // STEP), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
+        if not fixed_or_none(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
+            return original(generation_config, model_kwargs, mode, batch_size, length)
+        name = next((name for name in _CACHES if model_kwargs.get(name) is not None), None)
+        if name is None or not is_fixed(model_kwargs[name]):
+            return None
+        known = self._caches.take(key)
+        if known is not None:
+            model_kwargs[name] = known
+        reorder_in_place(model_kwargs[name])
+        running.lent.append((key, model_kwargs[name]))
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Accelerated:
+        return memo.setdefault(id(self), type(self)(copy.deepcopy(self._model, memo), self._options))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model, self._options)
+
+
+class _Replacement:
+    """A method of an accelerated model; it looks like the one that it stands for."""
+
+    def __init__(self, state: _Accelerated, name: str, original: Any) -> None:
+        functools.update_wrapper(self, original)
+        self._state, self._name, self._original = state, name, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._state, _METHODS[self._name])(self._original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Replacement:
+        return copy.deepcopy(self._state, memo).replacement(self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Accelerated.replacement, (self._state, self._name)
+
+
+class _Generation:
+    """One call of ``generate()``.
+
+    Attributes:
+        lent: caches of fixed storage that it was given, with what they are kept by.
+    """
+
+    def __init__(self) -> None:
+        self.lent: list[tuple[Any, Any]] = []
+        self._begun: dict[int, Any] = {}
+
+    def continued(self, kwargs: dict[str, Any]) -> Any:
+        """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
+        if cache is None or tokens is None:
+            return None
+        begun = id(cache) in self._begun
+        self._begun[id(cache)] = cache
+        return cache if begun and tokens.shape[1] <= _MOST else None

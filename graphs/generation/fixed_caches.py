@@ -1,0 +1,84 @@
+"""Caches of fixed storage for ``generate()``, kept from one call to the next.
+
+The default cache of transformers grows with each token, so that no decode step repeats. Where the caller asks for no cache of his
+own, one of fixed storage takes its place: it is as long as the whole sequence may become, in steps of `STEP` positions, and
+emptied and used again by the next call of the same batch, length and dtype. What is attended to is the same: positions that were
+not written are masked.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+STEP = 64
+"""Positions by which lengths of caches differ, so that prompts of other lengths find one that is there."""
+_KEPT = 8  # caches that nobody uses
+_logger = logging.getLogger("graphs")
+
+
+class FixedCaches:
+    """The caches of one model."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Any, Any]] = []
+
+    def take(self, key: Any) -> Any | None:
+        """A cache that nobody uses, emptied; None where there is none."""
+        index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
+        if index is None:
+            return None
+        cache = self._free.pop(index)[1]
+        cache.reset()
+        return cache
+
+    def give(self, key: Any, cache: Any) -> None:
+        """Take a cache back."""
+        self._free = [*self._free[1 - _KEPT :], (key, cache)]
+
+
+def is_fixed(cache: Any) -> bool:
+    """Whether each step finds the cache where the last one left it."""
+    return cache is not None and bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
+
+
+def as_fixed(config: Any, length: int) -> Any:
+    """The generation config that makes a cache of fixed storage for ``length`` positions."""
+    changed = copy.copy(config)
+    changed.cache_implementation = "static"
+    changed.max_cache_len = -(-length // STEP) * STEP
+    return changed
+
+
+def reorder_in_place(cache: Any) -> None:
+    """Have beams reordered within the storage of a cache."""
+    for layer in layers_of(cache):
+        layer.reorder_cache = functools.partial(_reorder, layer)
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a cache; of a pair, those of both."""
+    pair = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return [layer for one in (pair if pair[0] is not None else [cache]) for layer in getattr(one, "layers", [])]
+
+
+def _reorder(layer: Any, beams: Tensor) -> None:
+    for name, value in list(vars(layer).items()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            vars(layer)[name].copy_(value.index_select(0, beams.to(value.device)))
+
+
+def fixed_or_none(make: Callable[[Any], None], config: Any, length: int) -> bool:
+    """Whether a cache of fixed storage could be made; a model may have none."""
+    try:
+        make(as_fixed(config, length))
+    except (KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        _logger.info("graphs: no cache of fixed storage: %s: %s", type(error).__name__, error)
+        return False
+    return True
