@@ -127,3 +127,26 @@ def test_buckets_share_the_proof_of_padding(further: list[int]) -> None:
 def test_the_report_says_where_a_size_was_timed() -> None:
     lines = str(run(by_row, torch.no_grad, (5, 2))).splitlines()
     assert ["timed at another size" in line for line in lines if "exact sizes" in line] == [False, True]
+
+
+class Initialised(torch.nn.Module):
+    """A step that makes a table when it is called first, and looks into it at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, list[float]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.tables:
+            self.tables["factors"] = [2.0]
+        return x * self.tables["factors"][0]
+
+
+@torch.no_grad()
+def test_what_the_first_run_made_is_there_in_the_runs_that_follow() -> None:
+    model = Initialised()
+    step, x = graphs.capture(model), torch.randn(3, 8)
+    assert torch.equal(step(x), x * 2)
+    made = model.tables["factors"]
+    assert torch.equal(step(x), x * 2) and torch.equal(step(x), x * 2)
+    assert model.tables["factors"] is made and step.report().recordings == 1

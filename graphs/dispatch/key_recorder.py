@@ -34,7 +34,6 @@ from graphs.pointing.blueprint import anonymous, blueprint_of
 from graphs.recording.choose import recorder_for
 from graphs.recording.recorder import Recorder
 from graphs.rehearsal.step import Step
-from graphs.rehearsal.tried_step import TriedStep
 from passes.forked_process import put_back_by
 
 _OBJECTS = 100_000  # that are made between two looks of the garbage collector during a first call
@@ -200,10 +199,11 @@ class KeyRecorder:
         """The leaves of a call by name."""
         return named_leaves(call, self._parameters)
 
-    def _tried(self) -> list[TriedStep]:
-        """The steps that recordings in use were tried as."""
-        steps = [entry.tried for entry in self._routes.entries.values() if entry.tried is not None]
-        return [*{id(step): step for step in steps}.values()][-_KNOWN:]
+    def _tried(self) -> list[RecordedStep]:
+        """The recordings in use of the steps that were tried last."""
+        entries = [entry for entry in self._routes.entries.values() if entry.tried is not None]
+        last = [*{id(entry.tried): None for entry in entries}][-_KNOWN:]
+        return [entry for entry in entries if id(entry.tried) in last]
 
     def step(self, call: Call, leaves: Leaves) -> Step:
         """A call as what its first call sees of it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from graphs.errors import ChangingValue, Refusal, SideEffect, StepRaises, Unsupp
 from graphs.events.ranges import first_call_run
 from graphs.first_call.outcomes import FirstCall
 from graphs.guards.guard_walk import GuardWalk
+from graphs.guards.python_guards import Guards
 from graphs.objects.cells import Difference
 from graphs.objects.libraries import origin_of_code
 from graphs.observation.eager_trace import trace_eager
@@ -98,8 +99,11 @@ def taking_names(step: Step, *states: Checkpoint) -> Callable[[types.FrameType],
     return take
 
 
-def examine(call: FirstCall, reads: CodeReads) -> Examined:
+def examine(call: FirstCall, reads: CodeReads, beside: Guards | None = None) -> Examined:
     """What run A left, as far as the run alone tells; ``call`` knows the state after it from then on.
+
+    Args:
+        beside: see `GuardWalk`; the walk is then about the rest, unless something changed.
 
     Raises:
         Deferred, Refused: it stands in the way of a recording.
@@ -121,20 +125,26 @@ def examine(call: FirstCall, reads: CodeReads) -> Examined:
         raise call.deferred("torch.compile")
     if reads.refusals:
         raise call.deferred(reads.refusals[0].operator, reads.refusals[0])
-    walk = GuardWalk(reads, step.roots())
+    walk = _walk(call, reads, beside if not changed else None)
     if walk.incomparable:
         raise call.refused(*walk.incomparable, undoable=False)
     if not origin.python.complete:
         raise call.refused(UnsupportedArgument("too much hangs on the model to be watched for changes", operator="self"))
-    _look_back(call)
+    _look_back(call, changed)
     return Examined(changed, counters, walk)
 
 
-def _look_back(call: FirstCall) -> None:
+def _walk(call: FirstCall, reads: CodeReads, beside: Guards | None) -> GuardWalk:
+    """A look at what the step can have read, but for what the guards ``beside`` are about."""
+    walk = GuardWalk(reads, call.step.roots(), beside=beside)
+    return walk if walk.fits else GuardWalk(reads, call.step.roots())
+
+
+def _look_back(call: FirstCall, changed: Sequence[Difference]) -> None:
     """Save the state that the call left, and see that a replay can hand out what it returned."""
     step, origin = call.step, call.origin
-    after = Checkpoint(step, call.trace)
-    for one in origin.python.ran:
+    after = Checkpoint(step, call.trace) if changed else origin.later(step, call.trace)
+    for one in origin.python.ran if changed else ():
         after.python.take(one)
     unseen = _unreturnable(step, call.trace, call.output, after)
     if unseen is not None:

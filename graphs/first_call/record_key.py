@@ -36,6 +36,7 @@ from graphs.first_call.recorded_step import RecordedStep, reference_to
 from graphs.first_call.stand_in_run import OnStandIns, run_on_stand_ins
 from graphs.first_call.verify_replay import verify_first_replay, verify_second_replay
 from graphs.guards.guard_walk import guards_of
+from graphs.guards.python_guards import Guards
 from graphs.observation.operations import EagerTrace
 from graphs.observation.timing import time_call
 from graphs.python_reads.code_reads import CodeReads
@@ -55,11 +56,11 @@ Tensor = torch.Tensor
 _ENOUGH = 0.3  # seconds of timing a step, eager and replayed each; on a GPU three runs of most take less
 
 
-def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool, known: Sequence[TriedStep] = ()) -> RecordedStep:
+def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool, known: Sequence[RecordedStep] = ()) -> RecordedStep:
     """Record one key. On return the state is the one before the call: the caller replays.
 
     Args:
-        known: steps of the module that were tried before: of a further size of one, A, R, the recording, V and P are all.
+        known: recordings of steps that were tried: of a further size of one, A, R, the recording, V and P are all.
 
     Raises:
         Deferred: the step initialised itself; it ran once, for real.
@@ -71,25 +72,44 @@ def record_key(step: Step, recorder: Recorder, *, owned: bool, check: bool, know
     output, trace = observe(step, origin, reads)
     call = FirstCall(step, origin, output, trace)
     with call.counts():
-        seen = examine(call, reads)
-        like = None if seen.changed else next((one for one in known if one.covers(step, trace)), None)
-        if like is not None:
+        like, beside = _like(step, trace, reads, known)
+        seen = examine(call, reads, beside)
+        if like is not None and not seen.changed:
             entry = _record_further(call, recorder, like, owned=owned, check=check)
-            return _guarded(entry, call, reads, [], started)
+            return _guarded(entry, call, reads, [], started, beside)
         advanced = require_steady(call, recorder, seen)
         record = functools.partial(_record, call, recorder=recorder, counters=advanced, owned=owned, check=check)
         return _guarded(record_compiled(step, trace, record), call, reads, advanced, started)
 
 
-def _guarded(entry: RecordedStep, call: FirstCall, reads: CodeReads, advanced: Sequence[Counter], started: float) -> RecordedStep:
-    """The recording with the guards that it is allowed to be replayed under."""
+def _like(
+    step: Step, trace: EagerTrace, reads: CodeReads, known: Sequence[RecordedStep]
+) -> tuple[TriedStep | None, Guards | None]:
+    """The step that was tried of which a call is another size, and guards of a recording of it that answer for the call too."""
+    tried = {id(one.tried): one.tried for one in known if one.tried is not None}
+    like = next((one for one in tried.values() if one.covers(step, trace)), None)
+    if like is None:
+        return None, None
+    serving = (one.guards.serving(reads) for one in known if one.tried is like)
+    return like, next((guards for guards in serving if guards is not None), None)
+
+
+def _guarded(
+    entry: RecordedStep,
+    call: FirstCall,
+    reads: CodeReads,
+    advanced: Sequence[Counter],
+    started: float,
+    beside: Guards | None = None,
+) -> RecordedStep:
+    """The recording with the guards that it is allowed to be replayed under; those ``beside`` it has in common with others."""
     step, statics = call.step, entry.statics
     call.trace.written.release()
     entry.written.forget(step.call.tensors[index] for index in entry.contract.written)
     links = [*statics.links, *links_to(entry.template.held, call.start.python)]
     opaques = list(zip(step.opaque_names, step.call.opaques, strict=True))
     asked = [*{id(tensor): tensor for tensor in call.trace.placed}.values()]
-    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques, asked)
+    guards = guards_of(reads, step.roots(), advanced, links, entry.uploads, statics.placed, opaques, asked, beside)
     statics.links.clear()  # they hold objects on the way, and are guarded now
     caught = step.device.type == "cpu" and catches(reads)  # on a device no operator raises
     seconds = time.perf_counter() - started

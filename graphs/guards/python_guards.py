@@ -8,6 +8,8 @@ module level writes) is compared in one generated expression.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from graphs.guards.traversal import Scope
 from graphs.guards.value_guards import Changed, TypeGuard
 from graphs.objects.cells import Difference
 from graphs.objects.dict_watch import shared_watch
+from graphs.python_reads.code_reads import CodeReads
 
 _REBUILDS = 4  # of the expression: objects made anew at each call are compared one by one after that
 _SOURCE = """
@@ -30,6 +33,25 @@ def all_hold():
     except Exception:
         return False
 """
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at another call may rely on where the guards of an earlier look still hold.
+
+    Attributes:
+        reads: what the run asked for that the look was made for.
+        objects: what the guards are about, by identity; each is asked for, since not all of them are held.
+        placed: identities of the tensors whose layout no guard compares, since it was checked elsewhere.
+    """
+
+    reads: CodeReads
+    objects: Mapping[int, Callable[[], Any]]
+    placed: frozenset[int]
+
+    def seen(self) -> set[int]:
+        """Identities of the objects that are still there, which need not be looked at again."""
+        return {identity for identity, asked in self.objects.items() if id(asked()) == identity}
 
 
 @dataclass
@@ -42,6 +64,7 @@ class About:
         view: the opaque arguments as they were recorded; None where they cannot be described.
         own: identities of the objects that only they lead to.
         reached: identities of all others that the step can look at.
+        look: for looks at other calls; None where these may not rely on it.
     """
 
     subjects: dict[int, tuple[int, str]]
@@ -49,6 +72,7 @@ class About:
     view: Portrait | None = None
     own: frozenset[int] = frozenset()
     reached: frozenset[int] = frozenset()
+    look: Look | None = None
 
 
 class Guards:
@@ -98,10 +122,29 @@ class Guards:
         if self._beside is not None and self._beside.changed() is not None:
             self._beside.give_up(found)
 
+    def serving(self, reads: CodeReads) -> Guards | None:
+        """Of these guards those that a look need not make again which is made for another run; None where it has to.
+
+        They have to hold: then what they are about is what it was, and leads to where it led.
+        """
+        about = self.about
+        if about is not None and about.look is not None and about.look.reads.covers(reads):
+            return self if self.changed() is None else None
+        return self._beside.serving(reads) if self._beside is not None else None
+
+    def leaves_out_of(self, placed: frozenset[int]) -> bool:
+        """Whether the layout of every tensor that no guard compares here is that of one of ``placed``."""
+        look = self.about.look if self.about is not None else None
+        return look is not None and look.placed <= placed
+
+    def all(self) -> list[Guard]:
+        """Every guard, with those beside."""
+        return [*self._watched, *self._polled, *(self._beside.all() if self._beside is not None else ())]
+
     def exchanged(self) -> list[tuple[Any, Any]] | None:
         """What stands in the place of other values in containers, each with what was there; None where something else changed."""
         found: list[tuple[Any, Any]] = []
-        for guard in (*self._watched, *self._polled):
+        for guard in self.all():
             if guard.difference() is None:
                 continue
             pairs = guard.exchanged() if isinstance(guard, (MappingGuard, SequenceGuard)) else None
@@ -110,8 +153,8 @@ class Guards:
             found += pairs
         return found
 
-    def adopt(self, present: Mapping[int, Any], made: Callable[[str, Any, Scope], Sequence[Guard]]) -> None:
-        """Take what stands in containers now for what was there.
+    def adopted(self, present: Mapping[int, Any], made: Callable[[str, Any, Scope], Sequence[Guard]]) -> Guards:
+        """The same guards with what stands in containers now taken for what was there. Other recordings may have these as well.
 
         Args:
             present: what stands there, by the identity of what did.
@@ -119,36 +162,50 @@ class Guards:
         """
         about = self.about
         if about is None:
-            return
+            return self
         gone = {identity: path for identity, path in about.subjects.values() if identity in present}
-        for guard in (*self._watched, *self._polled):
-            if isinstance(guard, (MappingGuard, SequenceGuard)) and guard.difference() is not None:
-                guard.adopt()
-        self._watched = self._without(self._watched, frozenset(gone))
-        self._polled = self._without(self._polled, frozenset(gone))
-        about.subjects = self._subjects_of(self._watched, self._polled)
-        about.reached = (about.reached - present.keys()) | {id(value) for value in present.values()}
+        subjects: dict[int, tuple[int, str]] = {}
+
+        def taken(guards: Sequence[Guard]) -> list[Guard]:
+            kept = self._without(guards, frozenset(gone))
+            adopted = [_adopted(guard) for guard in kept]
+            known = about.subjects
+            subjects.update({id(new): known[id(old)] for old, new in zip(kept, adopted, strict=True) if id(old) in known})
+            return adopted
+
+        watched, polled = taken(self._watched), taken(self._polled)
         for identity, path in gone.items():
             new = list(made(path, present[identity], about.scope))
-            about.subjects.update((id(guard), (id(present[identity]), path)) for guard in new)
-            self._polled += new
-        self._begin()
+            subjects.update((id(guard), (id(present[identity]), path)) for guard in new)
+            polled += new
+        beside = self._beside.adopted(present, made) if self._beside is not None else None
+        reached = (about.reached - present.keys()) | {id(value) for value in present.values()}
+        return Guards(watched, polled, About(subjects, about.scope, reached=reached), beside)
 
     def shared(self) -> Guards:
         """The guards of what does not hang on the opaque arguments alone."""
         about = self.about
-        if about is None or not about.own:
+        if about is None:
             return self
         kept = self._without(self._watched, about.own), self._without(self._polled, about.own)
-        return Guards(*kept, About(self._subjects_of(*kept), about.scope, reached=about.reached))
+        if self._beside is not None and not any(kept) and self._beside.about is not None:
+            if about.reached <= self._beside.about.reached:
+                return self._beside
+        elif not about.own:
+            return self
+        return Guards(*kept, About(self._subjects_of(*kept), about.scope, reached=about.reached), self._beside)
 
     def numbers(self) -> frozenset[int]:
         """Whole numbers that stand where the guards look, and may be made of objects."""
-        return numbers_held((*self._watched, *self._polled))
+        return self._numbers | (self._beside.numbers() if self._beside is not None else frozenset())
+
+    @functools.cached_property
+    def _numbers(self) -> frozenset[int]:
+        return numbers_held((*self._watched, *self._polled))  # of as many sizes as share the guards, once
 
     def times(self, wanted: Iterable[int]) -> Counter[int]:
         """How often objects, by identity, stand where the guards look."""
-        return times_held((*self._watched, *self._polled), wanted)
+        return times_held(self.all(), wanted)
 
     def _subjects_of(self, *guards: Sequence[Guard]) -> dict[int, tuple[int, str]]:
         """What the guards that are left are about: an identity may be another guard's once one is gone."""
@@ -179,7 +236,16 @@ class Guards:
         return found
 
     def __len__(self) -> int:
-        return len(self._watched) + len(self._polled)
+        return len(self.all())
+
+
+def _adopted(guard: Guard) -> Guard:
+    """A guard of what it is about as that is now."""
+    if not isinstance(guard, (MappingGuard, SequenceGuard)) or guard.difference() is None:
+        return guard
+    adopted = copy.copy(guard)
+    adopted.adopt()
+    return adopted
 
 
 def _first(guards: Sequence[Guard]) -> Difference | None:

@@ -54,6 +54,10 @@ class Scope:
         """How many functions and names there are."""
         return len(self.codes), len(self.extra)
 
+    def found(self) -> tuple[Mapping[int, tuple[types.CodeType, dict[str, Any]]], Iterable[str], bool]:
+        """What a look at other objects begins with, where all of this is in scope too."""
+        return self.codes, self.extra, self.everything
+
     def kept(self) -> Scope:
         """The same for looks at other objects later; it holds nothing of the run."""
         return Scope(CodeReads(complete=self.reads.complete), {}, frozenset(), self.codes, self.extra, self.everything)

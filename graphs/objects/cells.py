@@ -7,6 +7,7 @@ import math
 import operator
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -226,7 +227,11 @@ def is_untouched(cell: Cell) -> bool:
     before, container = cell.content, cell.container
     if container is None or type(before) is not dict:
         return False
-    kind = mapping_class(container)
+    kind = type(container)
+    if kind is not dict and kind is not OrderedDict:
+        kind = mapping_class(container)
+    elif not before:
+        return not container
     return (
         kind.__len__(container) == len(before)
         and all(map(operator.is_, kind.__iter__(container), before))

@@ -68,6 +68,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+@per_class
 def slots_of(kind: type[Any]) -> dict[str, types.MemberDescriptorType]:
     """The slots of a class written in Python, by name."""
     slots: dict[str, types.MemberDescriptorType] = {}
@@ -90,19 +91,16 @@ def filled_slots(slots: dict[str, types.MemberDescriptorType], value: Any) -> di
     return content
 
 
-_slots: Any = functools.lru_cache(maxsize=1024)(slots_of)
-
-
 def attributes_and_slots(value: Any) -> dict[str, Any]:
     """The attributes of an object, as they lie in its dictionary and its slots."""
     attributes = attributes_of(value) or {}
-    slots = _slots(type(value))
+    slots = slots_of(type(value))
     return {**attributes, **filled_slots(slots, value)} if slots else attributes
 
 
 def set_attributes_and_slots(value: Any, attributes: dict[str, Any]) -> None:
     """Make attributes and slots of an object those that are given, without asking the object."""
-    slots = _slots(type(value))
+    slots = slots_of(type(value))
     for name, slot in slots.items():
         if name in attributes:
             slot.__set__(value, attributes[name])
@@ -141,6 +139,8 @@ def mapping_class(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:
 
 def items_of(mapping: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """The entries of a dictionary."""
+    if type(mapping) is dict:
+        return iter(mapping.items())
     return iter(mapping_class(mapping).items(mapping))
 
 

@@ -99,6 +99,13 @@ def _may_be_sized_by_data(func: OpOverload) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags
 
 
+@functools.cache
+def _is_plain(func: OpOverload) -> bool:
+    """Whether nothing about the values that an operator is given concerns the host, only where they lie."""
+    reads = _reads_a_value(func) or _may_be_sized_by_data(func) or func in _READ_INSIDE
+    return not reads and func not in (*FILLS, *_MASKED, GROUPED, aten.lift_fresh.default)
+
+
 def _sized_by_data(func: OpOverload, kwargs: Any) -> bool:
     """Whether a result's size depends on data; a caller of ``repeat_interleave`` may have given it."""
     return _may_be_sized_by_data(func) and kwargs.get("output_size") is None
@@ -112,6 +119,8 @@ def may_read(func: OpOverload) -> bool:
 
 def values_read(func: OpOverload, args: Any, kwargs: Any, result: Any) -> list[Any]:
     """What the host learns from an operator call: a number or flag, or sizes that depend on data."""
+    if not may_read(func):
+        return []
     if _reads_a_value(func):
         return [result]
     if func in FILLS and args[2].device == args[0].device:
@@ -136,6 +145,8 @@ def host_finding(
     func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor], function: list[Any]
 ) -> Callable[..., Refusal] | None:
     """The same, whatever the operator is registered as."""
+    if _is_plain(func):
+        return _device_finding(func, args, kwargs, tensors)
     if func in _READ_INSIDE:
         return _with(HiddenRead, "the operator reads lengths or sizes from a tensor, on the host")
     if _reads_a_value(func):
@@ -157,7 +168,7 @@ def host_finding(
 
 
 def _device_finding(func: OpOverload, args: Any, kwargs: Any, tensors: list[Tensor]) -> Callable[..., Refusal] | None:
-    kinds = {tensor.device.type for tensor in tensors}
+    kinds = {device.type for device in {tensor.device for tensor in tensors}}
     if func is aten._to_copy.default and kwargs.get("device") is not None:
         kinds.add(torch.device(kwargs["device"]).type)
     if len(kinds) == 1 or not kinds:

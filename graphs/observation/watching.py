@@ -36,6 +36,10 @@ from passes.core.source_location import user_line
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_PLAIN = (Tensor, torch.nn.Parameter)
+_CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+_KNOWN = _CONSTANTS | {*_PLAIN}
+"""Classes of arguments that are no wrappers and hold none."""
 
 
 class Watching(DispatchMode):
@@ -74,7 +78,8 @@ class Watching(DispatchMode):
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any, frame: tuple[str, int]) -> Any:
         if isinstance(func, HigherOrderOperator):
             return self._run_higher_order(func, args, kwargs, frame)
-        wrapper = next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
+        plain = not kwargs and all([type(value) in _KNOWN for value in args])
+        wrapper = None if plain else next((tensor for tensor in tensors_in((*args, kwargs)) if is_wrapper(tensor)), None)
         if wrapper is not None:
             return self._run_wrapped(wrapper, func, types, args, kwargs, frame)
         with self.awake:
@@ -100,8 +105,10 @@ class Watching(DispatchMode):
             self.inside = False
         with torch._C.DisableTorchFunction():
             self._after(result, tensors)
+            if self.converting or not may_read(func):
+                return result
             place, turn = self._turn(func)
-            if not self.converting and not self._fills_with_host_data(func, args):
+            if not self._fills_with_host_data(func, args):
                 for value in values_read(func, args, kwargs, result):
                     self.read(str(func), frame, value, len(self.trace.operations) - 1, place, turn, self._source(func, args))
         return result
@@ -144,10 +151,8 @@ class Watching(DispatchMode):
         """Whether a tensor is an argument or a view of one."""
         return tensor.layout == torch.strided and self.origins.get(storage_id(tensor), ("", 0))[0] == "argument"
 
-    def _turn(self, func: OpOverload) -> tuple[Place | None, int]:
+    def _turn(self, func: OpOverload) -> tuple[Place, int]:
         """The place that calls an operator which may be read from, and how often it did so before."""
-        if self.converting or not may_read(func):
-            return None, 0
         place = user_place()
         self.turns[str(func), place] += 1
         return place, self.turns[str(func), place] - 1
@@ -182,10 +187,11 @@ class Watching(DispatchMode):
         return getattr(self.function[-1], "__name__", "") if self.function else ""
 
     def _before(self, func: OpOverload, args: Any, kwargs: Any, frame: tuple[str, int]) -> list[Tensor]:
+        """Note a call of an operator and save what it writes; returns the tensors it is given."""
         trace, tensors = self.trace, list[Tensor]()
         if func is aten.lift_fresh.default:  # made from host data just now, at another address each time
             self.origins[storage_id(args[0])] = ("operation", len(trace.operations))
-        described = self._describe((*args, *kwargs.items()), tensors)
+        described = tuple([self._describe(value, tensors) for value in (*args, *kwargs.items())])
         if func is aten.lift_fresh.default:
             described = (*described, _host_data(tensors[0]))
         if func.namespace != "aten":
@@ -218,14 +224,22 @@ class Watching(DispatchMode):
     def _after(self, result: Any, tensors: list[Tensor]) -> None:
         """Remember the operation as the origin of every new storage; views keep the origin of their base."""
         index = len(self.trace.operations) - 1
-        self.grad.made(self.trace.operations[index].func, tensors, tensors_in(result))
-        for tensor in tensors_in(result):
-            if not _aliases(tensor, tensors):
-                self.origins[storage_id(tensor)] = ("operation", index)
+        results, given = tensors_in(result), {*map(storage_id, tensors)}  # as they are now: `set_` gives one another storage
+        self.grad.made(self.trace.operations[index].func, tensors, results)
+        for tensor in results:
+            storage = storage_id(tensor)
+            if storage not in given:
+                self.origins[storage] = ("operation", index)
                 if has_storage(tensor):
                     self.trace.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _describe(self, value: Any, tensors: list[Tensor]) -> Any:
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return value
+        if kind in _PLAIN and value.layout is torch.strided and not value.is_nested:
+            tensors.append(value)
+            return TensorUse(tuple(value.shape), value.stride(), value.dtype, value.device.type, self._origin(value))
         if isinstance(value, Tensor):
             tensors.append(value)
             strides = value.stride() if has_storage(value) else ()
@@ -271,11 +285,6 @@ def _unrecordable(func: OpOverload, tensors: list[Tensor]) -> Callable[..., Refu
 def _host_data(tensor: Tensor) -> str:
     """Host data that becomes a tensor, as text to compare."""
     return str(tensor.tolist()) if tensor.numel() <= 64 else f"{tensor.numel()} numbers with checksum {int(checksum(tensor)):#x}"
-
-
-def _aliases(tensor: Tensor, others: list[Tensor]) -> bool:
-    storage = storage_id(tensor)
-    return any(storage_id(other) == storage for other in others)
 
 
 @contextlib.contextmanager

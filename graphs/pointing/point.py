@@ -78,8 +78,9 @@ def point_anew(
         blueprint.proven |= located.moved - of_model
         blueprint.settle(addresses)
     if exchanged:
-        blueprint.shared.adopt(exchanged, guards_of_tensor)
+        blueprint.shared = blueprint.shared.adopted(exchanged, guards_of_tensor)
         blueprint.adopt(exchanged)
+        step = dataclasses.replace(step, guards=_guards(blueprint, step.statics, seen))
     blueprint.last = located.of_model
     return Pointed(step, unknown, bool(exchanged))
 
@@ -150,22 +151,25 @@ def _step(blueprint: Blueprint, call: Call, located: Located, seen: Portrait | N
     statics.links.clear()
     if statics.own_arguments:
         return None
-    guards = blueprint.shared
-    if seen is not None:
-        guards = Guards(seen.watched, seen.with_layouts(statics.placed), beside=blueprint.shared)
     return dataclasses.replace(
         blueprint.skeleton,
         statics=statics,
         opaques=[reference_to(opaque) for opaque in call.opaques],
         externals=externals,
         written=written,
-        guards=guards,
+        guards=_guards(blueprint, statics, seen),
         bumped=[located.tensor(piece) for piece in blueprint.bumped],
         storages=located.storages,
         blueprint=blueprint,
         replays=0,
         real_rows=0,
     )
+
+
+def _guards(blueprint: Blueprint, statics: StaticTensors, seen: Portrait | None) -> Guards:
+    if seen is None:
+        return blueprint.shared
+    return Guards(seen.watched, seen.with_layouts(statics.placed), beside=blueprint.shared)
 
 
 def _prove(blueprint: Blueprint, step: RecordedStep, compare: Compare) -> None:

@@ -101,6 +101,23 @@ class CodeReads:
             found.update(names_in(code))
         return frozenset(found)
 
+    def kept(self) -> CodeReads:
+        """What guards are made of; nothing of the run is held."""
+        variables = dict.fromkeys(self.variables)
+        return CodeReads(
+            dict(self.codes), [], variables, dict(self.settings), environment=self.environment, complete=self.complete
+        )
+
+    def covers(self, other: CodeReads) -> bool:
+        """Whether another run asked for nothing that this one did not ask for."""
+        return (
+            self.complete == other.complete
+            and self.environment >= other.environment
+            and self.variables.keys() >= other.variables.keys()
+            and all(self.settings.get(name) is setting for name, setting in other.settings.items())
+            and all(key in self.codes and self.codes[key][1] is names for key, (_, names) in other.codes.items())
+        )
+
     def left_set(self) -> Iterator[Refusal]:
         """Context variables that hold something else after the run than before, and locks, by which others are told something."""
         if any(self.locks.values()):

@@ -97,8 +97,7 @@ class _TapeMode(DispatchMode):
             return  # the range of a profile, which ended with the recording
         if torch.Tag.inplace_view in func.tags:
             return  # nothing is computed: whoever reads the tensor later was given it as it is then
-        args, kwargs = _as_they_are(args), _as_they_are(kwargs)
-        result = _as_they_are(_leaves(result))
+        result = _leaves(result)
         inputs, outputs = tensors_in((*args, kwargs)), tensors_in(result)
         reads = {storage_id(tensor) for tensor in inputs}
         fresh = [tensor for tensor in outputs if storage_id(tensor) not in reads]
@@ -106,6 +105,7 @@ class _TapeMode(DispatchMode):
         made = {storage_id(tensor) for tensor in fresh}
         if not written and outputs and not fresh:
             return  # a view: made once, since its base never moves
+        args, kwargs, result = _as_they_are(args), _as_they_are(kwargs), _as_they_are(result)
         make: Callable[..., Callable[[], Any]] = functools.partial(_in_place_call, func)
         if fresh and (written or len(fresh) != len(outputs)):
             make = functools.partial(_copying_call, func)

@@ -157,6 +157,13 @@ class Checkpoint:
         given = [opaque for opaque in step.call.opaques if type(opaque) is torch.Generator]
         return {*given, *self.python.generators, *(trace.generators if trace is not None else ())}
 
+    def later(self, step: Step, trace: EagerTrace) -> Checkpoint:
+        """The present state, where nothing of Python's changed since: a walk would find what this one found."""
+        now = copy.copy(self)
+        now._random = RandomState(step.device, {g: g.get_state() for g in self._generators(step, trace)})
+        now._written, now._copies = trace.written, trace.written.copies()
+        return now
+
     def covers(self, trace: EagerTrace) -> None:
         """Take tensors and generators from ``trace``, which saved them before their first use."""
         self._written, self._copies = trace.written, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -45,25 +45,41 @@ class Checksums:
             if self._origins.get(storage) == ("external", storage) and storage not in self._sums:
                 self.see(tensor, storage)
 
-    def changed(self, tensors: Mapping[int, Tensor], declared: TensorState) -> Iterator[int]:
+    def changed(self, tensors: Mapping[int, Tensor], declared: TensorState) -> list[int]:
         """The storages whose sum is another now.
 
         Args:
             tensors: one of each storage that was seen.
             declared: what operators say they wrote, which are not looked at.
         """
-        for storage, before in self._sums.items():
-            if storage not in declared and not torch.equal(before, checksum(tensors[storage])):
-                yield storage
+        left = {storage: before for storage, before in self._sums.items() if storage not in declared}
+        with torch.inference_mode(False), torch.no_grad():
+            differs = [before != _sum(tensors[storage]) for storage, before in left.items()]
+            found: dict[int, bool] = {}
+            for device in {tensor.device for tensor in differs}:  # the host waits once for each
+                here = {storage: one for storage, one in zip(left, differs, strict=True) if one.device == device}
+                found.update(zip(here, torch.stack([*here.values()]).tolist(), strict=True))
+        return [storage for storage in left if found[storage]]
 
 
 def checksum(tensor: Tensor) -> Tensor:
     """A number of the bits of the whole storage and of their order: enough to notice that somebody wrote there."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _sum(tensor)
     with torch.inference_mode(False), torch.no_grad():
-        storage = tensor.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
-        words = flat[: flat.numel() // 8 * 8].view(torch.int64)
-        table = words[: words.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
-        rest = flat[words.numel() * 8 :].to(torch.int64)
-        parts = (table.sum(0), table.sum(1), words[table.numel() :], rest)
-        return torch.stack([(part * torch.arange(1, part.numel() + 1, device=part.device)).sum() for part in parts]).sum()
+        return _sum(tensor)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+    words = flat[: flat.numel() // 8 * 8].view(torch.int64)
+    rows = words.numel() // _WIDTH
+    parts = [words[rows * _WIDTH :]]
+    if rows:
+        table = words[: rows * _WIDTH].view(-1, _WIDTH)
+        parts += [table.sum(0), table.sum(1)]
+    if flat.numel() % 8:
+        parts.append(flat[words.numel() * 8 :].to(torch.int64))
+    sums = [(part * torch.arange(1, part.numel() + 1, device=part.device)).sum() for part in parts]
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

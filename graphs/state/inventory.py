@@ -104,4 +104,4 @@ class Inventory:
 
 
 def _copied(mapping: dict[Any, Any]) -> dict[Any, Any]:
-    return dict(items_of(mapping))
+    return dict(mapping) if type(mapping) is dict else dict(items_of(mapping))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import random
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +37,8 @@ from graphs.state.c_state import IN_MEMORY, cell_inside, numpy_cell, write_parti
 from graphs.state.inventory import PLAIN_TENSORS, Found, Inventory, Link
 from graphs.state.tensor_form import GradientView, gradient_of, has_form
 
+_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, deque))
+"""Classes whose own instances hold their items and nothing else; those of `OrderedDict` may have attributes."""
 Visit = Callable[[Inventory, str, Any, Link | None], Iterator[Found]]
 
 _OF_MACHINERY = ("torch", "own")
@@ -167,6 +169,13 @@ def _file(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator
 
 def _object(into: Inventory, path: str, value: Any, link: Link | None) -> Iterator[Found]:
     """What C keeps of an object, what it holds as a container, and its attributes."""
+    if type(value) in _CONTAINERS:
+        yield from _container(into, path, value, link)
+        return
+    if type(value) is OrderedDict:
+        yield from _container(into, path, value, link)
+        yield from _attributes(into, path, value, link)
+        return
     into.add(cell_inside(path, value))
     yield from ((path + suffix, item, link) for suffix, item in held_inside(value))
     yield from _container(into, path, value, link)

@@ -56,7 +56,7 @@ def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
     Returns:
         What is wrong about what its author says of it, if that is why it could not be checked.
     """
-    operator = _operators.get(func)
+    operator = _operators.get(func) if _operators else None
     if operator is None or operator.graph_safe is not None:
         return None
     device = device_type(tensors_in((*args, kwargs)))
@@ -80,7 +80,7 @@ def check_once(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 def refusal_of(func: OpOverload, tensors: Sequence[torch.Tensor]) -> Callable[..., Refusal] | None:
     """Why a call of ``func`` is not recorded, as a function of where it is; None where it may be."""
-    operator = _operators.get(func)
+    operator = _operators.get(func) if _operators else None
     if operator is None or operator.graph_safe:
         return None
     if operator.graph_safe is False:

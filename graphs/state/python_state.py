@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from graphs.objects.cells import Difference, cell_differences, changed_entries
+from graphs.objects.cells import Difference, cell_differences, changed_entries, is_untouched
 from graphs.objects.kinds import ATOMS
 from graphs.objects.raw_access import bases_of, module_name, of_type, per_class
 from graphs.python_reads.named_state import SKIPPED, Ran
@@ -109,7 +109,7 @@ class PythonState:
 
     def differences(self) -> list[Difference]:
         """What changed since the snapshot."""
-        found = [difference for cell in self.cells for difference in cell_differences(cell)]
+        found = [difference for cell in self.cells if not is_untouched(cell) for difference in cell_differences(cell)]
         return [*found, *(difference for form in self._forms for difference in form.differences())]
 
     def shifted(self) -> Callable[[], list[Difference]]:
@@ -143,7 +143,7 @@ class PythonState:
     def restore(self) -> None:
         """Put back what the snapshot saw."""
         for cell in self.cells:
-            if cell_differences(cell):
+            if not is_untouched(cell) and cell_differences(cell):
                 cell.write(cell.content)
         for form in self._forms:
             form.restore()

@@ -8,38 +8,44 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.core.schema import written_values
+from passes.core.schema import writes_nothing, written_values
 
 Tensor = torch.Tensor
 RESIZING = (torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Storage, torch.ops.aten.resize_as_.default)
 """Operators that exchange a tensor's storage, which a recording holds fixed."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NOTHING_IN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in an operator's argument or result, in order."""
+    found: list[Tensor] = []
+    _add_tensors(value, found)
+    return found
+
+
+def _add_tensors(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for item in value for tensor in tensors_in(item)]
+        found.append(value)
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) not in _NOTHING_IN:
+                _add_tensors(item, found)
 
 
 def written_tensors(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors written by this call: as the operator's schema declares, and what some schemas of ATen do not say."""
-    return tensors_in(written_values(func, args, kwargs))
+    return [] if writes_nothing(func) else tensors_in(written_values(func, args, kwargs))
 
 
 def storage_id(tensor: Tensor) -> int:
     """Identity of the tensor's storage, valid while the storage lives; of the tensor itself where there is no storage."""
-    return int(tensor.untyped_storage()._cdata) if has_storage(tensor) else -int(tensor._cdata)
+    return tensor.untyped_storage()._cdata if has_storage(tensor) else -int(tensor._cdata)
 
 
 def has_storage(tensor: Tensor) -> bool:
     """Whether a tensor is a view of one storage: not if it is sparse, nested, of MKLDNN, or wraps other tensors."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not is_wrapper(tensor)
+    return tensor.layout is torch.strided and not tensor.is_nested and (type(tensor) in _PLAIN or not is_wrapper(tensor))
 
 
 def is_wrapper(tensor: Tensor) -> bool:

@@ -25,8 +25,7 @@ class TensorForm:
 
     def __init__(self, path: str, tensor: Tensor) -> None:
         self.path, self.tensor = path, tensor
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            self._alias = tensor.detach()
+        self._alias = _alias_of(tensor)
         self._leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
         self._gradient = gradient_of(tensor)
 
@@ -61,6 +60,14 @@ class TensorForm:
             and tensor.stride() == alias.stride()
             and tensor.dtype == alias.dtype
         )
+
+
+def _alias_of(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory, made in the mode that the tensor was made in."""
+    if tensor.is_inference() == torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+        return tensor.detach()
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        return tensor.detach()
 
 
 class GradientView:

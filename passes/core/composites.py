@@ -55,17 +55,22 @@ _set_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
-@contextlib.contextmanager
-def called(func: Any) -> Iterator[None]:
+class called:  # noqa: N801  # it is used as a function
     """To be entered by a function mode around each function: remembers what autocast there was."""
-    before, name = _callers.kinds, _callers.name
-    _callers.name = getattr(func, "__name__", "")
-    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
-    _callers.kinds = tuple(kind for kind in on if kind not in _cast_by_itself(getattr(func, "__name__", "")))
-    try:
-        yield
-    finally:
-        _callers.kinds, _callers.name = before, name
+
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, func: Any) -> None:
+        self._name = getattr(func, "__name__", "")
+
+    def __enter__(self) -> None:
+        self._before = _callers.kinds, _callers.name
+        on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+        _callers.kinds = tuple(kind for kind in on if kind not in _cast_by_itself(self._name)) if on else ()
+        _callers.name = self._name
+
+    def __exit__(self, *_: object) -> None:
+        _callers.kinds, _callers.name = self._before
 
 
 def calling() -> str:
@@ -117,8 +122,10 @@ def as_eager(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     ``svdvals`` and what is made of it have the vectors computed too under a mode, by another kernel, whose values differ in the
     last bit. They are not used, so leave them out.
     """
+    if _callers.name not in _VALUES_ONLY or kwargs:
+        return args
     position = _VECTORS.get(func)
-    if position is None or _callers.name not in _VALUES_ONLY or kwargs:
+    if position is None:
         return args
     given = [*args, *(argument.default_value for argument in func._schema.arguments[len(args) : position])]
     return (*given[:position], False, *args[position + 1 :])

@@ -31,6 +31,13 @@ _BATCH_NORMS = frozenset(
 )
 
 
+@functools.cache
+def writes_nothing(target: Any) -> bool:
+    """Whether no call of an operator writes an argument, as `written_values` tells it."""
+    schema = getattr(target, "_schema", None)
+    return schema is None or not (schema.is_mutable or schema.name in _BATCH_NORMS)
+
+
 def is_mutable(target: Any) -> bool:
     """Whether an operator declares that it writes any argument; False for what has no schema."""
     schema = getattr(target, "_schema", None)
