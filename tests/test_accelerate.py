@@ -312,3 +312,14 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", NotReplayed)
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+def test_a_cache_that_grows_is_warned_about_once() -> None:
+    model, _ = twins()
+    given = {"max_new_tokens": NEW, "min_new_tokens": NEW, "cache_implementation": "dynamic"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NotReplayed)
+        for turn in range(2):
+            model.generate(prompt(turn), **given)
+    assert [one.category for one in caught if one.category is NotReplayed] == [NotReplayed]
+    assert graphs.accelerated_report(model).refusals[0].count == 2 * (NEW - 1)

@@ -119,7 +119,9 @@ class _Accelerated:
             return self.step(*args, **kwargs)
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
-        self.step._graphs_recordings.call_log.refused(ChangingValue(detail, operator="cache", remedy=remedy))
+        log = self.step._graphs_recordings.call_log
+        with log.warning_after():
+            log.refused(ChangingValue(detail, operator="cache", remedy=remedy))
         return original(*args, **kwargs)
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
