@@ -254,7 +254,8 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
         return None
     places = Places(used)
     anchors = _anchors(entry, call, view, places)
-    fixed = {n: storage for n, storage in enumerate(places.storages) if all(anchor.place != n for anchor in anchors)}
+    anchored = {anchor.place for anchor in anchors}
+    fixed = {n: storage for n, storage in enumerate(places.storages) if n not in anchored}
     numbers = {id(tensor) for _, tensor in view.tensors} if view is not None else set[int]()
     if view is not None and (fixed or _behind(entry, opaque_names, numbers) or _handed_out(entry.template, view)):
         return None
