@@ -95,6 +95,7 @@ def same(model: Any, twin: Any, turn: int, ids: Tensor | None = None, **argument
 
 
 @pytest.mark.slow
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [*OTHERS, *(name for name in DECODERS if name not in GROWING)])
 def test_a_decoder_generates_eagers_tokens_and_records_once(name: str) -> None:
     model, twin = twins(name)
