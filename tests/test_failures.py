@@ -180,7 +180,7 @@ PLACES = [
     ("graphs.rehearsal.step.output_template", template),
     ("graphs.first_call.verify_replay.tolerance.run_difference", record_key),
     ("graphs.observation.watching.finding", record_key),
-    ("graphs.observation.watching.values_read", record_key),
+    ("graphs.observation.watching.may_read", record_key),
     ("graphs.state.checksums.checksum", record_key),
     ("graphs.recording.cpu_tape._functional_call", cpu_tape),
     ("graphs.recording.cpu_tape.TapeRecording.poison", cpu_tape),

@@ -259,9 +259,11 @@ class CapturedStep(Generic[P, R_co]):
             object.__setattr__(self, name, value)
         else:
             setattr(self._graphs_model, name, value)
+            self._graphs_recordings.drop_outdated()
 
     def __delattr__(self, name: str) -> None:
         delattr(self._graphs_model, name)
+        self._graphs_recordings.drop_outdated()
 
     def __graphs_walk__(self) -> Any:
         """What a walk over Python state enters in place of this object."""

@@ -254,6 +254,13 @@ class Dispatcher:
         with self.call_log.warning_after(), _recording, self.lock:
             return SizesAhead(self.keys, self.routes, self.call_log).record(example, sizes, budget, progress=progress)
 
+    def drop_outdated(self) -> None:
+        """Drop the recordings that a caller has made out of date by setting an attribute, which is no habit of the step's."""
+        with _recording, self.lock:
+            for entry in list(self.routes.entries.values()):
+                if entry.guards.changed() is not None:
+                    self.routes.discard(entry)
+
     def invalidate(self) -> None:
         """Drop every recording and every refusal remembered: after weights, caches or the model were replaced."""
         with _recording, self.lock:
