@@ -386,9 +386,8 @@ def test_an_audit_names_what_is_kept_in_torchs_place_and_puts_it_back(patch: Cal
 def test_torchs_and_pythons_own_functions_are_their_own() -> None:
     owners = (torch, F, builtins, math, torch.linalg, Tensor, nn.Module, nn.Linear)
     functions = [item for owner in owners for item in vars(owner).values() if callable(item) and not isinstance(item, type)]
-    own = [
-        item for item in functions if str(getattr(item, "__module__", None)).partition(".")[0] in ("torch", "builtins", "None")
-    ]
+    modules = [str(getattr(item, "__module__", None)).partition(".")[0] for item in functions]
+    own = [item for item, module in zip(functions, modules, strict=True) if module in ("torch", "builtins", "None")]
     foreign = [item for item in own if is_foreign(item)]  # functions that `typing_extensions` wrapped; libraries may add more
     assert len(own) > 1000 and len(foreign) < 10, foreign
 
