@@ -15,7 +15,7 @@ import torch
 
 import graphs
 from graphs.python_reads import call_hook
-from graphs.python_reads.call_hook import Awake, calls_seen_by, resting
+from graphs.python_reads.call_hook import Awake, calls_seen_by, resting, wake
 
 WAYS = ["profiling", *(["monitoring"] if hasattr(sys, "monitoring") else [])]
 Tensor = torch.Tensor
@@ -102,19 +102,21 @@ def test_where_every_number_of_a_tool_is_taken_it_is_a_profiling_function() -> N
         assert ("c_call", "monotonic", "callee") in seen
 
 
-def test_it_rests_and_is_awake_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call_hook, "_MONITORING", None)
+def test_it_rests_and_is_awake_again(way: str) -> None:
     with listening() as seen:
         hook = resting()
+        assert resting() is None
         try:
             time.time()
             with Awake(hook):
                 time.monotonic()
+            callee()
         finally:
-            sys.setprofile(hook)
+            wake(hook)
         time.perf_counter()
     names = [name for event, name, _ in seen if event == "c_call"]
-    assert "time" not in names and {"monotonic", "perf_counter"} <= {*names}
+    assert "time" not in names and names.count("monotonic") == 1 and "perf_counter" in names
+    assert ("call", "callee", "callee") not in seen
 
 
 def test_a_profiler_of_somebody_else_does_not_rest() -> None:

@@ -13,7 +13,7 @@ from graphs.errors import AutogradInput, HiddenRead, HostSync, Site, Unsupported
 from graphs.observation.grad_questions import GRAD_PROPERTIES
 from graphs.observation.host_reads import FROM_LISTS, OF_THE_OBJECT, SPLITS, TO_HOST, leaves_the_device
 from graphs.observation.watching import Watching
-from graphs.python_reads.call_hook import Awake, resting
+from graphs.python_reads.call_hook import Awake, resting, wake
 from graphs.state.storage import has_storage, tensors_in
 from passes import inside
 from passes.core.composites import Calls, called
@@ -46,8 +46,7 @@ class Conversions(Calls):
             with inside(func, args):
                 return self._run(func, args, kwargs or {}, caller)
         finally:
-            if hook is not None:
-                sys.setprofile(hook)
+            wake(hook)
 
     def _run(self, func: Any, args: Any, kwargs: Any, caller: FrameType) -> Any:
         if self.grad_mode and func in GRAD_PROPERTIES:

@@ -25,7 +25,7 @@ from graphs.errors import (
 from graphs.observation.grad_questions import GradWrites
 from graphs.observation.host_reads import FILLS, HostRead, finding, may_read, values_read
 from graphs.observation.operations import EagerTrace, Operation, TensorUse
-from graphs.python_reads.call_hook import Awake, resting
+from graphs.python_reads.call_hook import Awake, resting, wake
 from graphs.state.checksums import Checksums, checksum
 from graphs.state.op_registry import check_once
 from graphs.state.storage import has_storage, is_wrapper, storage_id, tensors_in, wrapped_tensors, written_tensors
@@ -72,8 +72,7 @@ class Watching(DispatchMode):
             with inside(func, args):
                 return self._run(func, types, args, kwargs or {}, frame)
         finally:
-            if hook is not None:
-                sys.setprofile(hook)
+            wake(hook)
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any, frame: tuple[str, int]) -> Any:
         if isinstance(func, HigherOrderOperator):

@@ -63,14 +63,27 @@ def _profiling(hook: Hook) -> Iterator[None]:
         sys.setprofile(before)
 
 
+class _Session:
+    """A hook of `sys.monitoring`: whose thread it watches, and whether it rests."""
+
+    __slots__ = ("rests", "thread")
+
+    def __init__(self) -> None:
+        self.thread, self.rests = threading.get_ident(), False
+
+
+_sessions: list[_Session] = []
+"""Those that are installed."""
+
+
 @contextlib.contextmanager
 def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: int) -> Iterator[None]:
     """Each function is told of when it starts first; calls of C where they may tell something."""
     telling: dict[int, tuple[bool, types.CodeType]] = {}  # by identity, since code is compared by what it consists of
-    events, thread = _MONITORING.events, threading.get_ident()
+    events, session = _MONITORING.events, _Session()
 
     def started(code: types.CodeType, _: int) -> Any:
-        if threading.get_ident() != thread:
+        if session.rests or threading.get_ident() != session.thread:
             return None
         hook(sys._getframe(1), "call", None)
         return _MONITORING.DISABLE
@@ -81,7 +94,7 @@ def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: 
             tells = telling[id(code)] = may_tell(code), code
         if not tells[0]:
             return _MONITORING.DISABLE
-        if type(function) in _OF_C and threading.get_ident() == thread:
+        if type(function) in _OF_C and not session.rests and threading.get_ident() == session.thread:
             if type(function) is types.MethodDescriptorType:
                 if first is _MONITORING.MISSING:  # called without an object: it will raise
                     return None
@@ -89,7 +102,8 @@ def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: 
             hook(sys._getframe(1), "c_call", function)
         return None
 
-    with put_back_by(functools.partial(_end_monitoring, number)):
+    with put_back_by(functools.partial(_end_monitoring, number, session)):
+        _sessions.append(session)
         _MONITORING.use_tool_id(number, _NAME)
         _MONITORING.register_callback(number, events.PY_START, started)
         _MONITORING.register_callback(number, events.CALL, called)
@@ -98,7 +112,9 @@ def _monitoring(hook: Hook, may_tell: Callable[[types.CodeType], bool], number: 
         yield
 
 
-def _end_monitoring(number: int) -> None:
+def _end_monitoring(number: int, session: _Session) -> None:
+    if session in _sessions:
+        _sessions.remove(session)
     if _MONITORING.get_tool(number) == _NAME:
         _MONITORING.set_events(number, 0)
         for event in (_MONITORING.events.PY_START, _MONITORING.events.CALL):
@@ -107,12 +123,26 @@ def _end_monitoring(number: int) -> None:
 
 
 def resting() -> Any:
-    """Have the hook of this thread rest: what `sys.setprofile` is to be given for it to see calls again; None if none rests."""
+    """Have the hook of this thread rest: what `wake` is to be given for it to see calls again; None if none rests by this."""
     hook = sys.getprofile()
-    if hook is None or not hasattr(hook, "rests"):
-        return None
-    sys.setprofile(None)
-    return hook
+    if hook is not None and hasattr(hook, "rests"):
+        sys.setprofile(None)
+        return hook
+    if _sessions:
+        thread = threading.get_ident()
+        for session in _sessions:
+            if session.thread == thread and not session.rests:
+                session.rests = True
+                return session
+    return None
+
+
+def wake(hook: Any) -> None:
+    """Have a hook that `resting` gave see calls again; None is none."""
+    if type(hook) is _Session:
+        hook.rests = False
+    elif hook is not None:
+        sys.setprofile(hook)
 
 
 class Awake:
@@ -124,9 +154,10 @@ class Awake:
         self._hook = hook
 
     def __enter__(self) -> None:
-        if self._hook is not None:
-            sys.setprofile(self._hook)
+        wake(self._hook)
 
     def __exit__(self, *_: object) -> None:
-        if self._hook is not None:
+        if type(self._hook) is _Session:
+            self._hook.rests = True
+        elif self._hook is not None:
             sys.setprofile(None)
