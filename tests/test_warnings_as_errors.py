@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphs
 from graphs.compile.fused_region import CompiledRegion
 from graphs.dispatch.call_log import CallLog, NotReplayed
+from graphs.dynamo.backend import graphs_backend
 from graphs.errors import CompileFailed, OverBudget
 
 Tensor = torch.Tensor
@@ -200,7 +201,7 @@ def test_a_graph_of_dynamo_runs_once_and_raises_its_reason_once() -> None:
     torch.compiler.reset()
     calls = torch.zeros(())
 
-    @torch.compile(backend="graphs", options={"compiler": "aten", "max_recordings": 1}, dynamic=True)
+    @torch.compile(backend=graphs_backend, options={"compiler": "aten", "max_recordings": 1}, dynamic=True)
     def step(x: Tensor, calls: Tensor) -> Tensor:
         calls.add_(1)
         return x * 2
