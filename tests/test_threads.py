@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import queue
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -302,3 +304,25 @@ def test_a_lock_around_the_step_says_nothing() -> None:
         for _ in range(3):
             captured(torch.ones(3))
     assert captured.report().replays == 3
+
+
+def test_a_step_is_traced_on_a_thread_that_ends_and_then_on_another() -> None:
+    program = """
+import threading, torch, graphs
+def decides(x):
+    return (x * 2 if x.sum() > 0 else x - 1) + int(x[0])
+def work():
+    step = graphs.capture(decides)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(step(torch.ones(2)), decides(torch.ones(2)))
+    assert step.report().replays == 3
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    work()
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.stdout == "done\n", run.stderr

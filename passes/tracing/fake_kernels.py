@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from passes.core.symbols import SYMBOLS
-from passes.tracing.torch_symbols import FakeTensorMode
+from passes.tracing.torch_symbols import FakeTensorMode, ShapeEnv
 
 Tensor = torch.Tensor
 
@@ -31,6 +33,27 @@ class StepFakes(FakeTensorMode):
         if _has_symbols(args) or _has_symbols(kwargs.values()):
             return self._dispatch_impl(func, types, args, kwargs)
         return super()._cached_dispatch_impl(func, types, args, kwargs)
+
+
+@functools.cache
+def outlive_first_thread() -> None:
+    """Have the thread that enters a fake mode first never end.
+
+    In torch 2.11 a process ends with a segmentation fault that enters one on a thread after the first one that did so has ended.
+    The main thread does not end; where another one comes first, a thread of our own goes before it, and waits.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return
+    entered = threading.Event()
+
+    def stay() -> None:
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            mode.from_tensor(torch.ones(1))
+        entered.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="graphs-fake-mode", daemon=True).start()
+    entered.wait()
 
 
 def _has_symbols(values: Iterable[Any]) -> bool:

@@ -34,7 +34,7 @@ from passes.core.symbols import expression_of
 from passes.core.traced_step import Advance, TracedStep, note_storages, placeholders
 from passes.core.values.host_reads import Read
 from passes.errors import Unremovable
-from passes.tracing.fake_kernels import StepFakes
+from passes.tracing.fake_kernels import StepFakes, outlive_first_thread
 from passes.tracing.float_operations import opaque_floats
 from passes.tracing.hints import HintedShapes, HintMode
 from passes.tracing.number_builtins import symbolic_builtins
@@ -127,6 +127,7 @@ class _Trace:
     def __init__(self, request: TraceRequest) -> None:
         self._request = request
         environment = HintedShapes(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+        outlive_first_thread()
         self._mode = StepFakes(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
         self.facts = environment.facts = Facts(self._mode)
         self.facts.loops = loops = Loops(request.unroll)
