@@ -123,10 +123,6 @@ def test_what_a_step_stores_of_its_cache_is_that_of_the_last_call(fn: Step) -> N
             assert model.table.get("changes") == twin.table.get("changes")
 
 
-def shaped(x: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
-    return lambda: torch.zeros(*x.shape, dtype=dtype)
-
-
 NOTED: dict[str, tuple[Callable[[Cache], Any], list[Callable[[Cache], None]]]] = {
     "shape": (lambda c: c.slots.shape[0], [lambda c: setattr(c, "slots", torch.zeros(3))]),
     "dtype": (lambda c: 3 if c.slots.dtype == torch.float16 else 2, [lambda c: setattr(c, "slots", c.slots.half())]),

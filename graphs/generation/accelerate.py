@@ -12,7 +12,7 @@ import torch
 
 from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError
-from graphs.generation.fixed_caches import STEP, FixedCaches, fixed_or_none, is_fixed, reorder_in_place
+from graphs.generation.fixed_caches import FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
 from graphs.report import CaptureReport
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -153,8 +153,8 @@ class _Accelerated:
             return original(generation_config, model_kwargs, mode, batch_size, length)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
-        key = rows, -(-length // STEP), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
-        if not fixed_or_none(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
+        key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
+        if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
             return original(generation_config, model_kwargs, mode, batch_size, length)
         name = next((name for name in _CACHES if model_kwargs.get(name) is not None), None)
         if name is None or not is_fixed(model_kwargs[name]):

@@ -48,12 +48,9 @@ def is_fixed(cache: Any) -> bool:
     return cache is not None and bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
-def as_fixed(config: Any, length: int) -> Any:
-    """The generation config that makes a cache of fixed storage for ``length`` positions."""
-    changed = copy.copy(config)
-    changed.cache_implementation = "static"
-    changed.max_cache_len = -(-length // STEP) * STEP
-    return changed
+def capacity(length: int) -> int:
+    """Positions of the cache for sequences of ``length``: the next multiple of `STEP`."""
+    return -(-length // STEP) * STEP
 
 
 def reorder_in_place(cache: Any) -> None:
@@ -69,15 +66,17 @@ def layers_of(cache: Any) -> list[Any]:
 
 
 def _reorder(layer: Any, beams: Tensor) -> None:
-    for name, value in list(vars(layer).items()):
+    for value in vars(layer).values():
         if isinstance(value, Tensor) and value.ndim > 1:
-            vars(layer)[name].copy_(value.index_select(0, beams.to(value.device)))
+            value.copy_(value.index_select(0, beams.to(value.device)))
 
 
-def fixed_or_none(make: Callable[[Any], None], config: Any, length: int) -> bool:
-    """Whether a cache of fixed storage could be made; a model may have none."""
+def made_fixed(make: Callable[[Any], None], config: Any, length: int) -> bool:
+    """Whether ``make``, given a generation config that asks for one, made a cache of fixed storage; a model may have none."""
+    changed = copy.copy(config)
+    changed.cache_implementation, changed.max_cache_len = "static", capacity(length)
     try:
-        make(as_fixed(config, length))
+        make(changed)
     except (KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         _logger.info("graphs: no cache of fixed storage: %s: %s", type(error).__name__, error)
         return False

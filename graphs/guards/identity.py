@@ -55,17 +55,18 @@ def times_held(guards: Iterable[Guard], wanted: Iterable[int]) -> Counter[int]:
     return Counter(identity for value in values_held(guards) if (identity := id(value)) in sought)
 
 
-def numbers_of(value: Any, identity: int | None = None) -> frozenset[int]:
-    """The numbers by which an object can be known: ``id()``, the default hash and, of a tensor, where it and its storage lie."""
-    identity = id(value) if identity is None else identity
-    found = {identity, _hash_of(identity)}
-    if isinstance(value, Tensor) and has_storage(value) and value.device.type != "meta":
-        found |= {value.data_ptr(), value.untyped_storage().data_ptr()}
+def numbers_of(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """The numbers by which tensors can be known: those of any object, and where they and their storages lie."""
+    found: set[int] = set()
+    for tensor in tensors:
+        found |= numbers_of_identity(id(tensor))
+        if has_storage(tensor) and tensor.device.type != "meta":
+            found |= {tensor.data_ptr(), tensor.untyped_storage().data_ptr()}
     return frozenset(found)
 
 
 def numbers_of_identity(identity: int) -> frozenset[int]:
-    """The same, as far as it is known from an identity alone."""
+    """The numbers by which any object can be known: its ``id()`` and the default hash."""
     return frozenset((identity, _hash_of(identity)))
 
 

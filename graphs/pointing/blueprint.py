@@ -8,7 +8,7 @@ A place may be elsewhere if all its anchors say so, and if everything else about
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -260,9 +260,11 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
     if view is not None and (fixed or _behind(entry, opaque_names, numbers) or _handed_out(entry.template, view)):
         return None
     kept = entry.guards.numbers()
-    if (view is not None and is_known_by_number(view, kept)) or not kept.isdisjoint(_addresses(_tensors(anchors, call, view))):
+    led_by = _tensors(anchors, call, view)
+    known = not kept.isdisjoint(numbers_of(tensor for tensor in led_by if tensor is not None))
+    if known or (view is not None and is_known_by_number(view, kept)):
         return None
-    pieces = _Pieces(places, {id(tensor): number for number, tensor in enumerate(_tensors(anchors, call, view))})
+    pieces = _Pieces(places, {id(tensor): number for number, tensor in enumerate(led_by)})
     found = [pieces.of(part) for part in (entry.externals, entry.written.tensors, entry.bumped)]
     if any(part is None for part in found) or any(piece.anchor is None for piece in found[2] or ()):
         return None
@@ -287,12 +289,8 @@ def blueprint_of(entry: RecordedStep, call: Call, opaque_names: Sequence[str]) -
 
 def is_known_by_number(view: Portrait, kept: frozenset[int]) -> bool:
     """Whether one of the numbers ``kept`` is made of an object of a portrait."""
-    found = frozenset().union(*map(numbers_of_identity, view.visited), *(numbers_of(tensor) for _, tensor in view.tensors))
+    found = numbers_of(tensor for _, tensor in view.tensors).union(*map(numbers_of_identity, view.visited))
     return not kept.isdisjoint(found)
-
-
-def _addresses(tensors: Iterable[Tensor | None]) -> frozenset[int]:
-    return frozenset().union(*(numbers_of(tensor) for tensor in tensors if tensor is not None))
 
 
 def _settle(entry: RecordedStep, storages: list[Storage]) -> None:

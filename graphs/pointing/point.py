@@ -116,7 +116,7 @@ def _exchanged(blueprint: Blueprint) -> dict[int, Tensor] | None:
     known = about is None or any(id(new) in about.reached for new in exchanged.values())
     if known or blueprint.shared.times(gone) != gone:
         return None
-    numbers = frozenset().union(*(numbers_of(tensor) for pair in pairs for tensor in pair))
+    numbers = numbers_of(tensor for pair in pairs for tensor in pair)
     return exchanged if numbers.isdisjoint(blueprint.numbers) else None
 
 
