@@ -206,7 +206,7 @@ class Routes:
         }
         for signature, (_, opaques) in list(self._initialised.items()):
             if any(reference() is None for reference in opaques):
-                del self._initialised[signature], self.attempts[signature]
+                del self._initialised[signature], self.attempts[signature], self._waits[signature]
 
     def habitual(self, call: Call, leaves: Leaves) -> list[Refusal]:
         """Why an unknown signature is not recorded: it is other than those before in one place only, as those were in turn.
