@@ -63,6 +63,9 @@ def uninitialised(model: Any) -> str | None:
     """A parameter or buffer of a lazy module that has no memory yet: the first call gives it a shape, and is an ordinary one."""
     if not isinstance(model, torch.nn.Module):
         return None
+    held = (part for module in model.modules() for part in (module._parameters, module._buffers) if part)
+    if not any(is_lazy(tensor) for part in held for tensor in part.values()):
+        return None
     named = (*model.named_parameters(), *model.named_buffers())
     return next((f"self.{name}" for name, tensor in named if is_lazy(tensor)), None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from graphs.objects.cells import Difference
 from graphs.objects.dict_watch import shared_watch
 from graphs.python_reads.code_reads import CodeReads
 
+_ONE_BY_ONE = 3  # calls in which the guards are asked themselves
 _REBUILDS = 4  # of the expression: objects made anew at each call are compared one by one after that
 _SOURCE = """
 def all_hold():
@@ -102,11 +104,15 @@ class Guards:
             if isinstance(guard, (MappingGuard, NamesGuard)) and isinstance(guard.mapping, dict) and self._watch is not None:
                 self._watch.watch(guard.mapping)
         self._seen = self._watch.changes() if self._watch is not None else 0
-        self._all_hold: Callable[[], bool] = self._built
+        self._all_hold: Callable[[], bool] = self._one_by_one
         self._rebuilds = 0
+        self._asked = 0
 
-    def _built(self) -> bool:
-        """Make the expression, for the first call that needs it."""
+    def _one_by_one(self) -> bool:
+        """Ask the guards themselves in the first calls: to make an expression takes longer, and a cache may serve few."""
+        self._asked += 1
+        if self._asked <= _ONE_BY_ONE:
+            return _first(self._polled) is None
         self._all_hold = _expression(self._polled)
         return self._all_hold()
 
@@ -265,6 +271,12 @@ def _expression(guards: Sequence[Guard]) -> Callable[[], bool]:
         return name
 
     conditions = [condition for guard in guards for condition in guard.conditions(bind)]
-    exec(_SOURCE.format(conditions="\n            and ".join(["(True", *conditions]) + ")"), objects)
+    exec(_compiled("\n            and ".join(["(True", *conditions]) + ")"), objects)
     check: Callable[[], bool] = objects.pop("all_hold")  # else the two hold each other
     return check
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(conditions: str) -> types.CodeType:
+    """The code of an expression; objects of one form have the same, so that it is compiled for the first of them."""
+    return compile(_SOURCE.format(conditions=conditions), "<guards>", "exec")
