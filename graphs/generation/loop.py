@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class Request:
         return others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Kept:
     """A captured step with the storage that it runs on."""
 
@@ -111,6 +112,7 @@ class Loop:
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._model = model
         self._options = {name: value for name, value in options.items() if name not in _OF_ARGUMENTS}
+        self._lock = threading.Lock()
         self._free: list[_Kept] = []
         self._running: list[_Kept] = []
         self._unfit: dict[Any, str] = {}
@@ -166,19 +168,23 @@ class Loop:
         return prepare(request.processors)
 
     def _taken(self, key: Any, begin: Begin, choice: Choice, names: Names) -> _Kept:
-        index = next((index for index, kept in enumerate(self._free) if kept.key == key), None)
-        if index is not None:
-            kept = self._free.pop(index)
-        else:
-            body = TokenStep(self._model, Sequences(begin), choice, names)
-            kept = _Kept(key, capture(body, **self._options), body)
-        self._running.append(kept)
+        with self._lock:
+            kept = next((kept for kept in self._free if kept.key == key), None)
+            if kept is not None:
+                self._free.remove(kept)
+                self._running.append(kept)
+                return kept
+        body = TokenStep(self._model, Sequences(begin), choice, names)
+        kept = _Kept(key, capture(body, **self._options), body)
+        with self._lock:
+            self._running.append(kept)
         return kept
 
     def _given_back(self, kept: _Kept) -> None:
-        self._running.remove(kept)
-        if kept.key not in self._unfit:
-            self._free = [*self._free[1 - _KEPT :], kept]
+        with self._lock:
+            self._running.remove(kept)
+            if kept.key not in self._unfit:
+                self._free = [*self._free[1 - _KEPT :], kept]
 
     def _decoded(
         self, kept: _Kept, request: Request, prepared: Prepared, tokens: Tensor, sample: Callable[..., Any], *, exact: bool
