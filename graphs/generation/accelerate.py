@@ -127,7 +127,7 @@ class _Accelerated:
         if cache is None or tokens is None:
             return original(*args, **kwargs)
         if not begun:
-            again = running.lent_again == id(cache) and self.prompts.wanted(tokens, cache)
+            again = is_fixed(cache) and self.prompts.wanted(tokens, cache) and running.lent_again == id(cache)
             return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
         if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
