@@ -13,10 +13,11 @@ import torch
 from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError
 from graphs.generation.fixed_caches import FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.own_caches import CACHES as _CACHES
+from graphs.generation.own_caches import cache_argument, decode_step, own_cache
 from graphs.report import CaptureReport
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-_CACHES = ("cache", "past_key_values")  # what the argument is called, from 5.24 on and before
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
 _STATE = "_graphs_accelerated"
@@ -84,7 +85,8 @@ class DecodeStep(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
-        return type(self.model).forward(self.model, *args, **kwargs)
+        with decode_step(args, kwargs) as wanted:
+            return type(self.model).forward(self.model, *args, **wanted)
 
 
 class _Accelerated:
@@ -153,12 +155,20 @@ class _Accelerated:
             return original(generation_config, model_kwargs, mode, batch_size, length)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
-        key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
+        kind = (
+            self._model.dtype,
+            self._model.device,
+            torch.is_inference_mode_enabled(),
+        )  # tensors of that mode are written in it only
+        key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], kind
         if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
-            return original(generation_config, model_kwargs, mode, batch_size, length)
-        name = next((name for name in _CACHES if model_kwargs.get(name) is not None), None)
-        if name is None or not is_fixed(model_kwargs[name]):
-            return None
+            original(generation_config, model_kwargs, mode, batch_size, length)
+        name = next((name for name in _CACHES if model_kwargs.get(name) is not None), cache_argument(self._model))
+        if not is_fixed(model_kwargs.get(name)):
+            made = own_cache(self._model, model_kwargs.get(name), capacity(length), model_kwargs.get("attention_mask"))
+            if made is None:
+                return None
+            model_kwargs[name] = made
         known = self._caches.take(key)
         if known is not None:
             model_kwargs[name] = known

@@ -55,6 +55,8 @@ def capacity(length: int) -> int:
 
 def reorder_in_place(cache: Any) -> None:
     """Have beams reordered within the storage of a cache."""
+    if getattr(cache, "reorders_in_place", False):
+        return
     for layer in layers_of(cache):
         layer.reorder_cache = functools.partial(_reorder, layer)
 
