@@ -155,11 +155,7 @@ class _Accelerated:
             return original(generation_config, model_kwargs, mode, batch_size, length)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
-        kind = (
-            self._model.dtype,
-            self._model.device,
-            torch.is_inference_mode_enabled(),
-        )  # tensors of that mode are written in it only
+        kind = self._model.dtype, self._model.device, torch.is_inference_mode_enabled()  # whose tensors are written in it only
         key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], kind
         if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
             original(generation_config, model_kwargs, mode, batch_size, length)
