@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -11,16 +12,22 @@ from typing import Any, TypeVar
 import torch
 
 from graphs.dispatch.captured_module import CapturedStep, capture
-from graphs.errors import ChangingValue, ConfigError
-from graphs.generation.fixed_caches import FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
-from graphs.generation.own_caches import CACHES as _CACHES
+from graphs.errors import ChangingValue, ConfigError, HostSync
+from graphs.generation.fixed_caches import CACHES, FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.loop import Loop, Request
 from graphs.generation.own_caches import cache_argument, decode_step, own_cache
-from graphs.report import CaptureReport
+from graphs.report import CaptureReport, merged
 
+Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
 _STATE = "_graphs_accelerated"
+_PLAIN = 5  # arguments of generate() by position before those for other loops
+_ELSEWHERE = frozenset(
+    {"custom_generate", "synced_gpus", "assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
+)
+"""Arguments of ``generate()`` that a custom loop is not given."""
 _METHODS = {
     "forward": "forward",
     "generate": "generate",
@@ -72,8 +79,7 @@ def accelerated_report(model: torch.nn.Module) -> CaptureReport:
     state = vars(model).get(_STATE)
     if state is None:
         raise ConfigError("model", type(model).__name__, "a model that graphs.accelerate was called for")
-    report: CaptureReport = state.step.report()
-    return report
+    return merged([state.step.report(), *(step.report() for step in state.loop.steps())])
 
 
 class DecodeStep(torch.nn.Module):
@@ -95,6 +101,7 @@ class _Accelerated:
     def __init__(self, model: torch.nn.Module, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._caches = FixedCaches()
+        self.loop = Loop(model, options)
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
@@ -131,14 +138,64 @@ class _Accelerated:
         running = _Generation()
         token = self._running.set(running)
         try:
-            result = original(*args, **kwargs)
+            result = self._generated(original, args, kwargs, running)
         finally:
             self._running.reset(token)
-        handed_out = {id(getattr(result, name, None)) for name in _CACHES}
+        handed_out = {id(getattr(result, name, None)) for name in CACHES}
         for key, cache in running.lent:
             if id(cache) not in handed_out:
                 self._caches.give(key, cache)
         return result
+
+    def _generated(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: _Generation) -> Any:
+        """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
+        if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
+            return original(*args, **kwargs)
+        if self.step.mode == "eager" or not _is_plain(type(self._model)):
+            return original(*args, **kwargs)
+        try:
+            return original(*args, **{**kwargs, "custom_generate": functools.partial(self._decoded, running)})
+        except _OtherLoop:
+            return original(*args, **kwargs)
+
+    def _decoded(
+        self,
+        running: _Generation,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop of one ``generate()``: ours, or transformers'.
+
+        Raises:
+            _OtherLoop: it is one that is given more than a custom loop is.
+        """
+        loops = {"greedy_search": "_sample", "sample": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
+        name = loops.get(generation_config.get_generation_mode(None).value)
+        if name is None or not hasattr(type(model), name):
+            raise _OtherLoop
+        theirs = getattr(type(model), name)
+        if name == "_sample":
+            request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            lent = any(cache is request.cache()[1] for _, cache in running.lent)
+            handed_out = not lent or bool(generation_config.return_dict_in_generate)
+            result = self.loop.run(request, theirs, handed_out=handed_out)
+            if not isinstance(result, str):
+                return result
+            if result:
+                why = HostSync(f"between two tokens the host is needed for: {result}", operator="generate")
+                self.step._graphs_recordings.call_log.recorded_otherwise(why, "each step is replayed by itself")
+        return theirs(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
 
     def get_compiled_call(self, original: Any, compile_config: Any = None) -> Any:
         """What the loop calls for a token: the model itself, unless the caller says how to compile it."""
@@ -149,17 +206,18 @@ class _Accelerated:
     ) -> Any:
         """Make a cache of fixed storage, or lend one that is there, where the caller asks for none of his own."""
         running = self._running.get()
-        own = any(model_kwargs.get(name) is not None for name in _CACHES)
-        chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        own = any(model_kwargs.get(name) is not None for name in CACHES)
+        chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
         if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
             return original(generation_config, model_kwargs, mode, batch_size, length)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
-        kind = self._model.dtype, self._model.device, torch.is_inference_mode_enabled()  # whose tensors are written in it only
-        key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], kind
+        encoded_length = None if encoded is None else encoded[0].shape[1]
+        inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
+        key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
         if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
             original(generation_config, model_kwargs, mode, batch_size, length)
-        name = next((name for name in _CACHES if model_kwargs.get(name) is not None), cache_argument(self._model))
+        name = next((name for name in CACHES if model_kwargs.get(name) is not None), cache_argument(self._model))
         if not is_fixed(model_kwargs.get(name)):
             made = own_cache(self._model, model_kwargs.get(name), capacity(length), model_kwargs.get("attention_mask"))
             if made is None:
@@ -196,6 +254,16 @@ class _Replacement:
         return _Accelerated.replacement, (self._state, self._name)
 
 
+class _OtherLoop(Exception):
+    """A loop of transformers that a custom one cannot stand for."""
+
+
+def _is_plain(kind: type[Any]) -> bool:
+    """Whether a class of models generates as transformers' base class does."""
+    base = sys.modules["transformers.generation.utils"].GenerationMixin
+    return all(getattr(kind, name, None) is getattr(base, name) for name in ("generate", "_sample"))
+
+
 class _Generation:
     """One call of ``generate()``.
 
@@ -209,7 +277,7 @@ class _Generation:
 
     def continued(self, kwargs: dict[str, Any]) -> Any:
         """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
         if cache is None or tokens is None:
             return None

@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 Tensor = torch.Tensor
+CACHES = ("cache", "past_key_values")  # what the argument is called, from transformers 5.24 on and before
 STEP = 64
 """Positions by which lengths of caches differ, so that prompts of other lengths find one that is there."""
 _KEPT = 8  # caches that nobody uses
@@ -27,20 +29,23 @@ class FixedCaches:
     """The caches of one model."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._free: list[tuple[Any, Any]] = []
 
     def take(self, key: Any) -> Any | None:
         """A cache that nobody uses, emptied; None where there is none."""
-        index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
-        if index is None:
-            return None
-        cache = self._free.pop(index)[1]
+        with self._lock:
+            index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
+            if index is None:
+                return None
+            cache = self._free.pop(index)[1]
         cache.reset()
         return cache
 
     def give(self, key: Any, cache: Any) -> None:
         """Take a cache back."""
-        self._free = [*self._free[1 - _KEPT :], (key, cache)]
+        with self._lock:
+            self._free = [*self._free[1 - _KEPT :], (key, cache)]
 
 
 def is_fixed(cache: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-CACHES = ("cache", "past_key_values")  # what the argument is called, from transformers 5.24 on and before
+from graphs.generation.fixed_caches import CACHES
 
 
 def own_cache(model: torch.nn.Module, theirs: Any, capacity: int, mask: Any = None) -> Any | None:
