@@ -15,7 +15,7 @@ from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError, HostSync
 from graphs.generation.fixed_caches import CACHES, FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
 from graphs.generation.loop import Loop, Request
-from graphs.generation.own_caches import cache_argument, decode_step, own_cache
+from graphs.generation.own_caches import cache_argument, call_step, own_cache
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
@@ -91,8 +91,7 @@ class DecodeStep(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
-        with decode_step(args, kwargs) as wanted:
-            return type(self.model).forward(self.model, *args, **wanted)
+        return call_step(type(self.model).forward, (self.model, *args), kwargs)
 
 
 class _Accelerated:

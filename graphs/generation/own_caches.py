@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +26,16 @@ def own_cache(model: torch.nn.Module, theirs: Any, capacity: int, mask: Any = No
     return _compressed(theirs, capacity) if theirs is not None else _linear(model, capacity, mask)
 
 
-@contextlib.contextmanager
-def decode_step(args: tuple[Any, ...], arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The keyword arguments of a call of a model, as its cache wants them where it is for one token of each row."""
+def call_step(forward: Callable[..., Any], args: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    """Call ``forward`` with a model and what follows it; for one token of each row in the way that the model's cache wants."""
     cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
-    given = [args[0] if args else None, arguments.get("input_ids"), arguments.get("inputs_embeds")]
+    decode_step = getattr(cache, "decode_step", None)
+    if decode_step is None:  # nothing in between for a compiler to look at
+        return forward(*args, **arguments)
+    given = [args[1] if len(args) > 1 else None, arguments.get("input_ids"), arguments.get("inputs_embeds")]
     tokens = next((one.shape[1] for one in given if one is not None), 0)
-    within = getattr(cache, "decode_step", None)
-    with within(tokens, arguments) if within is not None else contextlib.nullcontext(arguments) as wanted:
-        yield wanted
+    with decode_step(tokens, arguments) as wanted:
+        return forward(*args, **wanted)
 
 
 def cache_argument(model: torch.nn.Module) -> str:

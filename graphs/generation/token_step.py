@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphs.generation.own_caches import decode_step
+from graphs.generation.own_caches import call_step
 from graphs.generation.processors import History, Processor
 
 Tensor = torch.Tensor
@@ -169,7 +169,7 @@ class TokenStep(torch.nn.Module):
 
     def forward(self, cache: Any, **others: Any) -> None:
         """Append one token to each row."""
-        with decode_step((), self.inputs(cache, others)) as inputs:
-            outputs = type(self.model).forward(self.model, **inputs, return_dict=True)
+        inputs = {**self.inputs(cache, others), "return_dict": True}
+        outputs = call_step(type(self.model).forward, (self.model,), inputs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.sequences.tokens.device)
         self.sequences.append(self.choice.token(self.sequences.history, logits), self.choice)
