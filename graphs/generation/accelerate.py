@@ -16,6 +16,7 @@ from graphs.errors import ChangingValue, ConfigError, HostSync
 from graphs.generation.fixed_caches import CACHES, FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
 from graphs.generation.loop import Loop, Request
 from graphs.generation.own_caches import cache_argument, call_step, own_cache
+from graphs.generation.prompts import Prompts
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
@@ -79,7 +80,7 @@ def accelerated_report(model: torch.nn.Module) -> CaptureReport:
     state = vars(model).get(_STATE)
     if state is None:
         raise ConfigError("model", type(model).__name__, "a model that graphs.accelerate was called for")
-    return merged([state.step.report(), *(step.report() for step in state.loop.steps())])
+    return merged([state.step.report(), *state.prompts.reports(), *(step.report() for step in state.loop.steps())])
 
 
 class DecodeStep(torch.nn.Module):
@@ -101,6 +102,7 @@ class _Accelerated:
         self._model, self._options = model, options
         self._caches = FixedCaches()
         self.loop = Loop(model, options)
+        self.prompts = Prompts(lambda: DecodeStep(model), options)
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
@@ -120,8 +122,15 @@ class _Accelerated:
     def forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
         running = self._running.get()
-        cache = running.continued(kwargs) if running is not None else None
-        if cache is None or self.step.mode == "eager":
+        if running is None or self.step.mode == "eager":
+            return original(*args, **kwargs)
+        cache, tokens, begun = running.seen(kwargs)
+        if cache is None or tokens is None:
+            return original(*args, **kwargs)
+        if not begun:
+            again = running.lent_again == id(cache) and self.prompts.wanted(tokens, cache)
+            return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
+        if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
         if is_fixed(cache):
             return self.step(*args, **kwargs)
@@ -225,6 +234,7 @@ class _Accelerated:
         known = self._caches.take(key)
         if known is not None:
             model_kwargs[name] = known
+            running.lent_again = id(known) if getattr(known, "records_prompts", True) else 0
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None
@@ -268,18 +278,19 @@ class _Generation:
 
     Attributes:
         lent: caches of fixed storage that it was given, with what they are kept by.
+        lent_again: the identity of one that an earlier call has used.
     """
 
     def __init__(self) -> None:
         self.lent: list[tuple[Any, Any]] = []
+        self.lent_again = 0
         self._begun: dict[int, Any] = {}
 
-    def continued(self, kwargs: dict[str, Any]) -> Any:
-        """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
+    def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
+        """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
-        if cache is None or tokens is None:
-            return None
         begun = id(cache) in self._begun
-        self._begun[id(cache)] = cache
-        return cache if begun and tokens.shape[1] <= _MOST else None
+        if cache is not None and tokens is not None:
+            self._begun[id(cache)] = cache
+        return cache, tokens, begun

@@ -302,6 +302,7 @@ class CompressedCache(Cache):
     """
 
     reorders_in_place = True
+    records_prompts = False  # the host has to know the lengths of what a prompt is shown
 
     def __init__(self, kinds: list[LayerKind], window: int, capacity: int) -> None:
         self._seen_whole = max((kind.rate for kind in kinds if kind.rate and not kind.chosen), default=0)

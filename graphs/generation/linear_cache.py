@@ -29,6 +29,7 @@ class _Fixed:
     """
 
     is_croppable = False
+    records_prompts = False  # a prompt leaves a mark on the host that there are states now
     layers: list[Any]
 
     def __init__(self, layer_types: list[str], capacity: int) -> None:

@@ -21,6 +21,7 @@ from graphs.generation.fixed_caches import CACHES, capacity, is_fixed
 from graphs.generation.late_stop import LateStop
 from graphs.generation.processors import Prepared, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
+from graphs.report import CaptureReport
 
 Tensor = torch.Tensor
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the tokens
@@ -54,11 +55,6 @@ class Request:
         """The ids that end a row."""
         stops = [one for one in self.criteria if type(one).__name__ == "EosTokenCriteria"]
         return stops[0].eos_token_id.to(self.tokens.device) if stops else None
-
-    def ended(self, tokens: Tensor) -> Tensor | None:
-        """Rows ``[rows]`` that end with their last token; None where nothing ends a row."""
-        ends = self.ends()
-        return None if ends is None else torch.isin(tokens[:, -1], ends)
 
     def grown(self, tokens: Tensor) -> dict[str, Any]:
         """The arguments of the model once ``tokens`` follow, as transformers' loop leaves them."""
@@ -161,7 +157,7 @@ class Loop:
         if foreign or len(set(kinds)) != len(kinds) or "MaxLengthCriteria" not in kinds:
             return [*foreign, "stopping criteria"][0]
         if request.tokens.ndim != 2 or criteria.max_length - request.tokens.shape[1] < 2:
-            return "a single token"
+            return _TOLD  # there is no step
         if model._forward_hooks or model._forward_pre_hooks:
             return "a forward hook of the model"
         return prepare(request.processors)
@@ -196,7 +192,7 @@ class Loop:
         others, known = request.others(), bool(kept.step.report().replays)
         if not known and not self._prepares_alike(kept, request, tokens, others):
             self._unfit[kept.key] = "inputs that the model prepares from all tokens"
-            return self._continued(request, tokens, sample)
+            return self._continued(request, tokens, sequences.unfinished == 0, sample)
         stop = LateStop(sequences.going, exact=exact) if ends is not None else None
         last, random = request.criteria.max_length, Draws(tokens.device)
         with getattr(self._model, "_optimize_model_for_decode", contextlib.nullcontext)():
@@ -206,8 +202,8 @@ class Loop:
                 if stop is not None and stop.launched():
                     break
                 if not known and not kept.step.report().replays:
-                    self._unfit[kept.key] = "a step that is not recorded"
-                    return self._continued(request, sequences.tokens[:, :length].clone(), sample)
+                    self._unfit[kept.key] = _why_not(kept.step.report())
+                    return self._continued(request, sequences.tokens[:, :length].clone(), sequences.unfinished == 0, sample)
                 known = True
         used = last if stop is None else int(sequences.length)
         random.undo(used - tokens.shape[1])
@@ -218,20 +214,19 @@ class Loop:
         wanted = self._model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **request.grown(tokens))
         return _alike(wanted, kept.body.inputs(request.cache()[1], others))
 
-    def _continued(self, request: Request, tokens: Tensor, sample: Callable[..., Any]) -> Tensor:
-        """All tokens of all rows; those behind ``tokens`` by transformers' loop."""
-        criteria, ended = _until(request.criteria, request.criteria.max_length), request.ended(tokens)
-        if ended is not None:
-            criteria.append(_Ended(ended))
-        if tokens.shape[1] >= criteria.max_length or (ended is not None and bool(ended.all())):
+    def _continued(self, request: Request, tokens: Tensor, ended: Tensor, sample: Callable[..., Any]) -> Tensor:
+        """All tokens of all rows; those behind ``tokens`` by transformers' loop, which takes every row for one that goes on."""
+        criteria, length = _until(request.criteria, request.criteria.max_length), tokens.shape[1]
+        if length >= criteria.max_length or bool(ended.all()):
             return tokens
+        criteria.append(_Ended(ended))
         config = copy.copy(request.config)
-        config._mask_length = tokens.shape[1]
+        config._mask_length = length
         changed = dataclasses.replace(request, config=config)
         result = _sampled(sample, self._model, changed, tokens, criteria, request.grown(tokens))
         more: Tensor = getattr(result, "sequences", result)
-        if ended is not None and config._pad_token_tensor is not None:
-            more[:, tokens.shape[1]] = torch.where(ended, config._pad_token_tensor.to(more.device), more[:, tokens.shape[1]])
+        if config._pad_token_tensor is not None:
+            more[:, length] = torch.where(ended, config._pad_token_tensor.to(more.device), more[:, length])
         return more
 
 
@@ -261,6 +256,12 @@ class _Ended:
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return self._rows
+
+
+def _why_not(report: CaptureReport) -> str:
+    """Why a step was not recorded, in words."""
+    told = [f"{refusal.reason} [{refusal.operator}] {refusal.detail}" for refusal in report.refusals if not refusal.recorded]
+    return f"a step that is not recorded: {told[0]}" if told else "a step that is not recorded"
 
 
 def _choice(request: Request, prepared: Prepared) -> Choice:
@@ -307,3 +308,7 @@ def _alike(one: Any, other: Any) -> bool:
     if type(one) is dict and type(other) is dict:
         return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
     return one is other or (type(one) is type(other) and isinstance(one, (bool, int, float, str)) and bool(one == other))
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]

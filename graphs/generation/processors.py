@@ -20,7 +20,6 @@ OF_SCORES = frozenset(
     {
         *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
         *("EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor", "LogitNormalization"),
-        "SuppressTokensLogitsProcessor",
     }
 )
 """Classes of transformers whose result depends on the scores and their own settings alone."""
@@ -106,6 +105,9 @@ def _made(processor: Any, name: str, limits: list[int]) -> tuple[Processor, Any]
         return (lambda history, scores: _without_repeated(history, scores, size)), size
     if name == "ForcedBOSTokenLogitsProcessor":  # of the first token, which the prompt gives
         return (lambda history, scores: scores), None
+    if name == "SuppressTokensLogitsProcessor":
+        never = processor.suppress_tokens
+        return (lambda history, scores: _masked(scores, never)), never
     place = len(limits)
     if name in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
         tokens = processor.eos_token_id
@@ -135,16 +137,20 @@ def _filled(history: History) -> Tensor:
     return torch.where(history.index < history.length, history.tokens, last)
 
 
-def _is_one_of(tokens: Tensor, scores: Tensor) -> Tensor:
-    return torch.isin(torch.arange(scores.shape[-1], device=scores.device), tokens.to(scores.device))
+def _marked(tokens: Tensor, scores: Tensor) -> Tensor:
+    """Which entries of the vocabulary are among ``tokens``, ``[vocabulary]``; ids outside of it are none of them."""
+    vocabulary = scores.shape[-1]
+    ids = tokens.to(scores.device, torch.int64).flatten()
+    inside = torch.where((ids < 0) | (ids > vocabulary), vocabulary, ids)
+    return scores.new_zeros(vocabulary + 1, dtype=torch.bool).index_fill(0, inside, True)[:vocabulary]
 
 
-def _masked(scores: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
-    return torch.where(_is_one_of(tokens, scores) & active, -math.inf, scores)
+def _masked(scores: Tensor, tokens: Tensor, active: Tensor | bool = True) -> Tensor:
+    return torch.where(_marked(tokens, scores) & active, -math.inf, scores)
 
 
 def _forced(scores: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
-    forced = torch.where(_is_one_of(tokens, scores), 0.0, torch.full_like(scores, -math.inf))
+    forced = torch.where(_marked(tokens, scores), 0.0, torch.full_like(scores, -math.inf))
     return torch.where(active, forced, scores)
 
 

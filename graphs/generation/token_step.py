@@ -96,7 +96,7 @@ class Sequences:
         self._limits = tokens.new_zeros(len(begin.limits))
         width = begin.capacity if mask is None else begin.capacity + mask.shape[1] - tokens.shape[1]
         self.mask = None if mask is None else mask.new_ones(rows, width)
-        self.positions = None if positions is None else positions[..., -1:].clone()
+        self.positions = None if positions is None else positions[..., -1:].clone(memory_format=torch.contiguous_format)
 
     def begin(self, begin: Begin, ends: Tensor | None) -> None:
         """Hold another batch of the same form; its rows may have ended already."""
@@ -106,7 +106,7 @@ class Sequences:
         self.length.fill_(length)
         self.unfinished.fill_(1)
         if ends is not None:
-            self.unfinished.copy_(~torch.isin(begin.tokens[:, -1], ends))
+            self.unfinished.copy_(~_is_one_of(begin.tokens[:, -1], ends))
         self.going.copy_(self.unfinished.max())
         if begin.limits:
             self._limits.copy_(torch.tensor(begin.limits))
@@ -129,7 +129,7 @@ class Sequences:
         self.tokens.scatter_(1, self.length.expand(token.shape[0], 1), self.last)
         self.length.add_(self.going)
         if choice.ends is not None:
-            self.unfinished.mul_(~torch.isin(token, choice.ends))
+            self.unfinished.mul_(~_is_one_of(token, choice.ends))
             self.going.copy_(self.unfinished.max())
         if self.positions is not None:
             self.positions.add_(1)
@@ -173,3 +173,8 @@ class TokenStep(torch.nn.Module):
         outputs = call_step(type(self.model).forward, (self.model,), inputs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.sequences.tokens.device)
         self.sequences.append(self.choice.token(self.sequences.history, logits), self.choice)
+
+
+def _is_one_of(tokens: Tensor, ends: Tensor) -> Tensor:
+    """As ``torch.isin``, which on a device asks for the numbers of different ids where there are many."""
+    return (tokens[:, None] == ends).any(-1)
