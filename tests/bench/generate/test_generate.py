@@ -83,7 +83,7 @@ def test_recording_at_every_call_is_not_timed(toy: Workload, model: Any) -> None
     counted = iter(range(1, 9))
     report = form.report
     growing = dataclasses.replace(form, report=lambda: dataclasses.replace(report(), recordings=next(counted)))
-    with pytest.raises(WrongResult, match=r"\[1, 2, 3\] recordings after each of 3 calls"):
+    with pytest.raises(WrongResult, match=r"\[1, 2, 3, 4\] recordings after each of 4 calls"):
         settle(growing, model, form.call(), toy.prompt)
 
 
