@@ -127,7 +127,7 @@ def test_a_cache_that_was_reset_is_like_a_new_one(name: str) -> None:
     used.reset()
     fresh = decoder.cache(model.config)
     start = 0
-    for tokens in (3, 1, 1, 1, 1):
+    for tokens in (1, 1, 1, 1, 1):  # so that the first window is closed by a step, which looks at the one before it
         ids = prompt(start, length=tokens)
         assert_same(logits_of(call, fresh, ids, start), logits_of(call, used, ids, start), f"position {start}")
         start += tokens
