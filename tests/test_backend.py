@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -360,9 +363,11 @@ def test_a_package_used_from_its_sources_is_found_by_name(tmp_path: Path) -> Non
         "importlib.metadata.entry_points = found\n"
         "assert [f for f in __import__('sys').meta_path if isinstance(f, registered.Finder)]\n"
         "assert torch.compile(lambda x: x + 1, backend='graphs', mode='reduce-overhead')(torch.ones(2)).tolist() == [2.0, 2.0]\n"
-        "assert len(graphs.backend_report().graphs) == 1\n"
+        "assert len(graphs.backend_report().pieces) == 1\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -14,9 +14,10 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError, HostSync
+from graphs.generation.caches.fixed_caches import CACHES, FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.caches.own_caches import cache_argument, own_cache
 from graphs.generation.decode_step import STATE, DecodeStep
-from graphs.generation.fixed_caches import FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
-from graphs.generation.loop import CACHES, Loop, Request
+from graphs.generation.loop import Loop, Request
 from graphs.generation.prompts import Prompts
 from graphs.report import CaptureReport, merged
 
@@ -230,14 +231,17 @@ class Accelerated:
         inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
         key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
         if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
-            return original(generation_config, model_kwargs, mode, batch_size, length)
-        name = next((name for name in CACHES if model_kwargs.get(name) is not None), None)
-        if name is None or not is_fixed(model_kwargs[name]):
-            return None
+            original(generation_config, model_kwargs, mode, batch_size, length)
+        name = next((name for name in CACHES if model_kwargs.get(name) is not None), cache_argument(self._model))
+        if not is_fixed(model_kwargs.get(name)):
+            made = own_cache(self._model, model_kwargs.get(name), capacity(length), model_kwargs.get("attention_mask"))
+            if made is None:
+                return None
+            model_kwargs[name] = made
         known = self._caches.take(key)
         if known is not None:
             model_kwargs[name] = known
-            running.lent_again = id(known)
+            running.lent_again = id(known) if getattr(known, "records_prompts", True) else 0
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None

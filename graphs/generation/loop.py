@@ -18,14 +18,13 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep
-from graphs.generation.fixed_caches import capacity, is_fixed
+from graphs.generation.caches.fixed_caches import CACHES, capacity, is_fixed
 from graphs.generation.late_stop import LateStop
 from graphs.generation.processors import Prepared, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
 from graphs.report import CaptureReport
 
 Tensor = torch.Tensor
-CACHES = ("cache", "past_key_values")  # what the argument is called, from 5.24 on and before
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the tokens
 _TOLD = ""  # a reason that each step tells by itself
 _KEPT = 8  # steps that nobody runs
