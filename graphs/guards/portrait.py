@@ -41,6 +41,9 @@ class _Part:
     number: int
 
 
+_numbered = functools.cache(_Part)  # one object for each number: patterns are compared often
+
+
 @dataclass(frozen=True)
 class _Same:
     """An object that both have to have, held weakly where that can be."""
@@ -117,7 +120,7 @@ def portrait(
         if kind is Kind.TENSOR:
             tensors.append((path, value))
         if kind is Kind.TENSOR or (into.size, len(into.pending)) != known:
-            numbers[id(value)] = _Part(len(numbers))
+            numbers[id(value)] = _numbered(len(numbers))
     if into.incomparable or into.weakly or any(id(root) not in numbers for _, root in roots):
         return None
     described = [
@@ -163,6 +166,8 @@ def guards_of_tensor(path: str, tensor: Tensor, scope: Scope) -> list[Guard]:
 
 def alike(first: Any, second: Any) -> bool:
     """Whether two patterns say the same."""
+    if first is second and type(first) is not _Same:
+        return True
     if type(first) is tuple:
         return type(second) is tuple and len(first) == len(second) and all(map(alike, first, second))
     if type(first) is _Same and type(second) is _Same:

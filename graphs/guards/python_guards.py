@@ -103,9 +103,9 @@ class Guards:
 
     def _begin(self) -> None:
         """Compare with what the guards hold now."""
-        for guard in self._watched:
-            if isinstance(guard, (MappingGuard, NamesGuard)) and isinstance(guard.mapping, dict) and self._watch is not None:
-                self._watch.watch(guard.mapping)
+        if self._watch is not None:
+            of_mappings = (guard for guard in self._watched if isinstance(guard, (MappingGuard, NamesGuard)))
+            self._watch.watch([guard.mapping for guard in of_mappings if isinstance(guard.mapping, dict)], self)
         self._seen = self._watch.changes() if self._watch is not None else 0
         self._all_hold: Callable[[], bool] = self._one_by_one
         self._rebuilds = 0

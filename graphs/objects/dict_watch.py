@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graphs.objects.torch_fast_paths import dict_version
@@ -27,11 +28,28 @@ class DictWatch:
         self._own: dict[int, bool] = {0: False}
         self._number = _number_of(self._own) if _number_of is not None else 0
         self._changes = 0
+        self._holders: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
 
-    def watch(self, dictionary: dict[Any, Any]) -> None:
-        """Notice writes to ``dictionary`` from now on, as long as it lives."""
+    def watch(self, dictionaries: Sequence[dict[Any, Any]], holder: Any) -> None:
+        """Notice writes to dictionaries from now on, as long as they live.
+
+        The first watch of a dictionary takes a number as well, which is no write: where these are all that came between, nothing
+        changed. Of a dictionary that somebody has watched before, it cannot be told from a write of another thread's.
+
+        Args:
+            holder: keeps the dictionaries.
+        """
         assert _number_of is not None
-        _number_of(dictionary)
+        known = list(self._holders.values())
+        self._holders[holder] = frozenset(map(id, dictionaries))
+        self.changes()
+        number = self._number
+        for dictionary in dictionaries:
+            taken = _number_of(dictionary)
+            if taken == number + 1 and not any(id(dictionary) in held for held in known):
+                number = taken
+        self._number = number
+        self.changes()
 
     def changes(self) -> int:
         """A number that is the one of the last call if no watched dictionary was written since."""
@@ -91,8 +109,11 @@ def _works() -> bool:
     holder = real_dict(vars(_Probe))
     if holder is None:
         return False
-    for dictionary in (vars(probe), ordered, holder):
-        watch.watch(dictionary)
+    watch.watch((vars(probe), ordered, holder), probe)
+    before, others = watch.changes(), _Probe()
+    watch.watch([{}, {}], others)
+    if watch.changes() != before:
+        return False
     state = {"step": 0}
 
     def store() -> None:

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy
@@ -622,12 +622,39 @@ def test_writes_to_watched_dictionaries_are_counted_and_nothing_else() -> None:
     watch = shared_watch()
     assert watch is not None
     watched, other = {"a": 1}, {"a": 1}
-    watch.watch(watched)
+    holder = Holder()
+    watch.watch([watched], holder)
     before = watch.changes()
     for _ in range(100):
         other["a"] = random.random()  # type: ignore[assignment]
         assert watch.changes() == before
     watched["a"] = 2
+    assert watch.changes() != before
+
+
+@pytest.mark.skipif(shared_watch() is None, reason="dictionaries cannot be watched before Python 3.12")
+def test_to_watch_another_dictionary_is_no_write_and_to_write_one_is() -> None:
+    watch = shared_watch()
+    assert watch is not None
+    first, second, holders = {"a": 1}, {"a": 1}, [Holder(), Holder(), Holder()]
+    watch.watch([first], holders[0])
+    before = watch.changes()
+    watch.watch([second, first], holders[1])
+    assert watch.changes() == before
+    first["a"] = 2
+    watch.watch([{}, {}], holders[2])
+    assert watch.changes() != before
+    before = watch.changes()
+
+    class Writing(list[dict[Any, Any]]):
+        """Writes a watched dictionary while others begin to be watched, as another thread might."""
+
+        def __iter__(self) -> Iterator[dict[Any, Any]]:
+            for dictionary in super().__iter__():
+                second["a"] += 1
+                yield dictionary
+
+    watch.watch(Writing([second]), holders[2])
     assert watch.changes() != before
 
 
