@@ -66,9 +66,19 @@ def layers_of(cache: Any) -> list[Any]:
 
 
 def _reorder(layer: Any, beams: Tensor) -> None:
-    for value in vars(layer).values():
-        if isinstance(value, Tensor) and value.ndim > 1:
-            value.copy_(value.index_select(0, beams.to(value.device)))
+    """As the layer does it; what it put into new tensors is copied to where the old ones are."""
+    places = [(held, key, value) for held in _holders(layer) for key, value in held.items() if isinstance(value, Tensor)]
+    type(layer).reorder_cache(layer, beams)
+    for held, key, value in places:
+        if held[key] is not value:
+            value.copy_(held[key])
+            held[key] = value
+
+
+def _holders(layer: Any) -> list[dict[Any, Any]]:
+    """The attributes of a layer, and those of them that hold several states by number."""
+    attributes = vars(layer)
+    return [attributes, *(value for value in attributes.values() if isinstance(value, dict))]
 
 
 def made_fixed(make: Callable[[Any], None], config: Any, length: int) -> bool:
