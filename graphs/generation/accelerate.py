@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -12,7 +13,8 @@ import torch
 
 from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError
-from graphs.generation.fixed_caches import FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.cache_trial import agrees
+from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, reorder_in_place
 from graphs.report import CaptureReport
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -93,6 +95,7 @@ class _Accelerated:
     def __init__(self, model: torch.nn.Module, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._caches = FixedCaches()
+        self._agrees: dict[int, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
@@ -113,16 +116,23 @@ class _Accelerated:
         """One call of the model."""
         running = self._running.get()
         cache = running.continued(kwargs) if running is not None else None
+        if running is not None and running.begins_anew:
+            detail = "the whole sequence is read again for each token, for the model fills no cache that it is passed"
+            self._refuse(detail, "pass use_cache=True, where the model has a cache")
         if cache is None or self.step.mode == "eager":
             return original(*args, **kwargs)
         if is_fixed(cache):
             return self.step(*args, **kwargs)
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
+        self._refuse(detail, remedy)
+        return original(*args, **kwargs)
+
+    def _refuse(self, detail: str, remedy: str) -> None:
+        """Count a step that runs eagerly, and warn about it once."""
         log = self.step._graphs_recordings.call_log
         with log.warning_after():
             log.refused(ChangingValue(detail, operator="cache", remedy=remedy))
-        return original(*args, **kwargs)
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
@@ -151,20 +161,34 @@ class _Accelerated:
         chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
         if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
             return original(generation_config, model_kwargs, mode, batch_size, length)
+
+        def make(fixed: bool) -> dict[str, Any]:
+            """An empty cache by the name of its argument; nothing where the model has none such."""
+            kwargs = {name: value for name, value in model_kwargs.items() if name not in _CACHES}
+            if not fixed:
+                original(generation_config, kwargs, mode, batch_size, length)
+            elif not made_fixed(lambda config: original(config, kwargs, mode, batch_size, length), generation_config, length):
+                return {}
+            return {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
+
+        made = make(True)
+        if not any(map(is_fixed, made.values())) or not self._may_lend(make, model_kwargs, capacity(length)):
+            return original(generation_config, model_kwargs, mode, batch_size, length)
+        name, cache = made.popitem()
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
         key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
-        if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
-            return original(generation_config, model_kwargs, mode, batch_size, length)
-        name = next((name for name in _CACHES if model_kwargs.get(name) is not None), None)
-        if name is None or not is_fixed(model_kwargs[name]):
-            return None
         known = self._caches.take(key)
-        if known is not None:
-            model_kwargs[name] = known
+        model_kwargs[name] = cache if known is None else known
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None
+
+    def _may_lend(self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
+        """Whether the model computes the same with a fixed cache of that many positions; tried once."""
+        if size not in self._agrees:
+            self._agrees[size] = agrees(self._model, make, model_kwargs.get("encoder_outputs"))
+        return self._agrees[size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Accelerated:
         return memo.setdefault(id(self), type(self)(copy.deepcopy(self._model, memo), self._options))
@@ -195,18 +219,22 @@ class _Generation:
 
     Attributes:
         lent: caches of fixed storage that it was given, with what they are kept by.
+        begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
     def __init__(self) -> None:
         self.lent: list[tuple[Any, Any]] = []
+        self.begins_anew = False
         self._begun: dict[int, Any] = {}
+        self._calls = 0
 
     def continued(self, kwargs: dict[str, Any]) -> Any:
         """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
-        if cache is None or tokens is None:
-            return None
-        begun = id(cache) in self._begun
+        begun, self._calls = cache is None or id(cache) in self._begun, self._calls + 1
         self._begun[id(cache)] = cache
+        self.begins_anew = begun and self._calls > 1 and (cache is None or not is_filled(cache))
+        if cache is None or tokens is None or self.begins_anew:
+            return None
         return cache if begun and tokens.shape[1] <= _MOST else None

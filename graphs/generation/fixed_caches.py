@@ -48,6 +48,12 @@ def is_fixed(cache: Any) -> bool:
     return cache is not None and bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
+def is_filled(cache: Any) -> bool:
+    """Whether a call has written to the cache; a model may be handed one that it does not use."""
+    layers = layers_of(cache)
+    return not layers or any(getattr(layer, "is_initialized", True) for layer in layers)
+
+
 def capacity(length: int) -> int:
     """Positions of the cache for sequences of ``length``: the next multiple of `STEP`."""
     return -(-length // STEP) * STEP
