@@ -1,4 +1,4 @@
-"""``graphs.accelerate`` on one toy of each architecture: eager's tokens from recordings, with the cache that it has by default."""
+"""``graphs.accelerate`` on a toy of each architecture: eager's tokens from recordings, with the cache it has by default."""
 
 from __future__ import annotations
 

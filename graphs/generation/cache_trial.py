@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphs.generation.fixed_caches import layers_of
-from graphs.observation.eager_trace import EagerTrace
+from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState
 from graphs.state.tensor_state import RandomState

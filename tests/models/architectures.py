@@ -1,4 +1,4 @@
-"""Language models of transformers at toy size, as unlike each other as possible, with random weights that are large enough to matter."""
+"""Language models of transformers at toy size, as unlike each other as possible; their weights are random and large."""
 
 from __future__ import annotations
 
