@@ -226,7 +226,7 @@ def test_memory_is_put_back_where_it_was_resized() -> None:
 
 
 def named_like_builtins(x: Tensor) -> Tensor:
-    input, open = x.chunk(2)  # noqa: A001  # on purpose
+    input, open = x.chunk(2)  # on purpose
     scaled = [input * part for part in open]
     return torch.stack([*scaled, input])
 
