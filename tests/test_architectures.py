@@ -23,10 +23,12 @@ EAGER = {
     "gpt_neo": "grows with each token",  # its local attention takes the length of the keys for that of the sequence
     "dory": "grows with each token",  # its last loop joins keys to the end of the cache
     "cpmant": "grows with each token",  # its bias of positions is as long as the sequence
-    "openai-gpt": "reads the whole sequence again",  # it has no cache
+    "openai-gpt": "no cache that a call before filled",  # it has none
+    "rwkv": "no cache that a call before filled",  # its state is a list, which it takes and returns
     "recurrent_gemma": "a replay would not change it",  # its modules are given new states in each step
 }
 """Architectures that decode eagerly, and what the report says of it."""
+MAKES_ITS_OWN = ("xlstm",)  # a cache of a class of its own, whose tensors stay where they are
 pytestmark = pytest.mark.slow
 
 
@@ -79,8 +81,9 @@ def test_an_architecture_is_recorded_once_and_gives_eagers_tokens(name: str) -> 
         first = graphs.accelerated_report(models[0])
         same(models, 1, ARCHITECTURES[name].inputs(1))
     report = graphs.accelerated_report(models[0])
+    looked_at = 1 if name in MAKES_ITS_OWN else 0  # the step after which its cache is seen to be where it was
     assert first.recordings >= 1 and report.recordings == first.recordings, str(report)
-    assert report.replays == 2 * (NEW - 1) and report.eager_calls == 0 and not report.refusals, str(report)
+    assert report.replays == 2 * (NEW - 1) - looked_at and report.eager_calls == 0 and not report.refusals, str(report)
 
 
 @pytest.mark.one_in(2)

@@ -14,7 +14,7 @@ import torch
 from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError
 from graphs.generation.cache_trial import agrees
-from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, places_of, reorder_in_place
 from graphs.report import CaptureReport
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -96,6 +96,7 @@ class _Accelerated:
         self._model, self._options = model, options
         self._caches = FixedCaches()
         self._agrees: dict[int, bool] = {}  # whether fixed caches of a length may take the place of the model's own
+        self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
@@ -117,11 +118,11 @@ class _Accelerated:
         running = self._running.get()
         cache = running.continued(kwargs) if running is not None else None
         if running is not None and running.begins_anew:
-            detail = "the whole sequence is read again for each token, for the model fills no cache that it is passed"
+            detail = "there is no cache that a call before filled: each reads the whole sequence, or has state of another kind"
             self._refuse(detail, "pass use_cache=True, where the model has a cache")
         if cache is None or self.step.mode == "eager":
             return original(*args, **kwargs)
-        if is_fixed(cache):
+        if is_fixed(cache) or type(cache) in self._stay_put:
             return self.step(*args, **kwargs)
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
@@ -136,7 +137,7 @@ class _Accelerated:
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = _Generation()
+        running = _Generation(self._stay_put)
         token = self._running.set(running)
         try:
             result = original(*args, **kwargs)
@@ -222,19 +223,30 @@ class _Generation:
         begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stay_put: set[type[Any]]) -> None:
         self.lent: list[tuple[Any, Any]] = []
         self.begins_anew = False
-        self._begun: dict[int, Any] = {}
+        self._stay_put = stay_put
+        self._begun: dict[int, tuple[Any, list[Any]]] = {}
         self._calls = 0
 
     def continued(self, kwargs: dict[str, Any]) -> Any:
         """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
-        begun, self._calls = cache is None or id(cache) in self._begun, self._calls + 1
-        self._begun[id(cache)] = cache
-        self.begins_anew = begun and self._calls > 1 and (cache is None or not is_filled(cache))
+        first, self._calls = self._calls == 0, self._calls + 1
+        begun = cache is None or self._is_known(cache) or (not first and type(cache) in self._stay_put)
+        self.begins_anew = begun and not first and (cache is None or not is_filled(cache))
         if cache is None or tokens is None or self.begins_anew:
             return None
         return cache if begun and tokens.shape[1] <= _MOST else None
+
+    def _is_known(self, cache: Any) -> bool:
+        """Whether a call had this cache before; the second time, one of unknown class is looked at."""
+        known = self._begun.get(id(cache))
+        if known is None or known[1]:
+            places = [] if is_fixed(cache) else places_of(cache)
+            if known is not None and places == known[1]:
+                self._stay_put.add(type(cache))
+            self._begun[id(cache)] = cache, places if known is None else []
+        return known is not None

@@ -48,6 +48,18 @@ def is_fixed(cache: Any) -> bool:
     return cache is not None and bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
+def places_of(held: Any, depth: int = 5) -> list[Any]:
+    """Where the tensors of a cache lie, and their shapes: a cache of unknown class is fixed if a step leaves them as they were."""
+    if isinstance(held, Tensor):
+        return [(held.data_ptr(), held.shape, held.stride())]
+    parts = held if isinstance(held, (list, tuple)) else held.values() if isinstance(held, dict) else _attributes(held)
+    return [place for part in parts for place in places_of(part, depth - 1)] if depth else []
+
+
+def _attributes(held: Any) -> Any:
+    return () if isinstance(held, type) else getattr(held, "__dict__", {}).values()
+
+
 def is_filled(cache: Any) -> bool:
     """Whether a call has written to the cache; a model may be handed one that it does not use."""
     layers = layers_of(cache)

@@ -168,7 +168,7 @@ TEXT = (
     # recurrent states, alone and beside attention
     *_plain("mamba falcon_mamba rwkv"),
     Architecture("mamba2", {"head_dim": 16}),
-    Architecture("xlstm", without=("v_head_dim",)),
+    Architecture("xlstm", {"hidden_size": 64, "qk_dim_factor": 1.0}, without=("v_head_dim",)),
     *_plain("qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid", LINEAR),
     Architecture("bailing_hybrid", {**LINEAR, **LATENT}),
     *_plain("lfm2 lfm2_moe", CONVOLUTION),
