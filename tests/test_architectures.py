@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from tests.models.architectures import ARCHITECTURES
+from tests.models.architectures import ARCHITECTURES, prompt
 
 Tensor = torch.Tensor
 NEW = 8
@@ -24,6 +24,7 @@ EAGER = {
     "dory": "grows with each token",  # its last loop joins keys to the end of the cache
     "cpmant": "grows with each token",  # its bias of positions is as long as the sequence
     "openai-gpt": "no cache that a call before filled",  # it has none
+    "mvp": "the host waits for a value",  # its positions are torch.arange(length, length + 1) of a tensor
     "rwkv": "no cache that a call before filled",  # its state is a list, which it takes and returns
     "recurrent_gemma": "a replay would not change it",  # its modules are given new states in each step
 }
@@ -144,3 +145,13 @@ def test_beams_take_the_states_of_recurrent_layers_along(name: str) -> None:
     models = twins(name)
     for turn in range(2):
         same(models, turn, ARCHITECTURES[name].inputs(turn), num_beams=3)
+
+
+@pytest.mark.parametrize("name", ["hrm_text", "paligemma"])
+def test_a_cache_that_is_lent_again_looks_like_a_new_one(name: str) -> None:
+    """Those models read a prompt in both directions where the cache is new."""
+    models = twins(name)
+    for turn in range(3):
+        ids = prompt(turn)
+        same(models, turn, {"input_ids": ids, "token_type_ids": torch.full_like(ids, 1 if name == "hrm_text" else 0)})
+    assert graphs.accelerated_report(models[0]).recordings == 1

@@ -13,7 +13,7 @@ import torch
 
 from graphs.dispatch.captured_module import CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError
-from graphs.generation.cache_trial import agrees
+from graphs.generation.cache_trial import agrees, typed
 from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, places_of, reorder_in_place
 from graphs.report import CaptureReport
 
@@ -95,7 +95,7 @@ class _Accelerated:
     def __init__(self, model: torch.nn.Module, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._caches = FixedCaches()
-        self._agrees: dict[int, bool] = {}  # whether fixed caches of a length may take the place of the model's own
+        self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
@@ -186,10 +186,11 @@ class _Accelerated:
         return None
 
     def _may_lend(self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
-        """Whether the model computes the same with a fixed cache of that many positions; tried once."""
-        if size not in self._agrees:
-            self._agrees[size] = agrees(self._model, make, model_kwargs.get("encoder_outputs"))
-        return self._agrees[size]
+        """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
+        key = size, typed(model_kwargs)
+        if key not in self._agrees:
+            self._agrees[key] = agrees(self._model, make, model_kwargs)
+        return self._agrees[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Accelerated:
         return memo.setdefault(id(self), type(self)(copy.deepcopy(self._model, memo), self._options))
@@ -236,7 +237,7 @@ class _Generation:
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
         first, self._calls = self._calls == 0, self._calls + 1
         begun = cache is None or self._is_known(cache) or (not first and type(cache) in self._stay_put)
-        self.begins_anew = begun and not first and (cache is None or not is_filled(cache))
+        self.begins_anew = begun and not first and tokens is not None and (cache is None or not is_filled(cache))
         if cache is None or tokens is None or self.begins_anew:
             return None
         return cache if begun and tokens.shape[1] <= _MOST else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphs.generation.fixed_caches import layers_of
+from graphs.generation.fixed_caches import emptied, layers_of
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState
@@ -27,19 +27,22 @@ _ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 _logger = logging.getLogger("graphs")
 
 
-def agrees(model: Any, make: Callable[[bool], dict[str, Any]], encoded: Any) -> bool:
+def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any]) -> bool:
     """Whether a fixed cache gives the logits of one that grows; also where a model cannot be asked with tokens alone.
 
     What the runs change of Python's and of random generators is undone.
 
     Args:
         make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
-        encoded: the output of an encoder, where the model has one; its first row is used.
+        model_kwargs: what ``generate`` passes on; of it, types of tokens and the first row of an encoder's output are used.
     """
     device, dtype = model.device, model.dtype
+    encoded = model_kwargs.get("encoder_outputs")
+    types = {name: value[:1, -1:] for name, value in model_kwargs.items() if name in typed(model_kwargs)}
 
     def call(tokens: Tensor, cache: dict[str, Any]) -> Tensor:
         given = {"input_ids": tokens} if encoded is None else {"decoder_input_ids": tokens, "encoder_outputs": (encoded[0][:1],)}
+        given |= {name: kind.expand(tokens.shape) for name, kind in types.items()}
         logits: Tensor = type(model).forward(model, **given, **cache, use_cache=True).logits[:, -1]
         return logits.float()
 
@@ -48,8 +51,7 @@ def agrees(model: Any, make: Callable[[bool], dict[str, Any]], encoded: Any) -> 
         fixed = make(True)
         _logits(call, fixed, device)  # makes its storage
         for cache in fixed.values():
-            cache.reset()
-            _overwrite(cache)
+            _overwrite(emptied(cache))
         got = _logits(call, fixed, device)
         tolerance = max(_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
         return len(got) >= len(wanted) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
@@ -59,6 +61,11 @@ def agrees(model: Any, make: Callable[[bool], dict[str, Any]], encoded: Any) -> 
     if not same:
         _logger.info("graphs: %s computes something else with a cache of fixed storage", type(model).__name__)
     return same
+
+
+def typed(model_kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of arguments that tell the type of each token, which masks may be made by."""
+    return tuple(name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None)
 
 
 def _logits(call: Callable[[Tensor, dict[str, Any]], Tensor], cache: dict[str, Any], device: torch.device) -> list[Tensor]:

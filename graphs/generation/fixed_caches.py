@@ -34,13 +34,27 @@ class FixedCaches:
         index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
         if index is None:
             return None
-        cache = self._free.pop(index)[1]
-        cache.reset()
-        return cache
+        return emptied(self._free.pop(index)[1])
 
     def give(self, key: Any, cache: Any) -> None:
         """Take a cache back."""
         self._free = [*self._free[1 - _KEPT :], (key, cache)]
+
+
+def emptied(cache: Any) -> Any:
+    """The cache, which looks like a new one from here on, and has its storage; some models read a prompt otherwise by that."""
+    cache.reset()
+    for layer in layers_of(cache):
+        if getattr(layer, "is_initialized", False) and hasattr(layer, "lazy_initialization"):
+            layer.is_initialized = False
+            layer.lazy_initialization = functools.partial(_use_again, layer)
+    return cache
+
+
+def _use_again(layer: Any, *states: Any, **options: Any) -> None:
+    """In the place of ``lazy_initialization``: the storage is there."""
+    del layer.lazy_initialization
+    layer.is_initialized = True
 
 
 def is_fixed(cache: Any) -> bool:
@@ -49,7 +63,7 @@ def is_fixed(cache: Any) -> bool:
 
 
 def places_of(held: Any, depth: int = 5) -> list[Any]:
-    """Where the tensors of a cache lie, and their shapes: a cache of unknown class is fixed if a step leaves them as they were."""
+    """Where the tensors of a cache lie, with their shapes: a cache of unknown class is fixed if a step leaves them there."""
     if isinstance(held, Tensor):
         return [(held.data_ptr(), held.shape, held.stride())]
     parts = held if isinstance(held, (list, tuple)) else held.values() if isinstance(held, dict) else _attributes(held)

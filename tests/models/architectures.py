@@ -130,7 +130,8 @@ TEXT = (
     *_plain(
         "apertus granite hunyuan_v1_dense ernie4_5 exaone seed_oss jais2 nanochat internlm3 iquestcoder gpt_neox gemma cohere"
     ),
-    *_plain("gptj codegen hyperclovax ministral3 gpt_neox_japanese flint hrm_text"),
+    *_plain("gptj codegen hyperclovax ministral3 gpt_neox_japanese flint"),
+    Architecture("hrm_text", {"prefix_lm": True}),
     # learned, sinusoidal or no positions, ALiBi
     *_plain("gpt2 opt gpt_bigcode biogpt xglm ctrl bloom openai-gpt mpt cpmant"),
     Architecture("falcon", without=("head_dim",)),
@@ -158,12 +159,14 @@ TEXT = (
     *_plain("hunyuan_v1_moe llama4_text jetmoe dots1 minimax_m2 minimax_m3_vl_text solar_open hy_v3 aria_text exaone_moe mellum"),
     *_plain("cohere2_moe doge sarvam_moe"),
     Architecture(
-        "dbrx", {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 16, "moe_top_k": 2}}
+        "dbrx",
+        {
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 16, "moe_top_k": 2},
+        },
     ),
     # latent attention, some with an index of keys
-    *_plain(
-        "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash youtu minicpm3 sarvam_mla axk1 axk2", LATENT
-    ),
+    *_plain("deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa youtu minicpm3 sarvam_mla axk1 axk2", LATENT),
     *_plain("hy_v4 dots3_note_text", LATENT),
     # recurrent states, alone and beside attention
     *_plain("mamba falcon_mamba rwkv"),
@@ -224,6 +227,7 @@ OTHERS = (
         {
             "vision_config": {"model_type": "siglip_vision_model", **_IMAGE},
             "text_config": {"model_type": "gemma", **SIZES},
+            "projection_dim": WIDTH,
             "image_token_id": 63,
         },
         AutoModelForImageTextToText,
