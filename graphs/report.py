@@ -6,9 +6,11 @@ import dataclasses
 import json
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH = 80  # columns of a table
+_COUNTS = ("recordings", "replays", "eager_calls", "evictions", "moved")
 _SHOWN = 4  # rewrites of a graph that are printed one by one
 
 
@@ -127,6 +129,19 @@ class CaptureReport:
             held = ", ".join(f"{path} {size / 2**20:.1f} MiB" for path, size in self.projection_bytes.items())
             lines.append(f"  grouped projections hold: {held}")
         return "\n".join([*lines, *_refusal_lines(self.refusals)])
+
+
+def merged(reports: Sequence[CaptureReport]) -> CaptureReport:
+    """One report of what several captured steps of one model did; the first one tells the device and the mode."""
+    first, recorded = reports[0], [report for report in reports if report.recordings]
+    counts = {name: sum(getattr(report, name) for report in reports) for name in _COUNTS}
+    return dataclasses.replace(
+        first,
+        device=recorded[0].device if recorded else first.device,
+        refusals=tuple(refusal for report in reports for refusal in report.refusals),
+        keys=tuple(key for report in reports for key in report.keys),
+        **counts,
+    )
 
 
 def _key_lines(key: KeyReport) -> list[str]:

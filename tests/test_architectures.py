@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 import graphs
 from graphs.dispatch.call_log import NotReplayed
-from graphs.generation.fixed_caches import emptied
+from graphs.generation.cache_trial import emptied
 from tests.models.architectures import ARCHITECTURES, prompt
 
 Tensor = torch.Tensor

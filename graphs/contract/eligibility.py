@@ -64,7 +64,7 @@ def uninitialised(model: Any) -> str | None:
     if not isinstance(model, torch.nn.Module):
         return None
     held = (part for module in model.modules() for part in (module._parameters, module._buffers) if part)
-    if not any(is_lazy(tensor) for part in held for tensor in part.values()):
+    if not any(is_lazy(tensor) for part in held for tensor in part.values() if tensor is not None):
         return None
     named = (*model.named_parameters(), *model.named_buffers())
     return next((f"self.{name}" for name, tensor in named if is_lazy(tensor)), None)

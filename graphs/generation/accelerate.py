@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -12,16 +13,23 @@ from typing import Any, TypeVar
 import torch
 
 from graphs.dispatch.captured_module import CapturedStep, capture
-from graphs.errors import ChangingValue, ConfigError
+from graphs.errors import ChangingValue, ConfigError, HostSync
 from graphs.generation.cache_trial import agrees, typed
 from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, places_of, reorder_in_place
-from graphs.report import CaptureReport
+from graphs.generation.loop import CACHES, Loop, Request
+from graphs.generation.prompts import Prompts
+from graphs.report import CaptureReport, merged
 
+Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
-_CACHES = ("cache", "past_key_values")  # what the argument is called, from 5.24 on and before
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
 _STATE = "_graphs_accelerated"
+_PLAIN = 5  # arguments of generate() by position before those for other loops
+_ELSEWHERE = frozenset(
+    {"custom_generate", "synced_gpus", "assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
+)
+"""Arguments of ``generate()`` that a custom loop is not given."""
 _METHODS = {
     "forward": "forward",
     "generate": "generate",
@@ -73,8 +81,7 @@ def accelerated_report(model: torch.nn.Module) -> CaptureReport:
     state = vars(model).get(_STATE)
     if state is None:
         raise ConfigError("model", type(model).__name__, "a model that graphs.accelerate was called for")
-    report: CaptureReport = state.step.report()
-    return report
+    return merged([state.step.report(), *state.prompts.reports(), *(step.report() for step in state.loop.steps())])
 
 
 class DecodeStep(torch.nn.Module):
@@ -97,6 +104,8 @@ class _Accelerated:
         self._caches = FixedCaches()
         self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
+        self.loop = Loop(model, options)
+        self.prompts = Prompts(lambda: DecodeStep(model), options)
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
@@ -116,11 +125,18 @@ class _Accelerated:
     def forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
         running = self._running.get()
-        cache = running.continued(kwargs) if running is not None else None
-        if running is not None and running.begins_anew:
+        if running is None or self.step.mode == "eager":
+            return original(*args, **kwargs)
+        cache, tokens, begun = running.seen(kwargs)
+        if running.begins_anew:
             detail = "there is no cache that a call before filled: each reads the whole sequence, or has state of another kind"
             self._refuse(detail, "pass use_cache=True, where the model has a cache")
-        if cache is None or self.step.mode == "eager":
+        if cache is None or tokens is None or running.begins_anew:
+            return original(*args, **kwargs)
+        if not begun:
+            again = running.lent_again == id(cache) and self.prompts.wanted(tokens, cache)
+            return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
+        if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
         if is_fixed(cache) or type(cache) in self._stay_put:
             return self.step(*args, **kwargs)
@@ -140,14 +156,64 @@ class _Accelerated:
         running = _Generation(self._stay_put)
         token = self._running.set(running)
         try:
-            result = original(*args, **kwargs)
+            result = self._generated(original, args, kwargs, running)
         finally:
             self._running.reset(token)
-        handed_out = {id(getattr(result, name, None)) for name in _CACHES}
+        handed_out = {id(getattr(result, name, None)) for name in CACHES}
         for key, cache in running.lent:
             if id(cache) not in handed_out:
                 self._caches.give(key, cache)
         return result
+
+    def _generated(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: _Generation) -> Any:
+        """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
+        if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
+            return original(*args, **kwargs)
+        if self.step.mode == "eager" or not _is_plain(type(self._model)):
+            return original(*args, **kwargs)
+        try:
+            return original(*args, **{**kwargs, "custom_generate": functools.partial(self._decoded, running)})
+        except _OtherLoop:
+            return original(*args, **kwargs)
+
+    def _decoded(
+        self,
+        running: _Generation,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop of one ``generate()``: ours, or transformers'.
+
+        Raises:
+            _OtherLoop: it is one that is given more than a custom loop is.
+        """
+        loops = {"greedy_search": "_sample", "sample": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
+        name = loops.get(generation_config.get_generation_mode(None).value)
+        if name is None or not hasattr(type(model), name):
+            raise _OtherLoop
+        theirs = getattr(type(model), name)
+        if name == "_sample":
+            request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            lent = any(cache is request.cache()[1] for _, cache in running.lent)
+            handed_out = not lent or bool(generation_config.return_dict_in_generate)
+            result = self.loop.run(request, theirs, handed_out=handed_out)
+            if not isinstance(result, str):
+                return result
+            if result:
+                why = HostSync(f"between two tokens the host is needed for: {result}", operator="generate")
+                self.step._graphs_recordings.call_log.recorded_otherwise(why, "each step is replayed by itself")
+        return theirs(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
 
     def get_compiled_call(self, original: Any, compile_config: Any = None) -> Any:
         """What the loop calls for a token: the model itself, unless the caller says how to compile it."""
@@ -158,19 +224,19 @@ class _Accelerated:
     ) -> Any:
         """Make a cache of fixed storage, or lend one that is there, where the caller asks for none of his own."""
         running = self._running.get()
-        own = any(model_kwargs.get(name) is not None for name in _CACHES)
-        chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        own = any(model_kwargs.get(name) is not None for name in CACHES)
+        chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
         if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
             return original(generation_config, model_kwargs, mode, batch_size, length)
 
         def make(fixed: bool) -> dict[str, Any]:
             """An empty cache by the name of its argument; nothing where the model has none such."""
-            kwargs = {name: value for name, value in model_kwargs.items() if name not in _CACHES}
+            kwargs = {name: value for name, value in model_kwargs.items() if name not in CACHES}
             if not fixed:
                 original(generation_config, kwargs, mode, batch_size, length)
             elif not made_fixed(lambda config: original(config, kwargs, mode, batch_size, length), generation_config, length):
                 return {}
-            return {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
+            return {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
 
         made = make(True)
         if not any(map(is_fixed, made.values())) or not self._may_lend(make, model_kwargs, capacity(length)):
@@ -178,9 +244,12 @@ class _Accelerated:
         name, cache = made.popitem()
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
-        key = rows, capacity(length), None if encoded is None else encoded[0].shape[1], self._model.dtype, self._model.device
+        encoded_length = None if encoded is None else encoded[0].shape[1]
+        inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
+        key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
         known = self._caches.take(key)
         model_kwargs[name] = cache if known is None else known
+        running.lent_again = 0 if known is None else id(known)
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None
@@ -216,31 +285,44 @@ class _Replacement:
         return _Accelerated.replacement, (self._state, self._name)
 
 
+class _OtherLoop(Exception):
+    """A loop of transformers that a custom one cannot stand for."""
+
+
+def _is_plain(kind: type[Any]) -> bool:
+    """Whether a class of models generates as transformers' base class does."""
+    base = sys.modules["transformers.generation.utils"].GenerationMixin
+    return all(getattr(kind, name, None) is getattr(base, name) for name in ("generate", "_sample"))
+
+
 class _Generation:
     """One call of ``generate()``.
 
     Attributes:
         lent: caches of fixed storage that it was given, with what they are kept by.
+        lent_again: the identity of one that an earlier call has used.
         begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
     def __init__(self, stay_put: set[type[Any]]) -> None:
         self.lent: list[tuple[Any, Any]] = []
+        self.lent_again = 0
         self.begins_anew = False
         self._stay_put = stay_put
         self._begun: dict[int, tuple[Any, list[Any]]] = {}
         self._calls = 0
 
-    def continued(self, kwargs: dict[str, Any]) -> Any:
-        """The cache of a call that goes on, by a few tokens, where an earlier one filled it; None for a prompt."""
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+    def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
+        """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
         first, self._calls = self._calls == 0, self._calls + 1
+        if tokens is None:
+            self.begins_anew = False
+            return cache, None, False
         begun = cache is None or self._is_known(cache) or (not first and type(cache) in self._stay_put)
-        self.begins_anew = begun and not first and tokens is not None and (cache is None or not is_filled(cache))
-        if cache is None or tokens is None or self.begins_anew:
-            return None
-        return cache if begun and tokens.shape[1] <= _MOST else None
+        self.begins_anew = begun and not first and (cache is None or not is_filled(cache))
+        return cache, tokens, begun
 
     def _is_known(self, cache: Any) -> bool:
         """Whether a call had this cache before; the second time, one of unknown class is looked at."""

@@ -7,13 +7,14 @@ and with a fixed one, whose unwritten positions hold large numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from graphs.generation.fixed_caches import emptied, layers_of
+from graphs.generation.fixed_caches import layers_of
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState
@@ -78,6 +79,22 @@ def _logits(call: Callable[[Tensor, dict[str, Any]], Tensor], cache: dict[str, A
             _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
             break
     return found
+
+
+def emptied(cache: Any) -> Any:
+    """The cache, which looks like a new one and has its storage; some models read a prompt in both directions where it is new."""
+    cache.reset()
+    for layer in layers_of(cache):
+        if getattr(layer, "is_initialized", False) and hasattr(layer, "lazy_initialization"):
+            layer.is_initialized = False
+            layer.lazy_initialization = functools.partial(_use_again, layer)
+    return cache
+
+
+def _use_again(layer: Any, *states: Any, **options: Any) -> None:
+    """In the place of ``lazy_initialization``: the storage is there."""
+    del layer.lazy_initialization
+    layer.is_initialized = True
 
 
 def _overwrite(cache: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,34 +28,23 @@ class FixedCaches:
     """The caches of one model."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._free: list[tuple[Any, Any]] = []
 
     def take(self, key: Any) -> Any | None:
         """A cache that nobody uses, emptied; None where there is none."""
-        index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
-        if index is None:
-            return None
-        return emptied(self._free.pop(index)[1])
+        with self._lock:
+            index = next((index for index, (known, _) in enumerate(self._free) if known == key), None)
+            if index is None:
+                return None
+            cache = self._free.pop(index)[1]
+        cache.reset()
+        return cache
 
     def give(self, key: Any, cache: Any) -> None:
         """Take a cache back."""
-        self._free = [*self._free[1 - _KEPT :], (key, cache)]
-
-
-def emptied(cache: Any) -> Any:
-    """The cache, which looks like a new one from here on, and has its storage; some models read a prompt otherwise by that."""
-    cache.reset()
-    for layer in layers_of(cache):
-        if getattr(layer, "is_initialized", False) and hasattr(layer, "lazy_initialization"):
-            layer.is_initialized = False
-            layer.lazy_initialization = functools.partial(_use_again, layer)
-    return cache
-
-
-def _use_again(layer: Any, *states: Any, **options: Any) -> None:
-    """In the place of ``lazy_initialization``: the storage is there."""
-    del layer.lazy_initialization
-    layer.is_initialized = True
+        with self._lock:
+            self._free = [*self._free[1 - _KEPT :], (key, cache)]
 
 
 def is_fixed(cache: Any) -> bool:

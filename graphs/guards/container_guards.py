@@ -51,7 +51,7 @@ class MappingGuard:
         self._others = frozenset(others) if all(type(key) is str for key in others) else None
         self._keys, self._values = [key for key, _ in entries], [value for _, value in entries]
         known = type(self.mapping) in (dict, OrderedDict) and self._others is not None and not self._ignored
-        self._is_plain = known and (self._relevant is None or _are_texts(entries))
+        self.is_plain = known and (self._relevant is None or _are_texts(entries))
 
     def _present(self) -> list[tuple[Any, Any]]:
         return [(key, value) for key, value in _items(self.mapping) if self._counts(key)]
@@ -63,7 +63,7 @@ class MappingGuard:
 
     def difference(self) -> Difference | None:
         """The first entry that was exchanged, removed or added, or stands in another place."""
-        if self._is_plain and self._is_untouched():
+        if self.is_plain and self._is_untouched():
             self._version = version_in(self.mapping)
             return None
         now = self._present()
@@ -105,6 +105,16 @@ class MappingGuard:
     def adopt(self) -> None:
         """Take what stands there now for what was there."""
         self._take(self._present())
+
+    @property
+    def length(self) -> int:
+        """How many entries there were, those that do not count included."""
+        return self._length
+
+    @property
+    def others(self) -> frozenset[str] | None:
+        """Keys that do not count; None where some are no texts."""
+        return self._others
 
     @property
     def by_name(self) -> bool:
@@ -154,6 +164,11 @@ class NamesGuard:
     def entries(self) -> list[tuple[str, Any]]:
         """Names and what they meant."""
         return list(self._expected.items())
+
+    @property
+    def missing(self) -> list[str]:
+        """Names that meant nothing."""
+        return self._missing
 
     def difference(self) -> Difference | None:
         """The first name that means something else."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import operator
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +24,13 @@ from graphs.guards.identity import numbers_held, times_held
 from graphs.guards.portrait import Portrait
 from graphs.guards.traversal import Scope
 from graphs.guards.value_guards import Changed, TypeGuard
-from graphs.objects.cells import Difference
+from graphs.objects.cells import ABSENT, Difference
 from graphs.objects.dict_watch import shared_watch
 from graphs.python_reads.code_reads import CodeReads
 
 _ONE_BY_ONE = 3  # calls in which the guards are asked themselves
 _REBUILDS = 4  # of the expression: objects made anew at each call are compared one by one after that
+_VALUES, _CALL = operator.methodcaller("values"), operator.methodcaller("__call__")
 _SOURCE = """
 def all_hold():
     try:
@@ -107,6 +110,8 @@ class Guards:
         self._all_hold: Callable[[], bool] = self._one_by_one
         self._rebuilds = 0
         self._asked = 0
+        self._untouched: Untouched | None = None
+        self._scans = 0
 
     def _one_by_one(self) -> bool:
         """Ask the guards themselves in the first calls: to make an expression takes longer, and a cache may serve few."""
@@ -229,7 +234,7 @@ class Guards:
         if watch is not None:
             changes = watch.changes()
             if changes != self._seen:
-                found = _first(self._watched)
+                found = self._written()
                 if found is not None:
                     return found
                 self._seen = changes
@@ -241,8 +246,56 @@ class Guards:
             self._all_hold = _expression(self._polled)
         return found
 
+    def _written(self) -> Difference | None:
+        """The first difference in what is watched, looked at once any dictionary of the process's was written."""
+        if self._untouched is None and self._scans <= _REBUILDS:
+            self._untouched, self._scans = Untouched(self._watched), self._scans + 1
+        if self._untouched is not None and self._untouched.holds():
+            return _first(self._untouched.rest)
+        self._untouched = None
+        return _first(self._watched)
+
     def __len__(self) -> int:
         return len(self.all())
+
+
+class Untouched:
+    """Tells whether the containers of many guards hold the very objects that they did, in a few comparisons that run in C.
+
+    Attributes:
+        rest: the guards that it does not answer for.
+    """
+
+    def __init__(self, guards: Sequence[Guard]) -> None:
+        whole = [guard for guard in guards if type(guard) is MappingGuard and guard.is_plain and not guard.by_name]
+        named = [guard for guard in guards if type(guard) is MappingGuard and guard.is_plain and guard.by_name]
+        names = [guard for guard in guards if type(guard) is NamesGuard]
+        types_ = [guard for guard in guards if type(guard) is TypeGuard]
+        answered = {id(guard) for part in (whole, named, names, types_) for guard in part}
+        self.rest = [guard for guard in guards if id(guard) not in answered]
+        self._whole = [guard.mapping for guard in whole]
+        self._keys = [key for guard in whole for key, _ in guard.entries]
+        self._values = [value for guard in whole for _, value in guard.entries]
+        self._sized = [*self._whole, *(guard.mapping for guard in named)]
+        self._lengths = [guard.length for guard in (*whole, *named)]
+        looked_up = [(guard.mapping, key, value) for guard in named for key, value in guard.entries]
+        looked_up += [(guard.mapping, key, value) for guard in names for key, value in guard.entries]
+        looked_up += [(guard.mapping, name, ABSENT) for guard in names for name in guard.missing]
+        self._looked_up = [list(part) for part in zip(*looked_up, strict=True)] or [[], [], []]
+        self._others = [(guard.mapping, guard.others) for guard in named if guard.others]
+        self._objects, self._kinds = [guard.read for guard in types_], [guard.kind for guard in types_]
+
+    def holds(self) -> bool:
+        """Whether nothing was exchanged, added or removed since it was made."""
+        mappings, keys, values = self._looked_up
+        return (
+            list(map(len, self._sized)) == self._lengths
+            and all(map(operator.is_, itertools.chain.from_iterable(self._whole), self._keys))
+            and all(map(operator.is_, itertools.chain.from_iterable(map(_VALUES, self._whole)), self._values))
+            and all(map(operator.is_, map(dict.get, mappings, keys, itertools.repeat(ABSENT)), values))
+            and all(mapping.keys() >= others for mapping, others in self._others)
+            and all(map(operator.is_, map(type, map(_CALL, self._objects)), self._kinds))
+        )
 
 
 def _adopted(guard: Guard) -> Guard:

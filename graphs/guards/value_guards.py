@@ -15,16 +15,16 @@ class TypeGuard:
 
     def __init__(self, path: str, value: Any) -> None:
         self.path, self.kind = path, type(value)
-        self._value = reference_to(value)
+        self.read = reference_to(value)
 
     def difference(self) -> Difference | None:
         """The class, if it is another one."""
-        kind = type(self._value())
+        kind = type(self.read())
         return None if kind in (self.kind, type(None)) else Difference(f"{self.path}.__class__", repr(self.kind), repr(kind))
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """One comparison."""
-        yield f"type({bind(self._value)}()) is {bind(self.kind)}"
+        yield f"type({bind(self.read)}()) is {bind(self.kind)}"
 
 
 class ValueGuard:

@@ -13,6 +13,7 @@ are decomposed by torch's Python versions where it has them: those in C++ ask so
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,8 @@ class _Trace:
             fakes = [self._mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
         as_written = torch.compiler.set_stance("force_eager")
         named, merged = symbolic_builtins(request.modules), patched(request.plan, self._branches, request.functions)
-        with named, merged, torch.no_grad(), as_written, enable_python_dispatcher():
+        ours = contextlib.nullcontext() if fakes else self._mode  # torch takes the mode of the inputs, else one of its own
+        with named, merged, torch.no_grad(), as_written, enable_python_dispatcher(), ours:
             module = _made(self._step, fakes, self._branches)
         if self._hints.raised is not None and not request.partial:
             raise self._hints.raised

@@ -1,0 +1,193 @@
+"""The loop of ``generate()`` on a step that feeds itself: where it serves, what it leaves to transformers, and equal tokens."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[hf]'")
+
+from transformers.generation import logits_process
+
+import graphs
+from graphs.generation.loop import Loop
+from graphs.generation.processors import History, Prepared, prepare
+from graphs.generation.token_step import TokenStep
+from tests.test_accelerate import MODES, NEW, prompt, same, twins
+
+Tensor = torch.Tensor
+VOCABULARY, CAPACITY = 12, 16
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::graphs.dispatch.call_log.NotReplayed"),
+]
+ON_THE_HOST = {
+    "guidance": "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "processor": "Fewer",
+    "stopping": "Enough",
+    "scores": "output_scores",
+    "no cache": "no cache",
+}
+
+
+def loops_of(model: Any) -> list[Any]:
+    return [step for step in model._graphs_accelerated.loop.steps() if step.report().replays]
+
+
+def host_reasons(model: Any) -> list[str]:
+    details = [refusal.detail for refusal in graphs.accelerated_report(model).refusals]
+    return [detail.partition("needed for: ")[2] for detail in details if "needed for" in detail]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "beam" not in mode])
+def test_the_loop_serves_or_names_what_needs_the_host(mode: str) -> None:
+    model, twin = twins()
+    for turn in range(2):
+        same(model, twin, turn, **MODES[mode])
+    assert bool(loops_of(model)) == (mode not in ON_THE_HOST)
+    assert host_reasons(model) == ([ON_THE_HOST[mode]] if mode in ON_THE_HOST else [])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_that_end_are_padded_and_the_last_one_ends_the_loop(seed: int, sampled: bool) -> None:
+    model, twin = twins()
+    ends = [1, *range(10 + 2 * seed, 24 + 2 * seed)]
+    for turn in range(2):
+        arguments = {"max_new_tokens": 30, "min_new_tokens": None, "eos_token_id": ends, "do_sample": sampled}
+        same(model, twin, turn, prompt(turn, rows=3), **arguments)
+
+
+@pytest.mark.parametrize("fault", ["prepared otherwise", "not recorded"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_loop_cannot_serve_goes_on_from_where_it_is(fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = TokenStep.forward
+
+    def waiting(self: TokenStep, cache: Any, **others: Any) -> None:
+        assert self.sequences.last.sum().item() >= 0
+        forward(self, cache, **others)
+
+    if fault == "prepared otherwise":
+        monkeypatch.setattr(Loop, "_prepares_alike", lambda *_: False)
+    else:
+        monkeypatch.setattr(TokenStep, "forward", waiting)
+    model, twin = twins(passes="off")
+    ends = [1, *range(10 + 2 * seed, 20 + 2 * seed)]
+    for turn in range(3):
+        for sampled in (False, True):
+            arguments = {"max_new_tokens": 20, "min_new_tokens": None, "eos_token_id": ends, "do_sample": sampled}
+            mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+            same(model, twin, turn, prompt(turn, rows=3), attention_mask=mask, **arguments)
+    reasons = host_reasons(model)
+    assert reasons and all("prepares" in reason or "host-sync" in reason for reason in reasons)
+    assert graphs.accelerated_report(model).replays > 0, "each step is replayed by itself"
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 80])
+def test_short_and_long_sequences(new: int) -> None:
+    model, twin = twins()
+    for turn in range(3):
+        same(model, twin, turn, max_new_tokens=new, min_new_tokens=new)
+
+
+def test_settings_that_change_between_calls_are_those_of_the_call() -> None:
+    model, twin = twins()
+    for turn in range(2):
+        for temperature, top_k in ((0.7, 5), (1.9, 50), (0.7, 50)):
+            same(model, twin, turn, do_sample=True, temperature=temperature, top_k=top_k)
+        same(model, twin, turn, suppress_tokens=[5, 9, 31])
+        same(model, twin, turn, min_new_tokens=3 + turn, max_new_tokens=12 + turn, eos_token_id=[1, *range(20, 40)])
+        same(model, twin, turn, forced_eos_token_id=7)
+
+
+def test_caches_made_in_one_mode_are_not_lent_in_another() -> None:
+    model, twin = twins()
+    for turn, context in enumerate([torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad]):
+        with context():
+            same(model, twin, turn)
+
+
+def test_two_threads_generate_at_once_on_storage_of_their_own() -> None:
+    model, twin = twins()
+    wanted = {seed: twin.generate(prompt(seed), max_new_tokens=40, min_new_tokens=40) for seed in range(6)}
+    model.generate(prompt(0), max_new_tokens=40, min_new_tokens=40)
+    wrong: list[int] = []
+
+    def work(seeds: range) -> None:
+        for seed in seeds:
+            if not torch.equal(model.generate(prompt(seed), max_new_tokens=40, min_new_tokens=40), wanted[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(range(first, 6, 2),)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_hook_on_the_model_runs_for_each_token() -> None:
+    model, twin = twins()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    same(model, twin, 0)
+    assert len(calls) == NEW and host_reasons(model) == ["a forward hook of the model"]
+
+
+def test_weights_that_were_exchanged_are_used() -> None:
+    model, twin = twins()
+    same(model, twin, 0)
+    for one in (model, twin):
+        torch.manual_seed(5)
+        one.lm_head.weight = torch.nn.Parameter(torch.randn_like(one.lm_head.weight))
+    for turn in range(2):
+        same(model, twin, turn)
+    for one in (model, twin):
+        with torch.no_grad():
+            one.lm_head.weight.mul_(-1)
+    same(model, twin, 3)
+
+
+PROCESSORS: dict[str, Any] = {
+    "repetition": lambda: logits_process.RepetitionPenaltyLogitsProcessor(1.7),
+    **{f"{n}-grams": lambda n=n: logits_process.NoRepeatNGramLogitsProcessor(n) for n in (1, 2, 3, 4)},
+    "minimum": lambda: logits_process.MinLengthLogitsProcessor(9, [2, 3]),
+    "new minimum": lambda: logits_process.MinNewTokensLengthLogitsProcessor(4, 5, 2),
+    "suppressed": lambda: logits_process.SuppressTokensLogitsProcessor([0, 7, 40]),
+    "first": lambda: logits_process.SuppressTokensAtBeginLogitsProcessor([5, 6], 8),
+    "forced end": lambda: logits_process.ForcedEOSTokenLogitsProcessor(11, [3]),
+    "forced begin": lambda: logits_process.ForcedBOSTokenLogitsProcessor(3),
+    "nucleus": lambda: logits_process.TopPLogitsWarper(0.7),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), length=st.integers(2, CAPACITY), variety=st.integers(1, VOCABULARY + 2))
+def test_a_processor_gives_what_transformers_does(name: str, seed: int, length: int, variety: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, variety, (3, CAPACITY), generator=generator)
+    scores = torch.randn(3, VOCABULARY, generator=generator)
+    processor = PROCESSORS[name]()
+    prepared = prepare([processor])
+    assert isinstance(prepared, Prepared)
+    history = History(tokens, torch.tensor(length), torch.arange(CAPACITY), torch.tensor(prepared.limits, dtype=torch.int64))
+    wanted = processor(tokens[:, :length].clone(), scores.clone())
+    assert torch.equal(prepared.functions[0](history, scores.clone()), wanted)
+
+
+def test_a_processor_with_settings_that_are_no_plain_values_is_left_to_the_host() -> None:
+    class Own(logits_process.TemperatureLogitsWarper):
+        pass
+
+    assert prepare([Own(0.5)]) == "Own"
+    odd = logits_process.TemperatureLogitsWarper(0.5)
+    odd.temperature = object()
+    assert prepare([odd]) == "TemperatureLogitsWarper"
+    keys = {prepare([logits_process.TemperatureLogitsWarper(t)]).key for t in (0.5, 0.6, 0.5)}  # type: ignore[union-attr]
+    assert len(keys) == 2
