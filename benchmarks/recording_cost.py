@@ -2,8 +2,9 @@
 
 ``sizes``: a step of the shape of Qwen3-0.6B at 19 batch sizes with a static cache each, by `torch.cuda.CUDAGraph` in one pool
 and by `graphs.capture`. ``paged``: a step of 16 layers that writes one row per layer into a paged cache of 60 GB, at 8 sizes.
-``host``: 32 layers over a cache of 1 GiB on the CPU. ``moved``: a new cache object for a recorded Llama. ``deepseek``: the first
-call of DeepSeek-V4 of transformers. ::
+``host``: 32 layers over a cache of 1 GiB on the CPU. ``moved``: a new cache object for a recorded Llama. ``deepseek``: the decode
+step of ``generate()`` for 8 layers of DeepSeek-V4 of transformers, its first call and the later ones, eager and recorded; at toy
+width where there is no GPU. ::
 
     PYTHONPATH=. python3 benchmarks/recording_cost.py sizes paged moved deepseek --out results/recording_cost.json
     PYTHONPATH=. python3 benchmarks/recording_cost.py host
@@ -290,10 +291,72 @@ def measure_moved(device: torch.device) -> dict[str, Any]:
     }
 
 
+def deepseek(device: torch.device) -> Any:
+    """8 layers at the width of DeepSeek-V4-Flash with 32 narrow experts, in bfloat16; on a CPU all of it is narrow."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    flash = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "q_lora_rank": 1024, "o_groups": 8}
+    narrow = {"hidden_size": 64, "num_attention_heads": 8, "head_dim": 32, "q_lora_rank": 32, "o_groups": 4, "vocab_size": 512}
+    wide = device.type == "cuda"
+    sizes = {**flash, "o_lora_rank": 1024} if wide else {**narrow, "o_lora_rank": 16, "index_n_heads": 8, "index_head_dim": 16}
+    experts = {"n_routed_experts": 32 if wide else 8, "moe_intermediate_size": 512 if wide else 32}
+    config = DeepseekV4Config(num_hidden_layers=8, max_position_embeddings=4096, **sizes, **experts)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DeepseekV4ForCausalLM(config).to(torch.bfloat16).eval()
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # a checkpoint's; without one every token would go to the first expert
+            table.random_(0, config.n_routed_experts)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def measure_deepseek(device: torch.device) -> dict[str, Any]:
+    """From a prompt of 128 tokens, batch 4: the first decode step that is recorded, and a step of ``generate()``.
+
+    A step's time is that of a longer ``generate()`` less that of one token, over the tokens between them.
+    """
+    model, tokens, repeats = deepseek(device), 16, 5
+    ids = torch.randint(3, 500, (4, 128), device=device, generator=torch.Generator(device).manual_seed(0))
+
+    def seconds(new: int) -> float:
+        def call() -> None:
+            found.append(model.generate(ids, min_new_tokens=new, max_new_tokens=new))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        found: list[Tensor] = []
+        return _seconds(call)
+
+    def step_ms() -> float:
+        seconds(tokens + 1)
+        return statistics.median((seconds(tokens + 1) - seconds(1)) / tokens for _ in range(repeats)) * 1e3
+
+    eager = step_ms()
+    expected = model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens)
+    graphs.accelerate(model)
+    prompt = seconds(1)
+    first = seconds(2) - prompt
+    recorded = step_ms()
+    same = (model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens) == expected)[:, ids.shape[1] :]
+    report = graphs.accelerated_report(model)
+    return {
+        "first recorded step, seconds": first,
+        "eager step ms": eager,
+        "recorded step ms": recorded,
+        "recordings": report.recordings,
+        "replays": report.replays,
+        "eager_calls": report.eager_calls,
+        "refusals": [str(refusal) for refusal in report.refusals],
+        "equal tokens": same.float().mean().item(),
+    }
+
+
 def main() -> None:
     """Measure what was asked for and print it, or write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("sizes", "paged", "host", "moved"))
+    parser.add_argument("what", nargs="+", choices=("sizes", "paged", "host", "moved", "deepseek"))
     parser.add_argument("--gigabytes", type=float, default=60.0, help="of the paged cache")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -303,6 +366,7 @@ def main() -> None:
         "paged": lambda: measure_paged(device, args.gigabytes),
         "host": measure_host,
         "moved": lambda: measure_moved(device),
+        "deepseek": lambda: measure_deepseek(device),
     }
     found = {}
     with torch.no_grad():

@@ -106,3 +106,5 @@ if os.path.basename(sys.argv[0] if sys.argv else "") not in ("-m", "graphs"):  #
         importlib.import_module(_module)
     for _name in _HOME:
         getattr(sys.modules[__name__], _name)
+    importlib.import_module("graphs.generation.captured_generate")
+    importlib.import_module("graphs.dynamo.registered").register()

@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Annotated
 
 from graphs import __version__
-from graphs.bench.choices import MIN_RUNS, PATHS, Device, Experiment, Operator, as_paths, as_sizes
+from graphs.bench.choices import (
+    FORMS,
+    MIN_RUNS,
+    MODELS,
+    PATHS,
+    Device,
+    Experiment,
+    Operator,
+    as_forms,
+    as_models,
+    as_paths,
+    as_sizes,
+)
 from graphs.environment import as_bytes
 from graphs.errors import ConfigError, MissingDependency
 from graphs.factory import as_batch_dims
@@ -110,11 +122,13 @@ def bench(
     groups: _Groups = "",
     tokens: _Tokens = "",
     paths: Annotated[str, typer.Option(callback=_checked(as_paths), help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
+    model: Annotated[str, typer.Option(callback=_checked(as_models), help=f"generate: some of {', '.join(MODELS)}.")] = "",
+    forms: Annotated[str, typer.Option(callback=_checked(as_forms), help=f"generate: some of {', '.join(FORMS)}.")] = "",
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Measure nothing; compare two results.")
     ] = None,
 ) -> None:
-    """Measure decode steps, the grouped projection and the overhead of a captured call, eager against graph."""
+    """Measure decode steps, projections, generate() and the overhead of a captured call, eager against graph."""
     if compare is not None:
         from graphs.bench.harness.compare import print_comparison
 
@@ -122,7 +136,8 @@ def bench(
     _require_writable(out)
     from graphs.bench import BenchSettings, run_bench
 
-    settings = BenchSettings.resolve(device.value, runs, quick, search=search, groups=groups, tokens=tokens, paths=paths)
+    lists = {"groups": groups, "tokens": tokens, "paths": paths, "models": model, "forms": forms}
+    settings = BenchSettings.resolve(device.value, runs, quick, search=search, **lists)
     run_bench(experiment.value, settings, out)
     return None
 

@@ -247,7 +247,12 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
         },
         "aiter": {"graphs.ops.wo_a.aiter_backend"},
         "torch_mlir": {"passes.mlir.bindings"},
-        "transformers": {"graphs.bench.decode.llama"},
+        "transformers": {
+            "graphs.bench.decode.llama",
+            "graphs.generation.caches.compressed_cache",
+            "graphs.generation.caches.linear_cache",
+            "graphs.generation.caches.own_caches",
+        },
         "matplotlib": {"graphs.bench.decode.plot", "graphs.bench.wo_a.plot"},
     }
     found = {

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,9 +341,34 @@ def test_bad_options_name_the_legal_ones(options: dict[str, Any], message: str) 
         step(torch.ones(3))
 
 
-def test_a_mode_of_inductors_is_refused() -> None:
-    with pytest.raises(Exception, match="left out with backend='graphs'"):
-        torch.compile(lambda x: x * 2, backend=graphs_backend, mode="reduce-overhead")(torch.ones(3))
+def test_a_mode_that_asks_inductor_for_more_is_refused() -> None:
+    with pytest.raises(Exception, match="left out or 'reduce-overhead'"):
+        torch.compile(lambda x: x * 2, backend=graphs_backend, mode="max-autotune")(torch.ones(3))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_mode_that_records_is_what_the_backend_does(mode: str) -> None:
+    step = torch.compile(lambda x: x * 2, backend=graphs_backend, mode=mode)
+    assert [step(torch.full((3,), value)).tolist() for value in (1.0, 2.0)] == [[2.0] * 3, [4.0] * 3]
+
+
+def test_a_package_used_from_its_sources_is_found_by_name(tmp_path: Path) -> None:
+    script = tmp_path / "sources.py"
+    script.write_text(
+        "import importlib.metadata, torch\n"
+        "found = importlib.metadata.entry_points\n"
+        "importlib.metadata.entry_points = lambda **which: [e for e in found(**which) if e.dist.name != 'stepgraphs']\n"
+        "from graphs.dynamo import registered\n"
+        "import graphs\n"
+        "importlib.metadata.entry_points = found\n"
+        "assert [f for f in __import__('sys').meta_path if isinstance(f, registered.Finder)]\n"
+        "assert torch.compile(lambda x: x + 1, backend='graphs', mode='reduce-overhead')(torch.ones(2)).tolist() == [2.0, 2.0]\n"
+        "assert len(graphs.backend_report().pieces) == 1\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_entry_point_leads_to_the_backend() -> None:

@@ -73,9 +73,15 @@ def test_everything_is_the_default(ran: list[tuple]) -> None:
     [
         (["bench", "--device", "gpu"], "--device", "'auto', 'cpu', 'cuda'"),
         (["bench", "--runs", "5"], "--runs", "20"),
-        (["bench", "prefill", "--device", "cpu"], "experiment", "'all', 'decode', 'wo_a', 'overhead', 'compile', 'syncs'"),
+        (
+            ["bench", "prefill", "--device", "cpu"],
+            "experiment",
+            "'all', 'decode', 'wo_a', 'overhead', 'compile', 'syncs', 'generate'",
+        ),
         (["bench", "--groups", "2,x"], "--groups", "positive integers separated by commas"),
         (["bench", "--tokens", "0"], "--tokens", "positive integers separated by commas"),
+        (["bench", "generate", "--model", "bert"], "--model", "'gpt2', 'llama'"),
+        (["bench", "generate", "--forms", "eager"], "--forms", "'dynamic', 'static', 'auto-compile', 'graphs', 'inductor'"),
         (["bench", "--paths", "einsum,cutlass"], "--paths", "'einsum', 'bmm', 'gloop', 'fused', 'auto', 'aiter bmm'"),
         (["tune", "wo_b"], "operator", "'wo_a'"),
         (["tune", "wo_a", "--runs", "19"], "--runs", "20"),

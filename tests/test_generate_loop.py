@@ -191,3 +191,51 @@ def test_a_processor_with_settings_that_are_no_plain_values_is_left_to_the_host(
     assert prepare([odd]) == "TemperatureLogitsWarper"
     keys = {prepare([logits_process.TemperatureLogitsWarper(t)]).key for t in (0.5, 0.6, 0.5)}  # type: ignore[union-attr]
     assert len(keys) == 2
+
+
+def test_a_captured_model_generates_on_recordings_and_the_model_stays_what_it_is() -> None:
+    accelerated, twin = twins()
+    model = graphs.restore(accelerated)
+    step = graphs.capture(model)
+    for turn in range(3):
+        same(step, twin, turn)
+        same(step, twin, turn, **MODES["sampling"])
+    report = step.report()
+    assert report.recordings == 2 and report.replays == 6 * (NEW - 1) and not report.eager_calls, str(report)
+    assert "forward" not in vars(model) and "generate" not in vars(model)
+    step.mode = "eager"
+    same(step, twin, 5)
+    assert step.report().replays == report.replays
+
+
+def test_what_is_set_on_a_captured_model_holds_for_its_generate() -> None:
+    accelerated, twin = twins()
+    step = graphs.capture(graphs.restore(accelerated))
+    same(step, twin, 0)
+    for one in (step, twin):
+        torch.manual_seed(3)
+        one.lm_head = torch.nn.Linear(one.config.hidden_size, one.config.vocab_size, bias=False)
+        one.generation_config = type(one.generation_config)(pad_token_id=0, eos_token_id=2, do_sample=True, top_k=7)
+    for turn in range(2):
+        same(step, twin, turn)
+
+
+def test_a_method_that_another_library_put_in_front_is_called() -> None:
+    accelerated, twin = twins()
+    model = graphs.restore(accelerated)
+    calls: list[int] = []
+    for one in (model, twin):
+        own = one.forward
+
+        def shifted(*args: Any, own: Any = own, **kwargs: Any) -> Any:
+            calls.append(1)
+            outputs = own(*args, **kwargs)
+            outputs.logits = -outputs.logits
+            return outputs
+
+        one.forward = shifted
+    graphs.accelerate(model)
+    for turn in range(2):
+        same(model, twin, turn)
+    graphs.restore(model)
+    assert vars(model)["forward"].__name__ == "shifted"

@@ -18,6 +18,7 @@ class Experiment(str, Enum):
     OVERHEAD = "overhead"
     COMPILE = "compile"
     SYNCS = "syncs"
+    GENERATE = "generate"
 
 
 class Device(str, Enum):
@@ -40,6 +41,10 @@ OPERATORS = tuple(one.value for one in Operator)
 OURS = ("einsum", "bmm", "gloop", "fused", "auto")
 PEERS = ("aiter bmm", "aiter gloop", "deepgemm")
 PATHS = (*OURS, *PEERS)
+MODELS = ("gpt2", "llama")
+COMPILED_FORMS = ("auto-compile", "inductor")
+FORMS = ("dynamic", "static", "auto-compile", "graphs", "inductor")
+"""Of ``generate()``: eager with either cache, compiled by transformers, and on recordings without and with Inductor."""
 
 
 def as_sizes(name: str, text: str) -> tuple[int, ...]:
@@ -60,10 +65,24 @@ def as_paths(name: str, text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: one of them is not in `PATHS`; ``name`` is the option that it was given to.
     """
+    return _some_of(PATHS, name, text)
+
+
+def as_models(name: str, text: str) -> tuple[str, ...]:
+    """Models of ``generate()``, like `as_paths`: some of `MODELS`."""
+    return _some_of(MODELS, name, text)
+
+
+def as_forms(name: str, text: str) -> tuple[str, ...]:
+    """Forms of ``generate()``, like `as_paths`: some of `FORMS`."""
+    return _some_of(FORMS, name, text)
+
+
+def _some_of(legal: tuple[str, ...], name: str, text: str) -> tuple[str, ...]:
     parts = tuple(_parts(text))
     for part in parts:
-        if part not in PATHS:
-            raise ConfigError(name, part, PATHS)
+        if part not in legal:
+            raise ConfigError(name, part, legal)
     return parts
 
 

@@ -16,6 +16,8 @@ from graphs.bench.decode.amortise import Amortisation
 from graphs.bench.decode.llama import size_for
 from graphs.bench.decode.measure import measure_decode
 from graphs.bench.decode.plot import draw_amortisation
+from graphs.bench.generate.measure import chosen_workloads, measure_generate
+from graphs.bench.generate.table import generate_table
 from graphs.bench.harness.machine import describe_machine
 from graphs.bench.harness.progress import Progress, make_console
 from graphs.bench.harness.rows import BenchRow, Case, Results
@@ -66,6 +68,8 @@ def _print(results: Results, console: Any) -> None:
     if "wo_a" in workloads:
         console.print(projections_table(results))
         console.print(projection_bars_table(results))
+    if "generate" in workloads:
+        console.print(generate_table(results))
     if any(not bar.where for bar in results.bars):
         console.print(bars_table(results))
 
@@ -75,9 +79,9 @@ def _draw(results: Results, path: Path) -> bool:
     found = Amortisation.of(results)
     if found is not None:
         draw_amortisation(found, results.machine, path)
-    elif results.rows:
+    elif projections := any(row.workload == "wo_a" for row in results.rows):
         draw_projections(results, path)
-    return found is not None or bool(results.rows)
+    return found is not None or projections
 
 
 def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem: Path) -> Results:
@@ -97,6 +101,9 @@ def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem:
         results = _kept(results, stem, bars=tuple(measure_compilers(settings, progress)))
     if experiment == "syncs":
         results = _kept(results, stem, bars=tuple(measure_syncs(settings, progress)))
+    if experiment == "generate":  # minutes too, for two models are compiled
+        rows, bars = measure_generate(settings, progress)
+        results = _kept(results, stem, rows=tuple(rows), bars=tuple(bars))
     return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
 
 
@@ -146,6 +153,8 @@ def _notes(experiment: str, settings: BenchSettings) -> tuple[str, ...]:
         selection = selection_for(settings, experiment)
         notes.append(selection.describe())
         notes += [f"{path} was not measured: {why}" for path in selection.paths if (why := absent(path, settings.device))]
+    if experiment == "generate":
+        notes += [workload.describe() for workload in chosen_workloads(settings)]
     if settings.device.type != "cuda" and notes:
         notes.append("No GPU was used: the model and the shapes are smaller than on a GPU, and graph mode is the operator tape.")
     return tuple(notes)

@@ -20,7 +20,7 @@ from graphs.eager_mode import forced_by
 from graphs.environment import choice
 from graphs.errors import ConfigError
 from graphs.ops.wo_a.module import bytes_by_path
-from graphs.report import CaptureReport, SizesReport
+from graphs.report import CaptureReport, SizesReport, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -154,12 +154,17 @@ def capture(
     return CapturedModule(model, config) if isinstance(model, nn.Module) else CapturedStep(model, config)
 
 
+ATTRIBUTES: dict[str, Callable[[CapturedStep[Any, Any]], Any]] = {}
+"""Attributes that a captured step has in place of its model's, where the function returns one."""
+
+
 class CapturedStep(Generic[P, R_co]):
     """A callable with recordings: made by `capture`, called like the callable.
 
     Attributes of the model are read and written through it (``step.config``, ``step.parameters()``, ``step.eval()``).
-    Its own are `mode`, `report`, `record`, `record_buckets` and `invalidate`. Methods of the model that call the model
-    themselves (``generate``) call the model, not its recordings.
+    Its own are `mode`, `report`, `record`, `record_buckets` and `invalidate`, and ``generate`` of models of transformers, which
+    does as that of an accelerated model (`graphs.accelerate`). Other methods of the model that call the model themselves call
+    the model, not its recordings.
     """
 
     def __init__(self, model: Callable[P, R_co], config: CaptureConfig) -> None:
@@ -200,6 +205,8 @@ class CapturedStep(Generic[P, R_co]):
     def report(self) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
         report = self._graphs_recordings.report(self.mode)
+        if (generate := self.__dict__.get("_graphs_generate")) is not None:
+            report = merged([report, generate.report()])
         return dataclasses.replace(report, projection_bytes=bytes_by_path(self._graphs_model))
 
     def record(
@@ -252,6 +259,9 @@ class CapturedStep(Generic[P, R_co]):
         self._graphs_recordings.invalidate()
 
     def __getattr__(self, name: str) -> Any:
+        ours = ATTRIBUTES[name](self) if name in ATTRIBUTES else None
+        if ours is not None:
+            return ours
         return returning_step(getattr(self._graphs_model, name), name, self)
 
     def __setattr__(self, name: str, value: Any) -> None:

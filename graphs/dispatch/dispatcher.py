@@ -204,12 +204,12 @@ class Dispatcher:
             route = self.routes.by_signature.get(call.signature)
             if route is not None and not isinstance(route, RefusedRoute) and beside is None:  # another thread was faster
                 return route
-            if (lazy := uninitialised(self.model)) is not None:
-                self.eager.initialise(lazy)
             leaves = named_leaves(call, self._parameters)
             if beside is None and (pointed := self.moved.unknown(call, leaves)) is not None:
                 self.dead.watch(call.opaques)
                 return pointed
+            if (lazy := uninitialised(self.model)) is not None:
+                self.eager.initialise(lazy)
             if refusals := self.keys.reasons_against(call, leaves, beside):
                 self.eager.refuse(refusals)
             recorded = self._record(call, leaves, beside)

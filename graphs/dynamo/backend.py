@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _overlapping = private("compute_overlapping_tensors")
+_MODES = (None, "default", "reduce-overhead")
 _MOVES = 2  # times that a graph is recorded anew for an input before this is copied, or, if it is written, it runs unrecorded
 _OVERLAP = "the graph writes in an input that overlaps with another, or inputs overlap otherwise than when it was compiled"
 _count = itertools.count()
@@ -62,17 +63,19 @@ def graphs_backend(
     """Compile one graph of Dynamo's and return what replays it. Called by ``torch.compile``, not by users.
 
     Args:
+        mode: ``"reduce-overhead"`` changes nothing: every graph is recorded.
         options: of ``torch.compile(..., options={...})``: ``compiler`` (``"inductor"``, the default, or ``"aten"``),
             ``outputs``, ``verify``, ``strict``, ``max_recordings`` and ``compiler_options`` as for `graphs.capture`, and
             ``routes``, a routing table for `passes.routing`.
 
     Raises:
-        ConfigError: an unknown option, one with a value that is not legal, or ``mode``, which is Inductor's.
+        ConfigError: an unknown option, one with a value that is not legal, or a ``mode`` that asks Inductor for more.
     """
     from graphs.compile.compiled_graph import compile_graph, device_of, needs_gradients
 
-    if mode is not None:
-        raise ConfigError("mode", mode, "left out with backend='graphs': options={...} says what is done")
+    if mode not in _MODES:
+        legal = "left out or 'reduce-overhead', which is what this backend does: options={...} says the rest"
+        raise ConfigError("mode", mode, legal)
     settings = BackendOptions.resolve(options)
     ending = _Ending.of(getattr(module, "compile_subgraph_reason", None))
     routed = _route(module, inputs, settings.routes) if settings.routes is not None else _Routed()

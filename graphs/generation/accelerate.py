@@ -12,11 +12,23 @@ from typing import Any, TypeVar
 
 import torch
 
-from graphs.dispatch.captured_module import CapturedStep, capture
+from graphs.config import CaptureConfig
+from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError, HostSync
 from graphs.generation.cache_trial import agrees, typed
-from graphs.generation.fixed_caches import FixedCaches, capacity, is_filled, is_fixed, made_fixed, places_of, reorder_in_place
-from graphs.generation.loop import CACHES, Loop, Request
+from graphs.generation.caches.fixed_caches import (
+    CACHES,
+    FixedCaches,
+    capacity,
+    is_filled,
+    is_fixed,
+    made_fixed,
+    places_of,
+    reorder_in_place,
+)
+from graphs.generation.caches.own_caches import cache_argument, own_cache
+from graphs.generation.decode_step import STATE, DecodeStep
+from graphs.generation.loop import Loop, Request
 from graphs.generation.prompts import Prompts
 from graphs.report import CaptureReport, merged
 
@@ -24,7 +36,6 @@ Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
-_STATE = "_graphs_accelerated"
 _PLAIN = 5  # arguments of generate() by position before those for other loops
 _ELSEWHERE = frozenset(
     {"custom_generate", "synced_gpus", "assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
@@ -36,7 +47,7 @@ _METHODS = {
     "get_compiled_call": "get_compiled_call",
     "_prepare_cache_for_generation": "prepare_cache",
 }
-"""Methods of a model, and what of `_Accelerated` stands in front of them."""
+"""Methods of a model, and what of `Accelerated` stands in front of them."""
 
 
 def accelerate(model: Model, **capture_options: Any) -> Model:
@@ -57,18 +68,25 @@ def accelerate(model: Model, **capture_options: Any) -> Model:
     if not callable(getattr(model, "generate", None)) or not isinstance(model, torch.nn.Module):
         raise ConfigError("model", type(model).__name__, "a model with generate(), as those of transformers")
     restore(model)
-    state = _Accelerated(model, capture_options)
-    state.step  # noqa: B018  # raises where an option is not legal
-    vars(model)[_STATE] = state
+    config = capture(model, **capture_options)._graphs_recordings.config
+    return put_in_front(model, config)
+
+
+def put_in_front(model: Model, config: CaptureConfig) -> Model:
+    """`accelerate`, with settings that were resolved already."""
+    own = {name: vars(model)[name] for name in _METHODS if name in vars(model)}
+    vars(model)[STATE] = state = Accelerated(model, config, own)
     vars(model).update(state.replacements())
     return model
 
 
 def restore(model: Model) -> Model:
     """Take back what `accelerate` did to a model; nothing, if it did nothing."""
-    if vars(model).pop(_STATE, None) is not None:
+    state = vars(model).pop(STATE, None)
+    if state is not None:
         for name in _METHODS:
             vars(model).pop(name, None)
+        vars(model).update(state.own)
     return model
 
 
@@ -78,40 +96,39 @@ def accelerated_report(model: torch.nn.Module) -> CaptureReport:
     Raises:
         ConfigError: `accelerate` was not called for it.
     """
-    state = vars(model).get(_STATE)
+    state = vars(model).get(STATE)
     if state is None:
         raise ConfigError("model", type(model).__name__, "a model that graphs.accelerate was called for")
-    return merged([state.step.report(), *state.prompts.reports(), *(step.report() for step in state.loop.steps())])
+    report: CaptureReport = state.report()
+    return report
 
 
-class DecodeStep(torch.nn.Module):
-    """One call of a model, as its class defines it."""
+class Accelerated:
+    """What `accelerate` keeps of one model, and makes anew for a copy of it.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    Args:
+        model: of transformers.
+        config: of the captured steps.
+        own: methods that stood in front of the model's class already, as hooks of other libraries put them there.
+    """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
-        return type(self.model).forward(self.model, *args, **kwargs)
-
-
-class _Accelerated:
-    """What `accelerate` keeps of one model, and makes anew for a copy of it."""
-
-    def __init__(self, model: torch.nn.Module, options: dict[str, Any]) -> None:
-        self._model, self._options = model, options
+    def __init__(self, model: torch.nn.Module, config: CaptureConfig, own: dict[str, Any]) -> None:
+        self._model, self._config, self.own = model, config, own
         self._caches = FixedCaches()
         self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
-        self.loop = Loop(model, options)
-        self.prompts = Prompts(lambda: DecodeStep(model), options)
+        self.loop = Loop(model, config)
+        self.prompts = Prompts(model, config)
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
     def step(self) -> CapturedStep[Any, Any]:
         """The captured step; made when it is first needed, for a model that is being copied is not there yet."""
-        return capture(DecodeStep(self._model), **self._options)
+        return CapturedModule(DecodeStep(self._model), self._config)
+
+    def report(self) -> CaptureReport:
+        """What was recorded of its steps, prompts and loops."""
+        return merged([self.step.report(), *self.prompts.reports(), *(step.report() for step in self.loop.steps())])
 
     def replacements(self) -> dict[str, _Replacement]:
         """What stands in front of the methods of the class, by name."""
@@ -119,7 +136,7 @@ class _Accelerated:
 
     def replacement(self, name: str) -> _Replacement:
         """What is called in place of a method."""
-        original = types.MethodType(getattr(type(self._model), name), self._model)
+        original = self.own.get(name) or types.MethodType(getattr(type(self._model), name), self._model)
         return _Replacement(self, name, original)
 
     def forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +151,7 @@ class _Accelerated:
         if cache is None or tokens is None or running.begins_anew:
             return original(*args, **kwargs)
         if not begun:
-            again = running.lent_again == id(cache) and self.prompts.wanted(tokens, cache)
+            again = is_fixed(cache) and self.prompts.wanted(tokens, cache) and running.lent_again == id(cache)
             return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
         if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
@@ -238,10 +255,10 @@ class _Accelerated:
                 return {}
             return {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
 
-        made = make(True)
-        if not any(map(is_fixed, made.values())) or not self._may_lend(make, model_kwargs, capacity(length)):
+        found = self._fixed_cache(make, model_kwargs, capacity(length))
+        if found is None:
             return original(generation_config, model_kwargs, mode, batch_size, length)
-        name, cache = made.popitem()
+        name, cache = found
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
         encoded_length = None if encoded is None else encoded[0].shape[1]
@@ -249,10 +266,21 @@ class _Accelerated:
         key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
         known = self._caches.take(key)
         model_kwargs[name] = cache if known is None else known
-        running.lent_again = 0 if known is None else id(known)
+        running.lent_again = id(known) if known is not None and getattr(known, "records_prompts", True) else 0
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None
+
+    def _fixed_cache(
+        self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int
+    ) -> tuple[str, Any] | None:
+        """An empty cache of fixed storage with the name of its argument: as transformers makes it, or one of this project."""
+        made = make(True)
+        if any(map(is_fixed, made.values())):
+            return made.popitem() if self._may_lend(make, model_kwargs, size) else None
+        name, cache = next(iter(make(False).items()), (cache_argument(self._model), None))
+        cache = own_cache(self._model, cache, size, model_kwargs.get("attention_mask"))
+        return None if cache is None else (name, cache)
 
     def _may_lend(self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
         """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
@@ -261,17 +289,18 @@ class _Accelerated:
             self._agrees[key] = agrees(self._model, make, model_kwargs)
         return self._agrees[key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Accelerated:
-        return memo.setdefault(id(self), type(self)(copy.deepcopy(self._model, memo), self._options))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
+        twin = type(self)(copy.deepcopy(self._model, memo), self._config, copy.deepcopy(self.own, memo))
+        return memo.setdefault(id(self), twin)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model, self._options)
+        return type(self), (self._model, self._config, self.own)
 
 
 class _Replacement:
     """A method of an accelerated model; it looks like the one that it stands for."""
 
-    def __init__(self, state: _Accelerated, name: str, original: Any) -> None:
+    def __init__(self, state: Accelerated, name: str, original: Any) -> None:
         functools.update_wrapper(self, original)
         self._state, self._name, self._original = state, name, original
 
@@ -282,7 +311,7 @@ class _Replacement:
         return copy.deepcopy(self._state, memo).replacement(self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Accelerated.replacement, (self._state, self._name)
+        return Accelerated.replacement, (self._state, self._name)
 
 
 class _OtherLoop(Exception):

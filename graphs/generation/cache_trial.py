@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graphs.generation.fixed_caches import layers_of
+from graphs.generation.caches.fixed_caches import layers_of
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState

@@ -16,26 +16,19 @@ from typing import Any
 
 import torch
 
-from graphs.dispatch.captured_module import CapturedStep, capture
-from graphs.generation.fixed_caches import capacity, is_fixed
+from graphs.config import CaptureConfig
+from graphs.dispatch.captured_module import CapturedModule, CapturedStep
+from graphs.generation.caches.fixed_caches import CACHES, capacity, is_fixed
 from graphs.generation.late_stop import LateStop
 from graphs.generation.processors import Prepared, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
 from graphs.report import CaptureReport
 
 Tensor = torch.Tensor
-CACHES = ("cache", "past_key_values")  # what the argument is called, from 5.24 on and before
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the tokens
 _TOLD = ""  # a reason that each step tells by itself
 _KEPT = 8  # steps that nobody runs
 _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
-_OF_ARGUMENTS = (
-    "buckets",
-    "batch_dims",
-    "static",
-    "padding",
-    "outputs",
-)  # options that a step without tensor arguments has none of
 
 
 @dataclass(frozen=True)
@@ -102,12 +95,12 @@ class Loop:
 
     Args:
         model: of transformers.
-        options: as of `graphs.capture`.
+        config: of the captured steps, which have no tensor arguments.
     """
 
-    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+    def __init__(self, model: Any, config: CaptureConfig) -> None:
         self._model = model
-        self._options = {name: value for name, value in options.items() if name not in _OF_ARGUMENTS}
+        self._config = dataclasses.replace(config, buckets=None, batch_dims=None, static=(), padding={}, outputs="owned")
         self._lock = threading.Lock()
         self._free: list[_Kept] = []
         self._running: list[_Kept] = []
@@ -171,7 +164,7 @@ class Loop:
                 self._running.append(kept)
                 return kept
         body = TokenStep(self._model, Sequences(begin), choice, names)
-        kept = _Kept(key, capture(body, **self._options), body)
+        kept = _Kept(key, CapturedModule(body, self._config), body)
         with self._lock:
             self._running.append(kept)
         return kept

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from graphs.dispatch.captured_module import CapturedStep, capture
+from graphs.compiler_options import CompilerOptions
+from graphs.config import CaptureConfig
+from graphs.dispatch.captured_module import CapturedModule, CapturedStep
+from graphs.generation.decode_step import DecodeStep
 from graphs.report import CaptureReport
 
 Tensor = torch.Tensor
@@ -22,12 +25,13 @@ class Prompts:
     """The prompts of one model.
 
     Args:
-        make: the model's call as a module.
-        options: as of `graphs.capture`; a prompt is not compiled.
+        model: of transformers.
+        config: of the captured step; a prompt is not compiled.
     """
 
-    def __init__(self, make: Callable[[], torch.nn.Module], options: dict[str, Any]) -> None:
-        self._make, self._options = make, {**options, "compiler": "none", "compiler_options": None}
+    def __init__(self, model: torch.nn.Module, config: CaptureConfig) -> None:
+        self._model = model
+        self._config = dataclasses.replace(config, compiler="none", compiler_options=CompilerOptions(), buckets=None)
         self._seen: set[Any] = set()
         self._recorded: set[Any] = set()
         self._unfit: set[Any] = set()
@@ -36,7 +40,7 @@ class Prompts:
     @functools.cached_property
     def step(self) -> CapturedStep[Any, Any]:
         """The captured call."""
-        return capture(self._make(), **self._options)
+        return CapturedModule(DecodeStep(self._model), self._config)
 
     def reports(self) -> list[CaptureReport]:
         """What was recorded, or why not."""

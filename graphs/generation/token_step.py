@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from graphs.generation.decode_step import call
 from graphs.generation.processors import History, Processor
 
 Tensor = torch.Tensor
@@ -168,7 +169,7 @@ class TokenStep(torch.nn.Module):
 
     def forward(self, cache: Any, **others: Any) -> None:
         """Append one token to each row."""
-        outputs = type(self.model).forward(self.model, **self.inputs(cache, others), return_dict=True)
+        outputs = call(self.model, **self.inputs(cache, others), return_dict=True)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.sequences.tokens.device)
         self.sequences.append(self.choice.token(self.sequences.history, logits), self.choice)
 

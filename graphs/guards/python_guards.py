@@ -273,10 +273,10 @@ class Untouched:
         types_ = [guard for guard in guards if type(guard) is TypeGuard]
         answered = {id(guard) for part in (whole, named, names, types_) for guard in part}
         self.rest = [guard for guard in guards if id(guard) not in answered]
-        self._whole = [guard.mapping for guard in whole]
+        self._whole = [guard.mapping for guard in whole if guard.entries]  # most are the hooks of modules, and empty
         self._keys = [key for guard in whole for key, _ in guard.entries]
         self._values = [value for guard in whole for _, value in guard.entries]
-        self._sized = [*self._whole, *(guard.mapping for guard in named)]
+        self._sized = [guard.mapping for guard in (*whole, *named)]
         self._lengths = [guard.length for guard in (*whole, *named)]
         looked_up = [(guard.mapping, key, value) for guard in named for key, value in guard.entries]
         looked_up += [(guard.mapping, key, value) for guard in names for key, value in guard.entries]

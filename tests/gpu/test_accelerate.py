@@ -67,7 +67,7 @@ def host_waits() -> Iterator[list[int]]:
             waits[0] += sum("synchronizing" in str(one.message) for one in caught)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_next", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_next", "t5", "minimax", "deepseek_v4"])
 def test_tokens_are_eagers_and_the_third_call_records_nothing(name: str, device: torch.device) -> None:
     model, twin = on_device(name, device)
     for seed in range(2):

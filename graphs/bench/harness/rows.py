@@ -35,10 +35,10 @@ class BenchRow:
     """One workload in one mode.
 
     Attributes:
-        workload: ``decode`` or ``wo_a``.
+        workload: ``decode``, ``wo_a`` or ``generate``.
         case: the model, or the path.
         rows: batch size of a decode step, or tokens of a projection.
-        mode: ``eager`` or ``graph``.
+        mode: ``eager`` or ``graph``; ``generate``: the form.
         operations: what a call is divided by: 1 decode step, or the projections in one call.
         host_us: host time per operation, microseconds.
         device_us: device time per operation with the host ahead, microseconds; None on a CPU.
@@ -48,6 +48,7 @@ class BenchRow:
         capture_seconds, pool_bytes: cost of the recording; 0 in eager mode.
         groups, weight_bytes, first_call_seconds: ``wo_a``: G, the bytes of one weight with its scales, and the first call of this
             path and M, with compilation and tuning as far as no cache on disk had them.
+        recordings, equal_tokens: ``generate``: recordings, and the share of tokens that are those of the dynamic cache.
         break_even_calls: calls until the recording has paid for ``capture_seconds``, by the medians of this run; None in
             eager mode, or where it never does.
     """
@@ -68,6 +69,8 @@ class BenchRow:
     groups: int = 0
     weight_bytes: int = 0
     first_call_seconds: float = 0.0
+    recordings: int = 0
+    equal_tokens: float | None = None
 
     @property
     def call(self) -> Spread:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from graphs.bench.harness.optional import optional_module
-from graphs.bench.harness.rows import BarRow, BenchRow, Results
+from graphs.bench.harness.rows import BarRow, BenchRow, Machine, Results
 
 _COLUMNS = ("batch", "mode", "host\nus", "device\nus", "launches", "tokens\nper s", "break-even\ncalls", "gain")
 _LEFT = ("batch", "bar", "measured", "mode", "limit", "outcome", "path", "worst", "missed at")
@@ -94,17 +94,23 @@ def make_table(columns: tuple[str, ...], title: str, widths: Mapping[str, int] |
 
 def caption(results: Results) -> str:
     """Where and how the results were measured."""
-    machine = results.machine
-    counted = "submissions of the host" if machine.driver != "none" else "operators dispatched"
-    toolkit = f" with {machine.toolkit}" if machine.toolkit not in ("", "none") else ""
+    counted = "submissions of the host" if results.machine.driver != "none" else "operators dispatched"
     lines = [
-        f"{machine.device}, driver {machine.driver}, torch {machine.torch}{toolkit}, triton {machine.triton}, "
-        f"Python {machine.python}, {machine.threads} CPU thread(s)",
+        where(results.machine),
         f"Medians of {results.runs} runs. Launches: {counted}. Gain: tokens per second, graph over eager. "
         "Break-even: calls that pay for the recording.",
         *results.notes,
     ]
     return "\n".join(lines)
+
+
+def where(machine: Machine) -> str:
+    """The machine and the versions."""
+    toolkit = f" with {machine.toolkit}" if machine.toolkit not in ("", "none") else ""
+    return (
+        f"{machine.device}, driver {machine.driver}, torch {machine.torch}{toolkit}, triton {machine.triton}, "
+        f"Python {machine.python}, {machine.threads} CPU thread(s)"
+    )
 
 
 def microseconds(us: float) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
+CACHES = ("cache", "past_key_values")  # what the argument is called, from transformers 5.24 on and before
 STEP = 64
 """Positions by which lengths of caches differ, so that prompts of other lengths find one that is there."""
 _KEPT = 8  # caches that nobody uses
@@ -77,6 +78,8 @@ def capacity(length: int) -> int:
 
 def reorder_in_place(cache: Any) -> None:
     """Have beams reordered within the storage of a cache."""
+    if getattr(cache, "reorders_in_place", False):
+        return
     for layer in layers_of(cache):
         layer.reorder_cache = functools.partial(_reorder, layer)
 

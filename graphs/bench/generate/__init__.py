@@ -1,0 +1,1 @@
+"""``generate()`` of transformers: eager, with its own compilation, and on recordings."""

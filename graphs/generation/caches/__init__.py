@@ -1,0 +1,1 @@
+"""Caches of fixed storage, and their keeping between calls of ``generate()``."""
