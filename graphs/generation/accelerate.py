@@ -6,6 +6,7 @@ import copy
 import functools
 import sys
 import types
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -14,7 +15,17 @@ import torch
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
 from graphs.errors import ChangingValue, ConfigError, HostSync
-from graphs.generation.caches.fixed_caches import CACHES, FixedCaches, capacity, is_fixed, made_fixed, reorder_in_place
+from graphs.generation.cache_trial import agrees, typed
+from graphs.generation.caches.fixed_caches import (
+    CACHES,
+    FixedCaches,
+    capacity,
+    is_filled,
+    is_fixed,
+    made_fixed,
+    places_of,
+    reorder_in_place,
+)
 from graphs.generation.caches.own_caches import cache_argument, own_cache
 from graphs.generation.decode_step import STATE, DecodeStep
 from graphs.generation.loop import Loop, Request
@@ -104,6 +115,8 @@ class Accelerated:
     def __init__(self, model: torch.nn.Module, config: CaptureConfig, own: dict[str, Any]) -> None:
         self._model, self._config, self.own = model, config, own
         self._caches = FixedCaches()
+        self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
+        self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
         self.loop = Loop(model, config)
         self.prompts = Prompts(model, config)
         self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
@@ -132,25 +145,32 @@ class Accelerated:
         if running is None or self.step.mode == "eager":
             return original(*args, **kwargs)
         cache, tokens, begun = running.seen(kwargs)
-        if cache is None or tokens is None:
+        if running.begins_anew:
+            detail = "there is no cache that a call before filled: each reads the whole sequence, or has state of another kind"
+            self._refuse(detail, "pass use_cache=True, where the model has a cache")
+        if cache is None or tokens is None or running.begins_anew:
             return original(*args, **kwargs)
         if not begun:
             again = is_fixed(cache) and self.prompts.wanted(tokens, cache) and running.lent_again == id(cache)
             return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
         if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
-        if is_fixed(cache):
+        if is_fixed(cache) or type(cache) in self._stay_put:
             return self.step(*args, **kwargs)
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
+        self._refuse(detail, remedy)
+        return original(*args, **kwargs)
+
+    def _refuse(self, detail: str, remedy: str) -> None:
+        """Count a step that runs eagerly, and warn about it once."""
         log = self.step._graphs_recordings.call_log
         with log.warning_after():
             log.refused(ChangingValue(detail, operator="cache", remedy=remedy))
-        return original(*args, **kwargs)
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = _Generation()
+        running = _Generation(self._stay_put)
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
@@ -225,26 +245,49 @@ class Accelerated:
         chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
         if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
             return original(generation_config, model_kwargs, mode, batch_size, length)
+
+        def make(fixed: bool) -> dict[str, Any]:
+            """An empty cache by the name of its argument; nothing where the model has none such."""
+            kwargs = {name: value for name, value in model_kwargs.items() if name not in CACHES}
+            if not fixed:
+                original(generation_config, kwargs, mode, batch_size, length)
+            elif not made_fixed(lambda config: original(config, kwargs, mode, batch_size, length), generation_config, length):
+                return {}
+            return {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
+
+        found = self._fixed_cache(make, model_kwargs, capacity(length))
+        if found is None:
+            return original(generation_config, model_kwargs, mode, batch_size, length)
+        name, cache = found
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
         encoded_length = None if encoded is None else encoded[0].shape[1]
         inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
         key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
-        if not made_fixed(lambda config: original(config, model_kwargs, mode, batch_size, length), generation_config, length):
-            original(generation_config, model_kwargs, mode, batch_size, length)
-        name = next((name for name in CACHES if model_kwargs.get(name) is not None), cache_argument(self._model))
-        if not is_fixed(model_kwargs.get(name)):
-            made = own_cache(self._model, model_kwargs.get(name), capacity(length), model_kwargs.get("attention_mask"))
-            if made is None:
-                return None
-            model_kwargs[name] = made
         known = self._caches.take(key)
-        if known is not None:
-            model_kwargs[name] = known
-            running.lent_again = id(known) if getattr(known, "records_prompts", True) else 0
+        model_kwargs[name] = cache if known is None else known
+        running.lent_again = id(known) if known is not None and getattr(known, "records_prompts", True) else 0
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
         return None
+
+    def _fixed_cache(
+        self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int
+    ) -> tuple[str, Any] | None:
+        """An empty cache of fixed storage with the name of its argument: as transformers makes it, or one of this project."""
+        made = make(True)
+        if any(map(is_fixed, made.values())):
+            return made.popitem() if self._may_lend(make, model_kwargs, size) else None
+        name, cache = next(iter(make(False).items()), (cache_argument(self._model), None))
+        cache = own_cache(self._model, cache, size, model_kwargs.get("attention_mask"))
+        return None if cache is None else (name, cache)
+
+    def _may_lend(self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
+        """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
+        key = size, typed(model_kwargs)
+        if key not in self._agrees:
+            self._agrees[key] = agrees(self._model, make, model_kwargs)
+        return self._agrees[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
         twin = type(self)(copy.deepcopy(self._model, memo), self._config, copy.deepcopy(self.own, memo))
@@ -287,18 +330,35 @@ class _Generation:
     Attributes:
         lent: caches of fixed storage that it was given, with what they are kept by.
         lent_again: the identity of one that an earlier call has used.
+        begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stay_put: set[type[Any]]) -> None:
         self.lent: list[tuple[Any, Any]] = []
         self.lent_again = 0
-        self._begun: dict[int, Any] = {}
+        self.begins_anew = False
+        self._stay_put = stay_put
+        self._begun: dict[int, tuple[Any, list[Any]]] = {}
+        self._calls = 0
 
     def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
         """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
-        begun = id(cache) in self._begun
-        if cache is not None and tokens is not None:
-            self._begun[id(cache)] = cache
+        first, self._calls = self._calls == 0, self._calls + 1
+        if tokens is None:
+            self.begins_anew = False
+            return cache, None, False
+        begun = cache is None or self._is_known(cache) or (not first and type(cache) in self._stay_put)
+        self.begins_anew = begun and not first and (cache is None or not is_filled(cache))
         return cache, tokens, begun
+
+    def _is_known(self, cache: Any) -> bool:
+        """Whether a call had this cache before; the second time, one of unknown class is looked at."""
+        known = self._begun.get(id(cache))
+        if known is None or known[1]:
+            places = [] if is_fixed(cache) else places_of(cache)
+            if known is not None and places == known[1]:
+                self._stay_put.add(type(cache))
+            self._begun[id(cache)] = cache, places if known is None else []
+        return known is not None

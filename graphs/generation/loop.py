@@ -217,11 +217,19 @@ class Loop:
         config = copy.copy(request.config)
         config._mask_length = length
         changed = dataclasses.replace(request, config=config)
-        result = _sampled(sample, self._model, changed, tokens, criteria, request.grown(tokens))
+        arguments = self._without_prompts(tokens, request.grown(tokens))
+        result = _sampled(sample, self._model, changed, tokens, criteria, arguments)
         more: Tensor = getattr(result, "sequences", result)
         if config._pad_token_tensor is not None:
             more[:, length] = torch.where(ended, config._pad_token_tensor.to(more.device), more[:, length])
         return more
+
+    def _without_prompts(self, tokens: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments but for those that the model reads with a prompt alone, such as images."""
+        prepare = self._model.prepare_inputs_for_generation
+        begun, later = (prepare(tokens, next_sequence_length=1, is_first_iteration=first, **arguments) for first in (True, False))
+        only = {name for name in arguments if begun.get(name) is not None and later.get(name) is None}
+        return {name: value for name, value in arguments.items() if name not in only}
 
 
 class Draws:

@@ -153,8 +153,10 @@ def refused_loads(code: types.CodeType, frame: types.FrameType) -> Iterator[tupl
     Looks up without running anything of the user's. What a name is bound to later, or what a container holds, is not seen.
     """
     local = frame.f_locals
+    of_function = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}  # no globals, though they are not bound yet
+    spaces = (local, frame.f_globals, frame.f_builtins)
     for path, called in _loads(code):
-        value = _named(path[0], local, frame)
+        value = _named(path[0], spaces[:1] if path[0] in of_function else spaces)
         for name in path[1:]:
             value = _attribute(value, name)
         found = refused_value(value, called=called) if value is not _NOTHING else None
@@ -194,8 +196,8 @@ def _pushes_self(instruction: dis.Instruction) -> bool:
     return instruction.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and bool((instruction.arg or 0) & 1))
 
 
-def _named(name: str, local: Any, frame: types.FrameType) -> Any:
-    for space in (local, frame.f_globals, frame.f_builtins):
+def _named(name: str, spaces: tuple[Any, ...]) -> Any:
+    for space in spaces:
         if name in space:
             return space[name]
     return _NOTHING

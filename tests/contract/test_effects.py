@@ -223,3 +223,29 @@ def test_memory_is_put_back_where_it_was_resized() -> None:
     state.restore()
     assert not state.differences()
     assert held["array"].tolist() == [1.0] and held["bytes"] == b"ab" and held["file"].getvalue() == b"abc"
+
+
+def named_like_builtins(x: Tensor) -> Tensor:
+    input, open = x.chunk(2)  # on purpose
+    scaled = [input * part for part in open]
+    return torch.stack([*scaled, input])
+
+
+def test_a_local_variable_that_is_named_like_a_function_is_none() -> None:
+    step = graphs.capture(named_like_builtins)
+    with torch.no_grad():
+        for number in range(3):
+            x = torch.full((4, 3), float(number))
+            assert torch.equal(step(x), named_like_builtins(x))
+    assert step.report().recordings == 1, str(step.report())
+
+
+def test_a_function_that_reads_what_lies_outside_is_refused_by_any_name() -> None:
+    held = open
+
+    def step(x: Tensor) -> Tensor:
+        return x + len(list(map(held, [])))
+
+    captured = graphs.capture(step)
+    assert torch.equal(captured(torch.ones(2)), torch.ones(2))
+    assert [refusal.reason for refusal in captured.report().refusals] == ["unguarded-read"]

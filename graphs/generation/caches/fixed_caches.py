@@ -53,6 +53,24 @@ def is_fixed(cache: Any) -> bool:
     return cache is not None and bool(getattr(cache, "is_compileable", False)) and type(cache).__name__ != "DynamicCache"
 
 
+def places_of(held: Any, depth: int = 5) -> list[Any]:
+    """Where the tensors of a cache lie, with their shapes: a cache of unknown class is fixed if a step leaves them there."""
+    if isinstance(held, Tensor):
+        return [(held.data_ptr(), held.shape, held.stride())]
+    parts = held if isinstance(held, (list, tuple)) else held.values() if isinstance(held, dict) else _attributes(held)
+    return [place for part in parts for place in places_of(part, depth - 1)] if depth else []
+
+
+def _attributes(held: Any) -> Any:
+    return () if isinstance(held, type) else getattr(held, "__dict__", {}).values()
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a call has written to the cache; a model may be handed one that it does not use."""
+    layers = layers_of(cache)
+    return not layers or any(getattr(layer, "is_initialized", True) for layer in layers)
+
+
 def capacity(length: int) -> int:
     """Positions of the cache for sequences of ``length``: the next multiple of `STEP`."""
     return -(-length // STEP) * STEP
@@ -73,9 +91,19 @@ def layers_of(cache: Any) -> list[Any]:
 
 
 def _reorder(layer: Any, beams: Tensor) -> None:
-    for value in vars(layer).values():
-        if isinstance(value, Tensor) and value.ndim > 1:
-            value.copy_(value.index_select(0, beams.to(value.device)))
+    """As the layer does it; what it put into new tensors is copied to where the old ones are."""
+    places = [(held, key, value) for held in _holders(layer) for key, value in held.items() if isinstance(value, Tensor)]
+    type(layer).reorder_cache(layer, beams)
+    for held, key, value in places:
+        if held[key] is not value:
+            value.copy_(held[key])
+            held[key] = value
+
+
+def _holders(layer: Any) -> list[dict[Any, Any]]:
+    """The attributes of a layer, and those of them that hold several states by number."""
+    attributes = vars(layer)
+    return [attributes, *(value for value in attributes.values() if isinstance(value, dict))]
 
 
 def made_fixed(make: Callable[[Any], None], config: Any, length: int) -> bool:

@@ -1,0 +1,109 @@
+"""Whether a model computes the same with a cache of fixed storage: tried before the first one of a length is lent.
+
+Most models mask what was not written yet. Some take the length of the keys for that of the sequence (for a local mask, a bias of
+positions, keys that are joined to others), and fail or are silently wrong. So a few tokens are decoded with the cache that grows
+and with a fixed one, whose unwritten positions hold large numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from graphs.generation.caches.fixed_caches import layers_of
+from graphs.observation.operations import EagerTrace
+from graphs.rehearsal.rehearsal import Runs, States
+from graphs.state.python_state import PythonState
+from graphs.state.tensor_state import RandomState
+
+Tensor = torch.Tensor
+_TOKENS = (5, 1, 1)  # of the calls: a prompt, two steps
+_UNWRITTEN = 30.0  # far from what a model writes, and no overflow in float16
+_TOLERANCE = 3e-3  # of float32, relative; products in TF32 differ by 5e-4, a key too few by 1e-2
+_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+_logger = logging.getLogger("graphs")
+
+
+def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any]) -> bool:
+    """Whether a fixed cache gives the logits of one that grows; also where a model cannot be asked with tokens alone.
+
+    What the runs change of Python's and of random generators is undone.
+
+    Args:
+        make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
+        model_kwargs: what ``generate`` passes on; of it, types of tokens and the first row of an encoder's output are used.
+    """
+    device, dtype = model.device, model.dtype
+    encoded = model_kwargs.get("encoder_outputs")
+    types = {name: value[:1, -1:] for name, value in model_kwargs.items() if name in typed(model_kwargs)}
+
+    def call(tokens: Tensor, cache: dict[str, Any]) -> Tensor:
+        given = {"input_ids": tokens} if encoded is None else {"decoder_input_ids": tokens, "encoder_outputs": (encoded[0][:1],)}
+        given |= {name: kind.expand(tokens.shape) for name, kind in types.items()}
+        logits: Tensor = type(model).forward(model, **given, **cache, use_cache=True).logits[:, -1]
+        return logits.float()
+
+    def compared() -> bool:
+        wanted = _logits(call, make(False), device)
+        fixed = make(True)
+        _logits(call, fixed, device)  # makes its storage
+        for cache in fixed.values():
+            _overwrite(emptied(cache))
+        got = _logits(call, fixed, device)
+        tolerance = max(_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
+        return len(got) >= len(wanted) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
+
+    start = States(RandomState(device), PythonState([("model", model)]))
+    same = Runs(start, EagerTrace(), is_there=True).run(compared)
+    if not same:
+        _logger.info("graphs: %s computes something else with a cache of fixed storage", type(model).__name__)
+    return same
+
+
+def typed(model_kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of arguments that tell the type of each token, which masks may be made by."""
+    return tuple(name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None)
+
+
+def _logits(call: Callable[[Tensor, dict[str, Any]], Tensor], cache: dict[str, Any], device: torch.device) -> list[Tensor]:
+    """The logits of each call, up to the first one that fails."""
+    found: list[Tensor] = []
+    for tokens in _TOKENS:
+        try:
+            found.append(call(torch.arange(3, 3 + tokens, device=device)[None] + len(found), cache))
+        except _ERRORS as error:
+            _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
+            break
+    return found
+
+
+def emptied(cache: Any) -> Any:
+    """The cache, which looks like a new one and has its storage; some models read a prompt in both directions where it is new."""
+    cache.reset()
+    for layer in layers_of(cache):
+        if getattr(layer, "is_initialized", False) and hasattr(layer, "lazy_initialization"):
+            layer.is_initialized = False
+            layer.lazy_initialization = functools.partial(_use_again, layer)
+    return cache
+
+
+def _use_again(layer: Any, *states: Any, **options: Any) -> None:
+    """In the place of ``lazy_initialization``: the storage is there."""
+    del layer.lazy_initialization
+    layer.is_initialized = True
+
+
+def _overwrite(cache: Any) -> None:
+    """Fill the keys and values of an empty cache."""
+    for layer in layers_of(cache):
+        for name in ("keys", "values"):
+            if isinstance(getattr(layer, name, None), Tensor):
+                getattr(layer, name).fill_(_UNWRITTEN)
+
+
+def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return bool((got - wanted).norm() <= tolerance * wanted.norm())
