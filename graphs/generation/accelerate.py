@@ -289,6 +289,10 @@ class Accelerated:
             self._agrees[key] = agrees(self._model, make, model_kwargs)
         return self._agrees[key]
 
+    def __graphs_walk__(self) -> Any:
+        """What belongs to the model's state: a first call must not put back what is noted here of caches and loops in use."""
+        return self.own
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
         twin = type(self)(copy.deepcopy(self._model, memo), self._config, copy.deepcopy(self.own, memo))
         return memo.setdefault(id(self), twin)
@@ -306,6 +310,10 @@ class _Replacement:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._state, _METHODS[self._name])(self._original, *args, **kwargs)
+
+    def __graphs_walk__(self) -> Any:
+        """The method that it stands for."""
+        return self._original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Replacement:
         return copy.deepcopy(self._state, memo).replacement(self._name)
