@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -240,3 +241,85 @@ def test_a_method_that_another_library_put_in_front_is_called() -> None:
         same(model, twin, turn)
     graphs.restore(model)
     assert vars(model)["forward"].__name__ == "shifted"
+
+
+def negated(own: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = own(*args, **kwargs)
+        outputs.logits = -outputs.logits
+        return outputs
+
+    return forward
+
+
+def shifted(own: Any) -> Any:
+    def prepare(ids: Tensor, **kwargs: Any) -> Any:
+        inputs = own(ids, **kwargs)
+        return {**inputs, "input_ids": (inputs["input_ids"] + 1) % 64}
+
+    return prepare
+
+
+PATCHES: dict[str, Any] = {
+    "forward": lambda model: setattr(model, "forward", negated(model.forward)),
+    "a method as forward": lambda model: setattr(
+        model, "forward", types.MethodType(lambda self, *a, **k: negated(type(self).forward)(self, *a, **k), model)
+    ),
+    "the preparation": lambda model: setattr(
+        model, "prepare_inputs_for_generation", shifted(model.prepare_inputs_for_generation)
+    ),
+    "a class with a call of its own": lambda model: setattr(model, "__class__", called_otherwise(type(model))),
+}
+
+
+def called_otherwise(kind: Any) -> Any:
+    class Called(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return negated(super().__call__)(*args, **kwargs)
+
+    return Called
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["accelerated", "captured"])
+@pytest.mark.parametrize("patch", PATCHES)
+def test_methods_that_are_put_in_front_later_are_called_for_each_token(patch: str, captured: bool) -> None:
+    model, twin = twins()
+    made = graphs.capture(graphs.restore(model)) if captured else model
+    for turn in range(2):
+        same(made, twin, turn)
+    for one in (model, twin):
+        PATCHES[patch](one)
+    for turn in range(2):
+        same(made, twin, turn)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_conversation_goes_on_with_the_cache_that_was_handed_out(beams: int) -> None:
+    model, twin = twins()
+    arguments = {"max_new_tokens": 30, "min_new_tokens": 30, "return_dict_in_generate": True, "num_beams": beams}
+    results = [one.generate(prompt(0), **arguments) for one in (twin, model)]
+    for turn in range(3):
+        wanted, got = results
+        assert torch.equal(wanted.sequences, got.sequences)
+        theirs, ours = wanted.cache, got.cache
+        assert type(theirs) is type(ours) and theirs.get_seq_length() == ours.get_seq_length()
+        for expected, layer in zip(theirs.layers, ours.layers, strict=True):
+            torch.testing.assert_close(layer.keys, expected.keys)
+        if beams > 1:
+            break
+        asked = [torch.cat([one.sequences, prompt(turn + 1, length=3)], 1) for one in results]
+        pairs = zip((twin, model), asked, results, strict=True)
+        results = [one.generate(ids, cache=result.cache, **arguments) for one, ids, result in pairs]
+    before = graphs.accelerated_report(model)
+    for turn in range(2):
+        same(model, twin, turn, **arguments)
+    assert graphs.accelerated_report(model).recordings == before.recordings
+
+
+def test_autocast_between_calls() -> None:
+    model, twin = twins()
+    same(model, twin, 0)
+    for turn, dtype in enumerate([torch.bfloat16, torch.float16, torch.bfloat16]):
+        with torch.autocast("cpu", dtype):
+            same(model, twin, turn)
+        same(model, twin, turn)

@@ -19,22 +19,23 @@ from graphs.generation.cache_trial import agrees, typed
 from graphs.generation.caches.fixed_caches import (
     CACHES,
     FixedCaches,
+    autocast_of,
+    can_grow_from,
     capacity,
-    is_filled,
+    grown_from,
     is_fixed,
     made_fixed,
-    places_of,
     reorder_in_place,
 )
 from graphs.generation.caches.own_caches import cache_argument, own_cache
 from graphs.generation.decode_step import STATE, DecodeStep
 from graphs.generation.loop import Loop, Request
 from graphs.generation.prompts import Prompts
+from graphs.generation.running import Generation
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
-_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
 _PLAIN = 5  # arguments of generate() by position before those for other loops
 _ELSEWHERE = frozenset(
@@ -74,10 +75,14 @@ def accelerate(model: Model, **capture_options: Any) -> Model:
 
 def put_in_front(model: Model, config: CaptureConfig) -> Model:
     """`accelerate`, with settings that were resolved already."""
-    own = {name: vars(model)[name] for name in _METHODS if name in vars(model)}
-    vars(model)[STATE] = state = Accelerated(model, config, own)
+    vars(model)[STATE] = state = Accelerated(model, config, methods_in_front(model))
     vars(model).update(state.replacements())
     return model
+
+
+def methods_in_front(model: torch.nn.Module) -> dict[str, Any]:
+    """Of the methods that are exchanged, those that somebody put in front of the model's class already."""
+    return {name: vars(model)[name] for name in _METHODS if name in vars(model)}
 
 
 def restore(model: Model) -> Model:
@@ -119,7 +124,7 @@ class Accelerated:
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
         self.loop = Loop(model, config)
         self.prompts = Prompts(model, config)
-        self._running: ContextVar[_Generation | None] = ContextVar("graphs_generation", default=None)
+        self._running: ContextVar[Generation | None] = ContextVar("graphs_generation", default=None)
 
     @functools.cached_property
     def step(self) -> CapturedStep[Any, Any]:
@@ -129,6 +134,11 @@ class Accelerated:
     def report(self) -> CaptureReport:
         """What was recorded of its steps, prompts and loops."""
         return merged([self.step.report(), *self.prompts.reports(), *(step.report() for step in self.loop.steps())])
+
+    @property
+    def _device(self) -> torch.device:
+        device: Any = self._model.device
+        return torch.device(device)
 
     def replacements(self) -> dict[str, _Replacement]:
         """What stands in front of the methods of the class, by name."""
@@ -170,23 +180,30 @@ class Accelerated:
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = _Generation(self._stay_put)
+        running = Generation(self._stay_put)
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
         finally:
             self._running.reset(token)
+        for name in CACHES:
+            theirs = running.theirs.get(id(getattr(result, name, None)))
+            if theirs is not None:
+                setattr(result, name, grown_from(getattr(result, name), theirs))
         handed_out = {id(getattr(result, name, None)) for name in CACHES}
         for key, cache in running.lent:
             if id(cache) not in handed_out:
                 self._caches.give(key, cache)
         return result
 
-    def _generated(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: _Generation) -> Any:
+    def _generated(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: Generation) -> Any:
         """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
         if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
             return original(*args, **kwargs)
         if self.step.mode == "eager" or not _is_plain(type(self._model)):
+            return original(*args, **kwargs)
+        if (replaced := self._replaced()) is not None:
+            self._say_host_part(f"{replaced} in front of the model's")
             return original(*args, **kwargs)
         try:
             return original(*args, **{**kwargs, "custom_generate": functools.partial(self._decoded, running)})
@@ -195,7 +212,7 @@ class Accelerated:
 
     def _decoded(
         self,
-        running: _Generation,
+        running: Generation,
         model: Any,
         input_ids: Tensor,
         logits_processor: Any,
@@ -221,8 +238,7 @@ class Accelerated:
             if not isinstance(result, str):
                 return result
             if result:
-                why = HostSync(f"between two tokens the host is needed for: {result}", operator="generate")
-                self.step._graphs_recordings.call_log.recorded_otherwise(why, "each step is replayed by itself")
+                self._say_host_part(result)
         return theirs(
             model,
             input_ids,
@@ -231,6 +247,18 @@ class Accelerated:
             generation_config=generation_config,
             **model_kwargs,
         )
+
+    def _say_host_part(self, part: str) -> None:
+        """Tell, once as a warning, why transformers' own loop runs."""
+        why = HostSync(f"between two tokens the host is needed for: {part}", operator="generate")
+        self.step._graphs_recordings.call_log.recorded_otherwise(why, "each step is replayed by itself")
+
+    def _replaced(self) -> str | None:
+        """A method that somebody put in front of the model's class since, and that the loop of transformers would call."""
+        kind, mine = type(self._model), vars(self._model)
+        names = [name for name, value in mine.items() if not isinstance(value, _Replacement) and callable(value)]
+        methods = [name for name in names if callable(getattr(kind, name, None))]
+        return methods[0] if methods else None
 
     def get_compiled_call(self, original: Any, compile_config: Any = None) -> Any:
         """What the loop calls for a token: the model itself, unless the caller says how to compile it."""
@@ -259,16 +287,22 @@ class Accelerated:
         if found is None:
             return original(generation_config, model_kwargs, mode, batch_size, length)
         name, cache = found
+        theirs = make(False).get(name) if generation_config.return_dict_in_generate else None
+        if generation_config.return_dict_in_generate and not can_grow_from(cache, theirs):
+            return original(generation_config, model_kwargs, mode, batch_size, length)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         encoded = model_kwargs.get("encoder_outputs")
         encoded_length = None if encoded is None else encoded[0].shape[1]
         inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
-        key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference
+        cast = autocast_of(self._device)
+        key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference, cast
         known = self._caches.take(key)
         model_kwargs[name] = cache if known is None else known
         running.lent_again = id(known) if known is not None and getattr(known, "records_prompts", True) else 0
         reorder_in_place(model_kwargs[name])
         running.lent.append((key, model_kwargs[name]))
+        if theirs is not None:
+            running.theirs[id(model_kwargs[name])] = theirs
         return None
 
     def _fixed_cache(
@@ -329,44 +363,6 @@ class _OtherLoop(Exception):
 def _is_plain(kind: type[Any]) -> bool:
     """Whether a class of models generates as transformers' base class does."""
     base = sys.modules["transformers.generation.utils"].GenerationMixin
-    return all(getattr(kind, name, None) is getattr(base, name) for name in ("generate", "_sample"))
-
-
-class _Generation:
-    """One call of ``generate()``.
-
-    Attributes:
-        lent: caches of fixed storage that it was given, with what they are kept by.
-        lent_again: the identity of one that an earlier call has used.
-        begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
-    """
-
-    def __init__(self, stay_put: set[type[Any]]) -> None:
-        self.lent: list[tuple[Any, Any]] = []
-        self.lent_again = 0
-        self.begins_anew = False
-        self._stay_put = stay_put
-        self._begun: dict[int, tuple[Any, list[Any]]] = {}
-        self._calls = 0
-
-    def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
-        """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
-        first, self._calls = self._calls == 0, self._calls + 1
-        if tokens is None:
-            self.begins_anew = False
-            return cache, None, False
-        begun = cache is None or self._is_known(cache) or (not first and type(cache) in self._stay_put)
-        self.begins_anew = begun and not first and (cache is None or not is_filled(cache))
-        return cache, tokens, begun
-
-    def _is_known(self, cache: Any) -> bool:
-        """Whether a call had this cache before; the second time, one of unknown class is looked at."""
-        known = self._begun.get(id(cache))
-        if known is None or known[1]:
-            places = [] if is_fixed(cache) else places_of(cache)
-            if known is not None and places == known[1]:
-                self._stay_put.add(type(cache))
-            self._begun[id(cache)] = cache, places if known is None else []
-        return known is not None
+    methods = ("generate", "_sample", "_update_model_kwargs_for_generation")
+    plain = all(getattr(kind, name, None) is getattr(base, name) for name in methods)
+    return plain and kind.__call__ is torch.nn.Module.__call__

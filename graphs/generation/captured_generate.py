@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphs.dispatch.captured_module import ATTRIBUTES, CapturedStep
-from graphs.generation.accelerate import put_in_front
+from graphs.generation.accelerate import Accelerated, methods_in_front, put_in_front
 from graphs.generation.decode_step import STATE
 from graphs.report import CaptureReport
 
@@ -23,20 +23,26 @@ class CapturedGenerate:
 
     def __init__(self, step: CapturedStep[Any, Any], model: torch.nn.Module) -> None:
         self._step, self._model = step, model
-        self._twin: Any = put_in_front(copy.copy(model), step._graphs_recordings.config)
-        self._front = vars(self._twin).keys() - vars(model).keys()
+        self._begin()
         functools.update_wrapper(self, getattr(model, "generate"))  # noqa: B009  # not declared for modules
+
+    def _begin(self) -> None:
+        """Accelerate a second object of the model as it is now."""
+        self._twin: Any = put_in_front(copy.copy(self._model), self._step._graphs_recordings.config)
+        self._state: Accelerated = vars(self._twin)[STATE]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
-        vars(self._twin).update({name: value for name, value in vars(self._model).items() if name not in self._front})
-        vars(self._twin)[STATE].step.mode = self._step.mode
+        if methods_in_front(self._model) != self._state.own or type(self._model) is not type(self._twin):
+            self._begin()
+        front = {STATE, *self._state.replacements()}
+        vars(self._twin).update({name: value for name, value in vars(self._model).items() if name not in front})
+        self._state.step.mode = self._step.mode
         return self._twin.generate(*args, **kwargs)
 
     def report(self) -> CaptureReport:
         """What was recorded for it."""
-        report: CaptureReport = vars(self._twin)[STATE].report()
-        return report
+        return self._state.report()
 
 
 def _generate_of(step: CapturedStep[Any, Any]) -> CapturedGenerate | None:

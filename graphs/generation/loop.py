@@ -18,7 +18,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep
-from graphs.generation.caches.fixed_caches import CACHES, capacity, is_fixed
+from graphs.generation.caches.fixed_caches import CACHES, autocast_of, capacity, is_fixed
 from graphs.generation.late_stop import LateStop
 from graphs.generation.processors import Prepared, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
@@ -120,7 +120,7 @@ class Loop:
         if isinstance(prepared, str):
             return prepared
         choice, form = _choice(request, prepared), _begin(request, request.tokens, prepared).form
-        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(request.tokens.device.type)
+        modes = torch.is_inference_mode_enabled(), autocast_of(request.tokens.device)
         key = form, prepared.key, choice.sampled, value_key([choice.ends, choice.padding]), request.names, modes
         if key in self._unfit:
             return self._unfit[key]

@@ -11,6 +11,7 @@ import torch
 from graphs.compiler_options import CompilerOptions
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep
+from graphs.generation.caches.fixed_caches import autocast_of
 from graphs.generation.decode_step import DecodeStep
 from graphs.report import CaptureReport
 
@@ -69,4 +70,4 @@ class Prompts:
 
 
 def _shape(tokens: Tensor, cache: Any) -> Any:
-    return (*tokens.shape, tokens.dtype, type(cache).__name__, torch.is_inference_mode_enabled())
+    return (*tokens.shape, tokens.dtype, type(cache).__name__, torch.is_inference_mode_enabled(), autocast_of(tokens.device))

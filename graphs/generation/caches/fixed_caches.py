@@ -76,6 +76,27 @@ def capacity(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives states on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def can_grow_from(cache: Any, theirs: Any) -> bool:
+    """Whether what a fixed cache holds can be handed out as one that grows: keys and values by position, and nothing else."""
+    pairs = getattr(cache, "layers", []), getattr(theirs, "layers", None) or []
+    kinds = {type(layer).__name__ for layer in pairs[0]}
+    grown = {type(layer).__name__ for layer in pairs[1]} or {"DynamicLayer"}
+    return kinds == {"StaticLayer"} and grown == {"DynamicLayer"} and type(theirs).__name__ == "DynamicCache"
+
+
+def grown_from(cache: Any, theirs: Any) -> Any:
+    """``theirs``, which was empty, with what was written to a fixed cache."""
+    length = int(cache.get_seq_length())
+    for index, layer in enumerate(cache.layers):
+        theirs.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+    return theirs
+
+
 def reorder_in_place(cache: Any) -> None:
     """Have beams reordered within the storage of a cache."""
     if getattr(cache, "reorders_in_place", False):
