@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import threading
 import types
 from typing import Any
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[hf]'")
 
+from transformers import LlamaForCausalLM, StaticCache
 from transformers.generation import logits_process
 
 import graphs
+from graphs.events import Recorded
 from graphs.generation.loop import Loop
 from graphs.generation.processors import History, Prepared, prepare
 from graphs.generation.token_step import TokenStep
@@ -323,3 +327,76 @@ def test_autocast_between_calls() -> None:
         with torch.autocast("cpu", dtype):
             same(model, twin, turn)
         same(model, twin, turn)
+
+
+def test_a_cache_of_the_callers_own_is_served_by_the_recording_of_another() -> None:
+    model, twin = twins()
+    prefix, kept = prompt(9), []
+    for one in (model, twin):
+        cache = StaticCache(config=one.config, max_cache_len=64)
+        with torch.no_grad():
+            one(prefix, cache=cache)
+        kept.append(cache)
+    recorded: list[Any] = []
+    listener = graphs.on_event(lambda event: recorded.append(event) if isinstance(event, Recorded) else None)
+    try:
+        for turn in range(4):
+            ids = torch.cat([prefix, prompt(turn, length=3)], 1)
+            arguments = {"max_new_tokens": 10, "min_new_tokens": 10}
+            got, wanted = (
+                one.generate(ids, cache=copy.deepcopy(c), **arguments) for one, c in zip((model, twin), kept, strict=True)
+            )
+            assert torch.equal(got, wanted) and got.stride() == wanted.stride()
+    finally:
+        listener()
+    assert len(recorded) == 1
+
+
+class Switching(LlamaForCausalLM):
+    """Prepares other inputs once a sequence is long."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if input_ids.shape[1] > 10:
+            inputs["input_ids"] = (inputs["input_ids"] + 1) % 60
+        return inputs
+
+
+class Narrowing(LlamaForCausalLM):
+    """Forgets what is long ago."""
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        updated["attention_mask"][:, :-4] = 0
+        return updated
+
+
+@pytest.mark.parametrize("kind", [Switching, Narrowing])
+def test_a_class_that_prepares_its_steps_otherwise_keeps_transformers_loop(kind: Any) -> None:
+    model, twin = twins()
+    for one in (model, twin):
+        one.__class__ = kind
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    for turn in range(2):
+        same(model, twin, turn, attention_mask=mask, max_new_tokens=14, min_new_tokens=14)
+    assert not loops_of(model)
+
+
+def test_dropout_in_training_draws_as_in_eager() -> None:
+    model, twin = twins("gpt2")
+    for one in (model, twin):
+        one.train()
+    for turn in range(2):
+        same(model, twin, turn)
+    for one in (model, twin):
+        one.eval()
+    same(model, twin, 2)
+    assert loops_of(model)
+
+
+def test_the_methods_look_like_those_that_they_stand_for() -> None:
+    model, twin = twins()
+    assert inspect.signature(model.forward) == inspect.signature(twin.forward)
+    got, wanted = (one.generate.__wrapped__(one, prompt(0), max_new_tokens=4, min_new_tokens=4) for one in (model, twin))
+    assert torch.equal(got, wanted)
+    assert model.forward.__func__ is twin.forward.__func__

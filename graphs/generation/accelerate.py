@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -271,6 +272,7 @@ class Accelerated:
         running = self._running.get()
         own = any(model_kwargs.get(name) is not None for name in CACHES)
         chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
+        chosen = chosen or self._model.training  # dropout would draw for positions that are not there
         if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
             return original(generation_config, model_kwargs, mode, batch_size, length)
 
@@ -340,6 +342,9 @@ class _Replacement:
 
     def __init__(self, state: Accelerated, name: str, original: Any) -> None:
         functools.update_wrapper(self, original)
+        self.__signature__ = inspect.signature(original)
+        self.__func__ = getattr(original, "__func__", original)
+        self.__wrapped__ = getattr(self.__func__, "__wrapped__", self.__func__)
         self._state, self._name, self._original = state, name, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -363,6 +368,7 @@ class _OtherLoop(Exception):
 def _is_plain(kind: type[Any]) -> bool:
     """Whether a class of models generates as transformers' base class does."""
     base = sys.modules["transformers.generation.utils"].GenerationMixin
-    methods = ("generate", "_sample", "_update_model_kwargs_for_generation")
-    plain = all(getattr(kind, name, None) is getattr(base, name) for name in methods)
-    return plain and kind.__call__ is torch.nn.Module.__call__
+    methods = ("generate", "_sample", "_update_model_kwargs_for_generation", "_has_unfinished_sequences", "_prefill")
+    plain = all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
+    prepares: str = getattr(kind.prepare_inputs_for_generation, "__module__", "")
+    return plain and kind.__call__ is torch.nn.Module.__call__ and prepares.startswith("transformers.")

@@ -27,7 +27,6 @@ from graphs.report import CaptureReport
 Tensor = torch.Tensor
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the tokens
 _TOLD = ""  # a reason that each step tells by itself
-_KEPT = 8  # steps that nobody runs
 _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
@@ -173,7 +172,7 @@ class Loop:
         with self._lock:
             self._running.remove(kept)
             if kept.key not in self._unfit:
-                self._free = [*self._free[1 - _KEPT :], kept]
+                self._free = [*self._free, kept][-self._config.max_recordings :]
 
     def _decoded(
         self, kept: _Kept, request: Request, prepared: Prepared, tokens: Tensor, sample: Callable[..., Any], *, exact: bool
@@ -201,7 +200,7 @@ class Loop:
                 known = True
         used = last if stop is None else int(sequences.length)
         random.undo(used - tokens.shape[1])
-        return sequences.tokens[:, :used].clone()
+        return sequences.tokens[:, :used].clone(memory_format=torch.contiguous_format)
 
     def _prepares_alike(self, kept: _Kept, request: Request, tokens: Tensor, others: dict[str, Any]) -> bool:
         """Whether the model prepares the same inputs from the storage of fixed size as from what transformers' loop holds."""

@@ -24,9 +24,9 @@ from graphs.guards.object_guards import guard_object, guard_weakly_held, memory_
 from graphs.guards.portrait import portrait
 from graphs.guards.python_guards import About, Guards, Look
 from graphs.guards.traversal import LEAVES, Scope, Traversal
-from graphs.guards.value_guards import ValueGuard
+from graphs.guards.value_guards import CellGuard, ValueGuard
 from graphs.objects.c_objects import variable_content
-from graphs.objects.cells import ABSENT, Difference, reference_to
+from graphs.objects.cells import ABSENT, CellView, Difference, reference_to
 from graphs.objects.kinds import NOT_ENTERED
 from graphs.objects.raw_access import of_type
 from graphs.python_reads.code_reads import CodeReads
@@ -163,7 +163,8 @@ class GuardWalk:
         guards = [*self._all(), *(self._beside.all() if self._beside is not None else ())]
         guarded = {id(guard.mapping) for guard in guards if isinstance(guard, (MappingGuard, NamesGuard))}
         guarded |= {id(guard.sequence) for guard in guards if isinstance(guard, SequenceGuard)}
-        left = [link for link in links if id(link.container) not in guarded and not isinstance(link.container, tuple)]
+        guarded |= {id(guard.cell) for guard in guards if isinstance(guard, CellGuard)}
+        left = [link for link in links if _of_link(link) not in guarded and not isinstance(link.container, tuple)]
         dicts = {id(link.container): link.container for link in left if isinstance(link.container, dict)}
         for identity, container in dicts.items():
             keys = {link.key: link.path for link in left if id(link.container) == identity}
@@ -252,3 +253,8 @@ def _item(container: Any, key: Any) -> Any:
         return container[key]
     except (KeyError, IndexError):
         return ABSENT
+
+
+def _of_link(link: Link) -> int:
+    """The identity of what holds the tensor of a link: of a closure's cell, not of the view of it that is made for each look."""
+    return id(link.container.cell if isinstance(link.container, CellView) else link.container)

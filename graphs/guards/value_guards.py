@@ -85,11 +85,11 @@ class CellGuard:
     """The content of a closure's cell."""
 
     def __init__(self, path: str, cell: types.CellType) -> None:
-        self._path, self._cell, self.value = path, cell, _content(cell)
+        self._path, self.cell, self.value = path, cell, _content(cell)
 
     def difference(self) -> Difference | None:
         """The content, if it is another object."""
-        now = _content(self._cell)
+        now = _content(self.cell)
         if not same(now, self.value):
             return Difference(self._path, text_of(self.value), text_of(now))
         self.value = now
@@ -97,7 +97,7 @@ class CellGuard:
 
     def conditions(self, bind: Bind) -> Iterator[str]:
         """The content by identity; an empty cell raises, and is looked at by `difference`."""
-        yield f"{bind(self._cell)}.cell_contents is {bind(self.value)}"
+        yield f"{bind(self.cell)}.cell_contents is {bind(self.value)}"
 
 
 class FunctionGuard:

@@ -39,25 +39,25 @@ class CellView:
     """A closure cell as a mapping with one item."""
 
     def __init__(self, cell: types.CellType) -> None:
-        self._cell = cell
+        self.cell = cell
 
     def __getitem__(self, key: str) -> Any:
         try:
-            return self._cell.cell_contents
+            return self.cell.cell_contents
         except ValueError as error:  # empty
             raise KeyError(key) from error
 
     def read(self) -> dict[str, Any]:
         """The content of the cell; nothing while it is empty."""
         try:
-            return {"": self._cell.cell_contents}
+            return {"": self.cell.cell_contents}
         except ValueError:
             return {}
 
     def write(self, content: dict[str, Any]) -> None:
         """Put back what `read` gave."""
         if content:
-            self._cell.cell_contents = content[""]
+            self.cell.cell_contents = content[""]
 
 
 class SpecialView:
