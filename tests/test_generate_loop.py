@@ -348,7 +348,7 @@ def test_a_cache_of_the_callers_own_is_served_by_the_recording_of_another() -> N
             )
             assert torch.equal(got, wanted) and got.stride() == wanted.stride()
     finally:
-        listener()
+        listener.remove()
     assert len(recorded) == 1
 
 

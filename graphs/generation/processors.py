@@ -42,7 +42,50 @@ class History:
     limits: Tensor
 
 
-Processor = Callable[[History, Tensor], Tensor]
+class Processor(torch.nn.Module):
+    """Scores ``[rows, vocabulary]`` of a step to others; a module, so that what it holds is state of the step."""
+
+    def forward(self, history: History, scores: Tensor) -> Tensor:
+        """As they are."""
+        return scores
+
+
+class _Theirs(Processor):
+    """A processor of transformers, called with the tokens so far as they stand in their storage."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def forward(self, history: History, scores: Tensor) -> Tensor:
+        scored: Tensor = self.processor(self._tokens(history), scores)
+        return scored
+
+    def _tokens(self, history: History) -> Tensor:
+        return history.tokens
+
+
+class _OfSet(_Theirs):
+    """One that asks which tokens there are: the last one is repeated behind them."""
+
+    def _tokens(self, history: History) -> Tensor:
+        last = history.tokens.index_select(1, (history.length - 1).view(1))
+        return torch.where(history.index < history.length, history.tokens, last)
+
+
+class _Unrepeated(Processor):
+    """As ``no_repeat_ngram_size`` asks for.
+
+    Args:
+        size: tokens in a row that are not to be repeated.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, history: History, scores: Tensor) -> Tensor:
+        return _without_repeated(history, scores, self.size)
 
 
 @dataclass(frozen=True)
@@ -97,31 +140,51 @@ def value_key(value: Any) -> Any:
 def _made(processor: Any, name: str, limits: list[int]) -> tuple[Processor, Any] | None:
     """The function of a processor and its settings; what it compares lengths with is appended to ``limits``."""
     if name in OF_SCORES:
-        return (lambda history, scores: processor(history.tokens, scores)), vars(processor)
+        return _Theirs(processor), vars(processor)
     if name == "RepetitionPenaltyLogitsProcessor" and getattr(processor, "prompt_ignore_length", None) is None:
-        return (lambda history, scores: processor(_filled(history), scores)), vars(processor)
+        return _OfSet(processor), vars(processor)
     if name == "NoRepeatNGramLogitsProcessor":
-        size: int = processor.ngram_size
-        return (lambda history, scores: _without_repeated(history, scores, size)), size
+        return _Unrepeated(processor.ngram_size), processor.ngram_size
     if name == "ForcedBOSTokenLogitsProcessor":  # of the first token, which the prompt gives
-        return (lambda history, scores: scores), None
+        return Processor(), None
     if name == "SuppressTokensLogitsProcessor":
-        never = processor.suppress_tokens
-        return (lambda history, scores: _masked(scores, never)), never
+        return _Marked(processor.suppress_tokens), processor.suppress_tokens
     place = len(limits)
     if name in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
-        tokens = processor.eos_token_id
         limits.append(_smallest(processor))
-        return (lambda history, scores: _masked(scores, tokens, history.length < history.limits[place])), tokens
+        return _Marked(processor.eos_token_id, place, torch.lt), processor.eos_token_id
     if name == "SuppressTokensAtBeginLogitsProcessor":
-        begun = processor.begin_suppress_tokens
         limits.append(processor.begin_index)
-        return (lambda history, scores: _masked(scores, begun, history.length == history.limits[place])), begun
+        return _Marked(processor.begin_suppress_tokens, place, torch.eq), processor.begin_suppress_tokens
     if name == "ForcedEOSTokenLogitsProcessor":
-        ends = processor.eos_token_id
         limits.append(processor.max_length - 1)
-        return (lambda history, scores: _forced(scores, ends, history.length == history.limits[place])), ends
+        return _Marked(processor.eos_token_id, place, torch.eq, forced=True), processor.eos_token_id
     return None
+
+
+class _Marked(Processor):
+    """Takes tokens of the vocabulary out, or forces them.
+
+    Args:
+        tokens: their ids ``[ids]``.
+        place: of the limit that the number of tokens is compared with; None for always.
+        compare: how.
+        forced: these tokens are the only ones that may follow.
+    """
+
+    def __init__(
+        self, tokens: Tensor, place: int | None = None, compare: Callable[..., Tensor] = torch.eq, *, forced: bool = False
+    ) -> None:
+        super().__init__()
+        self.tokens, self.place, self.compare, self.forced = tokens, place, compare, forced
+
+    def forward(self, history: History, scores: Tensor) -> Tensor:
+        active = None if self.place is None else self.compare(history.length, history.limits[self.place])
+        if self.forced:
+            only = torch.where(_marked(self.tokens, scores), 0.0, torch.full_like(scores, -math.inf))
+            return only if active is None else torch.where(active, only, scores)
+        marked = _marked(self.tokens, scores)
+        return torch.where(marked if active is None else marked & active, -math.inf, scores)
 
 
 def _smallest(processor: Any) -> int:
@@ -131,27 +194,12 @@ def _smallest(processor: Any) -> int:
     return int(processor.prompt_length_to_skip) + int(processor.min_new_tokens)
 
 
-def _filled(history: History) -> Tensor:
-    """The tokens with their last one repeated behind them: the same set."""
-    last = history.tokens.index_select(1, (history.length - 1).view(1))
-    return torch.where(history.index < history.length, history.tokens, last)
-
-
 def _marked(tokens: Tensor, scores: Tensor) -> Tensor:
     """Which entries of the vocabulary are among ``tokens``, ``[vocabulary]``; ids outside of it are none of them."""
     vocabulary = scores.shape[-1]
     ids = tokens.to(scores.device, torch.int64).flatten()
     inside = torch.where((ids < 0) | (ids > vocabulary), vocabulary, ids)
     return scores.new_zeros(vocabulary + 1, dtype=torch.bool).index_fill(0, inside, True)[:vocabulary]
-
-
-def _masked(scores: Tensor, tokens: Tensor, active: Tensor | bool = True) -> Tensor:
-    return torch.where(_marked(tokens, scores) & active, -math.inf, scores)
-
-
-def _forced(scores: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
-    forced = torch.where(_marked(tokens, scores), 0.0, torch.full_like(scores, -math.inf))
-    return torch.where(active, forced, scores)
 
 
 def _without_repeated(history: History, scores: Tensor, size: int) -> Tensor:

@@ -18,21 +18,20 @@ from graphs.generation.processors import History, Processor
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(torch.nn.Module):
     """How a token is chosen from the scores of a step.
 
-    Attributes:
+    Args:
         processors: in turn.
         sampled: drawn by its probability; else the one with the highest score.
         ends: ids ``[ids]`` that end a row; None where nothing does.
         padding: what follows in a row that has ended, int64 of no dimension; None where no row ends.
     """
 
-    processors: Sequence[Processor]
-    sampled: bool
-    ends: Tensor | None
-    padding: Tensor | None
+    def __init__(self, processors: Sequence[Processor], sampled: bool, ends: Tensor | None, padding: Tensor | None) -> None:
+        super().__init__()
+        self.processors = torch.nn.ModuleList(processors)
+        self.sampled, self.ends, self.padding = sampled, ends, padding
 
     def token(self, history: History, logits: Tensor) -> Tensor:
         """The next token of each row, ``[rows]``, from float32 logits ``[rows, vocabulary]``."""
