@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'stepgraphs[hf]'")
 
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import (
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    Phi3Config,
+    Phi3ForCausalLM,
+    StaticCache,
+    StoppingCriteriaList,
+)
 from transformers.generation import logits_process
 
 import graphs
@@ -400,3 +407,72 @@ def test_the_methods_look_like_those_that_they_stand_for() -> None:
     got, wanted = (one.generate.__wrapped__(one, prompt(0), max_new_tokens=4, min_new_tokens=4) for one in (model, twin))
     assert torch.equal(got, wanted)
     assert model.forward.__func__ is twin.forward.__func__
+
+
+def test_a_criterion_with_a_length_of_its_own_is_followed() -> None:
+    model, twin = twins()
+    for turn in range(2):
+        criteria = StoppingCriteriaList([MaxLengthCriteria(90)])
+        same(model, twin, turn, stopping_criteria=criteria, max_new_tokens=20, min_new_tokens=1)
+        same(model, twin, turn)
+
+
+def test_a_processor_that_is_changed_later_is_not_that_of_another_call() -> None:
+    model, twin = twins()
+    kept = logits_process.TemperatureLogitsWarper(0.2)
+
+    def own(processor: Any) -> dict[str, Any]:
+        return {"logits_processor": logits_process.LogitsProcessorList([processor]), "do_sample": True, "top_k": 0}
+
+    same(model, twin, 0, **own(kept))
+    kept.temperature = 5.0
+    for turn in range(2):
+        same(model, twin, turn, **own(logits_process.TemperatureLogitsWarper(0.2)))
+        same(model, twin, turn, **own(kept))
+
+
+class InTuple(LlamaForCausalLM):
+    """Hands the cache out in a tuple."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().generate(*args, return_dict_in_generate=True, cache_implementation="static", **kwargs)
+        return result.sequences, result.cache
+
+
+def test_a_cache_that_is_handed_out_in_a_container_is_not_lent_again() -> None:
+    model, twin = twins()
+    for one in (model, twin):
+        one.__class__ = InTuple
+    found = []
+    for one in (graphs.accelerate(model), twin):
+        sequences, cache = one.generate(prompt(0), max_new_tokens=NEW, min_new_tokens=NEW)
+        one.generate(prompt(5), max_new_tokens=NEW, min_new_tokens=NEW)
+        with torch.no_grad():
+            found.append(one(sequences[:, -1:], cache=cache).logits)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("turning", [8, 100])
+def test_a_model_that_begins_anew_at_a_length_is_followed(turning: int) -> None:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+        lengths = {"max_position_embeddings": 128, "original_max_position_embeddings": turning, "initializer_range": 0.3}
+        made.append(Phi3ForCausalLM(Phi3Config(**sizes, **tokens, **lengths, num_key_value_heads=2, rope_scaling=rope)).eval())
+    model, twin = graphs.accelerate(made[0]), made[1]
+    for turn in range(2):
+        same(model, twin, turn)
+
+
+def test_settings_that_differ_at_each_call_are_not_recorded_at_each_call() -> None:
+    model, twin = twins()
+    for turn in range(9):
+        same(model, twin, turn, do_sample=True, temperature=0.5 + turn / 10)
+    report = graphs.accelerated_report(model)
+    assert report.recordings <= 6 and not report.eager_calls
+    assert any("first call with" in reason for reason in host_reasons(model))
+    same(model, twin, 9, do_sample=True, temperature=1.3)
+    assert graphs.accelerated_report(model).recordings <= 7

@@ -38,6 +38,7 @@ from graphs.report import CaptureReport, merged
 Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
+_OURS = 4  # references to a lent cache once generate() has returned: two notes of the call, a name and an argument
 _PLAIN = 5  # arguments of generate() by position before those for other loops
 _ELSEWHERE = frozenset(
     {"custom_generate", "synced_gpus", "assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
@@ -181,7 +182,7 @@ class Accelerated:
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = Generation(self._stay_put)
+        running = Generation(self._stay_put, lends=not _sets_length(args, kwargs))
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
@@ -193,7 +194,7 @@ class Accelerated:
                 setattr(result, name, grown_from(getattr(result, name), theirs))
         handed_out = {id(getattr(result, name, None)) for name in CACHES}
         for key, cache in running.lent:
-            if id(cache) not in handed_out:
+            if id(cache) not in handed_out and sys.getrefcount(cache) <= _OURS:
                 self._caches.give(key, cache)
         return result
 
@@ -201,10 +202,11 @@ class Accelerated:
         """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
         if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
             return original(*args, **kwargs)
-        if self.step.mode == "eager" or not _is_plain(type(self._model)):
+        if self.step.mode == "eager":
             return original(*args, **kwargs)
-        if (replaced := self._replaced()) is not None:
-            self._say_host_part(f"{replaced} in front of the model's")
+        own = self._replaced() or _own_method(type(self._model))
+        if own is not None:
+            self._say_host_part(f"{own} of the model's own")
             return original(*args, **kwargs)
         try:
             return original(*args, **{**kwargs, "custom_generate": functools.partial(self._decoded, running)})
@@ -273,7 +275,14 @@ class Accelerated:
         own = any(model_kwargs.get(name) is not None for name in CACHES)
         chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
         chosen = chosen or self._model.training  # dropout would draw for positions that are not there
-        if running is None or own or chosen or generation_config.is_assistant or "assisted" in str(mode).lower():
+        if (
+            running is None
+            or not running.lends
+            or own
+            or chosen
+            or generation_config.is_assistant
+            or "assisted" in str(mode).lower()
+        ):
             return original(generation_config, model_kwargs, mode, batch_size, length)
 
         def make(fixed: bool) -> dict[str, Any]:
@@ -365,10 +374,20 @@ class _OtherLoop(Exception):
     """A loop of transformers that a custom one cannot stand for."""
 
 
-def _is_plain(kind: type[Any]) -> bool:
-    """Whether a class of models generates as transformers' base class does."""
+def _sets_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a stopping criterion of the caller's stands for the largest length, which ``generate()`` makes a cache for."""
+    criteria = kwargs.get("stopping_criteria") or (args[3] if len(args) > 3 else None) or ()
+    return any(hasattr(one, "max_length") for one in criteria)
+
+
+def _own_method(kind: type[Any]) -> str | None:
+    """A method of the loop's that a class of models does not have from transformers' base class.
+
+    What a model prepares for a token may depend on all tokens before it, of which the step shows it the last one.
+    """
     base = sys.modules["transformers.generation.utils"].GenerationMixin
-    methods = ("generate", "_sample", "_update_model_kwargs_for_generation", "_has_unfinished_sequences", "_prefill")
-    plain = all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
-    prepares: str = getattr(kind.prepare_inputs_for_generation, "__module__", "")
-    return plain and kind.__call__ is torch.nn.Module.__call__ and prepares.startswith("transformers.")
+    known = ("generate", "prepare_inputs_for_generation", "_sample", "_prefill")
+    names = (*known, "_update_model_kwargs_for_generation", "_has_unfinished_sequences")
+    own = [name for name in names if getattr(kind, name, None) is not getattr(base, name, None)]
+    own += ["__call__"] if kind.__call__ is not torch.nn.Module.__call__ else []
+    return own[0] if own else None

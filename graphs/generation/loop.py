@@ -27,6 +27,8 @@ from graphs.report import CaptureReport
 Tensor = torch.Tensor
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the tokens
 _TOLD = ""  # a reason that each step tells by itself
+_SETTINGS = 4  # for one form of sequences that are recorded when they first come
+_REMEMBERED = 1024
 _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
@@ -104,6 +106,7 @@ class Loop:
         self._free: list[_Kept] = []
         self._running: list[_Kept] = []
         self._unfit: dict[Any, str] = {}
+        self._met: set[Any] = set()
 
     def steps(self) -> list[CapturedStep[Any, Any]]:
         """The captured steps that there are."""
@@ -123,6 +126,8 @@ class Loop:
         key = form, prepared.key, choice.sampled, value_key([choice.ends, choice.padding]), request.names, modes
         if key in self._unfit:
             return self._unfit[key]
+        if self._is_passing(key):
+            return "settings that this is the first call with, after others"
         first = _until(request.criteria, request.tokens.shape[1] + 1)
         result = _sampled(sample, self._model, request, request.tokens, first, request.arguments)
         tokens = getattr(result, "sequences", result)
@@ -154,6 +159,15 @@ class Loop:
         if model._forward_hooks or model._forward_pre_hooks:
             return "a forward hook of the model"
         return prepare(request.processors)
+
+    def _is_passing(self, key: Any) -> bool:
+        """Whether settings are new where others came before: those that differ at each call would be recorded at each call."""
+        with self._lock:
+            others = [kept.key for kept in (*self._free, *self._running) if kept.key[0] == key[0]]
+            if key in others or len(others) < _SETTINGS or key in self._met:
+                return False
+            self._met = {*self._met, key} if len(self._met) < _REMEMBERED else {key}
+            return True
 
     def _taken(self, key: Any, begin: Begin, choice: Choice, names: Names) -> _Kept:
         with self._lock:

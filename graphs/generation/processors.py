@@ -7,6 +7,7 @@ them, the ones below are; every other one (the caller's own, prefixes, time stam
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,9 +141,9 @@ def value_key(value: Any) -> Any:
 def _made(processor: Any, name: str, limits: list[int]) -> tuple[Processor, Any] | None:
     """The function of a processor and its settings; what it compares lengths with is appended to ``limits``."""
     if name in OF_SCORES:
-        return _Theirs(processor), vars(processor)
+        return _Theirs(copy.deepcopy(processor)), vars(processor)
     if name == "RepetitionPenaltyLogitsProcessor" and getattr(processor, "prompt_ignore_length", None) is None:
-        return _OfSet(processor), vars(processor)
+        return _OfSet(copy.deepcopy(processor)), vars(processor)
     if name == "NoRepeatNGramLogitsProcessor":
         return _Unrepeated(processor.ngram_size), processor.ngram_size
     if name == "ForcedBOSTokenLogitsProcessor":  # of the first token, which the prompt gives

@@ -16,13 +16,15 @@ class Generation:
     """One call of ``generate()``.
 
     Attributes:
+        lends: whether the length that a cache needs is known beforehand.
         lent: caches of fixed storage that it was given, with what they are kept by.
         theirs: by the identity of a lent cache, the one that transformers would hand out in its place, empty.
         lent_again: the identity of one that an earlier call has used.
         begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
-    def __init__(self, stay_put: set[type[Any]]) -> None:
+    def __init__(self, stay_put: set[type[Any]], *, lends: bool = True) -> None:
+        self.lends = lends
         self.lent: list[tuple[Any, Any]] = []
         self.theirs: dict[int, Any] = {}
         self.lent_again = 0
