@@ -435,7 +435,7 @@ class InTuple(LlamaForCausalLM):
     """Hands the cache out in a tuple."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().generate(*args, return_dict_in_generate=True, cache_implementation="static", **kwargs)
+        result = super().generate(*args, return_dict_in_generate=True, **kwargs)
         return result.sequences, result.cache
 
 

@@ -32,13 +32,12 @@ from graphs.generation.caches.own_caches import cache_argument, own_cache
 from graphs.generation.decode_step import STATE, DecodeStep
 from graphs.generation.loop import Loop, Request
 from graphs.generation.prompts import Prompts
-from graphs.generation.running import Generation
+from graphs.generation.running import Generation, held_by
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
 Model = TypeVar("Model", bound=torch.nn.Module)
 _MOST = 16  # tokens of one call that is a decode step: candidates of assisted decoding are checked together
-_OURS = 4  # references to a lent cache once generate() has returned: two notes of the call, a name and an argument
 _PLAIN = 5  # arguments of generate() by position before those for other loops
 _ELSEWHERE = frozenset(
     {"custom_generate", "synced_gpus", "assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
@@ -192,9 +191,9 @@ class Accelerated:
             theirs = running.theirs.get(id(getattr(result, name, None)))
             if theirs is not None:
                 setattr(result, name, grown_from(getattr(result, name), theirs))
-        handed_out = {id(getattr(result, name, None)) for name in CACHES}
+        handed_out = held_by(result)
         for key, cache in running.lent:
-            if id(cache) not in handed_out and sys.getrefcount(cache) <= _OURS:
+            if id(cache) not in handed_out:
                 self._caches.give(key, cache)
         return result
 
@@ -308,12 +307,13 @@ class Accelerated:
         cast = autocast_of(self._device)
         key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference, cast
         known = self._caches.take(key)
-        model_kwargs[name] = cache if known is None else known
-        running.lent_again = id(known) if known is not None and getattr(known, "records_prompts", True) else 0
-        reorder_in_place(model_kwargs[name])
-        running.lent.append((key, model_kwargs[name]))
+        lent = cache if known is None else known
+        running.lent_again = id(lent) if known is not None and getattr(lent, "records_prompts", True) else 0
         if theirs is not None:
-            running.theirs[id(model_kwargs[name])] = theirs
+            running.theirs[id(lent)] = theirs
+        reorder_in_place(lent)
+        model_kwargs[name] = lent
+        running.lent.append((key, lent))
         return None
 
     def _fixed_cache(

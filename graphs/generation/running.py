@@ -54,3 +54,14 @@ class Generation:
                 self._stay_put.add(type(cache))
             self._begun[id(cache)] = cache, places if known is None else []
         return known is not None
+
+
+def held_by(result: Any, depth: int = 4) -> set[int]:
+    """The identities of what is handed out: the result, its attributes, and what containers in it hold."""
+    found = {id(result)}
+    if not depth or isinstance(result, Tensor):
+        return found
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
+    for part in (*parts, *getattr(result, "__dict__", {}).values()):
+        found |= held_by(part, depth - 1)
+    return found

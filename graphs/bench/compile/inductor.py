@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,10 +43,16 @@ def measure_compilers(settings: BenchSettings, progress: Progress, sizes: tuple[
     bars = []
     for size in sizes[: 1 if settings.quick else None]:
         torch.compiler.reset()
-        with torch._dynamo.config.patch(recompile_limit=64):  # four ways to compile one function
+        with several_ways():
             bars += _bars(size, _wall_times(size, settings, progress), settings)
     torch.compiler.reset()
     return bars
+
+
+def several_ways() -> AbstractContextManager[None]:
+    """One function may be compiled in several ways."""
+    limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=64)
+    return limit
 
 
 def _wall_times(size: LlamaSize, settings: BenchSettings, progress: Progress) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ import torch
 
 import graphs
 from graphs.bench.choices import COMPILED_FORMS, FORMS, MODELS
+from graphs.bench.compile.inductor import several_ways
 from graphs.bench.generate.models import Model, Workload, workloads
 from graphs.bench.harness.machine import describe_machine
 from graphs.bench.harness.progress import Progress
@@ -62,7 +63,7 @@ def measure_generate(settings: BenchSettings, progress: Progress) -> tuple[list[
     rows, bars = [], []
     for workload in chosen_workloads(settings):
         torch.compiler.reset()
-        with torch._dynamo.config.patch(recompile_limit=64):  # several ways to compile one function
+        with several_ways():
             found, times = _measure(workload, chosen_forms(settings), settings, progress)
         rows += found
         bars += _bars(workload, times, settings)
