@@ -431,6 +431,16 @@ def test_a_processor_that_is_changed_later_is_not_that_of_another_call() -> None
         same(model, twin, turn, **own(kept))
 
 
+def test_a_processor_whose_tokens_are_written_later_is_not_that_of_another_call() -> None:
+    model, twin = twins()
+    kept = logits_process.SuppressTokensLogitsProcessor([5, 15])
+    same(model, twin, 0, logits_processor=logits_process.LogitsProcessorList([kept]))
+    kept.suppress_tokens.copy_(torch.tensor([22, 62]))
+    for turn in range(2):
+        fresh = logits_process.SuppressTokensLogitsProcessor([5, 15])
+        same(model, twin, turn, logits_processor=logits_process.LogitsProcessorList([fresh]))
+
+
 class InTuple(LlamaForCausalLM):
     """Hands the cache out in a tuple."""
 

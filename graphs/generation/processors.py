@@ -177,7 +177,7 @@ class _Marked(Processor):
         self, tokens: Tensor, place: int | None = None, compare: Callable[..., Tensor] = torch.eq, *, forced: bool = False
     ) -> None:
         super().__init__()
-        self.tokens, self.place, self.compare, self.forced = tokens, place, compare, forced
+        self.tokens, self.place, self.compare, self.forced = tokens.clone(), place, compare, forced  # theirs may be changed
 
     def forward(self, history: History, scores: Tensor) -> Tensor:
         active = None if self.place is None else self.compare(history.length, history.limits[self.place])
