@@ -152,6 +152,17 @@ def test_a_hook_on_the_model_runs_for_each_token() -> None:
     assert len(calls) == NEW and host_reasons(model) == ["a forward hook of the model"]
 
 
+def test_a_hook_of_all_modules_runs_for_each_token() -> None:
+    model, twin = twins()
+    calls: list[Any] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        same(model, twin, 0)
+    finally:
+        handle.remove()
+    assert calls.count(model) == calls.count(twin) == NEW
+
+
 def test_weights_that_were_exchanged_are_used() -> None:
     model, twin = twins()
     same(model, twin, 0)

@@ -385,7 +385,10 @@ def _own_method(kind: type[Any]) -> str | None:
 
     What a model prepares for a token may depend on all tokens before it, of which the step shows it the last one.
     """
-    base = sys.modules["transformers.generation.utils"].GenerationMixin
+    library = sys.modules.get("transformers.generation.utils")
+    if library is None:
+        return "generate"
+    base = library.GenerationMixin
     known = ("generate", "prepare_inputs_for_generation", "_sample", "_prefill")
     names = (*known, "_update_model_kwargs_for_generation", "_has_unfinished_sequences")
     own = [name for name in names if getattr(kind, name, None) is not getattr(base, name, None)]

@@ -29,6 +29,7 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the
 _TOLD = ""  # a reason that each step tells by itself
 _SETTINGS = 4  # for one form of sequences that are recorded when they first come
 _REMEMBERED = 1024
+_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
@@ -49,7 +50,7 @@ class Request:
     def ends(self) -> Tensor | None:
         """The ids that end a row."""
         stops = [one for one in self.criteria if type(one).__name__ == "EosTokenCriteria"]
-        return stops[0].eos_token_id.to(self.tokens.device) if stops else None
+        return stops[0].eos_token_id.to(self.tokens.device, copy=True) if stops else None
 
     def grown(self, tokens: Tensor) -> dict[str, Any]:
         """The arguments of the model once ``tokens`` follow, as transformers' loop leaves them."""
@@ -158,6 +159,8 @@ class Loop:
             return _TOLD  # there is no step
         if model._forward_hooks or model._forward_pre_hooks:
             return "a forward hook of the model"
+        if any(vars(torch.nn.modules.module)[name] for name in _OF_ALL_MODULES):
+            return "a forward hook of all modules"
         return prepare(request.processors)
 
     def _is_passing(self, key: Any) -> bool:
