@@ -26,6 +26,7 @@ from graphs.generation.caches.fixed_caches import (
     grown_from,
     is_fixed,
     made_fixed,
+    named_cache,
     reorder_in_place,
 )
 from graphs.generation.caches.own_caches import cache_argument, own_cache
@@ -55,10 +56,11 @@ _METHODS = {
 def accelerate(model: Model, **capture_options: Any) -> Model:
     """Serve the decode steps of ``model.generate()`` by recordings. The same object is returned, and goes on being what it is.
 
-    Prompts run eagerly. A decode step runs on a cache of fixed storage, which takes the place of the default one and is kept for
-    the next call; a cache that the caller passes or names stays what it is, and its steps are recorded where its storage is
-    fixed. A step whose cache grows runs eagerly, and is counted by that reason. `restore` undoes it, `accelerated_report` tells
-    what was recorded and why not.
+    Greedy decoding and sampling run on a step that feeds itself, where nothing between two tokens needs the host. Prompts run
+    eagerly, but for a few shapes that come again on a device. A decode step runs on a cache of fixed storage, which takes the
+    place of the default one and is kept for the next call; a cache that the caller passes or names stays what it is, and its
+    steps are recorded where its storage is fixed. A step whose cache grows runs eagerly, and is counted by that reason.
+    `restore` undoes it, `accelerated_report` tells what was recorded and why not.
 
     Args:
         model: a model of transformers that can generate.
@@ -271,17 +273,7 @@ class Accelerated:
     ) -> Any:
         """Make a cache of fixed storage, or lend one that is there, where the caller asks for none of his own."""
         running = self._running.get()
-        own = any(model_kwargs.get(name) is not None for name in CACHES)
-        chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
-        chosen = chosen or self._model.training  # dropout would draw for positions that are not there
-        if (
-            running is None
-            or not running.lends
-            or own
-            or chosen
-            or generation_config.is_assistant
-            or "assisted" in str(mode).lower()
-        ):
+        if running is None or not running.lends or not self._may_choose(generation_config, model_kwargs, mode):
             return original(generation_config, model_kwargs, mode, batch_size, length)
 
         def make(fixed: bool) -> dict[str, Any]:
@@ -300,12 +292,7 @@ class Accelerated:
         theirs = make(False).get(name) if generation_config.return_dict_in_generate else None
         if generation_config.return_dict_in_generate and not can_grow_from(cache, theirs):
             return original(generation_config, model_kwargs, mode, batch_size, length)
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        encoded = model_kwargs.get("encoder_outputs")
-        encoded_length = None if encoded is None else encoded[0].shape[1]
-        inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
-        cast = autocast_of(self._device)
-        key = rows, capacity(length), encoded_length, self._model.dtype, self._model.device, inference, cast
+        key = self._key(generation_config, model_kwargs, batch_size, length)
         known = self._caches.take(key)
         lent = cache if known is None else known
         running.lent_again = id(lent) if known is not None and getattr(lent, "records_prompts", True) else 0
@@ -315,6 +302,22 @@ class Accelerated:
         model_kwargs[name] = lent
         running.lent.append((key, lent))
         return None
+
+    def _may_choose(self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any) -> bool:
+        """Whether the caller leaves it to the model which cache there is."""
+        own = named_cache(model_kwargs)[1] is not None
+        chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
+        assisted = generation_config.is_assistant or "assisted" in str(mode).lower()
+        return not (own or chosen or assisted or self._model.training)  # dropout would draw for positions that are not there
+
+    def _key(self, generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, length: int) -> tuple[Any, ...]:
+        """What a cache is kept by."""
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        encoded = model_kwargs.get("encoder_outputs")
+        encoded_length = None if encoded is None else encoded[0].shape[1]
+        inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
+        cast = autocast_of(self._device)
+        return rows, capacity(length), encoded_length, self._model.dtype, self._device, inference, cast
 
     def _fixed_cache(
         self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphs.generation.caches.fixed_caches import CACHES
+from graphs.generation.caches.fixed_caches import named_cache
 
 STATE = "_graphs_accelerated"
 """The attribute of an accelerated model that keeps what stands in front of it."""
@@ -21,8 +21,7 @@ def call(model: Any, *args: Any, **kwargs: Any) -> Any:
     state = vars(model).get(STATE)
     own = state.own.get("forward") if state is not None else None
     forward = own if own is not None else types.MethodType(type(model).forward, model)
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-    decode_step = getattr(cache, "decode_step", None)
+    decode_step = getattr(named_cache(kwargs)[1], "decode_step", None)
     if decode_step is None:  # nothing in between for a compiler to look at
         return forward(*args, **kwargs)
     given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]

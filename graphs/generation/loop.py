@@ -18,9 +18,9 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep
-from graphs.generation.caches.fixed_caches import CACHES, autocast_of, capacity, is_fixed
+from graphs.generation.caches.fixed_caches import CACHES, autocast_of, capacity, is_fixed, named_cache
 from graphs.generation.late_stop import LateStop
-from graphs.generation.processors import Prepared, prepare, value_key
+from graphs.generation.processors import Prepared, is_theirs, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
 from graphs.report import CaptureReport
 
@@ -45,7 +45,7 @@ class Request:
 
     def cache(self) -> tuple[str, Any]:
         """The cache, and what it is called; empty where there is none."""
-        return next(((name, self.arguments[name]) for name in CACHES if self.arguments.get(name) is not None), ("", None))
+        return named_cache(self.arguments)
 
     def ends(self) -> Tensor | None:
         """The ids that end a row."""
@@ -132,9 +132,10 @@ class Loop:
         first = _until(request.criteria, request.tokens.shape[1] + 1)
         result = _sampled(sample, self._model, request, request.tokens, first, request.arguments)
         tokens = getattr(result, "sequences", result)
-        kept = self._taken(key, _begin(request, tokens, prepared), choice, request.names)
+        begin = _begin(request, tokens, prepared)
+        kept = self._taken(key, begin, choice, request.names)
         try:
-            more = self._decoded(kept, request, prepared, tokens, sample, exact=handed_out)
+            more = self._decoded(kept, request, begin, sample, exact=handed_out)
         finally:
             self._given_back(kept)
         if result is tokens:
@@ -152,7 +153,7 @@ class Loop:
                 if getattr(config, name):
                     return name
         kinds = [type(stop).__name__ for stop in criteria]
-        foreign = [name for name, stop in zip(kinds, criteria, strict=True) if name not in _STOPS or not _is_theirs(stop)]
+        foreign = [name for name, stop in zip(kinds, criteria, strict=True) if name not in _STOPS or not is_theirs(stop)]
         if foreign or len(set(kinds)) != len(kinds) or "MaxLengthCriteria" not in kinds:
             return [*foreign, "stopping criteria"][0]
         if request.tokens.ndim != 2 or criteria.max_length - request.tokens.shape[1] < 2:
@@ -191,12 +192,10 @@ class Loop:
             if kept.key not in self._unfit:
                 self._free = [*self._free, kept][-self._config.max_recordings :]
 
-    def _decoded(
-        self, kept: _Kept, request: Request, prepared: Prepared, tokens: Tensor, sample: Callable[..., Any], *, exact: bool
-    ) -> Tensor:
+    def _decoded(self, kept: _Kept, request: Request, begin: Begin, sample: Callable[..., Any], *, exact: bool) -> Tensor:
         """All tokens of all rows, ``[rows, length]``, from the first one on."""
-        sequences, ends, cache = kept.body.sequences, kept.body.choice.ends, request.cache()[1]
-        sequences.begin(_begin(request, tokens, prepared), ends)
+        sequences, ends, cache, tokens = kept.body.sequences, kept.body.choice.ends, request.cache()[1], begin.tokens
+        sequences.begin(begin, ends)
         if ends is not None and not bool(sequences.going):
             return tokens
         others, known = request.others(), bool(kept.step.report().replays)
@@ -311,10 +310,6 @@ def _until(criteria: Any, length: int) -> Any:
             one.max_length = length
         changed.append(one)
     return changed
-
-
-def _is_theirs(criterion: Any) -> bool:
-    return type(criterion).__module__.partition(".")[0] == "transformers"
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -111,8 +111,7 @@ def prepare(processors: Sequence[Any]) -> Prepared | str:
     keys: list[Any] = []
     for processor in processors:
         kind = type(processor)
-        ours = kind.__module__.partition(".")[0] == "transformers"
-        made = _made(processor, kind.__name__, limits) if ours else None
+        made = _made(processor, kind.__name__, limits) if is_theirs(processor) else None
         if made is None:
             return kind.__name__
         function, settings = made
@@ -122,6 +121,11 @@ def prepare(processors: Sequence[Any]) -> Prepared | str:
         functions.append(function)
         keys.append((kind.__name__, key))
     return Prepared(functions, tuple(limits), tuple(keys))
+
+
+def is_theirs(part: Any) -> bool:
+    """Whether a processor or a stopping criterion is of a class of transformers itself."""
+    return type(part).__module__.partition(".")[0] == "transformers"
 
 
 def value_key(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from graphs.generation.caches.fixed_caches import CACHES, is_filled, is_fixed, places_of
+from graphs.generation.caches.fixed_caches import is_filled, is_fixed, named_cache, places_of
 
 Tensor = torch.Tensor
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
@@ -35,7 +35,7 @@ class Generation:
 
     def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
         """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = named_cache(kwargs)[1]
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
         first, self._calls = self._calls == 0, self._calls + 1
         if tokens is None:

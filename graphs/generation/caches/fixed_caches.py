@@ -12,7 +12,7 @@ import copy
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class FixedCaches:
         """Take a cache back."""
         with self._lock:
             self._free = [*self._free[1 - _KEPT :], (key, cache)]
+
+
+def named_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """The cache among the arguments of a call, and what it is called; empty where there is none."""
+    return next(((name, arguments[name]) for name in CACHES if arguments.get(name) is not None), ("", None))
 
 
 def is_fixed(cache: Any) -> bool:
