@@ -199,6 +199,30 @@ def test_a_tie_may_be_broken_either_way_and_nothing_else_may() -> None:
     assert judged(step, wrong, x) is not None
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_second_and_third_that_a_choice_left_may_be_taken_too(rank: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    rows = 3
+    x, columns = torch.randn(rows, 64), torch.randn(64, 512) / 8
+    alike = torch.tensor([10, 20, 30, 40])
+    columns[:, alike] = x.sum(0)[:, None] / 3  # ahead of all others
+    columns[torch.arange(4), alike] *= 1.01  # and told apart by rounding
+    x, columns = x.to(BF16), columns.to(BF16)
+
+    def step(x: Tensor) -> list[Tensor]:
+        scores = (x @ columns).float()
+        return [scores.masked_fill(scores < 5, -torch.inf).argmax(-1) if masked else scores.argmax(-1)]
+
+    exact = (x.double() @ columns.double())[:, alike]
+    order = alike[exact.argsort(-1, descending=True)]
+    taken = step(x)[0]
+    assert all(int(token) in order[row] for row, token in enumerate(taken))
+    others = torch.stack([order[row][order[row] != taken[row]][rank - 1] for row in range(rows)])
+    assert judged(step, [others], x) is None
+    assert judged(step, [torch.where(torch.arange(rows) == 1, 7, taken)], x) is not None
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_single_number_is_not_judged_by_the_luck_of_eager(seed: int) -> None:
     torch.manual_seed(seed)

@@ -44,7 +44,7 @@ MEANINGLESS = 0.25
 """Eager's own error, relative to a result, from which on it says nothing: a step that amplifies rounding without end."""
 _ROW = 16  # elements that tell the size of errors; shorter rows take in the dimension before
 _SAMPLES = 8  # runs with random rounding, where a tensor is smaller than that
-_RUNS = 12  # in float64, at most, to find out which of two nearly equal candidates a choice took
+_RUNS = 24  # in float64, at most, to find out which of nearly equal numbers a choice took
 
 
 @dataclass(frozen=True)
