@@ -1,13 +1,14 @@
 """Choices among rounded numbers that rounding may have decided: the expert that is just ahead of the next one.
 
-A choice is a row of ``topk``, ``argmax`` or ``max`` along a dimension. Between the last that it took and one that it left, or one
-that it took and the first that it left, there is a tie if they differ, in float64, by less than rounding moves the numbers of that
-row. Another order of summation may take the other one, which is as right; so a step can be run with the choice turned.
+A choice is a row of ``topk``, ``argmax`` or ``max`` along a dimension. Between the last that it took and one that it left, or
+between one that it took and the first that it left, there is a tie if they differ, in float64, by less than rounding moves the
+numbers of that row. Another order of summation may take the other one, which is as right; so a step can be run with the choice
+turned.
 
 Two runs choose differently where four errors outweigh the distance: of two numbers, in each of the runs. With errors of one size
 in both, their sum is twice as large as one, and three times that is what `MARGIN` is. Of 1,200 choices in which right candidates
-differed from eager (a decoder of 16 layers in bfloat16, 32,000 numbers in a row), 98.6 % were nearer than 4 and all nearer than 6;
-in 4 % it was not the first that was left, but the second or third.
+differed from eager (a decoder of 16 layers in bfloat16, 32,000 numbers in a row), 98.6 % were nearer than 4 and all nearer than
+6; in 4 % it was not the first that was left, but the second or third.
 """
 
 from __future__ import annotations
