@@ -46,7 +46,8 @@ class KeyReport:
             None on a CPU, where the host does the work.
         capture_seconds: everything that preceded the first replay: audit, warm-up, recording, verification.
         pool_bytes: memory the recording added to the module's pool (tape: fixed storage of intermediates).
-        device_free_delta: free device memory before minus after, bytes; includes the driver's own.
+        device_free_delta: free device memory before minus after, bytes; includes the driver's own, and what other processes on
+            the device took meanwhile.
         padding_waste: share of the replayed rows that were padding.
         break_even_calls: calls after which the capture has paid for itself; None when a replay is not faster.
         compiler: what compiled the step before it was recorded, or ``"none"``.

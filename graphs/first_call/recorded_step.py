@@ -137,7 +137,8 @@ class RecordedStep:
     def memory_bytes(self) -> int:
         """Memory that the recording takes.
 
-        On a device that of its pool, or what the device lost meanwhile, the driver's own included, where that is more.
+        On a device that of its pool, or what the device lost meanwhile, where that is more: the driver's own is included, and
+        what other processes took.
         """
         if self.on_device:
             return max(self.recording.pool_bytes, self.device_free_delta, self.contract.nbytes)

@@ -29,7 +29,8 @@ def test_sizes_share_a_pool_and_are_replayed() -> None:
     found = step.record((torch.randn(1, 1024, device=DEVICE),), progress=False)
     assert [size.size for size in found.sizes] == [64, 8, 1] and all(size.recorded and size.replay_us for size in found.sizes)
     assert found.device == str(DEVICE) and found.memory_budget > found.bytes
-    assert found.bytes <= 2 * found.sizes[0].bytes, "the smaller sizes take the memory of the largest"
+    largest, *smaller = (key.pool_bytes for key in step.report().keys)  # `found.bytes` sees what other processes take meanwhile
+    assert sum(smaller) <= largest, "the smaller sizes take the memory of the largest"
     for rows in (1, 5, 64):
         x = torch.randn(rows, 1024, device=DEVICE)
         torch.testing.assert_close(step(x), step._graphs_model(x))
