@@ -135,13 +135,17 @@ class CallLog:
         rows, size = entry.contract.rows, entry.memory_bytes
         emit(Evicted(step=self.name, key=entry.key, rows=rows, bytes=size, replays=entry.replays))
 
+    def replays(self, entries: list[RecordedStep]) -> int:
+        """Calls that were replayed, by ``entries`` and by recordings that are gone."""
+        return self._replays_dropped + sum(entry.replays for entry in entries)
+
     def report(self, device: str, mode: str, entries: list[RecordedStep]) -> CaptureReport:
         """The report of everything counted so far."""
         return CaptureReport(
             device=device,
             mode=mode,
             recordings=len(entries),
-            replays=self._replays_dropped + sum(entry.replays for entry in entries),
+            replays=self.replays(entries),
             eager_calls=self.eager_calls,
             evictions=self.evictions,
             moved=self.moved,

@@ -243,6 +243,12 @@ class Dispatcher:
         """Call the model, because the caller asked for it, or the first call of a module around this one did."""
         return self.eager.run(args, kwargs)
 
+    @property
+    def replays(self) -> int:
+        """Calls that were replayed so far."""
+        with self.lock:
+            return self.call_log.replays(self.routes.recordings())
+
     def report(self, mode: str) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:

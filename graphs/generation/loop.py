@@ -91,6 +91,11 @@ class _Kept:
     step: CapturedStep[Any, Any]
     body: TokenStep
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the step was ever replayed."""
+        return bool(self.step._graphs_recordings.replays)
+
 
 class Loop:
     """Runs the loops of one model.
@@ -198,7 +203,7 @@ class Loop:
         sequences.begin(begin, ends)
         if ends is not None and not bool(sequences.going):
             return tokens
-        others, known = request.others(), bool(kept.step.report().replays)
+        others, known = request.others(), kept.is_replayed
         if not known and not self._prepares_alike(kept, request, tokens, others):
             self._unfit[kept.key] = "inputs that the model prepares from all tokens"
             return self._continued(request, tokens, sequences.unfinished == 0, sample)
@@ -210,7 +215,7 @@ class Loop:
                 kept.step(cache, **others)
                 if stop is not None and stop.launched():
                     break
-                if not known and not kept.step.report().replays:
+                if not known and not kept.is_replayed:
                     self._unfit[kept.key] = _why_not(kept.step.report())
                     return self._continued(request, sequences.tokens[:, :length].clone(), sequences.unfinished == 0, sample)
                 known = True
