@@ -1,7 +1,7 @@
 """What ``compiler_options=`` says: which passes make a compiled step faster, and settings of Inductor.
 
-A recording is compiled once and replayed thousands of times with static shapes, so two rewrites are on that Inductor would
-have no use for in general, where they were measured to pay: see `graphs.ops.wo_a.tiles.skinny` and `LONGEST`. Inductor's own
+A recording is compiled once and replayed thousands of times with static shapes, so rewrites are on that Inductor would have no
+use for in general, where they were measured to pay: see `graphs.ops.wo_a.tiles.skinny` and `LONGEST`. Inductor's own
 search (``max_autotune``) is not: on an H100 it took 56 s for two layers of a Llama and made their step slower, 294 us for 262.
 """
 
@@ -17,10 +17,11 @@ import torch
 
 import passes
 from graphs.errors import ConfigError
+from graphs.ops.experts import operator as _experts  # noqa: F401  (defines torch.ops.graphs.expert_linear)
 from graphs.ops.skinny import operator as skinny
 from graphs.ops.wo_a import tiles
 
-REWRITES = ("skinny_products", "one_query_attention")
+REWRITES = ("skinny_products", "one_query_attention", "expert_products", "repeated_heads")
 LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096
 _RECORDED_HERE = ("triton.cudagraphs", "triton.cudagraph_trees")
 
@@ -33,11 +34,15 @@ class CompilerOptions:
         skinny_products: run products of up to 16 rows in one launch for each activation; None: where it was measured to pay.
         one_query_attention: turn attention of one query into sums that Inductor fuses; None: where it was measured to pay, which
             is where keys are repeated for several query heads.
+        expert_products: read the weights of chosen experts where they are; None: where it was measured to pay.
+        repeated_heads: read keys and values once that several query heads share; None: where it was measured to pay.
         inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
     """
 
     skinny_products: bool | None = None
     one_query_attention: bool | None = None
+    expert_products: bool | None = None
+    repeated_heads: bool | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -61,6 +66,10 @@ class CompilerOptions:
         """The passes that run on the ATen graph of a step before Inductor sees it."""
         pays = skinny.pays_on(device)
         made: list[passes.Pass] = []
+        if pays if self.repeated_heads is None else self.repeated_heads:
+            made.append(passes.repeated_heads)
+        if pays if self.expert_products is None else self.expert_products:
+            made.append(functools.partial(passes.expert_products, operator=torch.ops.graphs.expert_linear.default))
         if pays if self.one_query_attention is None else self.one_query_attention:
             grouped = self.one_query_attention is None
             made.append(functools.partial(passes.one_query_attention, longest=LONGEST, grouped=grouped))

@@ -12,9 +12,11 @@ from passes.host_values.lengths import NoBound
 from passes.host_values.on_host import refuse_host_results
 from passes.host_values.uses import HostValue
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
+from passes.optimize.expert_products import expert_products
 from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
 from passes.optimize.one_query_attention import one_query_attention
+from passes.optimize.repeated_heads import repeated_heads
 from passes.optimize.single_kernel import fewer_launches
 from passes.optimize.skinny_linear import skinny_products
 from passes.pipeline import DEFAULT, Pass, run
@@ -48,6 +50,7 @@ __all__ = [
     "Undo",
     "Unremovable",
     "compile_mlir",
+    "expert_products",
     "fewer_launches",
     "fuse_exact",
     "hoist_constants",
@@ -58,6 +61,7 @@ __all__ = [
     "refuse_on_device",
     "register_decompositions",
     "remove_host_values",
+    "repeated_heads",
     "rewrite",
     "routing",
     "run",

@@ -101,13 +101,15 @@ def test_a_setting_of_inductors_reaches_it() -> None:
 def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CompilerOptions().pipeline(CPU) == ()
     monkeypatch.setattr(operator, "pays_on", lambda device: True)
-    assert len(CompilerOptions().pipeline(CPU)) == 2
-    assert CompilerOptions(skinny_products=False, one_query_attention=False).pipeline(CPU) == ()
+    assert len(CompilerOptions().pipeline(CPU)) == 4
+    assert CompilerOptions(*[False] * 4).pipeline(CPU) == ()
 
 
 def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
-    names = [name_of(one) for one in CompilerOptions(True, True).pipeline(CPU)]
+    names = [name_of(one) for one in CompilerOptions(*[True] * 4).pipeline(CPU)]
     assert names == [
+        "passes.optimize.repeated_heads.repeated_heads",
+        "passes.optimize.expert_products.expert_products(operator=graphs.expert_linear.default)",
         "passes.optimize.one_query_attention.one_query_attention(grouped=False, longest=4096)",
         "passes.optimize.skinny_linear.skinny_products(fits=graphs.ops.wo_a.tiles.skinny, operator=graphs.skinny_linear.default)",
     ]
@@ -118,7 +120,7 @@ BAD = [
     ({"skinny_products": "yes"}, "skinny_products = 'yes' is not legal; it must be True, False, or None"),
     (
         {"max_autotun": True},
-        "'max_autotun' is not legal; it must be one of 'skinny_products', 'one_query_attention', 'max_autotune'",
+        "'max_autotun' is not legal; it must be one of 'skinny_products', 'one_query_attention', 'expert_products'",
     ),
     ({"triton.cudagraphs": True}, "left out: the step is recorded here"),
 ]

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from graphs.ops.experts.operator import expert_kernel
 from graphs.ops.skinny.operator import skinny_kernel
 from graphs.ops.wo_a import tiles
 from graphs.ops.wo_a.operators import hopper, kernels, split_k, warpgroup
@@ -84,6 +85,7 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     )
     yield from _split_cases(arch, gemm | strides, plain, limit)
     yield from _skinny_cases(arch.vendor)
+    yield from _expert_cases()
     special = hopper() if target == "sm_90" else None
     if special is not None:
         constants = {"N": SHAPE[1], "K": SHAPE[2], "SPLIT": special.WARPS, "OVERLAP": True} | special.layouts(special.WARPS)
@@ -145,6 +147,18 @@ def _skinny_cases(vendor: str) -> Iterator[Case]:
         yield Case("skinny_linear_kernel", m, types, constants, tile, f"n{n} k{k}")
 
 
+def _expert_cases() -> Iterator[Case]:
+    """The kernel of ``expert_linear`` for wide and narrow experts."""
+    types = {"x": "*bf16", "weights": "*bf16", "experts": "*i64", "y": "*bf16"}
+    types |= {name: "i32" for name in ("P", "E", "N", "K", "stride_e", "stride_n")}
+    module = expert_kernel()
+    for n, k in ((1024, 4096), (4096, 512)):
+        block_n, block_k = module.blocks(n, k)
+        tile = tiles.Tile(0, block_n, module.WARPS, module.STAGES)
+        constants = {"stride_k": 1, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        yield Case("expert_linear_kernel", 4, types, constants, tile, f"n{n} k{k}")
+
+
 def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any]) -> Any:
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -157,7 +171,7 @@ def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    modules = (kernels(), split_k(), skinny_kernel(), hopper(), warpgroup())
+    modules = (kernels(), split_k(), skinny_kernel(), expert_kernel(), hopper(), warpgroup())
     function = next(found for module in modules if (found := getattr(module, case.kernel, None)) is not None)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {
