@@ -1,7 +1,7 @@
 """What ``compiler_options=`` says: which passes make a compiled step faster, and settings of Inductor.
 
-A recording is compiled once and replayed thousands of times with static shapes, so two rewrites are on that Inductor would
-have no use for in general, where they were measured to pay: see `graphs.ops.wo_a.tiles.skinny` and `LONGEST`. Inductor's own
+A recording is compiled once and replayed thousands of times with static shapes, so rewrites are on that Inductor would have
+no use for in general, where they were measured to pay: see `graphs.ops.wo_a.tiles.skinny` and `LONGEST`. Inductor's own
 search (``max_autotune``) is not: on an H100 it took 56 s for two layers of a Llama and made their step slower, 294 us for 262.
 """
 
@@ -17,10 +17,12 @@ import torch
 
 import passes
 from graphs.errors import ConfigError
+from graphs.ops.mhc import operator as mhc
+from graphs.ops.mhc.family import FAMILY
 from graphs.ops.skinny import operator as skinny
 from graphs.ops.wo_a import tiles
 
-REWRITES = ("skinny_products", "one_query_attention")
+REWRITES = ("skinny_products", "one_query_attention", "hyper_connections")
 LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096
 _RECORDED_HERE = ("triton.cudagraphs", "triton.cudagraph_trees")
 
@@ -33,11 +35,14 @@ class CompilerOptions:
         skinny_products: run products of up to 16 rows in one launch for each activation; None: where it was measured to pay.
         one_query_attention: turn attention of one query into sums that Inductor fuses; None: where it was measured to pay, which
             is where keys are repeated for several query heads.
+        hyper_connections: run hyper-connections of up to 64 rows as one operator each, in steps that are recorded uncompiled as
+            well; None: where its kernels were measured.
         inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
     """
 
     skinny_products: bool | None = None
     one_query_attention: bool | None = None
+    hyper_connections: bool | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +65,7 @@ class CompilerOptions:
     def pipeline(self, device: torch.device) -> tuple[passes.Pass, ...]:
         """The passes that run on the ATen graph of a step before Inductor sees it."""
         pays = skinny.pays_on(device)
-        made: list[passes.Pass] = []
+        made: list[passes.Pass] = [*self.operators(device)]
         if pays if self.one_query_attention is None else self.one_query_attention:
             grouped = self.one_query_attention is None
             made.append(functools.partial(passes.one_query_attention, longest=LONGEST, grouped=grouped))
@@ -68,6 +73,11 @@ class CompilerOptions:
             operator = torch.ops.graphs.skinny_linear.default
             made.append(functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny))
         return tuple(made)
+
+    def operators(self, device: torch.device) -> tuple[passes.Pass, ...]:
+        """Of those, the passes that put an operator of this project in the place of many, whatever runs the others."""
+        wanted = mhc.pays_on(device) if self.hyper_connections is None else self.hyper_connections
+        return (functools.partial(passes.hyper_connections, family=FAMILY),) if wanted else ()
 
 
 def _settings(given: dict[Any, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from passes.host_values.uses import HostValue
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
+from passes.optimize.hyper_connections import HyperConnections, hyper_connections, may_be_connection
 from passes.optimize.one_query_attention import one_query_attention
 from passes.optimize.single_kernel import fewer_launches
 from passes.optimize.skinny_linear import skinny_products
@@ -34,6 +35,7 @@ __all__ = [
     "ForcedGraph",
     "Forcing",
     "HostValue",
+    "HyperConnections",
     "NoBound",
     "Number",
     "OutOfRange",
@@ -51,8 +53,10 @@ __all__ = [
     "fewer_launches",
     "fuse_exact",
     "hoist_constants",
+    "hyper_connections",
     "inside",
     "lasting_writes",
+    "may_be_connection",
     "one_query_attention",
     "refuse_host_results",
     "refuse_on_device",
