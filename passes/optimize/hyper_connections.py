@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -92,8 +93,8 @@ def _sizes(rows: Sequence[int], layer: Sequence[int], fits: Callable[[int, int, 
 def _may_be(node: Node, module: GraphModule, family: HyperConnections) -> bool:
     if node.op != "call_function" or node.target is not _MM:
         return False
-    values = [value_of(one, module) for one in node.args if isinstance(one, Node)]
-    return all(one is not None for one in values) and may_be_connection(*(one.shape for one in values), family.fits)  # type: ignore[union-attr]
+    shapes = [value.shape for one in node.all_input_nodes if (value := value_of(one, module)) is not None]
+    return len(shapes) == 2 and may_be_connection(shapes[0], shapes[1], family.fits)
 
 
 class Connection(NamedTuple):

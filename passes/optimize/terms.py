@@ -243,9 +243,10 @@ def _part(reader: _Reader, node: Node) -> Term | None:
     if split.target is aten.unbind.int:
         return terms.select(source, _argument(split, 1, 0), index)
     if split.target in (aten.split_with_sizes.default, aten.split.Tensor):
-        sizes, dim = split.args[1], _argument(split, 2, 0)
+        sizes: Any = split.args[1]
+        dim = _argument(split, 2, 0)
         length = source.shape[dim]
-        each = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * length
+        each: list[int] = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * length
         start = sum(each[:index])
         return terms.slice(source, dim, start, min(start + each[index], length))
     return None
