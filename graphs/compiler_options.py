@@ -18,10 +18,12 @@ import torch
 import passes
 from graphs.errors import ConfigError
 from graphs.ops.experts import operator as _experts  # noqa: F401  (defines torch.ops.graphs.expert_linear)
+from graphs.ops.mhc import operator as mhc
+from graphs.ops.mhc.family import FAMILY
 from graphs.ops.skinny import operator as skinny
 from graphs.ops.wo_a import tiles
 
-REWRITES = ("skinny_products", "one_query_attention", "expert_products", "repeated_heads")
+REWRITES = ("skinny_products", "one_query_attention", "expert_products", "repeated_heads", "hyper_connections")
 LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096
 _RECORDED_HERE = ("triton.cudagraphs", "triton.cudagraph_trees")
 
@@ -36,6 +38,8 @@ class CompilerOptions:
             is where keys are repeated for several query heads.
         expert_products: read the weights of chosen experts where they are; None: where it was measured to pay.
         repeated_heads: read keys and values once that several query heads share; None: where it was measured to pay.
+        hyper_connections: run hyper-connections of up to 64 rows as one operator each, in steps that are recorded uncompiled as
+            well; None: where its kernels were measured.
         inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
     """
 
@@ -43,6 +47,7 @@ class CompilerOptions:
     one_query_attention: bool | None = None
     expert_products: bool | None = None
     repeated_heads: bool | None = None
+    hyper_connections: bool | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -65,7 +70,7 @@ class CompilerOptions:
     def pipeline(self, device: torch.device) -> tuple[passes.Pass, ...]:
         """The passes that run on the ATen graph of a step before Inductor sees it."""
         pays = skinny.pays_on(device)
-        made: list[passes.Pass] = []
+        made: list[passes.Pass] = [*self.operators(device)]
         if pays if self.repeated_heads is None else self.repeated_heads:
             made.append(passes.repeated_heads)
         if pays if self.expert_products is None else self.expert_products:
@@ -77,6 +82,11 @@ class CompilerOptions:
             operator = torch.ops.graphs.skinny_linear.default
             made.append(functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny))
         return tuple(made)
+
+    def operators(self, device: torch.device) -> tuple[passes.Pass, ...]:
+        """Of those, the passes that put an operator of this project in the place of many, whatever runs the others."""
+        wanted = mhc.pays_on(device) if self.hyper_connections is None else self.hyper_connections
+        return (functools.partial(passes.hyper_connections, family=FAMILY),) if wanted else ()
 
 
 def _settings(given: dict[Any, Any]) -> dict[str, Any]:

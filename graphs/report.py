@@ -53,8 +53,8 @@ class KeyReport:
         compiler: what compiled the step before it was recorded, or ``"none"``.
         compile_seconds: the part of ``capture_seconds`` in which it was compiled.
         compiler_us: with ``compiler="auto"``, microseconds of one replay with each, of which the faster was kept.
-        rewrites: how often each pass changed the graph before Inductor saw it. Empty as well where a compile cache held what
-            was compiled.
+        rewrites: how often each pass changed the graph before Inductor saw it, or, of a step that is recorded uncompiled, put an
+            operator of this project in the place of many. Empty as well where a compile cache held what was compiled.
         proved: outcomes of removed host values that were forced and compared with eager, by kind: ``branch``, ``length``,
             ``number``.
         unproved: values of which no other outcome could be compared, by kind.
@@ -166,6 +166,8 @@ def _key_lines(key: KeyReport) -> list[str]:
         rewritten = "".join(f"; {name} {count}x" for name, count in key.rewrites.items())
         measured = ", ".join(f"{us:.0f} us with {name}" for name, us in key.compiler_us.items())
         lines.append(f"      compiler {key.compiler}{compiled}{rewritten}{measured and f'; a replay takes {measured}'}")
+    elif key.rewrites:
+        lines.append("      rewritten: " + ", ".join(f"{name} {count}x" for name, count in key.rewrites.items()))
     return lines
 
 

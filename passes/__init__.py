@@ -15,6 +15,7 @@ from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
 from passes.optimize.expert_products import expert_products
 from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
+from passes.optimize.hyper_connections import HyperConnections, hyper_connections, may_be_connection
 from passes.optimize.one_query_attention import one_query_attention
 from passes.optimize.repeated_heads import repeated_heads
 from passes.optimize.single_kernel import fewer_launches
@@ -36,6 +37,7 @@ __all__ = [
     "ForcedGraph",
     "Forcing",
     "HostValue",
+    "HyperConnections",
     "NoBound",
     "Number",
     "OutOfRange",
@@ -54,8 +56,10 @@ __all__ = [
     "fewer_launches",
     "fuse_exact",
     "hoist_constants",
+    "hyper_connections",
     "inside",
     "lasting_writes",
+    "may_be_connection",
     "one_query_attention",
     "refuse_host_results",
     "refuse_on_device",

@@ -240,6 +240,7 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
             "graphs.ops.wo_a.kernels.warpgroup",
             "graphs.ops.wo_a.kernels.portable",
             "graphs.ops.offline",
+            "graphs.ops.mhc.kernel",
             "graphs.ops.skinny.kernel",
             "graphs.ops.wo_a.kernels.split_k",
             "graphs.recording.copy_kernels",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+import passes
 from graphs.contract.outputs.template import OutputTemplate, map_output
 from graphs.errors import ChangingValue, HostSync, Refusal, RowsInteract, UnsupportedOutput, VerifyMismatch
+from graphs.events.listeners import logger
 from graphs.first_call.candidates import compile_rewritten
 from graphs.first_call.outcomes import ran
 from graphs.numerics.judge import Rerun, candidate_difference
 from graphs.observation.operations import EagerTrace
+from graphs.ops.mhc.tiles import few
 from graphs.rehearsal.rehearsal import Rehearsal
 from graphs.rehearsal.step import Step
 from graphs.rewriting.rewritten_step import RewrittenStep, rewrite
@@ -44,6 +48,32 @@ def without_host_values(
     if candidate.assumption is not None and step.rows is not None:
         raise RowsInteract("the step depends on host values, which padded rows take part in")
     return compile_rewritten(step, candidate)
+
+
+def with_operators(step: Step, rehearsal: Rehearsal, watched: EagerTrace, stand_ins: list[Tensor]) -> Step:
+    """The step as a graph with operators of this project in the place of what they compute; itself where there is none of that.
+
+    Where a step is compiled, the passes run on what the compiler makes of it.
+    """
+    if step.plain is not None or not step.compiler_options.operators(step.device) or not _may_be_connected(watched):
+        return step
+    traced = dataclasses.replace(step, passes=())  # nothing has to be taken out of it
+    try:
+        candidate = compile_rewritten(step, rehearsal.run(lambda: rewrite(traced, watched, stand_ins)))
+    except Exception as error:  # whatever a trace fails with, the step is recorded as it is
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("hyper-connections run operator by operator: the step could not be traced: %s", reason)
+        return step
+    made = candidate.model
+    assert isinstance(made, RewrittenStep)
+    is_used = any(change.by == passes.hyper_connections.__name__ for change in made.changes)
+    return candidate if is_used and made.assumption is None else step
+
+
+def _may_be_connected(watched: EagerTrace) -> bool:
+    """Whether an operator ran that may be the product with the linear layer of a hyper-connection."""
+    products = (one.arguments for one in watched.operations if one.func is torch.ops.aten.mm.default)
+    return any(passes.may_be_connection(x.shape, layer.shape, few) for x, layer, *_ in products)
 
 
 def _not_traced(watched: EagerTrace, counters: Sequence[Counter], error: Exception) -> Refusal:

@@ -64,7 +64,7 @@ def compile_rewritten(step: Step, rewritten: RewrittenStep) -> Step:
         step.model.stand_for(rewritten.module)
         rewritten.module = step.model
     else:
-        rewritten.changes += passes.run(rewritten.traced, fusion_of(step))
+        rewritten.changes += passes.run(rewritten.traced, (*step.compiler_options.operators(step.device), *fusion_of(step)))
     return step.with_candidate(rewritten)
 
 

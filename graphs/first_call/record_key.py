@@ -16,17 +16,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from graphs.compiler_options import REWRITES
 from graphs.contract.outputs.template import OutputTemplate
 from graphs.contract.slots import Contract, make_contract
 from graphs.contract.static_tensors import StaticTensors, alone, sharing
 from graphs.errors import MovedStaticTensor
 from graphs.events.ranges import first_call_run
-from graphs.first_call.candidate_step import compare_candidate, cover, prepare, without_host_values
+from graphs.first_call.candidate_step import compare_candidate, cover, prepare, with_operators, without_host_values
 from graphs.first_call.candidates import record_compiled
 from graphs.first_call.consecutive import require_steady
 from graphs.first_call.observe import catches, examine, observe
@@ -208,6 +210,9 @@ def _body(
     trace, externals = rehearsal.first, seen.externals
     if seen.trace.findings or counters:
         step = without_host_values(step, rehearsal, seen.trace, stand_ins, counters)
+    else:
+        step = with_operators(step, rehearsal, seen.trace, stand_ins)
+    if isinstance(step.model, RewrittenStep):
         if cover(trace, step.model, step.call.tensors):
             return None
         externals = list(trace.externals.values())
@@ -263,6 +268,7 @@ def _recorded(
         candidate=None if step.plain is None else step.model,
         checked=checked,
         uploads=_uploads(step),
+        rewrites=_rewrites(step),
         proof=body.proof,
         on_device=step.device.type == "cuda",
         left_open=step.rows is not None and step.is_dummy,
@@ -292,6 +298,12 @@ def _statics(body: _Body, contract: Contract, rehearsal: Rehearsal) -> StaticTen
 def _uploads(step: Step) -> list[Tensor]:
     """Host tensors that a rewritten graph uploaded once: writing to one of them makes the recording out of date."""
     return list(step.model.uploaded) if isinstance(step.model, RewrittenStep) else []
+
+
+def _rewrites(step: Step) -> dict[str, int]:
+    """How often passes put an operator of this project in the place of many, in a step that is recorded uncompiled."""
+    changes = step.model.changes if isinstance(step.model, RewrittenStep) else []
+    return dict(Counts(change.by for change in changes if change.by in REWRITES))
 
 
 def _is_counted(tensor: Tensor, trace: EagerTrace) -> bool:

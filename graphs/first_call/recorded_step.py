@@ -58,7 +58,7 @@ class RecordedStep:
         candidate: what was recorded in the model's place; it owns constants that the recording reads.
         compiler: what compiled the step, or ``"none"``.
         compile_seconds: what compiling took, of ``capture_seconds``.
-        rewrites: how often each pass changed the graph that was compiled.
+        rewrites: how often each pass changed the graph that was compiled; see `graphs.report.KeyReport`.
         candidates: microseconds of one replay by compiler, where more than one was measured.
         uploads: host tensors that the recording holds copies of.
         checked: the recording, where it assumes something of host values; None where it holds for any.

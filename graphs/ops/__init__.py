@@ -2,6 +2,7 @@
 
 from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.ops.experts import operator as _experts  # noqa: F401  (defines torch.ops.graphs.expert_linear)
+from graphs.ops.mhc import operator as _mhc  # noqa: F401  (defines torch.ops.graphs.mhc_*)
 from graphs.ops.skinny import operator as _skinny  # noqa: F401  (defines torch.ops.graphs.skinny_linear)
 from graphs.ops.wo_a import operators as _register  # noqa: F401  (defines torch.ops.graphs.wo_a_*)
 from graphs.ops.wo_a.module import LEGAL_PATHS, GroupedProjection

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from graphs.ops.experts.operator import expert_kernel
+from graphs.ops.mhc import tiles as mhc
+from graphs.ops.mhc.operator import mhc_kernel
 from graphs.ops.skinny.operator import skinny_kernel
 from graphs.ops.wo_a import tiles
 from graphs.ops.wo_a.operators import hopper, kernels, split_k, warpgroup
@@ -86,6 +88,7 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     yield from _split_cases(arch, gemm | strides, plain, limit)
     yield from _skinny_cases(arch.vendor)
     yield from _expert_cases()
+    yield from _mhc_cases()
     special = hopper() if target == "sm_90" else None
     if special is not None:
         constants = {"N": SHAPE[1], "K": SHAPE[2], "SPLIT": special.WARPS, "OVERLAP": True} | special.layouts(special.WARPS)
@@ -159,6 +162,30 @@ def _expert_cases() -> Iterator[Case]:
         yield Case("expert_linear_kernel", 4, types, constants, tile, f"n{n} k{k}")
 
 
+def _mhc_cases() -> Iterator[Case]:
+    """The kernels of ``mhc_*`` at the width of DeepSeek-V4: for a block, behind a block, for the head."""
+    streams, width, iterations = 4, 4096, 20
+    names = ("out", "streams", "y", "mixed"), ("post", "comb", "weight", "sums", "base", "scale")
+    types = dict.fromkeys(names[0], "*bf16") | dict.fromkeys(names[1], "*fp32")
+    types |= {"M": "i32", "norm_eps": "fp32", "eps": "fp32"}
+    for m in (4, 64):
+        found = mhc.few(m, streams, width)
+        assert found is not None, "these sizes have a tile"
+        common = {"D": width, "H": streams}
+        four = tiles.Tile(0, 0, 4, 3)  # four warps
+        yield Case("mhc_spread_kernel", m, types, common | {"BLOCK": found.spread}, four)
+        for option, behind, head in (("", False, False), ("behind", True, False), ("head", False, True)):
+            split = {"STRIDE": mhc.power_of_two((2 + streams) * streams + 1), "HEAD": head}
+            sums = {"BEHIND": behind, "BLOCK": found.columns, "ROWS": found.rows}
+            yield Case("mhc_sums_kernel", m, types, common | split | sums, four, option)
+            programs = width // found.columns
+            mix = {"PROGRAMS": programs, "CHUNKS": mhc.power_of_two(programs), "BLOCK": found.mixed}
+            if not behind:
+                yield Case(
+                    "mhc_mix_kernel", m, types, common | split | mix | {"ITERATIONS": 0 if head else iterations}, four, option
+                )
+
+
 def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: dict[Any, Any]) -> Any:
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -171,7 +198,7 @@ def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    modules = (kernels(), split_k(), skinny_kernel(), expert_kernel(), hopper(), warpgroup())
+    modules = (kernels(), split_k(), skinny_kernel(), expert_kernel(), mhc_kernel(), hopper(), warpgroup())
     function = next(found for module in modules if (found := getattr(module, case.kernel, None)) is not None)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {

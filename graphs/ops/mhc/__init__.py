@@ -1,0 +1,1 @@
+"""Manifold-constrained hyper-connections: several residual streams, mixed before and behind each block."""
