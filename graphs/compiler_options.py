@@ -17,6 +17,7 @@ import torch
 
 import passes
 from graphs.errors import ConfigError
+from graphs.ops.attention import operator as attention
 from graphs.ops.experts import operator as _experts  # noqa: F401  (defines torch.ops.graphs.expert_linear)
 from graphs.ops.mhc import operator as mhc
 from graphs.ops.mhc.family import FAMILY
@@ -34,8 +35,9 @@ class CompilerOptions:
 
     Attributes:
         skinny_products: run products of up to 16 rows in one launch for each activation; None: where it was measured to pay.
-        one_query_attention: turn attention of one query into sums that Inductor fuses; None: where it was measured to pay, which
-            is where keys are repeated for several query heads.
+        one_query_attention: run attention of one query by an operator that reads keys and values once for all heads that share
+            them, and no part of a cache that the mask hides; where its kernel was not measured, by sums that Inductor fuses.
+            None: where it was measured to pay.
         expert_products: read the weights of chosen experts where they are; None: where it was measured to pay.
         repeated_heads: read keys and values once that several query heads share; None: where it was measured to pay.
         hyper_connections: run hyper-connections of up to 64 rows as one operator each, in steps that are recorded uncompiled as
@@ -77,7 +79,12 @@ class CompilerOptions:
             made.append(functools.partial(passes.expert_products, operator=torch.ops.graphs.expert_linear.default))
         if pays if self.one_query_attention is None else self.one_query_attention:
             grouped = self.one_query_attention is None
-            made.append(functools.partial(passes.one_query_attention, longest=LONGEST, grouped=grouped))
+            operator = torch.ops.graphs.one_query_attention.default if pays else None
+            made.append(
+                functools.partial(
+                    passes.one_query_attention, longest=LONGEST, grouped=grouped, operator=operator, fits=attention.fits
+                )
+            )
         if pays if self.skinny_products is None else self.skinny_products:
             operator = torch.ops.graphs.skinny_linear.default
             made.append(functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny))

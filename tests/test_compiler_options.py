@@ -110,7 +110,8 @@ def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     assert names == [
         "passes.optimize.repeated_heads.repeated_heads",
         "passes.optimize.expert_products.expert_products(operator=graphs.expert_linear.default)",
-        "passes.optimize.one_query_attention.one_query_attention(grouped=False, longest=4096)",
+        "passes.optimize.one_query_attention.one_query_attention("
+        "fits=graphs.ops.attention.operator.fits, grouped=False, longest=4096, operator=None)",
         "passes.optimize.skinny_linear.skinny_products(fits=graphs.ops.wo_a.tiles.skinny, operator=graphs.skinny_linear.default)",
     ]
 

@@ -1,5 +1,6 @@
 """The grouped output projection ``wo_a``: weights, paths, operators, one module. Importing it touches no device."""
 
+from graphs.ops.attention import operator as _attention  # noqa: F401  (defines torch.ops.graphs.one_query_attention)
 from graphs.ops.decompositions import DECOMPOSITIONS
 from graphs.ops.experts import operator as _experts  # noqa: F401  (defines torch.ops.graphs.expert_linear)
 from graphs.ops.mhc import operator as _mhc  # noqa: F401  (defines torch.ops.graphs.mhc_*)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from graphs.ops.attention.operator import attention_kernel
 from graphs.ops.experts.operator import expert_kernel
 from graphs.ops.mhc import tiles as mhc
 from graphs.ops.mhc.operator import mhc_kernel
@@ -88,6 +89,7 @@ def cases(target: str, tokens: tuple[int, ...] = (4, 64)) -> Iterator[Case]:
     yield from _split_cases(arch, gemm | strides, plain, limit)
     yield from _skinny_cases(arch.vendor)
     yield from _expert_cases()
+    yield from _attention_cases()
     yield from _mhc_cases()
     special = hopper() if target == "sm_90" else None
     if special is not None:
@@ -140,14 +142,38 @@ def _warpgroup_cases() -> Iterator[Case]:
 
 def _skinny_cases(vendor: str) -> Iterator[Case]:
     """The kernel of ``skinny_linear`` in every tile that is launched: for one weight, and for three."""
-    types = {name: "*bf16" for name in ("x", "w0", "w1", "w2", "y0", "y1", "y2")}
+    types = {name: "*bf16" for name in ("x", "w0", "w1", "w2", "b0", "b1", "b2", "y0", "y1", "y2")}
     types |= {name: "i32" for name in ("M", "N0", "N1", "N2", "K")}
-    for m, n, k, single in ((4, 3072, 512, False), (4, 2048, 2048, True), (4, 16384, 2048, False), (16, 16384, 2048, False)):
-        found = tiles.skinny(m, n, k, vendor)
+    sizes = ((4, 3072, 512, False), (4, 2048, 2048, True), (4, 16384, 2048, False), (16, 16384, 2048, False))
+    for (m, n, k, single), turned, even in (*((size, False, True) for size in sizes), ((1, 50257, 768, True), True, False)):
+        found = tiles.skinny(m, n, k, vendor, turned=turned)
         assert found is not None, "these sizes have a tile"
         tile, block_k = found
-        constants = _blocks(tile) | {"SPLIT": tile.num_warps, "BLOCK_K": block_k, "SINGLE": single}
-        yield Case("skinny_linear_kernel", m, types, constants, tile, f"n{n} k{k}")
+        constants = _blocks(tile) | {
+            "SPLIT": tile.num_warps,
+            "BLOCK_K": block_k,
+            "SINGLE": single,
+            "TURNED": turned,
+            "EVEN": even,
+        }
+        none = {} if turned else {"b0": None, "b1": None, "b2": None}
+        yield Case("skinny_linear_kernel", m, types, constants | none, tile, f"n{n} k{k}")
+
+
+def _attention_cases() -> Iterator[Case]:
+    """The kernels of ``one_query_attention`` for a short cache and for one of several parts."""
+    module = attention_kernel()
+    tensors = dict.fromkeys(("query", "key", "value", "mask", "result"), "*bf16") | {"parts": "*fp32", "scale": "fp32"}
+    types = dict.fromkeys(module.attend_part_kernel.arg_names, "i32") | tensors
+    for length, width, shared in ((192, 64, 1), (4096, 128, 4)):
+        part = module.part_of(length, width)
+        several = part < length
+        tile = tiles.Tile(module.ROWS, part, module.WARPS, 1)
+        constants = {"SHARED": shared, "WIDTH": width, "ROWS": module.ROWS, "q_d": 1, "k_d": 1, "v_d": 1}
+        yield Case("attend_part_kernel", 1, types, constants | {"PART": part, "WHOLE": not several}, tile, f"s{length} d{width}")
+        if several:
+            join = {name: constants[name] for name in ("SHARED", "WIDTH", "ROWS")} | {"MOST": length // part}
+            yield Case("join_parts_kernel", 1, types, join, tile, f"s{length} d{width}")
 
 
 def _expert_cases() -> Iterator[Case]:
@@ -198,7 +224,7 @@ def compile_case(case: Case, target: str) -> Resources:
     """Compile one kernel for one chip and read its resources off the assembly."""
     triton = kernels().triton
     vendor, arch, width, *_ = TARGETS[target]
-    modules = (kernels(), split_k(), skinny_kernel(), expert_kernel(), mhc_kernel(), hopper(), warpgroup())
+    modules = (kernels(), split_k(), skinny_kernel(), attention_kernel(), expert_kernel(), mhc_kernel(), hopper(), warpgroup())
     function = next(found for module in modules if (found := getattr(module, case.kernel, None)) is not None)
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in function.arg_names}
     aligned = {

@@ -1,5 +1,7 @@
 """Attention of one query becomes sums, which a compiler fuses with what is around them.
 
+Where an operator for it is given, that takes its place instead, with keys and values as they are before they are repeated.
+
 A library's attention kernel wants keys and values as they are stored in memory, so grouped heads are first written out,
 one copy per query head, and it works in tiles of 64 queries or more. A decode step has one query: there is nothing to tile.
 
@@ -17,12 +19,16 @@ After::
 
 from __future__ import annotations
 
-import operator
+import operator as python
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.operator_schemas import normalize_function
+
+from passes.core.emitter import Emitter
+from passes.optimize.repeated_heads import repeated_source
 
 aten = torch.ops.aten
 _ATTENTION = tuple(
@@ -47,22 +53,36 @@ _SAME_ELEMENTS = (
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def one_query_attention(module: GraphModule, *, longest: int, grouped: bool = False) -> list[tuple[str, str]]:
+def one_query_attention(
+    module: GraphModule,
+    *,
+    longest: int,
+    grouped: bool = False,
+    operator: Any = None,
+    fits: Callable[[tuple[int, ...], tuple[int, ...]], bool] | None = None,
+) -> list[tuple[str, str]]:
     """Replace attention of one query over at most ``longest`` keys; not where it drops out, is causal or returns more.
 
     Args:
-        grouped: only where keys are repeated for several query heads, which costs a library the most.
+        grouped: by sums only where keys are repeated for several query heads, which costs a library the most.
+        operator: called as ``operator(query, key, value, mask, scale)`` with ``[B, H, 1, D]`` and twice ``[B, G, S, D]``, of any
+            number of keys.
+        fits: whether it takes these shapes of query and key.
     """
     changes = []
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in _ATTENTION:
             continue
-        given = _replaceable(node, longest)
-        if given is None or (grouped and not _is_repeated(given["key"])):
+        given = _replaceable(node)
+        if given is None:
             continue
-        before = node.format_node() or str(node)
+        before, emit = node.format_node() or str(node), Emitter(module, given["query"].meta["val"])
         with module.graph.inserting_before(node):
-            result = _attend(_Emitter(module, given["query"].meta["val"]), **given)
+            result = _by_operator(emit, given, operator, fits) if operator is not None and fits is not None else None
+            if result is None:
+                if _length(given) > longest or (grouped and not _is_repeated(given["key"])):
+                    continue
+                result = _attend(emit, **given)
         for user in list(node.users):
             user.replace_all_uses_with(result)
             module.graph.erase_node(user)
@@ -71,7 +91,24 @@ def one_query_attention(module: GraphModule, *, longest: int, grouped: bool = Fa
     return changes
 
 
-def _replaceable(node: Node, longest: int) -> dict[str, Any] | None:
+def _length(given: dict[str, Any]) -> int:
+    length: int = given["key"].meta["val"].shape[2]
+    return length
+
+
+def _by_operator(emit: Emitter, given: dict[str, Any], operator: Any, fits: Callable[..., bool]) -> Node | None:
+    """The operator's result; None where it does not take the shapes."""
+    shared = [repeated_source(given[name]) for name in ("key", "value")]
+    sources = [found[0] for found in shared if found is not None and not found[1]]
+    alike = len(sources) == 2 and sources[0].meta["val"].shape == sources[1].meta["val"].shape
+    held = [source.meta["val"].select(2, 0).shape for source in sources] if alike else [given["key"].meta["val"].shape]
+    if not fits(tuple(given["query"].meta["val"].shape), tuple(held[0])):
+        return None
+    key, value = (emit(aten.squeeze.dim, source, 2) for source in sources) if alike else (given["key"], given["value"])
+    return emit(operator, given["query"], key, value, given["mask"], given["scale"])
+
+
+def _replaceable(node: Node) -> dict[str, Any] | None:
     """Query, key, value, mask and scale of an attention that sums can stand for; else None."""
     target: Any = node.target
     normal = normalize_function(target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # type: ignore[arg-type]
@@ -80,7 +117,7 @@ def _replaceable(node: Node, longest: int) -> dict[str, Any] | None:
     given = normal.kwargs
     query, key, value = (given[name] for name in ("query", "key", "value"))
     mask = given.get("attn_bias", given.get("attn_mask"))
-    if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
+    if any(user.target is not python.getitem or (user.args[1] != 0 and user.users) for user in node.users):
         return None
     if given.get("is_causal") or given.get("dropout_p"):
         return None
@@ -88,7 +125,7 @@ def _replaceable(node: Node, longest: int) -> dict[str, Any] | None:
     if not all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.dtype in _DTYPES for tensor in (q, k, v)):
         return None
     sizes = (*q.shape, *k.shape)
-    if not all(isinstance(size, int) for size in sizes) or q.shape[2] != 1 or k.shape[2] > longest:
+    if not all(isinstance(size, int) for size in sizes) or q.shape[2] != 1:
         return None
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         return None
@@ -111,39 +148,25 @@ def _is_repeated(node: Node) -> bool:
     return False
 
 
-class _Emitter:
-    """Adds operators to a graph, each with what it gives for the fake tensors of one mode."""
-
-    def __init__(self, module: GraphModule, like: torch.Tensor) -> None:
-        self._graph, self._mode, self._device = module.graph, like.fake_mode, like.device  # type: ignore[attr-defined]
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """One operator on nodes and constants."""
-        node = self._graph.call_function(target, args, kwargs)
-        values = torch.fx.map_arg(args, lambda argument: argument.meta["val"])
-        with self._mode:
-            node.meta["val"] = target(*values, **kwargs)
-        return node
-
-    def as_float(self, node: Node) -> Node:
-        """The node in float32."""
-        return self(torch.ops.prims.convert_element_type.default, node, torch.float32)
-
-    def at_least(self, node: Node, limit: float) -> Node:
-        """The larger of each element and a number; NaN stays."""
-        number = self(aten.full.default, [], limit, dtype=torch.float32, device=self._device)
-        return self(aten.maximum.default, node, number)
+def _as_float(emit: Emitter, node: Node) -> Node:
+    return emit(torch.ops.prims.convert_element_type.default, node, torch.float32)
 
 
-def _attend(emit: _Emitter, query: Node, key: Node, value: Node, mask: Node | None, scale: float) -> Node:
-    scores = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, emit.as_float(query), emit.as_float(key)), [-1])
+def _at_least(emit: Emitter, node: Node, limit: float) -> Node:
+    """The larger of each element and a number; NaN stays."""
+    number = emit(aten.full.default, [], limit, dtype=torch.float32, device=emit.device)
+    return emit(aten.maximum.default, node, number)
+
+
+def _attend(emit: Emitter, query: Node, key: Node, value: Node, mask: Node | None, scale: float) -> Node:
+    scores = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, _as_float(emit, query), _as_float(emit, key)), [-1])
     scores = emit(aten.mul.Tensor, scores, scale)
     if mask is not None:
-        scores = emit(aten.add.Tensor, scores, emit.as_float(emit(aten.squeeze.dim, mask, -2)))
-    largest = emit.at_least(emit(aten.amax.default, scores, [-1], True), torch.finfo(torch.float32).min)
+        scores = emit(aten.add.Tensor, scores, _as_float(emit, emit(aten.squeeze.dim, mask, -2)))
+    largest = _at_least(emit, emit(aten.amax.default, scores, [-1], True), torch.finfo(torch.float32).min)
     shares = emit(aten.exp.default, emit(aten.sub.Tensor, scores, largest))  # of a row masked everywhere: exp(-inf), not NaN
-    total = emit.at_least(emit(aten.sum.dim_IntList, shares, [-1], True), 1.0)  # every other row has the share of its largest
+    total = _at_least(emit, emit(aten.sum.dim_IntList, shares, [-1], True), 1.0)  # every other row has the share of its largest
     shares = emit(aten.div.Tensor, shares, total)
-    weighted = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, shares, -1), emit.as_float(value))
+    weighted = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, shares, -1), _as_float(emit, value))
     result = emit(aten.sum.dim_IntList, weighted, [-2], True)
     return emit(torch.ops.prims.convert_element_type.default, result, query.meta["val"].dtype)

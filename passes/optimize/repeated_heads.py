@@ -53,10 +53,19 @@ def _repeated(node: Any) -> tuple[Any, bool] | None:
     flat = _skip_copies(node)
     if flat.target not in _RESHAPES or _size(flat, 3) is None:
         return None
-    heads, turned = _skip_copies(flat.args[0]), False
-    shape = _size(heads, 4)
+    heads = flat.args[0]
+    shape = _size(_skip_copies(heads), 4)
     if shape is None or _size(flat, 3) != [shape[0] * shape[1], *shape[2:]]:
         return None
+    return repeated_source(heads)
+
+
+def repeated_source(heads: Any) -> tuple[Any, bool] | None:
+    """Of ``[B, H, S, D]``, what is repeated for it, ``[B, G, 1, S, D]``, and whether its last two dimensions were exchanged.
+
+    None where heads that follow each other do not have the same.
+    """
+    heads, turned = _skip_copies(heads), False
     while (inner := _untwisted(heads)) is not None:
         heads, turned = _skip_copies(inner), turned ^ (heads.target is not aten.expand.default)
     apart = _skip_copies(heads.args[0]) if heads.target in _RESHAPES else heads

@@ -13,50 +13,82 @@ After, for ``operator`` = ``graphs.skinny_linear``::
     %getitem : getitem(args = (%skinny_linear, 0))
     %getitem_1 : getitem(args = (%skinny_linear, 1))
 
-The weights stay the parameters that they are: nothing is concatenated, held twice or frozen.
+``addmm`` likewise, with its bias, and weights that are not transposed, which the operator is given as views. The weights stay the
+parameters that they are: nothing is concatenated, held twice or frozen.
 """
 
 from __future__ import annotations
 
 import operator as python
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.core.emitter import Emitter
+
 aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _DTYPES = (torch.bfloat16, torch.float16)
+_THERE = ("placeholder", "get_attr")
+
+
+class _Product(NamedTuple):
+    """One product of an activation with a weight that is there before anything else of the graph.
+
+    Attributes:
+        turned: whether the weight lies as ``[K, N]``.
+    """
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    turned: bool
 
 
 def skinny_products(
     module: GraphModule, *, operator: Any, fits: Callable[[int, int, int], Any], alone: bool = True
 ) -> list[tuple[str, str]]:
-    """Replace ``mm`` of an activation with a transposed weight; those that share their activation together.
+    """Replace ``mm`` and ``addmm`` of an activation with a weight; those that share their activation together.
 
     Args:
-        operator: called as ``operator(x [M, K], weights [N, K]...)``, it returns ``x @ w.T`` for each.
+        operator: called as ``operator(x [M, K], weights [N, K]..., biases [N]...)``, it returns ``x @ w.T + b`` for each.
         fits: whether it takes ``(M, N, K)``; a product for which this is false is left as it is.
         alone: replace products that share their activation with no other, too.
     """
-    shared: dict[tuple[Node, torch.Size], list[Node]] = {}
+    shared: dict[tuple[Node, torch.Size, bool], list[_Product]] = {}
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is aten.mm.default and _is_skinny(node, fits):
-            shared.setdefault((_source(node.args[0]), node.args[0].meta["val"].shape), []).append(node)
-    return [change for nodes in shared.values() if alone or len(nodes) > 1 for change in _merged(module, nodes, operator)]
+        found = _skinny(node, fits) if node.op == "call_function" else None
+        if found is not None:
+            shared.setdefault((_source(found.x), found.x.meta["val"].shape, found.turned), []).append(found)
+    return [change for found in shared.values() if alone or len(found) > 1 for change in _merged(module, found, operator)]
 
 
-def _is_skinny(node: Node, fits: Callable[[int, int, int], Any]) -> bool:
-    x, turned = node.args
-    weight = _transposed(turned)
-    if not isinstance(x, Node) or weight is None:
-        return False
-    rows, held = x.meta.get("val"), weight.meta.get("val")
-    if not isinstance(rows, torch.Tensor) or not isinstance(held, torch.Tensor) or rows.dtype not in _DTYPES:
-        return False
-    sizes = (*rows.shape, *held.shape)
-    return all(isinstance(size, int) for size in sizes) and held.is_contiguous() and bool(fits(sizes[0], sizes[2], sizes[1]))
+def _skinny(node: Node, fits: Callable[[int, int, int], Any]) -> _Product | None:
+    bias: Any = None
+    if node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+    elif node.target is aten.mm.default:
+        x, weight = node.args
+    else:
+        return None
+    straight = _transposed(weight)
+    held: Any = straight if straight is not None else weight
+    if not isinstance(x, Node) or not isinstance(held, Node) or held.op not in _THERE:
+        return None
+    rows, values = x.meta.get("val"), held.meta.get("val")
+    if not isinstance(rows, torch.Tensor) or not isinstance(values, torch.Tensor) or rows.dtype not in _DTYPES:
+        return None
+    if bias is not None and (bias.op not in _THERE or bias.meta["val"].dim() != 1 or bias.meta["val"].dtype is not rows.dtype):
+        return None
+    sizes = (*rows.shape, *values.shape)
+    if not all(isinstance(size, int) for size in sizes) or not values.is_contiguous():
+        return None
+    columns = sizes[2] if straight is not None else sizes[3]
+    legal = columns > 1 and fits(sizes[0], columns, sizes[1]) and (bias is None or len(bias.meta["val"]) == columns)
+    return _Product(node, x, held, bias, straight is None) if legal else None
 
 
 def _transposed(node: Any) -> Node | None:
@@ -81,15 +113,18 @@ def _source(node: Any) -> Node:
     return node
 
 
-def _merged(module: GraphModule, nodes: list[Node], operator: Any) -> list[tuple[str, str]]:
-    graph = module.graph
-    weights = [_transposed(node.args[1]) for node in nodes]
+def _merged(module: GraphModule, products: list[_Product], operator: Any) -> list[tuple[str, str]]:
+    graph, nodes, changes = module.graph, [product.node for product in products], []
+    emit = Emitter(module, nodes[0].meta["val"])
     with graph.inserting_before(nodes[0]):
-        made = graph.call_function(operator, (nodes[0].args[0], weights))
+        weights = [emit(aten.permute.default, one.weight, [1, 0]) if one.turned else one.weight for one in products]
+        given: list[Any] = [products[0].x, weights]
+        if any(product.bias is not None for product in products):
+            given.append([product.bias for product in products])
+        made = graph.call_function(operator, tuple(given))
         made.meta["val"] = [node.meta["val"] for node in nodes]
         results = [graph.call_function(python.getitem, (made, index)) for index in range(len(nodes))]
     after = made.format_node() or str(made)
-    changes = []
     for node, result in zip(nodes, results, strict=True):
         result.meta = dict(node.meta)
         changes.append((node.format_node() or str(node), after))

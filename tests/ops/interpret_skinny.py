@@ -14,22 +14,26 @@ import torch
 from graphs.ops.skinny.kernel import launch_skinny
 from graphs.ops.wo_a import tiles
 
-CASES = ((1, (32,), 256), (5, (48, 16), 512), (8, (16, 32, 16), 1024), (13, (16, 16, 64), 2048))  # M, N of each weight, K
+CASES = ((1, (32,), 256), (5, (48, 16), 512), (8, (16, 32, 16), 1024), (13, (16, 16, 64), 2048), (2, (33, 7, 16), 768))
+"""M, N of each weight, K."""
 
 
-def run(m: int, sizes: tuple[int, ...], k: int) -> float:
-    """The largest error against float64, over all weights; rows beyond M must not be written."""
+def run(m: int, sizes: tuple[int, ...], k: int, *, turned: bool) -> float:
+    """The largest error against float64, over all weights; rows beyond M must not be written. Turned weights have biases."""
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(m, k, generator=generator).bfloat16()
     weights = [torch.randn(n, k, generator=generator).bfloat16() for n in sizes]
     held = [torch.full((m + 1, n), float("nan")) for n in sizes]
-    fitting = tiles.skinny(m, sum(sizes), k)
+    fitting = tiles.skinny(m, sum(sizes), k, turned=turned)
     assert fitting is not None
-    launch_skinny(x, weights, [y[:m] for y in held], *fitting)
+    biases = [torch.randn(n, generator=generator).bfloat16() for n in sizes] if turned else []
+    stored = [weight.t().contiguous().t() for weight in weights] if turned else weights
+    launch_skinny(x, stored, [y[:m] for y in held], *fitting, biases)
     assert all(y[m].isnan().all() for y in held), "the kernel wrote beyond its rows"
     exact = [x.double() @ weight.double().t() for weight in weights]
+    exact = [product + bias.double() for product, bias in zip(exact, biases, strict=True)] if turned else exact
     return max(float((y[:m] - e).abs().max() / e.abs().max()) for y, e in zip(held, exact, strict=True))
 
 
 if __name__ == "__main__":
-    json.dump({str(case): run(*case) for case in CASES}, sys.stdout)
+    json.dump({f"{case} {turned}": run(*case, turned=turned) for case in CASES for turned in (False, True)}, sys.stdout)

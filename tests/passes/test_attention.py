@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import passes
+from graphs.ops.attention import operator as attention_operator
 from passes.optimize.one_query_attention import one_query_attention
 
 REPLACE = partial(one_query_attention, longest=32)
@@ -104,3 +105,38 @@ def test_the_rest_is_left_to_the_library(step: Callable[..., Any], args: tuple[T
     before = str(module.graph)
     assert passes.run(module, [REPLACE]) == []
     assert str(module.graph) == before
+
+
+def repeated(states: Tensor, times: int) -> Tensor:
+    batch, groups, length, width = states.shape
+    return states[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
+
+
+BY_OPERATOR = partial(
+    one_query_attention,
+    longest=32,
+    grouped=True,
+    operator=torch.ops.graphs.one_query_attention.default,
+    fits=attention_operator.fits,
+)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("length", [32, 5000])
+def test_an_operator_takes_keys_before_they_are_repeated(times: int, length: int) -> None:
+    q, k, v = half(torch.randn(2, 6, 1, 16), *torch.randn(2, 2, 6 // times, length, 16))
+    mask = torch.zeros(2, 1, 1, length).bfloat16().masked_fill(torch.arange(length) > 20, -torch.inf)
+    module = traced(lambda q, k, v, mask: attention(q, repeated(k, times), repeated(v, times), mask), q, k, v, mask)
+    (change,) = passes.run(module, [BY_OPERATOR])
+    (made,) = [node for node in module.graph.nodes if node.target is torch.ops.graphs.one_query_attention.default]
+    assert made.args[1].meta["val"].shape[1] == 6 // times and "one_query_attention" in change.after
+    assert not any("clone" in str(node.target) for node in module.graph.nodes), "nothing is repeated any more"
+    wanted = exact(q, repeated(k, times), repeated(v, times), mask, 0.25)
+    torch.testing.assert_close(module(q, k, v, mask).double(), wanted, rtol=2**-8, atol=1e-3)
+
+
+def test_what_the_operator_does_not_take_is_made_of_sums_or_left() -> None:
+    q, k, v = half(torch.randn(2, 4, 1, 24), *torch.randn(2, 2, 2, 32, 24))  # a width that is no power of two
+    module = traced(lambda q, k, v: attention(q, repeated(k, 2), repeated(v, 2)), q, k, v)
+    assert len(passes.run(module, [BY_OPERATOR])) == 1 and "graphs" not in str(module.graph)
+    assert passes.run(traced(lambda q, k, v: attention(q, k, v), q[:, :2], k, v), [BY_OPERATOR]) == []

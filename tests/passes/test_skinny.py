@@ -64,15 +64,37 @@ def test_products_with_other_activations_stay_apart() -> None:
     assert sum("skinny_linear" in call for call in calls(module)) == 1
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_biases_and_weights_that_are_not_transposed_go_with_the_others(turned: bool) -> None:
+    """As ``Linear`` with a bias and ``Conv1D`` of GPT-2 write it."""
+    bias = torch.randn(64).bfloat16()
+
+    def step(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> Any:
+        given = (first, second) if turned else (first.t(), second.t())
+        return torch.addmm(bias, x.reshape(4, 32), given[0]), x.reshape(4, 32) @ given[1]
+
+    args = [X, *(weight.t().contiguous() if turned else weight for weight in W[:2]), bias]
+    module = traced(step, *args)
+    changes = passes.run(module, [MERGE])
+    assert len(changes) == 2 and sum("skinny_linear" in call for call in calls(module)) == 1
+    for made, expected in zip(module(*args), step(*args), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_layouts_are_not_mixed_in_one_launch() -> None:
+    module = traced(lambda x, a, b: (x @ a.t(), x @ b), X[:, 0], W[0], W[1].t().contiguous())
+    assert len(passes.run(module, [MERGE])) == 2
+    assert sum("skinny_linear" in call for call in calls(module)) == 2
+
+
 @pytest.mark.parametrize(
     ("step", "args"),
     [
         pytest.param(lambda x, w: x @ w.t(), (torch.randn(17, 32).bfloat16(), W[0]), id="more rows than fit"),
         pytest.param(lambda x, w: x @ w.t(), (X[:, 0].float(), W[0].float()), id="32 bits"),
-        pytest.param(lambda x, w: x @ w, (X[:, 0], W[0].t().contiguous()), id="not transposed"),
         pytest.param(lambda x, w: x @ w.t(), (X[:, 0], W[0].t().contiguous().t()), id="stored transposed"),
         pytest.param(lambda x, w: x @ (w * 2).t(), (X[:, 0], W[0]), id="a weight that the step computes"),
-        pytest.param(lambda x, w: torch.addmm(w[:, 0], x, w.t()), (X[:, 0], W[0]), id="a bias"),
+        pytest.param(lambda x, w: torch.addmm(w[:, 0], x, w.t()), (X[:, 0], W[0]), id="a bias that the step computes"),
         pytest.param(lambda x, w: x @ w.t(), (X[:, 0], W[0][:9]), id="columns that do not fit"),
     ],
 )

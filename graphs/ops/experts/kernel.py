@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS, STAGES = 4, 2
-ELEMENTS = 8192  # of a weight that a block reads at a time
-LONGEST = 1024  # features of these
+ELEMENTS = 4096  # of a weight that a block reads at a time
+LONGEST = 512  # features of these
 
 
 @triton.jit(do_not_specialize=["P"])
