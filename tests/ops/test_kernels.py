@@ -83,7 +83,7 @@ WIDENING = (
 def test_matrix_instructions(compiled: list[offline.Resources]) -> None:
     for row in compiled:
         if row.kernel == "attend_part_kernel":
-            assert row.matrix, row  # one of bfloat16 for the scores, one of TF32 for the values
+            assert row.matrix, row  # of 16 bits, for scores and values
         elif row.kernel in ("wo_a_quantise_kernel", "expert_linear_kernel", "join_parts_kernel") or row.kernel.startswith("mhc_"):
             assert row.matrix == ()
         elif row.kernel in WIDENING and not QUANTISED & set(row.option.split()):

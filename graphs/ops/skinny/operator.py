@@ -2,8 +2,8 @@
 
 ``x [M, K]``, weights ``[N, K]`` and, if any, a bias ``[N]`` or None for each, of one 16-bit float dtype; the results are ``x @
 weight.T + bias``, sums in float32 with the bias among them, rounded once. The weights lie as they are or all transposed. On a
-GPU, where `graphs.ops.wo_a.tiles.skinny` knows a tile, one launch per three weights; a library's product per weight elsewhere, and
-always on a CPU. Nothing writes this operator by hand: `passes.skinny_products` puts it into compiled steps.
+GPU, where `graphs.ops.wo_a.tiles.skinny` knows a tile, one launch per three weights; a library's product per weight elsewhere,
+and always on a CPU. Nothing writes this operator by hand: `passes.skinny_products` puts it into compiled steps.
 """
 
 from __future__ import annotations
