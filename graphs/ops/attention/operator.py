@@ -3,8 +3,8 @@
 ``query [B, H, 1, D]``, ``key`` and ``value [B, G, S, D]`` of one 16-bit float dtype with any strides, G a divisor of H, D a power
 of two from 16 to 256; ``mask``, a bias of floating point that broadcasts to ``[B, H, 1, S]``, or None. The result ``[B, H, 1,
 D]`` is ``softmax(query @ key.T * scale + mask) @ value``: scores and sums in float32, weights as two numbers of 16 bits, the
-result rounded once; 0 where the mask is ``-inf`` everywhere. Keys and values of a part of the cache that the mask hides from all heads are not
-read. Nothing writes this operator by hand: `passes.one_query_attention` puts it into compiled steps.
+result rounded once; 0 where the mask is ``-inf`` everywhere. Keys and values of a part of the cache that the mask hides from all
+heads are not read. Nothing writes this operator by hand: `passes.one_query_attention` puts it into compiled steps.
 """
 
 from __future__ import annotations
