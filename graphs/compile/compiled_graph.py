@@ -30,6 +30,7 @@ from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.schema import may_write
+from passes.core.traced_step import note_apart
 
 Tensor = torch.Tensor
 _handles = itertools.count()
@@ -179,6 +180,7 @@ def compile_graph(
 
 
 def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[passes.Change]:
+    note_apart(module)  # AOT has a graph that writes an input take what shares its memory as views of one input
     with private("unset_fake_temporarily")():  # compilers run in a mode where a constant that a pass computes would have no value
         return passes.run(module, pipeline)
 
