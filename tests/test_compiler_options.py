@@ -118,7 +118,8 @@ BAD = [
     ({"skinny_products": "yes"}, "skinny_products = 'yes' is not legal; it must be True, False, or None"),
     (
         {"max_autotun": True},
-        "'max_autotun' is not legal; it must be one of 'skinny_products', 'one_query_attention', 'max_autotune'",
+        "'max_autotun' is not legal; it must be one of 'skinny_products', 'one_query_attention', 'hyper_connections', "
+        "'max_autotune'",
     ),
     ({"triton.cudagraphs": True}, "left out: the step is recorded here"),
 ]
