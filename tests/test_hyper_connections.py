@@ -95,6 +95,38 @@ def test_autocast_leaves_the_step_as_it_is() -> None:
     assert step.report().keys[0].rewrites == {}
 
 
+class Cache:
+    """Rows that a step writes one of, and which one."""
+
+    def __init__(self) -> None:
+        self.rows, self.place = torch.zeros(8, 32), torch.zeros(1, dtype=torch.int64)
+
+
+class Cached(Blocks):
+    """The blocks with a cache that they are given."""
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # type: ignore[override]
+        made = super().forward(x)
+        cache.rows.index_copy_(0, cache.place, made.float().mean((0, 1), keepdim=True)[0])
+        cache.place += 1
+        return made + cache.rows.sum(0).to(made.dtype)
+
+
+def test_a_recording_is_pointed_at_another_cache() -> None:
+    model, twin = Cached(), Cached()
+    twin.load_state_dict(model.state_dict())
+    step = graphs.capture(model, compiler_options=EVERYWHERE)
+    for _ in range(3):
+        cache, other = Cache(), Cache()
+        for _ in range(2):
+            x = streams()
+            assert torch.equal(step(x, cache), twin(x, other))
+            assert torch.equal(cache.rows, other.rows) and torch.equal(cache.place, other.place)
+    report = step.report()
+    assert (report.recordings, report.moved, report.eager_calls) == (1, 2, 0)
+    assert report.keys[0].rewrites == {"hyper_connections": 4}
+
+
 class Louder(Connection):
     """A subclass with another forward."""
 
