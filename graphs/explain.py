@@ -190,7 +190,10 @@ def _passes(step: Step, trace: EagerTrace) -> tuple[str, str, tuple[PassEffect, 
     except Exception as error:  # a step may do what no trace can follow, and a first call says so too
         return "", f"tracing raised {type(error).__name__}: {error}", (), {}
     graph = str(made.module.graph)
-    effects = [_effect(made.module, one, trace) for one in (*_rewriting(step, made), _routing, *fusion_of(step))]
+    effects = [
+        _effect(made.module, one, trace)
+        for one in (*_rewriting(step, made), _routing, *step.compiler_options.operators(step.device), *fusion_of(step))
+    ]
     assumed = {f"{file}:{line}": reason for (file, line, _), reason in made.facts.unmerged.items()}
     return graph, "", tuple(effects), assumed
 

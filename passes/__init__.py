@@ -20,7 +20,7 @@ from passes.optimize.one_query_attention import one_query_attention
 from passes.optimize.repeated_heads import repeated_heads
 from passes.optimize.single_kernel import fewer_launches
 from passes.optimize.skinny_linear import skinny_products
-from passes.pipeline import DEFAULT, Pass, run
+from passes.pipeline import DEFAULT, Pass, is_early, run
 from passes.projections.example_tracer import trace_with_inputs
 from passes.projections.route import Routes, Target, routing
 from passes.remove_host_values import remove_host_values
@@ -58,6 +58,7 @@ __all__ = [
     "hoist_constants",
     "hyper_connections",
     "inside",
+    "is_early",
     "lasting_writes",
     "may_be_connection",
     "one_query_attention",

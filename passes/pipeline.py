@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.fx import GraphModule
 
 from passes.core.values.refusals import drop_unused
 from passes.core.verify import verify, wrong_values
 from passes.optimize.hoist_constants import hoist_constants
+from passes.optimize.hyper_connections import hyper_connections
 from passes.rewritten_graph import Change
 
 Pass = Callable[[GraphModule], Sequence[tuple[str, str]]]
@@ -16,6 +18,9 @@ Pass = Callable[[GraphModule], Sequence[tuple[str, str]]]
 
 DEFAULT: tuple[Pass, ...] = (hoist_constants,)
 """The passes of `run`, in the order they run."""
+
+EARLY: tuple[Callable[..., Any], ...] = (hyper_connections,)
+"""Passes that have to see a graph before a compiler leaves out what it rounds in between."""
 
 
 def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
@@ -35,6 +40,11 @@ def run(module: GraphModule, passes: Sequence[Pass] = DEFAULT) -> list[Change]:
             verify(module, _name(one), wrong_values)
         changes += [Change(_name(one), before, after) for before, after in made]
     return changes
+
+
+def is_early(one: Pass) -> bool:
+    """Whether a pass, or one whose settings were bound, is among `EARLY`."""
+    return getattr(one, "func", one) in EARLY
 
 
 def finish(module: GraphModule) -> None:

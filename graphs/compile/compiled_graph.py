@@ -30,6 +30,7 @@ from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.storage import storage_id, tensors_in
 from graphs.state.tensor_state import RandomState
 from passes.core.schema import may_write
+from passes.core.traced_step import note_apart
 
 Tensor = torch.Tensor
 _handles = itertools.count()
@@ -165,7 +166,9 @@ def compile_graph(
     graph = CompiledGraph(module, inputs, compiler)
     if compiler == "inductor":
         settings = {"triton.cudagraphs": False, **(patches or {})}
-        settings |= _as_inductor_pass(pipeline, graph.changes, settings.get("post_grad_custom_pre_pass"))
+        for setting, early in (("joint_custom_pre_pass", True), ("post_grad_custom_pre_pass", False)):
+            some = [one for one in pipeline if passes.is_early(one) == early]
+            settings |= _as_inductor_pass(setting, some, graph.changes, settings.get(setting))
         graph.function = private("compile_fx")(module, inputs, config_patches=settings)
     else:
 
@@ -179,19 +182,20 @@ def compile_graph(
 
 
 def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[passes.Change]:
+    note_apart(module)  # AOT has a graph that writes an input take what shares its memory as views of one input
     with private("unset_fake_temporarily")():  # compilers run in a mode where a constant that a pass computes would have no value
         return passes.run(module, pipeline)
 
 
-def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Change], given: Any) -> dict[str, Any]:
-    """The setting that makes Inductor run the pipeline on the ATen graph, after a pass that is ``given`` or set already.
+def _as_inductor_pass(setting: str, pipeline: Sequence[passes.Pass], changes: list[passes.Change], given: Any) -> dict[str, Any]:
+    """The ``setting`` that makes Inductor run the pipeline on the ATen graph, after a pass that is ``given`` or set already.
 
     Its caches tell pipelines apart by name and by the version of this project.
     """
     if not pipeline:
         return {}
     config, base = private("config"), private("CustomGraphPass")
-    before: Any = given if given is not None else config.post_grad_custom_pre_pass
+    before: Any = given if given is not None else getattr(config, setting)
 
     class Pipeline(base):  # type: ignore[misc, valid-type]
         def __call__(self, graph: Graph) -> None:
@@ -205,7 +209,7 @@ def _as_inductor_pass(pipeline: Sequence[passes.Pass], changes: list[passes.Chan
                 return None  # it has no name that a cache could trust
             return ("passes", __version__, *map(name_of, pipeline), other)
 
-    return {"post_grad_custom_pre_pass": Pipeline()}
+    return {setting: Pipeline()}
 
 
 def name_of(one: Any) -> str:

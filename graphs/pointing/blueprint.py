@@ -301,7 +301,9 @@ def _settle(entry: RecordedStep, storages: list[Storage]) -> None:
 
 def _is_movable(entry: RecordedStep) -> bool:
     """Whether nothing but addresses ties a recording to its tensors: a step may compare an argument with what is its own."""
-    rewritten = entry.checked is not None or isinstance(entry.candidate, RewrittenStep) or bool(entry.uploads)
+    rewritten = entry.checked is not None or bool(entry.uploads)
+    if isinstance(entry.candidate, RewrittenStep):
+        rewritten = rewritten or entry.candidate.reads_host_values
     return not rewritten and not entry.asks_memory and not entry.statics.own_arguments
 
 

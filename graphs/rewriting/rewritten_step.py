@@ -262,6 +262,7 @@ class RewrittenStep:
         forced: a graph of the same rules in which outcomes of host values can be forced, and what those are.
         uploaded: host tensors of the step whose content the graph holds as it was when it was made.
         host_values: what became of each value that the host read.
+        reads_host_values: whether the step does so, or advances numbers of Python: its graph may be one of several then.
     """
 
     def __init__(self, rewritten: passes.RewrittenGraph, structure: Any, counters: Counters | None) -> None:
@@ -273,6 +274,8 @@ class RewrittenStep:
         self.forced = rewritten.forced
         self.uploaded = rewritten.uploaded
         self.host_values = rewritten.host_values
+        facts = rewritten.facts
+        self.reads_host_values = bool(facts.hints or facts.assumptions or rewritten.changes or counters is not None)
         self.written, written = passes.lasting_writes(rewritten.module)
         held = rewritten.state  # not the passes' own
         self.held: list[Tensor] = list(held.values())

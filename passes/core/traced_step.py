@@ -52,6 +52,12 @@ def note_storages(module: GraphModule, tensors: list[Tensor]) -> None:
             node.meta[STORAGE] = tensor.untyped_storage()._cdata
 
 
+def note_apart(module: GraphModule) -> None:
+    """Write down at the inputs of a graph that each is memory of its own, where nothing is written down yet."""
+    for node in placeholders(module):
+        node.meta.setdefault(STORAGE, node.name)
+
+
 def placeholders(module: GraphModule) -> list[Node]:
     """The inputs of a graph, in order."""
     return [node for node in module.graph.nodes if node.op == "placeholder"]

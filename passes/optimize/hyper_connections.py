@@ -35,6 +35,7 @@ from passes.optimize.terms import Term, Terms, value_of
 aten = torch.ops.aten
 _ADD, _MUL, _BMM, _MM = aten.add.Tensor, aten.mul.Tensor, aten.bmm.default, aten.mm.default
 _SIGMOID, _RSQRT, _DIV, _AMAX = aten.sigmoid.default, aten.rsqrt.default, aten.div.Tensor, aten.amax.default
+_EXPAND = aten.expand.default
 _ARRANGED = ("reshape", "slice", "select")
 _NORMALISING = (_AMAX, aten.sub.Tensor, aten.exp.default, aten.sum.dim_IntList, _DIV, _ADD)
 
@@ -118,9 +119,10 @@ class Connection(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """What computes the streams behind a block: the terms of its output and of those streams."""
+    """What computes the streams behind a block: the terms of its output, and of the streams before and behind it."""
 
     out: Term
+    streams: Term
     result: Term
 
 
@@ -135,9 +137,9 @@ class _Finder:
         self._module, self._family = module, family
         self._traced: dict[Any, GraphModule] = {}
         self.terms = Terms(module)
-        known = list(self.terms.nodes)
-        connections = [one for term in known if term.op is _MM for one in self._connections(term)]
-        sums = [term for term in known if term.op is _ADD and len(term.terms) == 2]
+        self._known = list(self.terms.nodes)
+        connections = [one for term in self._known if term.op is _MM for one in self._connections(term)]
+        sums = [term for term in self._known if term.op is _ADD and len(term.terms) == 2]
         self.connections = [(one, None if one.is_head else self._spread(one, sums)) for one in connections]
 
     def _connections(self, product: Term) -> Iterator[Connection]:
@@ -147,7 +149,7 @@ class _Finder:
             for made in self._candidates(product, hc, head):
                 function = self._family.head if head else self._family.pre
                 results = self._results(function, (made.streams, *made.layer), made.numbers)
-                if self.terms.nodes.get(results[0]) and all(map(self.terms.is_settled, (made.streams, *made.layer))):
+                if self.terms.nodes.get(results[0]) and all(map(self._is_there, (made.streams, *made.layer))):
                     yield made._replace(results=results)
                     return
 
@@ -174,13 +176,11 @@ class _Finder:
 
     def _streams(self, normed: Term, hc: int, width: int) -> list[Term]:
         """The streams that are normed together, as ``[..., H, D]``."""
-        flat = [_source(term, "cast", "reshape") for term in normed.terms if term.op is not _RSQRT]
-        return [
-            term
-            for root in flat
-            for term in (root, *self.terms.users[root])
-            if term.shape[-2:] == (hc, width) and (term is root or term.op == "reshape")
-        ]
+        flat = [term for term in normed.terms if term.op is not _RSQRT]
+        flat += [term.terms[0] for term in flat if term.op == "cast"]
+        alike = [term for term in self._known if term.shape[-2:] == (hc, width)]
+        pairs = ((term, one) for term in alike for one in flat if term.size == one.size)
+        return [term for term, one in pairs if self.terms.reshape(term, one.shape) is one]
 
     def _reached(self, start: Iterable[Term], through: Sequence[Any]) -> dict[Term, None]:
         """The terms that are made of some by operators of certain kinds alone."""
@@ -200,30 +200,41 @@ class _Finder:
         return found
 
     def _iterations(self, around: Iterable[Term]) -> int:
-        """Each has two divisions, with that of the softmax."""
+        """Each has two divisions, with that of the softmax; where there are other ones, nothing has to be made."""
         begin = self._users(around, _AMAX)
-        return sum(term.op is _DIV for term in self._reached(begin, _NORMALISING)) // 2
+        return max(sum(term.op is _DIV for term in self._reached(begin, _NORMALISING)) // 2, 1)
 
     def _spread(self, connection: Connection, sums: Sequence[Term]) -> Spread | None:
         """What computes the streams behind the block of a connection."""
         _, post, comb = connection.results
-        streams = connection.streams
         for total in sums:
-            if total.shape != streams.shape or total.dtype != streams.dtype:
-                continue
             for spread, mixed in (total.terms, total.terms[::-1]):
                 product = _source(mixed, "reshape")
                 if spread.op is not _MUL or product.op is not _BMM or len(spread.terms) != 2:
                     continue
-                if comb not in [_source(term, "reshape", "permute", "cast", aten.expand.default) for term in product.terms]:
-                    continue
                 outs = [_source(term, "reshape") for term in spread.terms if _source(term, "reshape", "cast") is not post]
-                for out in [self.terms.reshape(one, (*streams.shape[:-2], streams.shape[-1])) for one in outs[:1]]:
-                    known = self.terms.nodes.get(out) or out.op == "memory"
-                    made = self._results(self._family.post, (out, streams, post, comb), ())
-                    if known and made == [total] and self.terms.is_settled(out):
-                        return Spread(out, total)
+                mixing = _source(product.terms[0], "reshape", "permute", "cast", _EXPAND)
+                if mixing is comb and len(outs) == 1:
+                    streams = _source(product.terms[1], "reshape", _EXPAND)
+                    made = self._spread_of(outs[0], streams, post, comb, total)
+                    if made is not None:
+                        return made
         return None
+
+    def _spread_of(self, out: Term, streams: Term, post: Term, comb: Term, total: Term) -> Spread | None:
+        """What computes ``total``, if it does so of these as the family's function does."""
+        shape = total.shape
+        if len(shape) < 2 or streams.size != total.size or out.size * shape[-2] != total.size:
+            return None
+        out, streams = self.terms.reshape(out, (*shape[:-2], shape[-1])), self.terms.reshape(streams, shape)
+        if not all(self._is_there(term) for term in (out, streams)) or post.shape != shape[:-1]:
+            return None
+        made = self._results(self._family.post, (out, streams, post, comb), ())
+        return Spread(out, streams, total) if made == [total] else None
+
+    def _is_there(self, term: Term) -> bool:
+        """Whether a node computes a term, and no write makes that another one."""
+        return (term.op == "memory" or bool(self.terms.nodes.get(term))) and self.terms.is_settled(term)
 
     def _results(self, function: Callable[..., Any], given: Sequence[Term], numbers: tuple[float, ...]) -> list[Term]:
         """The terms of what a function returns."""
@@ -269,7 +280,7 @@ class _Writer:
             self._replace(operators[one.is_head], (), one, one.results)
         for one, spread in ((one, spread) for one, spread in self._connections if spread is not None):
             following = next((other for other in joined if other.streams is spread.result), None)
-            behind = (spread.out, one.streams, *one.results[1:])
+            behind = (spread.out, spread.streams, *one.results[1:])
             if following is None:
                 self._replace(self._family.post_operator, behind, None, [spread.result])
             else:

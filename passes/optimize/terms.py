@@ -9,6 +9,7 @@ the nodes that compute it.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from passes.core.aliasing import Aliases, written
-from passes.core.schema import is_mutable
+from passes.core.aliasing import Aliases, parent_of, written
+from passes.core.schema import is_mutable, returns_view
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -42,6 +43,11 @@ class Term:
 
     def __init__(self, op: Any, args: tuple[Any, ...], shape: Shape, dtype: torch.dtype) -> None:
         self.op, self.args, self.shape, self.dtype = op, args, shape, dtype
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
 
     @property
     def terms(self) -> list[Term]:
@@ -177,12 +183,15 @@ class _Reader:
         shape, dtype = tuple(value.shape), value.dtype
         if node.op in ("placeholder", "get_attr"):
             return self._terms.make("leaf", (node if node.op == "placeholder" else node.target,), shape, dtype)
-        args = [self._argument(one) for one in node.args]
-        made = None
-        if is_function(node):
-            rule = _RULES.get(node.target, _plain)
-            made = _part(self, node) if node.target is operator.getitem else rule(self._terms, node, args, shape, dtype)
+        made = self._applied(node, shape, dtype) if is_function(node) else None
         return made if made is not None else self._terms.make("node", (node,), shape, dtype)
+
+    def _applied(self, node: Node, shape: Shape, dtype: torch.dtype) -> Term | None:
+        """What a function gives for its arguments as they are now; None where no term tells."""
+        if node.target is operator.getitem:
+            return _part(self, node)
+        args = [self._argument(one) for one in node.args]
+        return _RULES.get(node.target, _plain)(self._terms, node, args, shape, dtype)
 
     def _argument(self, value: Any) -> Any:
         """What a node reads: the term of another one, or of memory as it is now."""
@@ -196,6 +205,14 @@ class _Reader:
         term = self._found.get(node)
         if term is None or not self._aliases.is_written(node):
             return term if term is not None else node
+        parent = parent_of(node)
+        source = self._found.get(parent) if isinstance(parent, Node) else None
+        if source is not None and returns_view(node.target):
+            seen = self._applied(node, term.shape, term.dtype)
+            if seen is not None:
+                return seen
+        elif source is not None and is_mutable(node.target) and (source.shape, source.dtype) == (term.shape, term.dtype):
+            return self.read(parent)  # written in place
         root = self._aliases.root(node)
         return self._terms.make("memory", (node, self.writes[root], root), term.shape, term.dtype)
 

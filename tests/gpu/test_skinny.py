@@ -44,6 +44,41 @@ def test_products_agree_with_float64(m: int, sizes: tuple[int, ...], k: int, dty
     assert count_launches(lambda: linear(x, weights), device) == -(-len(sizes) // 3)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 2304, 768), (4, 768, 3072), (1, 50257, 768), (13, 33, 256)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_biases_and_either_layout_agree_with_float64(
+    m: int, n: int, k: int, turned: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n, k), (n,)))
+    held = weight.t().contiguous().t() if turned else weight
+    exact = x.double() @ weight.double().t() + bias.double()
+    (made,) = linear(x, [held], [bias])
+    assert (made.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
+    assert count_launches(lambda: linear(x, [held], [bias]), device) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "length", "width"),
+    [(1, 12, 12, 192, 64), (4, 32, 8, 192, 64), (2, 16, 1, 1000, 128), (1, 4, 2, 9000, 256), (3, 2, 2, 5, 16)],
+)
+@pytest.mark.parametrize("filled", [1.0, 0.2])
+def test_attention_agrees_with_float64(
+    batch: int, heads: int, groups: int, length: int, width: int, filled: float, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, 1, width, device=device).bfloat16()
+    key, value = torch.randn(2, batch, groups, length, width, device=device).bfloat16()
+    places = int(filled * length) or 1
+    mask = torch.where(torch.arange(length, device=device) < places, 0.0, -torch.inf).expand(batch, 1, 1, length)
+    shares = [states.double().repeat_interleave(heads // groups, 1) for states in (key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), *shares, mask.double())
+    key[:, :, 2 * places + 512 :], value[:, :, 2 * places + 512 :] = float("nan"), float("nan")  # parts that nobody sees
+    made = torch.ops.graphs.one_query_attention(query, key, value, mask, width**-0.5)
+    assert (made.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
 def test_what_no_tile_fits_is_multiplied_by_the_library(device: torch.device) -> None:
     x, weight = torch.randn(20, 256, device=device).bfloat16(), torch.randn(24, 256, device=device).bfloat16()
     assert torch.equal(linear(x, [weight])[0], x @ weight.t())

@@ -117,7 +117,7 @@ STREAMS = torch.ones(3, 4, 16)
         ("mhc_pre", (STREAMS, *layer(24, 1, 64), 0.0, 0.0, 1), r"legal are \(24, 64\), \(24,\), \(3,\)"),
         ("mhc_pre", (STREAMS, *layer(24, 3, 64, torch.float64), 0.0, 0.0, 1), "fn is torch.float64 on"),
         ("mhc_pre", (STREAMS, *layer(24, 3, 64), 0.0, 0.0, 0), "0 iterations; legal are 1 or more"),
-        ("mhc_post", *behind(3)[:3], torch.ones(3, 4), r"legal are \(3, 16\), \(3, 4\), \(3, 4, 4\)"),
+        ("mhc_post", (*behind(3)[:3], torch.ones(3, 4)), r"legal are \(3, 16\), \(3, 4\), \(3, 4, 4\)"),
         ("mhc_post", (torch.ones(3, 16), *behind(3)[1:]), "out is torch.float32 on .*; legal is torch.bfloat16"),
         ("mhc_post", (*behind(3)[:3], torch.ones(3, 4, 4).half()), "comb is torch.float16 on .*; legal is torch.float32"),
         ("mhc_post_pre", (*behind(3), *layer(4, 1, 64), 0.0, 0.0, 1), r"mhc_post_pre: .* legal are \(24, 64\)"),

@@ -144,7 +144,9 @@ def mhc_mix_kernel(
 def launch_spread(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor, y: Tensor, tile: Tile) -> None:
     """``y [M, H, D]``, the streams behind a block, in one launch."""
     m, hc, width = streams.shape
-    mhc_spread_kernel[(m, triton.cdiv(width, tile.spread))](out, streams, post, comb, y, width, hc, tile.spread, num_warps=4)
+    mhc_spread_kernel[(m, triton.cdiv(width, tile.spread))](
+        out, streams, post, comb, y, width, hc, tile.spread, num_warps=tile.warps
+    )
 
 
 def launch_mix(
@@ -173,10 +175,10 @@ def launch_mix(
     out, before, post, comb = behind if behind is not None else (streams, streams, base, base)
     mhc_sums_kernel[(programs, triton.cdiv(m, tile.rows))](
         out, before, post, comb, fn, streams, sums, m, width, hc, behind is not None, head, stride, tile.columns, tile.rows,
-        num_warps=4,
+        num_warps=tile.warps,
     )  # fmt: skip
     mixed, new_post, new_comb = results if not head else (results[0], sums, sums)
     mhc_mix_kernel[(m, triton.cdiv(width, tile.mixed) + (not head))](
         streams, sums, base, scale, mixed, new_post, new_comb, m, norm_eps, eps, programs, power_of_two(programs), width, hc,
-        head, stride, iterations, tile.mixed, num_warps=4,
+        head, stride, iterations, tile.mixed, num_warps=tile.warps,
     )  # fmt: skip

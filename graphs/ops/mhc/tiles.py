@@ -13,12 +13,13 @@ LOADED = 512
 
 
 class Tile(NamedTuple):
-    """Columns of each stream and rows of a program that sums; columns of one that mixes, and of one that only spreads."""
+    """Columns of each stream and rows of a program that sums; columns of one that mixes, and of one that only spreads; warps."""
 
     columns: int
     rows: int
     mixed: int
     spread: int
+    warps: int = 4
 
 
 def power_of_two(number: int) -> int:
