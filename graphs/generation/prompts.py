@@ -32,7 +32,8 @@ class Prompts:
 
     def __init__(self, model: torch.nn.Module, config: CaptureConfig) -> None:
         self._model = model
-        self._config = dataclasses.replace(config, compiler="none", compiler_options=CompilerOptions(), buckets=None)
+        options = CompilerOptions(hyper_connections=config.compiler_options.hyper_connections)
+        self._config = dataclasses.replace(config, compiler="none", compiler_options=options, buckets=None)
         self._seen: set[Any] = set()
         self._recorded: set[Any] = set()
         self._unfit: set[Any] = set()

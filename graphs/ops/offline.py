@@ -203,7 +203,7 @@ def _mhc_cases() -> Iterator[Case]:
         for option, behind, head in (("", False, False), ("behind", True, False), ("head", False, True)):
             split = {"STRIDE": mhc.power_of_two((2 + streams) * streams + 1), "HEAD": head}
             sums = {"BEHIND": behind, "BLOCK": found.columns, "ROWS": found.rows}
-            yield Case("mhc_sums_kernel", m, types, common | split | sums, four, option)
+            yield Case("mhc_sums_kernel", m, types, common | split | sums, tiles.Tile(0, 0, found.warps, 3), option)
             programs = width // found.columns
             mix = {"PROGRAMS": programs, "CHUNKS": mhc.power_of_two(programs), "BLOCK": found.mixed}
             if not behind:

@@ -2,9 +2,9 @@
 
 ``mhc_sums_kernel`` reads the linear layer of a hyper-connection once, each program its own columns of all streams, and writes
 partial sums: of squares for the norm, and of products for the weights. The norm is a factor on these sums, so nothing waits for
-it. Where a block's output is given, the streams are mixed on the way and written. ``mhc_mix_kernel`` adds the partial sums in a
-fixed order, so that results do not depend on timing, and sums the streams; one program more per row makes ``post`` and ``comb``
-in registers.
+it. Where a block's output is given, the streams are mixed on the way, and further programs write them. ``mhc_mix_kernel`` adds the
+partial sums in a fixed order, so that results do not depend on timing, and sums the streams; one program more per row makes
+``post`` and ``comb`` in registers.
 
 All tensors are contiguous, H is 2, 4 or 8; weights may have any float dtype. Sums are float32. What is rounded to the dtype of
 the streams is what `graphs.ops.mhc.reference` rounds.
@@ -53,6 +53,16 @@ def _layer(weight, at, inside, FIRST: tl.constexpr, ROWS: tl.constexpr, K: tl.co
     return tl.load(weight + row[:, None] * K + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _features(out, streams, post, comb, token, h, cols, D, H: tl.constexpr, BEHIND: tl.constexpr):
+    """The streams of a token, which may have to be mixed first."""
+    if BEHIND:
+        x = _spread(out, streams, post, comb, token, h, cols, D, H)
+    else:
+        x = tl.load(streams + (token.to(tl.int64) * H + h) * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    return x
+
+
 @triton.jit(do_not_specialize=["M"])
 def mhc_sums_kernel(
     out, streams, post, comb, weight, y, sums, M, D: tl.constexpr, H: tl.constexpr, BEHIND: tl.constexpr, HEAD: tl.constexpr,
@@ -60,38 +70,47 @@ def mhc_sums_kernel(
 ):  # fmt: skip
     """Partial sums ``[programs, M, STRIDE]`` of products with the linear layer, and behind them of squares.
 
-    Grid: D / BLOCK, M / ROWS. With BEHIND, ``y`` is what `mhc_spread_kernel` gives, and the sums are over that.
+    Grid: D / BLOCK, M / ROWS; with BEHIND M more, which write ``y``, what `mhc_spread_kernel` gives. The sums are over that then.
+    Nothing is written before all was read, so that the reads of all rows are on their way together.
     """
     k = tl.arange(0, H * BLOCK)
     h = k // BLOCK
     cols = tl.program_id(0) * BLOCK + k % BLOCK
-    inside = cols < D
-    WIDE: tl.constexpr = H if HEAD else 2 * H
-    narrow = _layer(weight, h * D + cols, inside, 0, WIDE, H * D)
-    if not HEAD:
-        square = _layer(weight, h * D + cols, inside, 2 * H, H * H, H * D)
-    for index in tl.static_range(ROWS):
-        token = tl.program_id(1) * ROWS + index
-        if token < M:
-            at = (token.to(tl.int64) * H + h) * D + cols
-            if BEHIND:
-                x = _spread(out, streams, post, comb, token, h, cols, D, H)
-                tl.store(y + at, x.to(y.dtype.element_ty), mask=inside)
-            else:
-                x = tl.load(streams + at, mask=inside, other=0.0).to(tl.float32)
-            to = sums + (tl.program_id(0) * M + token) * STRIDE
-            tl.store(to + tl.arange(0, WIDE), tl.sum(narrow * x[None, :], 1))
+    first = tl.program_id(1) * ROWS
+    if first < M:
+        WIDE: tl.constexpr = H if HEAD else 2 * H
+        narrow = _layer(weight, h * D + cols, cols < D, 0, WIDE, H * D)
+        square = _layer(weight, h * D + cols, cols < D, 2 * H, 1 if HEAD else H * H, H * D) if not HEAD else narrow
+        rows = tl.arange(0, ROWS)
+        by_stream = tl.zeros((ROWS, WIDE), tl.float32)
+        by_pair = tl.zeros((ROWS, 1 if HEAD else H * H), tl.float32)
+        squares = tl.zeros((ROWS,), tl.float32)
+        for index in tl.static_range(ROWS):
+            x = _features(out, streams, post, comb, tl.minimum(first + index, M - 1), h, cols, D, H, BEHIND)
+            here = rows == index
+            by_stream += tl.where(here[:, None], tl.sum(narrow * x[None, :], 1)[None, :], 0.0)
             if not HEAD:
-                tl.store(to + 2 * H + tl.arange(0, H * H), tl.sum(square * x[None, :], 1))
-            tl.store(to + (H if HEAD else (2 + H) * H), tl.sum(x * x, 0))
+                by_pair += tl.where(here[:, None], tl.sum(square * x[None, :], 1)[None, :], 0.0)
+            squares += tl.where(here, tl.sum(x * x, 0), 0.0)
+        to = sums + (tl.program_id(0) * M + first + rows) * STRIDE
+        there = first + rows < M
+        tl.store(to[:, None] + tl.arange(0, WIDE)[None, :], by_stream, mask=there[:, None])
+        if not HEAD:
+            tl.store(to[:, None] + 2 * H + tl.arange(0, H * H)[None, :], by_pair, mask=there[:, None])
+        tl.store(to + (H if HEAD else (2 + H) * H), squares, mask=there)
+    elif BEHIND:
+        token = tl.program_id(1) - (M + ROWS - 1) // ROWS
+        made = _spread(out, streams, post, comb, token, h, cols, D, H)
+        tl.store(y + (token.to(tl.int64) * H + h) * D + cols, made.to(y.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit
 def _normalised(comb, eps, ITERATIONS: tl.constexpr):
-    comb = comb / (tl.sum(comb, 0)[None, :] + eps)
+    """One reciprocal for each sum: its digits are those of a division, and the steps are one after the other."""
+    comb = comb * (1.0 / (tl.sum(comb, 0)[None, :] + eps))
     for _ in range(ITERATIONS - 1):
-        comb = comb / (tl.sum(comb, 1)[:, None] + eps)
-        comb = comb / (tl.sum(comb, 0)[None, :] + eps)
+        comb = comb * (1.0 / (tl.sum(comb, 1)[:, None] + eps))
+        comb = comb * (1.0 / (tl.sum(comb, 0)[None, :] + eps))
     return comb
 
 
@@ -144,9 +163,7 @@ def mhc_mix_kernel(
 def launch_spread(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor, y: Tensor, tile: Tile) -> None:
     """``y [M, H, D]``, the streams behind a block, in one launch."""
     m, hc, width = streams.shape
-    mhc_spread_kernel[(m, triton.cdiv(width, tile.spread))](
-        out, streams, post, comb, y, width, hc, tile.spread, num_warps=tile.warps
-    )
+    mhc_spread_kernel[(m, triton.cdiv(width, tile.spread))](out, streams, post, comb, y, width, hc, tile.spread, num_warps=4)
 
 
 def launch_mix(
@@ -173,12 +190,13 @@ def launch_mix(
     stride = power_of_two((2 + hc) * hc + 1)
     sums = torch.empty(programs, m, stride, dtype=torch.float32, device=streams.device)
     out, before, post, comb = behind if behind is not None else (streams, streams, base, base)
-    mhc_sums_kernel[(programs, triton.cdiv(m, tile.rows))](
+    rows = triton.cdiv(m, tile.rows) + (m if behind is not None else 0)
+    mhc_sums_kernel[(programs, rows)](
         out, before, post, comb, fn, streams, sums, m, width, hc, behind is not None, head, stride, tile.columns, tile.rows,
         num_warps=tile.warps,
     )  # fmt: skip
     mixed, new_post, new_comb = results if not head else (results[0], sums, sums)
     mhc_mix_kernel[(m, triton.cdiv(width, tile.mixed) + (not head))](
         streams, sums, base, scale, mixed, new_post, new_comb, m, norm_eps, eps, programs, power_of_two(programs), width, hc,
-        head, stride, iterations, tile.mixed, num_warps=tile.warps,
+        head, stride, iterations, tile.mixed, num_warps=4,
     )  # fmt: skip

@@ -13,13 +13,16 @@ LOADED = 512
 
 
 class Tile(NamedTuple):
-    """Columns of each stream and rows of a program that sums; columns of one that mixes, and of one that only spreads; warps."""
+    """Columns of each stream and rows of a program that sums; columns of one that mixes, and of one that only spreads.
+
+    A warp of its own sums without waiting for others: 128 features are four for each of its lanes.
+    """
 
     columns: int
     rows: int
     mixed: int
     spread: int
-    warps: int = 4
+    warps: int = 1
 
 
 def power_of_two(number: int) -> int:
