@@ -2,8 +2,8 @@
 
 ``mhc_sums_kernel`` reads the linear layer of a hyper-connection once, each program its own columns of all streams, and writes
 partial sums: of squares for the norm, and of products for the weights. The norm is a factor on these sums, so nothing waits for
-it. Where a block's output is given, the streams are mixed on the way, and further programs write them. ``mhc_mix_kernel`` adds the
-partial sums in a fixed order, so that results do not depend on timing, and sums the streams; one program more per row makes
+it. Where a block's output is given, the streams are mixed on the way, and further programs write them. ``mhc_mix_kernel`` adds
+the partial sums in a fixed order, so that results do not depend on timing, and sums the streams; one program more per row makes
 ``post`` and ``comb`` in registers.
 
 All tensors are contiguous, H is 2, 4 or 8; weights may have any float dtype. Sums are float32. What is rounded to the dtype of
