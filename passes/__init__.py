@@ -12,14 +12,14 @@ from passes.host_values.lengths import NoBound
 from passes.host_values.on_host import refuse_host_results
 from passes.host_values.uses import HostValue
 from passes.mlir import compile_mlir, register_decompositions, run_mlir, to_mlir
-from passes.optimize.expert_products import expert_products
 from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
-from passes.optimize.hyper_connections import HyperConnections, hyper_connections, may_be_connection
-from passes.optimize.one_query_attention import one_query_attention
-from passes.optimize.repeated_heads import repeated_heads
+from passes.optimize.operators.expert_products import expert_products
+from passes.optimize.operators.hyper_connections import HyperConnections, hyper_connections, may_be_connection
+from passes.optimize.operators.one_query_attention import one_query_attention
+from passes.optimize.operators.repeated_heads import repeated_heads
+from passes.optimize.operators.skinny_linear import skinny_products
 from passes.optimize.single_kernel import fewer_launches
-from passes.optimize.skinny_linear import skinny_products
 from passes.pipeline import DEFAULT, Pass, is_early, run
 from passes.projections.example_tracer import trace_with_inputs
 from passes.projections.route import Routes, Target, routing

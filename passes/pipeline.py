@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from passes.core.values.refusals import drop_unused
 from passes.core.verify import verify, wrong_values
 from passes.optimize.hoist_constants import hoist_constants
-from passes.optimize.hyper_connections import hyper_connections
+from passes.optimize.operators.hyper_connections import hyper_connections
 from passes.rewritten_graph import Change
 
 Pass = Callable[[GraphModule], Sequence[tuple[str, str]]]

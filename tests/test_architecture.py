@@ -240,6 +240,8 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
             "graphs.ops.wo_a.kernels.warpgroup",
             "graphs.ops.wo_a.kernels.portable",
             "graphs.ops.offline",
+            "graphs.ops.attention.kernel",
+            "graphs.ops.experts.kernel",
             "graphs.ops.mhc.kernel",
             "graphs.ops.skinny.kernel",
             "graphs.ops.wo_a.kernels.split_k",

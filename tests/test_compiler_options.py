@@ -108,11 +108,12 @@ def test_nothing_is_rewritten_where_it_was_not_measured_to_pay(monkeypatch: pyte
 def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     names = [name_of(one) for one in CompilerOptions(*[True] * 4).pipeline(CPU)]
     assert names == [
-        "passes.optimize.repeated_heads.repeated_heads",
-        "passes.optimize.expert_products.expert_products(operator=graphs.expert_linear.default)",
-        "passes.optimize.one_query_attention.one_query_attention("
+        "passes.optimize.operators.repeated_heads.repeated_heads",
+        "passes.optimize.operators.expert_products.expert_products(operator=graphs.expert_linear.default)",
+        "passes.optimize.operators.one_query_attention.one_query_attention("
         "fits=graphs.ops.attention.operator.fits, grouped=False, longest=4096, operator=None)",
-        "passes.optimize.skinny_linear.skinny_products(fits=graphs.ops.wo_a.tiles.skinny, operator=graphs.skinny_linear.default)",
+        "passes.optimize.operators.skinny_linear.skinny_products("
+        "fits=graphs.ops.wo_a.tiles.skinny, operator=graphs.skinny_linear.default)",
     ]
 
 

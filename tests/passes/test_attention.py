@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import passes
 from graphs.ops.attention import operator as attention_operator
-from passes.optimize.one_query_attention import one_query_attention
+from passes.optimize.operators.one_query_attention import one_query_attention
 
 REPLACE = partial(one_query_attention, longest=32)
 attention = torch.nn.functional.scaled_dot_product_attention

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphs.ops  # noqa: F401  (defines the operator)
 import passes
-from passes.optimize.expert_products import expert_products
+from passes.optimize.operators.expert_products import expert_products
 
 CHOSEN = partial(expert_products, operator=torch.ops.graphs.expert_linear.default)
 X = torch.randn(6, 32).bfloat16()

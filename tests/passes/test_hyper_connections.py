@@ -16,7 +16,7 @@ from torch.nn import functional
 import passes
 from graphs.compile.compiled_graph import compile_graph
 from graphs.ops.mhc.family import FAMILY
-from passes.optimize.hyper_connections import hyper_connections
+from passes.optimize.operators.hyper_connections import hyper_connections
 from tests.models.hyper_connections import EPS, HC, Blocks, Connection, streams
 
 REPLACE = partial(hyper_connections, family=FAMILY)

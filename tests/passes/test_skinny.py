@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphs.ops  # noqa: F401  (defines the operator)
 import passes
-from passes.optimize.skinny_linear import skinny_products
+from passes.optimize.operators.skinny_linear import skinny_products
 
 MERGE = partial(skinny_products, operator=torch.ops.graphs.skinny_linear.default, fits=lambda m, n, k: m <= 16 and n % 16 == 0)
 X = torch.randn(4, 1, 32).bfloat16()

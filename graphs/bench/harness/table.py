@@ -41,7 +41,7 @@ def pairs(results: Results) -> list[tuple[BenchRow, BenchRow]]:
     found: dict[tuple[str, str, int, int], dict[str, BenchRow]] = {}
     for row in results.rows:
         found.setdefault((row.workload, row.case, row.groups, row.rows), {})[row.mode] = row
-    return [(modes["eager"], modes["graph"]) for modes in found.values() if len(modes) == 2]
+    return [(modes["eager"], modes["graph"]) for modes in found.values() if modes.keys() == {"eager", "graph"}]
 
 
 def cells(row: BenchRow, eager: BenchRow) -> tuple[str, ...]:

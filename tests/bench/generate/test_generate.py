@@ -48,6 +48,11 @@ def test_each_form_gives_eagers_tokens_at_a_rate(out: Path, capsys: pytest.Captu
     assert [change.ratio for change in compare(read, results).changes] == [1.0] * 3
 
 
+def test_two_forms_are_no_pair_of_eager_and_graph(out: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, forms=("static", "graphs"))
+    assert [row.mode for row in run_bench("generate", settings, out).rows] == ["static", "graphs"]
+
+
 def test_a_token_that_eager_does_not_choose_is_not_timed(toy: Workload, model: Any) -> None:
     ids = toy.ids(CPU)
     good = make_form("dynamic", model, ids, toy.new)
@@ -105,7 +110,9 @@ def test_models_and_forms_are_those_that_were_asked_for() -> None:
 @pytest.mark.parametrize(("name", "ours", "met"), [("GPT-2", "graphs", True), ("Llama", "inductor", False)])
 def test_bars_are_ratios_to_the_peer_of_the_same_run(toy: Workload, name: str, ours: str, met: bool) -> None:
     times = {"auto-compile": [3.0, 3.0], "graphs": [1.0, 1.0], "inductor": [1.5, 1.5]}
-    (bar,) = measure._bars(dataclasses.replace(toy, name=name), times, SETTINGS)
+    bars = measure._bars(dataclasses.replace(toy, name=name), times, SETTINGS)
+    assert [bar.name.partition(" ")[0] for bar in bars] == list(BARS[name][0])
+    (bar,) = [bar for bar in bars if bar.name.startswith(ours)]
     assert bar.met is met and bar.limit == BARS[name][1] and bar.goal == BARS[name][2]
     assert bar.measured.median == pytest.approx(3.0 / times[ours][0])
     assert not measure._bars(dataclasses.replace(toy, name=name), {ours: [1.0]}, SETTINGS), "the peer was not measured"

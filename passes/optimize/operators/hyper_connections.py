@@ -13,8 +13,8 @@ After::
     %collapsed : getitem(args = (%mhc_pre, 0))
 
 What is looked for is not listed here: the product with a linear layer says which tensors and numbers there may be, and a
-function that means the operator, traced for these, has to have the terms of the graph (`passes.optimize.terms`): the same
-operators on the same values, rounded alike. Anything else stays as it is.
+function that means the operator, traced for these, has to have the terms of the graph (`passes.optimize.operators.terms`): the
+same operators on the same values, rounded alike. Anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.core.values.fake_values import emit
-from passes.optimize.terms import Term, Terms, value_of
+from passes.optimize.operators.terms import Term, Terms, value_of
 
 aten = torch.ops.aten
 _ADD, _MUL, _BMM, _MM = aten.add.Tensor, aten.mul.Tensor, aten.bmm.default, aten.mm.default

@@ -27,8 +27,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.operator_schemas import normalize_function
 
-from passes.core.emitter import Emitter
-from passes.optimize.repeated_heads import repeated_source
+from passes.optimize.operators.emitter import Emitter
+from passes.optimize.operators.repeated_heads import repeated_source
 
 aten = torch.ops.aten
 _ATTENTION = tuple(

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.core.emitter import Emitter
+from passes.optimize.operators.emitter import Emitter
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)

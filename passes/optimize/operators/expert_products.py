@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.core.emitter import Emitter
+from passes.optimize.operators.emitter import Emitter
 
 aten = torch.ops.aten
 _DTYPES = (torch.bfloat16, torch.float16)
