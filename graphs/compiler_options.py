@@ -41,7 +41,7 @@ class CompilerOptions:
         expert_products: read the weights of chosen experts where they are; None: where it was measured to pay.
         repeated_heads: read keys and values once that several query heads share; None: where it was measured to pay.
         hyper_connections: run hyper-connections of up to 64 rows as one operator each, in steps that are recorded uncompiled as
-            well; None: where its kernels were measured.
+            well; None: where its kernels were measured to pay, which is nowhere yet.
         inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
     """
 

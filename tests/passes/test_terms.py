@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes.optimize.terms import Term, Terms
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from passes.optimize.operators.terms import Term, Terms
 
 Shape = tuple[int, ...]
 SHAPES: tuple[Shape, ...] = ((2, 3, 4), (6, 4), (24,), (4, 6), (2, 12), (2, 1, 3, 4))
