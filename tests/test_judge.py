@@ -223,6 +223,39 @@ def test_the_second_and_third_that_a_choice_left_may_be_taken_too(rank: int, mas
     assert judged(step, [torch.where(torch.arange(rows) == 1, 7, taken)], x) is not None
 
 
+CHOICES: dict[str, Callable[[Tensor], Any]] = {
+    "topk": lambda scores: scores.topk(4, -1).indices,
+    "topk with its values": lambda scores: scores.topk(4, -1),
+    "topk of the least": lambda scores: scores.topk(4, -1, largest=False),
+    "topk along another dimension": lambda scores: scores.t().topk(4, 0).indices,
+    "argmin": lambda scores: scores.argmin(-1),
+    "min": lambda scores: scores.min(-1),
+    "argmax of all": lambda scores: scores.argmax(),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(CHOICES))
+def test_products_that_are_summed_in_two_halves_choose_as_well(kind: str) -> None:
+    """As a library splits a product; what differs from eager in its numbers or in their order is no mistake."""
+    differed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, columns = torch.randn(4, 64).to(BF16), torch.randn(64, 2000).to(BF16)
+
+        def step(x: Tensor, columns: Tensor = columns) -> list[Tensor]:
+            found = CHOICES[kind](x @ columns)
+            return [found] if isinstance(found, Tensor) else list(found)
+
+        halves = [(x[:, part].float() @ columns[part].float()).to(BF16) for part in (slice(0, 32), slice(32, 64))]
+        found = CHOICES[kind](halves[0] + halves[1])
+        candidate = [found] if isinstance(found, Tensor) else list(found)
+        differed += not torch.equal(candidate[-1], step(x)[-1])
+        assert judged(step, candidate, x) is None, seed
+        wrong = [*candidate[:-1], (candidate[-1] + 1) % 2000]
+        assert judged(step, wrong, x) is not None, seed
+    assert differed or kind in ("argmax of all", "min", "topk along another dimension", "topk of the least")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_single_number_is_not_judged_by_the_luck_of_eager(seed: int) -> None:
     torch.manual_seed(seed)

@@ -249,6 +249,12 @@ class Dispatcher:
         with self.lock:
             return self.call_log.replays(self.routes.recordings())
 
+    @property
+    def refuses(self) -> bool:
+        """Whether some calls are not recorded for good; what stood in the way of others may be over at the next one."""
+        with self.lock:
+            return any(isinstance(route, RefusedRoute) for route in self.routes.by_signature.values())
+
     def report(self, mode: str) -> CaptureReport:
         """What was recorded, replayed and refused so far, and why."""
         with self.lock:

@@ -15,6 +15,7 @@ import torch
 
 from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
+from graphs.eager_mode import forced_by
 from graphs.errors import ChangingValue, ConfigError, HostSync
 from graphs.generation.cache_trial import agrees, typed
 from graphs.generation.caches.fixed_caches import (
@@ -203,7 +204,7 @@ class Accelerated:
         """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
         if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
             return original(*args, **kwargs)
-        if self.step.mode == "eager":
+        if self.step.mode == "eager" or forced_by():
             return original(*args, **kwargs)
         own = self._replaced() or _own_method(type(self._model))
         if own is not None:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that grow with the
 _TOLD = ""  # a reason that each step tells by itself
 _SETTINGS = 4  # for one form of sequences that are recorded when they first come
 _REMEMBERED = 1024
+_TRIES = 3  # of one key, before it is decoded step by step
 _OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 
@@ -112,6 +114,7 @@ class Loop:
         self._free: list[_Kept] = []
         self._running: list[_Kept] = []
         self._unfit: dict[Any, str] = {}
+        self._given_up: Counter[Any] = Counter()  # by key, steps that were dropped for others, or not recorded for once
         self._met: set[Any] = set()
 
     def steps(self) -> list[CapturedStep[Any, Any]]:
@@ -133,7 +136,7 @@ class Loop:
         if key in self._unfit:
             return self._unfit[key]
         if self._is_passing(key):
-            return "settings that this is the first call with, after others"
+            return "settings that this is the first call with, or more kinds of generations in turn than max_recordings"
         first = _until(request.criteria, request.tokens.shape[1] + 1)
         result = _sampled(sample, self._model, request, request.tokens, first, request.arguments)
         tokens = getattr(result, "sequences", result)
@@ -170,9 +173,16 @@ class Loop:
         return prepare(request.processors)
 
     def _is_passing(self, key: Any) -> bool:
-        """Whether settings are new where others came before: those that differ at each call would be recorded at each call."""
+        """Whether a step for them would be dropped again before it pays.
+
+        That is so for settings that are new where others came before, as those that differ at each call, and for more kinds of
+        generations in turn than there may be recordings.
+        """
         with self._lock:
-            others = [kept.key for kept in (*self._free, *self._running) if kept.key[0] == key[0]]
+            held = [kept.key for kept in (*self._free, *self._running)]
+            if key not in held and self._given_up[key] >= _TRIES:
+                return True
+            others = [one for one in held if one[0] == key[0]]
             if key in others or len(others) < _SETTINGS or key in self._met:
                 return False
             self._met = {*self._met, key} if len(self._met) < _REMEMBERED else {key}
@@ -195,7 +205,10 @@ class Loop:
         with self._lock:
             self._running.remove(kept)
             if kept.key not in self._unfit:
-                self._free = [*self._free, kept][-self._config.max_recordings :]
+                self._free.append(kept)
+            for dropped in self._free[: -self._config.max_recordings]:
+                self._given_up[dropped.key] += 1
+            self._free = self._free[-self._config.max_recordings :]
 
     def _decoded(self, kept: _Kept, request: Request, begin: Begin, sample: Callable[..., Any], *, exact: bool) -> Tensor:
         """All tokens of all rows, ``[rows, length]``, from the first one on."""
@@ -216,12 +229,19 @@ class Loop:
                 if stop is not None and stop.launched():
                     break
                 if not known and not kept.is_replayed:
-                    self._unfit[kept.key] = _why_not(kept.step.report())
+                    self._note_not_replayed(kept)
                     return self._continued(request, sequences.tokens[:, :length].clone(), sequences.unfinished == 0, sample)
                 known = True
         used = last if stop is None else int(sequences.length)
         random.undo(used - tokens.shape[1])
         return sequences.tokens[:, :used].clone(memory_format=torch.contiguous_format)
+
+    def _note_not_replayed(self, kept: _Kept) -> None:
+        """A step was not recorded: for good, or since a mode or a want of memory stood in the way for once."""
+        with self._lock:
+            self._given_up[kept.key] += 1
+            if kept.step._graphs_recordings.refuses or self._given_up[kept.key] >= _TRIES:
+                self._unfit[kept.key] = _why_not(kept.step.report())
 
     def _prepares_alike(self, kept: _Kept, request: Request, tokens: Tensor, others: dict[str, Any]) -> bool:
         """Whether the model prepares the same inputs from the storage of fixed size as from what transformers' loop holds."""

@@ -69,11 +69,11 @@ class HighPrecision(DispatchMode):
         ties: choices of eager's that rounding may have decided, the closest first.
 
     Args:
-        turned: ties in which eager is made to choose the other one.
+        turned: ties in which eager is made to choose the other one, one after the other.
         seed: of random numbers by which each result is rounded, as if in its dtype, for another sample of eager's error.
     """
 
-    def __init__(self, turned: frozenset[Tie] = frozenset(), seed: int | None = None) -> None:
+    def __init__(self, turned: Sequence[Tie] = (), seed: int | None = None) -> None:
         super().__init__()
         self._seed, self._generators = seed, dict[torch.device, torch.Generator]()
         self.gaps: dict[str, str] = {}

@@ -44,6 +44,7 @@ MEANINGLESS = 0.25
 """Eager's own error, relative to a result, from which on it says nothing: a step that amplifies rounding without end."""
 _ROW = 16  # elements that tell the size of errors; shorter rows take in the dimension before
 _SAMPLES = 8  # runs with random rounding, where a tensor is smaller than that
+_LEVEL = 1e-3  # of squares of relative errors: numbers that are nearly equal may stand for each other
 _RUNS = 24  # in float64, at most, to find out which of nearly equal numbers a choice took
 
 
@@ -138,7 +139,7 @@ def _judging_run(
     rerun: Rerun, regions: Sequence[Region], eager: Sequence[Tensor], names: Sequence[str]
 ) -> tuple[_Precise | None, str]:
     """A run with float64 beside it, and why it says nothing of a candidate; an empty text where it does."""
-    precise, why = _in_float64(rerun, regions, frozenset())
+    precise, why = _in_float64(rerun, regions, ())
     if precise is None or why:
         return precise, why
     if _refused(precise, eager, names, ()) is not None:
@@ -182,19 +183,25 @@ def _with_ties(
 ) -> tuple[str, str] | None:
     """Like `_refused`, where choices between what rounding cannot tell apart may have gone either way.
 
-    A choice of eager's is turned, and the step run with it, as long as that brings the candidate nearer.
+    A choice of eager's is turned, and the step run with it, as long as that brings the candidate nearer. Where no tie does, one
+    is turned that leaves it as near: a number that comes in between others is first seen at the end.
     """
     first = refused = _refused(precise, candidate, names, sentinels)
-    nearest, turned, runs, waiting = _distance(precise, candidate), frozenset[Tie](), 0, list(precise.ties)
-    while refused is not None and waiting and runs < _RUNS:
-        tie, runs = waiting.pop(0), runs + 1
-        other, why = _in_float64(rerun, regions, turned | {tie}, precise.spread)
+    nearest, turned, waiting, aside = _distance(precise, candidate), list[Tie](), list(precise.ties), list[Tie]()
+    for _ in range(_RUNS):
+        if refused is None or not (waiting or aside):
+            break
+        sideways = not waiting
+        tie = aside.pop(0) if sideways else waiting.pop(0)
+        other, why = _in_float64(rerun, regions, [*turned, tie], precise.spread)
         distance = _distance(other, candidate) if other is not None and not why else math.inf
-        if other is not None and distance < nearest:
-            nearest, turned = distance, turned | {tie}
+        if other is not None and (distance < nearest or sideways):
+            nearest, turned, aside = min(distance, nearest), [*turned, tie], []
             refused = _refused(other, candidate, names, sentinels)
-            known = {(tie.choice, tie.row) for tie in turned}
-            waiting = [tie for tie in other.ties if (tie.choice, tie.row) not in known]
+            known = {(one.choice, one.row, frozenset((one.taken, one.left))) for one in turned}
+            waiting = [one for one in other.ties if (one.choice, one.row, frozenset((one.taken, one.left))) not in known]
+        elif distance <= nearest + _LEVEL:
+            aside.append(tie)
     return first if refused is not None else None
 
 
@@ -204,7 +211,7 @@ def _distance(precise: _Precise, candidate: Sequence[Tensor]) -> float:
 
 
 def _in_float64(
-    rerun: Rerun, regions: Sequence[Region], turned: frozenset[Tie], spread: list[Tensor | None] | None = None
+    rerun: Rerun, regions: Sequence[Region], turned: Sequence[Tie], spread: list[Tensor | None] | None = None
 ) -> tuple[_Precise | None, str]:
     """Eager once more, with float64 beside it; and why that is not possible, or not enough.
 
