@@ -25,7 +25,6 @@ EAGER = {
     "dory": "grows with each token",  # its last loop joins keys to the end of the cache
     "cpmant": "grows with each token",  # its bias of positions is as long as the sequence
     "openai-gpt": "no cache that a call before filled",  # it has none
-    "mvp": "the host waits for a value",  # its positions are torch.arange(length, length + 1) of a tensor
     "rwkv": "no cache that a call before filled",  # its state is a list, which it takes and returns
     "recurrent_gemma": "a replay would not change it",  # its modules are given new states in each step
 }

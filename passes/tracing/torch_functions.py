@@ -20,6 +20,7 @@ from passes.core.predicates import is_iteration
 from passes.core.source_location import user_site
 from passes.core.symbols import SYMBOLS
 from passes.errors import Unremovable
+from passes.tracing.reading_order import reading_order
 from passes.tracing.torch_symbols import FakeTensor
 
 Tensor = torch.Tensor
@@ -180,7 +181,11 @@ def _padded(x: Tensor, pad: Any, mode: str = "constant", value: float | None = N
 
 def _counted(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``torch.arange(t)``, ``torch.full(size, t)``: tensors that stand for numbers."""
-    return func(*map(_number, args), **{key: _number(value) for key, value in kwargs.items()})
+    order = reading_order(func, args, kwargs)
+    read = {place: _number(args[place] if isinstance(place, int) else kwargs[place]) for place in order}
+    positional = [read.get(place, value) for place, value in enumerate(args)]
+    named = {name: read.get(name, value) for name, value in kwargs.items()}
+    return func(*map(_number, positional), **{name: _number(value) for name, value in named.items()})
 
 
 def _number(value: Any) -> Any:
