@@ -21,12 +21,9 @@ from tests.models.architectures import ARCHITECTURES, prompt
 Tensor = torch.Tensor
 NEW = 8
 EAGER = {
-    "gpt_neo": "grows with each token",  # its local attention takes the length of the keys for that of the sequence
     "dory": "grows with each token",  # its last loop joins keys to the end of the cache
     "cpmant": "grows with each token",  # its bias of positions is as long as the sequence
     "openai-gpt": "no cache that a call before filled",  # it has none
-    "rwkv": "no cache that a call before filled",  # its state is a list, which it takes and returns
-    "recurrent_gemma": "a replay would not change it",  # its modules are given new states in each step
 }
 """Architectures that decode eagerly, and what the report says of it."""
 pytestmark = pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -30,11 +29,12 @@ from graphs.generation.caches.fixed_caches import (
     named_cache,
     reorder_in_place,
 )
-from graphs.generation.caches.own_caches import cache_argument, own_cache
-from graphs.generation.decode_step import STATE, DecodeStep
+from graphs.generation.caches.own_caches import cache_argument, ending_cache, own_cache
+from graphs.generation.decode_step import STATE, DecodeStep, with_arguments
 from graphs.generation.loop import Loop, Request
+from graphs.generation.module_states import ModuleStates
 from graphs.generation.prompts import Prompts
-from graphs.generation.running import Generation, held_by
+from graphs.generation.running import Generation, held_by, own_method, sets_length
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
@@ -126,7 +126,8 @@ class Accelerated:
         self._caches = FixedCaches()
         self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
-        self.loop = Loop(model, config)
+        self.states = ModuleStates(model)
+        self.loop = Loop(model, config, self.states)
         self.prompts = Prompts(model, config)
         self._running: ContextVar[Generation | None] = ContextVar("graphs_generation", default=None)
 
@@ -163,14 +164,15 @@ class Accelerated:
             detail = "there is no cache that a call before filled: each reads the whole sequence, or has state of another kind"
             self._refuse(detail, "pass use_cache=True, where the model has a cache")
         if cache is None or tokens is None or running.begins_anew:
-            return original(*args, **kwargs)
+            return running.returned(original(*args, **kwargs))
         if not begun:
             again = is_fixed(cache) and self.prompts.wanted(tokens, cache) and running.lent_again == id(cache)
-            return self.prompts.replayed(tokens, cache, args, kwargs) if again else original(*args, **kwargs)
+            return self.prompts.replayed(tokens, cache, args, kwargs) if again else running.returned(original(*args, **kwargs))
         if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
         if is_fixed(cache) or type(cache) in self._stay_put:
-            return self.step(*args, **kwargs)
+            self.states.begin()
+            return running.returned(with_arguments(self.step(*args, **kwargs), kwargs, running.handed_through(kwargs)))
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
         self._refuse(detail, remedy)
@@ -184,12 +186,13 @@ class Accelerated:
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = Generation(self._stay_put, lends=not _sets_length(args, kwargs))
+        running = Generation(self._stay_put, lends=not sets_length(args, kwargs))
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
         finally:
             self._running.reset(token)
+            self.states.end()
         for name in CACHES:
             theirs = running.theirs.get(id(getattr(result, name, None)))
             if theirs is not None:
@@ -206,7 +209,7 @@ class Accelerated:
             return original(*args, **kwargs)
         if self.step.mode == "eager" or forced_by():
             return original(*args, **kwargs)
-        own = self._replaced() or _own_method(type(self._model))
+        own = self._replaced() or own_method(type(self._model))
         if own is not None:
             self._say_host_part(f"{own} of the model's own")
             return original(*args, **kwargs)
@@ -326,16 +329,24 @@ class Accelerated:
         """An empty cache of fixed storage with the name of its argument: as transformers makes it, or one of this project."""
         made = make(True)
         if any(map(is_fixed, made.values())):
-            return made.popitem() if self._may_lend(make, model_kwargs, size) else None
+            name, cache = made.popitem()
+            if self._may_lend("", make, model_kwargs, size):
+                return name, cache
+
+            def ending(fixed: bool) -> dict[str, Any]:
+                return {name: ending_cache(cache, size)} if fixed else make(False)
+
+            other = ending_cache(cache, size)
+            return (name, other) if other is not None and self._may_lend("end", ending, model_kwargs, size) else None
         name, cache = next(iter(make(False).items()), (cache_argument(self._model), None))
         cache = own_cache(self._model, cache, size, model_kwargs.get("attention_mask"))
         return None if cache is None else (name, cache)
 
-    def _may_lend(self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
+    def _may_lend(self, kind: str, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
         """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
-        key = size, typed(model_kwargs)
+        key = kind, size, typed(model_kwargs)
         if key not in self._agrees:
-            self._agrees[key] = agrees(self._model, make, model_kwargs)
+            self._agrees[key] = agrees(self._model, make, model_kwargs, self.states, proved=bool(kind))
         return self._agrees[key]
 
     def __graphs_walk__(self) -> Any:
@@ -376,25 +387,3 @@ class _Replacement:
 
 class _OtherLoop(Exception):
     """A loop of transformers that a custom one cannot stand for."""
-
-
-def _sets_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a stopping criterion of the caller's stands for the largest length, which ``generate()`` makes a cache for."""
-    criteria = kwargs.get("stopping_criteria") or (args[3] if len(args) > 3 else None) or ()
-    return any(hasattr(one, "max_length") for one in criteria)
-
-
-def _own_method(kind: type[Any]) -> str | None:
-    """A method of the loop's that a class of models does not have from transformers' base class.
-
-    What a model prepares for a token may depend on all tokens before it, of which the step shows it the last one.
-    """
-    library = sys.modules.get("transformers.generation.utils")
-    if library is None:
-        return "generate"
-    base = library.GenerationMixin
-    known = ("generate", "prepare_inputs_for_generation", "_sample", "_prefill")
-    names = (*known, "_update_model_kwargs_for_generation", "_has_unfinished_sequences")
-    own = [name for name in names if getattr(kind, name, None) is not getattr(base, name, None)]
-    own += ["__call__"] if kind.__call__ is not torch.nn.Module.__call__ else []
-    return own[0] if own else None

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import types as types_of_python
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from graphs.generation.caches.fixed_caches import layers_of
+from graphs.generation.decode_step import forwarded
+from graphs.generation.module_states import ModuleStates
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState
@@ -28,7 +31,14 @@ _ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 _logger = logging.getLogger("graphs")
 
 
-def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any]) -> bool:
+def agrees(
+    model: Any,
+    make: Callable[[bool], dict[str, Any]],
+    model_kwargs: dict[str, Any],
+    states: ModuleStates,
+    *,
+    proved: bool = False,
+) -> bool:
     """Whether a fixed cache gives the logits of one that grows; also where a model cannot be asked with tokens alone.
 
     What the runs change of Python's and of random generators is undone.
@@ -36,6 +46,8 @@ def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dic
     Args:
         make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
         model_kwargs: what ``generate`` passes on; of it, types of tokens and the first row of an encoder's output are used.
+        states: told what the last step of the trial assigned to modules.
+        proved: not where a model cannot be asked.
     """
     device, dtype = model.device, model.dtype
     encoded = model_kwargs.get("encoder_outputs")
@@ -44,7 +56,8 @@ def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dic
     def call(tokens: Tensor, cache: dict[str, Any]) -> Tensor:
         given = {"input_ids": tokens} if encoded is None else {"decoder_input_ids": tokens, "encoder_outputs": (encoded[0][:1],)}
         given |= {name: kind.expand(tokens.shape) for name, kind in types.items()}
-        logits: Tensor = type(model).forward(model, **given, **cache, use_cache=True).logits[:, -1]
+        forward = types_of_python.MethodType(type(model).forward, model)
+        logits: Tensor = forwarded(forward, (), {**given, **cache, "use_cache": True}).logits[:, -1]
         return logits.float()
 
     def compared() -> bool:
@@ -53,9 +66,10 @@ def agrees(model: Any, make: Callable[[bool], dict[str, Any]], model_kwargs: dic
         _logits(call, fixed, device)  # makes its storage
         for cache in fixed.values():
             _overwrite(emptied(cache))
-        got = _logits(call, fixed, device)
+        got = _logits(call, fixed, device, states)
         tolerance = max(_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
-        return len(got) >= len(wanted) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
+        enough = len(_TOKENS) if proved else len(wanted)
+        return len(wanted) >= enough <= len(got) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
 
     start = States(RandomState(device), PythonState([("model", model)]))
     same = Runs(start, EagerTrace(), is_there=True).run(compared)
@@ -69,15 +83,23 @@ def typed(model_kwargs: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None)
 
 
-def _logits(call: Callable[[Tensor, dict[str, Any]], Tensor], cache: dict[str, Any], device: torch.device) -> list[Tensor]:
+def _logits(
+    call: Callable[[Tensor, dict[str, Any]], Tensor],
+    cache: dict[str, Any],
+    device: torch.device,
+    states: ModuleStates | None = None,
+) -> list[Tensor]:
     """The logits of each call, up to the first one that fails."""
     found: list[Tensor] = []
     for tokens in _TOKENS:
+        before = states.held() if states is not None and found else {}
         try:
             found.append(call(torch.arange(3, 3 + tokens, device=device)[None] + len(found), cache))
         except _ERRORS as error:
             _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
             break
+        if states is not None:
+            states.note(before)
     return found
 
 

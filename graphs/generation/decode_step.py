@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ def call(model: Any, *args: Any, **kwargs: Any) -> Any:
     state = vars(model).get(STATE)
     own = state.own.get("forward") if state is not None else None
     forward = own if own is not None else types.MethodType(type(model).forward, model)
+    if state is not None and not state.states.is_empty:
+        with state.states.steady():
+            return forwarded(forward, args, kwargs)
+    return forwarded(forward, args, kwargs)
+
+
+def forwarded(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives that is made in the way that the cache wants."""
     decode_step = getattr(named_cache(kwargs)[1], "decode_step", None)
     if decode_step is None:  # nothing in between for a compiler to look at
         return forward(*args, **kwargs)
@@ -38,5 +47,19 @@ class DecodeStep(torch.nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
-        return call(self.model, *args, **kwargs)
+        """As the model's, but for what was handed in; see `with_arguments`."""
+        output = call(self.model, *args, **kwargs)
+        apart = _handed_through(output, kwargs)
+        return type(output)(**{name: value for name, value in output.items() if name not in apart}) if apart else output
+
+
+def with_arguments(output: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The output of a `DecodeStep` with the lists that the model hands through, which a recording is not to make anew."""
+    return type(output)(**{**output, **{name: kwargs[name] for name in names}}) if names else output
+
+
+def _handed_through(output: Any, kwargs: dict[str, Any]) -> list[str]:
+    """The names by which an output holds a list that is an argument of the same name."""
+    if not isinstance(output, dict):
+        return []
+    return [name for name, value in kwargs.items() if isinstance(value, list) and output.get(name) is value]

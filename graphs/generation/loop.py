@@ -21,6 +21,7 @@ from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep
 from graphs.generation.caches.fixed_caches import CACHES, autocast_of, capacity, is_fixed, named_cache
 from graphs.generation.late_stop import LateStop
+from graphs.generation.module_states import ModuleStates
 from graphs.generation.processors import Prepared, is_theirs, prepare, value_key
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
 from graphs.report import CaptureReport
@@ -105,10 +106,11 @@ class Loop:
     Args:
         model: of transformers.
         config: of the captured steps, which have no tensor arguments.
+        states: of the model's modules.
     """
 
-    def __init__(self, model: Any, config: CaptureConfig) -> None:
-        self._model = model
+    def __init__(self, model: Any, config: CaptureConfig, states: ModuleStates) -> None:
+        self._model, self._states = model, states
         self._config = dataclasses.replace(config, buckets=None, batch_dims=None, static=(), padding={}, outputs="owned")
         self._lock = threading.Lock()
         self._free: list[_Kept] = []
@@ -217,6 +219,7 @@ class Loop:
         if ends is not None and not bool(sequences.going):
             return tokens
         others, known = request.others(), kept.is_replayed
+        self._states.begin()
         if not known and not self._prepares_alike(kept, request, tokens, others):
             self._unfit[kept.key] = "inputs that the model prepares from all tokens"
             return self._continued(request, tokens, sequences.unfinished == 0, sample)

@@ -1,7 +1,8 @@
-"""One call of ``generate()`` while it runs: which caches it was lent, and which of its calls are decode steps."""
+"""One call of ``generate()``: the caches it was lent, which calls are decode steps, what of the loop is not transformers'."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -32,10 +33,25 @@ class Generation:
         self._stay_put = stay_put
         self._begun: dict[int, tuple[Any, list[Any]]] = {}
         self._calls = 0
+        self._returned: dict[str, Any] = {}
+
+    def returned(self, output: Any) -> Any:
+        """The output of a call; what of it the next call is handed by the same name is the model's state."""
+        if isinstance(output, dict):
+            self._returned = {name: value for name, value in output.items() if isinstance(value, (list, tuple))}
+        return output
+
+    def handed_through(self, kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Lists that the model returned by the name of the argument that they are handed in by."""
+        return tuple(name for name, value in kwargs.items() if isinstance(value, list) and value is self._returned.get(name))
 
     def seen(self, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, bool]:
         """The cache and the tokens of a call, and whether an earlier call filled the cache: else this is the prompt's."""
         cache = named_cache(kwargs)[1]
+        if cache is None:  # a model may call its state otherwise
+            cache = next(
+                (value for name, value in kwargs.items() if value is not None and value is self._returned.get(name)), None
+            )
         tokens = next((kwargs[name] for name in reversed(_TOKENS) if kwargs.get(name) is not None), None)
         first, self._calls = self._calls == 0, self._calls + 1
         if tokens is None:
@@ -65,3 +81,25 @@ def held_by(result: Any, depth: int = 4) -> set[int]:
     for part in (*parts, *getattr(result, "__dict__", {}).values()):
         found |= held_by(part, depth - 1)
     return found
+
+
+def sets_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a stopping criterion of the caller's stands for the largest length, which ``generate()`` makes a cache for."""
+    criteria = kwargs.get("stopping_criteria") or (args[3] if len(args) > 3 else None) or ()
+    return any(hasattr(one, "max_length") for one in criteria)
+
+
+def own_method(kind: type[Any]) -> str | None:
+    """A method of the loop's that a class of models does not have from transformers' base class.
+
+    What a model prepares for a token may depend on all tokens before it, of which the step shows it the last one.
+    """
+    library = sys.modules.get("transformers.generation.utils")
+    if library is None:
+        return "generate"
+    base = library.GenerationMixin
+    known = ("generate", "prepare_inputs_for_generation", "_sample", "_prefill")
+    names = (*known, "_update_model_kwargs_for_generation", "_has_unfinished_sequences")
+    own = [name for name in names if getattr(kind, name, None) is not getattr(base, name, None)]
+    own += ["__call__"] if kind.__call__ is not torch.nn.Module.__call__ else []
+    return own[0] if own else None

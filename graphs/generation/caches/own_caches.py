@@ -25,6 +25,16 @@ def own_cache(model: torch.nn.Module, theirs: Any, capacity: int, mask: Any = No
     return _compressed(theirs, capacity) if theirs is not None else _linear(model, capacity, mask)
 
 
+def ending_cache(static: Any, capacity: int) -> Any | None:
+    """In the place of a static cache, one whose keys end where the sequence does; None where its layers are of other kinds."""
+    from graphs.generation.caches.end_cache import EndCache
+
+    layers = getattr(static, "layers", None) or []
+    if not layers or any(type(layer).__name__ != "StaticLayer" for layer in layers):
+        return None
+    return EndCache(len(layers), capacity)
+
+
 def cache_argument(model: torch.nn.Module) -> str:
     """What the model calls its cache."""
     known = inspect.signature(type(model).forward).parameters
