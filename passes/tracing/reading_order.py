@@ -33,7 +33,6 @@ def reading_order(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
 @functools.cache
 def _asked(func: Callable[..., Any], numbers: tuple[Place, ...], positions: int, names: tuple[str, ...]) -> tuple[Place, ...]:
     """The order of one form of a call; as they stand where the function takes no such numbers."""
-    tensors = {place: torch.tensor(value) for value, place in enumerate(numbers, start=1)}
     seen: list[int] = []
 
     class Watching(TorchDispatchMode):
@@ -44,6 +43,7 @@ def _asked(func: Callable[..., Any], numbers: tuple[Place, ...], positions: int,
             return result
 
     def ask() -> None:
+        tensors = {place: torch.tensor(value) for value, place in enumerate(numbers, start=1)}
         with Watching():
             try:
                 func(*(tensors.get(place, len(numbers)) for place in range(positions)), **{name: tensors[name] for name in names})

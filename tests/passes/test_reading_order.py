@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
-from passes.tracing.reading_order import reading_order
+from passes.tracing.reading_order import _asked, reading_order
 
 Tensor = torch.Tensor
 N, M, S = torch.tensor(2), torch.tensor(7), torch.tensor(1)
@@ -63,8 +63,9 @@ def before(n: Tensor) -> Tensor:
     return torch.arange(n - 1, n, dtype=torch.long)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("step", [after, before])
-def test_bounds_that_differ_from_call_to_call_are_told_apart(step: Callable[[Tensor], Tensor]) -> None:
+def test_bounds_that_differ_from_call_to_call_are_told_apart(step: Callable[[Tensor], Tensor], context: Any) -> None:
     """As models count positions from the length of their cache."""
 
     def places(table: Tensor, length: Tensor) -> Tensor:
@@ -73,7 +74,8 @@ def test_bounds_that_differ_from_call_to_call_are_told_apart(step: Callable[[Ten
     line = step.__code__.co_firstlineno + 1
     captured = graphs.capture(places, bounds={f"test_reading_order.py:{line}": 16})
     table = torch.randn(16, 3)
-    with torch.no_grad():
+    _asked.cache_clear()
+    with context():
         for length in (3, 5, 9, 2):
             torch.testing.assert_close(captured(table, torch.tensor(length)), places(table, torch.tensor(length)))
     assert captured.report().replays == 4
