@@ -165,12 +165,15 @@ def _attention_cases() -> Iterator[Case]:
     module = attention_kernel()
     tensors = dict.fromkeys(("query", "key", "value", "mask", "result"), "*bf16") | {"parts": "*fp32", "scale": "fp32"}
     types = dict.fromkeys(module.attend_part_kernel.arg_names, "i32") | tensors
-    for length, width, shared in ((192, 64, 1), (4096, 128, 4)):
+    for length, width, shared, mask in ((192, 64, 1, "*bf16"), (192, 64, 1, "*i1"), (4096, 128, 4, "*i1")):
         part, warps = module.part_of(length, width)
         several = part < length
         tile = tiles.Tile(module.ROWS, part, warps, 1)
         constants = {"SHARED": shared, "WIDTH": width, "ROWS": module.ROWS, "q_d": 1, "k_d": 1, "v_d": 1}
-        yield Case("attend_part_kernel", 1, types, constants | {"PART": part, "WHOLE": not several}, tile, f"s{length} d{width}")
+        option = f"s{length} d{width} {mask[1:]}"
+        yield Case(
+            "attend_part_kernel", 1, types | {"mask": mask}, constants | {"PART": part, "WHOLE": not several}, tile, option
+        )
         if several:
             join = {name: constants[name] for name in ("SHARED", "WIDTH", "ROWS")} | {"JOINED": module.JOINED}
             yield Case("join_parts_kernel", 1, types, join, tiles.Tile(0, 0, 4, 1), f"s{length} d{width}")

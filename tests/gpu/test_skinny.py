@@ -120,6 +120,19 @@ def test_compiled_steps_are_rewritten_and_agree_with_eager(way: str, device: tor
     torch.testing.assert_close(step(*x), twin(*x), rtol=2e-2, atol=2e-2)
 
 
+def test_what_a_boolean_mask_hides_is_not_read_in_a_compiled_step(device: torch.device) -> None:
+    """Whatever a library's attention is given for it: torch up to 2.11 hands cuDNN -65504, not ``-inf``."""
+    if not operator.pays_on(device):
+        pytest.skip(f"compute capability {torch.cuda.get_device_capability(device)}, measured on (9, 0)")
+    model, twin = pair_of(OneQueryAttention(2048, masked=True).to(device, torch.bfloat16))
+    step = graphs.capture(model, compiler="inductor", compiler_options={"force_disable_caches": True})
+    for position in range(3):
+        x = inputs(device, position)
+        torch.testing.assert_close(step(*x), twin(*x), rtol=2e-2, atol=2e-2)
+        model.keys[:, :, 512:], model.values[:, :, 512:] = float("nan"), float("nan")
+    assert step.report().keys[0].rewrites["one_query_attention"] == 1
+
+
 def test_both_are_on_where_they_were_measured(device: torch.device) -> None:
     if not operator.pays_on(device):
         pytest.skip(f"compute capability {torch.cuda.get_device_capability(device)}, measured on (9, 0)")

@@ -10,6 +10,8 @@ import json
 import sys
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from graphs.ops.skinny.kernel import launch_skinny
 from graphs.ops.wo_a import tiles
@@ -35,5 +37,18 @@ def run(m: int, sizes: tuple[int, ...], k: int, *, turned: bool) -> float:
     return max(float((y[:m] - e).abs().max() / e.abs().max()) for y, e in zip(held, exact, strict=True))
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    m=st.integers(1, 16),
+    sizes=st.lists(st.integers(2, 70), min_size=1, max_size=3),
+    blocks=st.integers(1, 8),
+    turned=st.booleans(),
+)
+def check(m: int, sizes: list[int], blocks: int, turned: bool) -> None:
+    """Any shape that has a tile."""
+    assert run(m, tuple(sizes), 256 * blocks, turned=turned) < 1e-5
+
+
 if __name__ == "__main__":
+    check()
     json.dump({f"{case} {turned}": run(*case, turned=turned) for case in CASES for turned in (False, True)}, sys.stdout)

@@ -34,6 +34,12 @@ def test_it_is_attention_of_one_query(groups: int, masked: bool) -> None:
     torch.testing.assert_close(attention(query, key, value, mask if masked else None, 0.3), expected)
 
 
+def test_a_boolean_mask_is_what_its_bias_is() -> None:
+    query, key, value, bias = operands()
+    assert torch.equal(attention(query, key, value, bias == 0, 0.3), attention(query, key, value, bias, 0.3))
+    torch.library.opcheck(attention.default, (query, key, value, bias == 0, 0.25))
+
+
 def test_a_row_that_sees_nothing_is_zero() -> None:
     query, key, value, mask = operands()
     hidden = torch.full_like(mask, -torch.inf).expand(2, 1, 1, 9).clone()
@@ -55,8 +61,11 @@ QUERY, KEY, _, MASK = operands()
         ((QUERY, KEY, KEY[:, :, :8], None), r"legal are \[B, H, 1, D\] and twice \[B, G, S, D\]"),
         ((QUERY.expand(2, 4, 2, 16), KEY, KEY, None), r"query \(2, 4, 2, 16\)"),
         ((QUERY[:, :3], KEY, KEY, None), r"query \(2, 3, 1, 16\), key \(2, 2, 9, 16\)"),
-        ((QUERY, KEY, KEY, MASK[..., :8]), r"mask \(1, 1, 1, 8\) torch.float32; legal is a bias that fits \(2, 4, 1, 9\)"),
-        ((QUERY, KEY, KEY, MASK > 0), "torch.bool; legal is a bias"),
+        (
+            (QUERY, KEY, KEY, MASK[..., :8]),
+            r"mask \(1, 1, 1, 8\) torch.float32; legal is a bias or a boolean mask that fits \(2, 4, 1, 9\)",
+        ),
+        ((QUERY, KEY, KEY, MASK.nan_to_num(0).int()), "torch.int32; legal is a bias or a boolean mask"),
         ((QUERY, KEY.float(), KEY.float(), None), "must be torch.bfloat16 on cpu"),
     ],
 )
@@ -78,7 +87,7 @@ def test_the_kernels_in_the_interpreter_agree_with_float64() -> None:
     done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == 6 and max(errors.values()) < 1e-5, errors
+    assert len(errors) == 8 and max(errors.values()) < 1e-5, errors
 
 
 def test_it_lowers_to_mlir() -> None:

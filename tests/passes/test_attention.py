@@ -140,3 +140,82 @@ def test_what_the_operator_does_not_take_is_made_of_sums_or_left() -> None:
     module = traced(lambda q, k, v: attention(q, repeated(k, 2), repeated(v, 2)), q, k, v)
     assert len(passes.run(module, [BY_OPERATOR])) == 1 and "graphs" not in str(module.graph)
     assert passes.run(traced(lambda q, k, v: attention(q, k, v), q[:, :2], k, v), [BY_OPERATOR]) == []
+
+
+def by_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, mask, False)[0]
+
+
+def by_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask.expand(2, 3, 1, 32), False)[0]
+
+
+def as_bias(mask: Tensor, hidden: float, mode: str = "hidden where not seen") -> Tensor:
+    number, zero = (torch.scalar_tensor(value, dtype=torch.bfloat16) for value in (hidden, 0.0))
+    return torch.where(mask, zero, number) if mode == "hidden where not seen" else torch.where(mask, number, zero)
+
+
+def masks_of(module: GraphModule) -> list[Tensor]:
+    return [
+        node.args[3].meta["val"] for node in module.graph.nodes if node.target is torch.ops.graphs.one_query_attention.default
+    ]
+
+
+@pytest.mark.parametrize(
+    ("library", "hidden"),
+    [(attention, -torch.inf), (by_efficient, -torch.inf), (by_cudnn, -torch.inf), (by_cudnn, -65504.0)],
+)
+@pytest.mark.parametrize("mode", ["hidden where not seen", "hidden where true"])
+@pytest.mark.parametrize("size", [(2, 1, 1, 32), (1, 32)])
+def test_the_operator_is_given_the_boolean_mask(
+    library: Callable[..., Any], hidden: float, mode: str, size: tuple[int, ...]
+) -> None:
+    if library is by_efficient and len(size) == 2:
+        pytest.skip("torch gives that operator a mask of four dimensions")
+    q, k, v = half(Q, K, V)
+    seen = torch.arange(32).expand(size) < 9
+    given = seen if mode == "hidden where not seen" else ~seen
+    module = traced(lambda q, k, v, mask: library(q, k, v, as_bias(mask, hidden, mode)), q, k, v, given)
+    assert passes.run(module, [BY_OPERATOR])
+    (mask,) = masks_of(module)
+    assert mask.dtype is torch.bool and mask.dim() == 4
+    made = module(q, k, v, given).double()
+    torch.testing.assert_close(made, exact(q, k, v, as_bias(seen, -torch.inf), 0.25), rtol=2**-8, atol=1e-3)
+
+
+def test_layers_share_a_boolean_mask() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+        return attention(attention(q, k, v, mask), k, v, mask)
+
+    q, k, v = half(Q, K, V)
+    module = traced(step, q, k, v, torch.ones(2, 1, 1, 32, dtype=torch.bool))
+    assert len(passes.run(module, [BY_OPERATOR])) == 2
+    module.graph.eliminate_dead_code()
+    assert not any(node.target is torch.ops.aten.where.self for node in module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("library", "bias"),
+    [
+        pytest.param(attention, lambda mask: as_bias(mask, -65504.0), id="a number of the model's own"),
+        pytest.param(by_cudnn, lambda mask: as_bias(mask, -100.0), id="another number"),
+        pytest.param(by_cudnn, lambda mask: as_bias(mask, -torch.inf) + 1, id="something is added"),
+        pytest.param(by_cudnn, lambda mask: torch.where(mask, mask * -0.5, -torch.inf).bfloat16(), id="distances"),
+    ],
+)
+def test_any_other_bias_stays_a_bias(library: Callable[..., Any], bias: Callable[[Tensor], Tensor]) -> None:
+    q, k, v = half(Q, K, V)
+    seen = torch.arange(32).expand(2, 1, 1, 32) < 9
+    module = traced(lambda q, k, v, mask: library(q, k, v, bias(mask)), q, k, v, seen)
+    assert passes.run(module, [BY_OPERATOR])
+    assert [mask.dtype for mask in masks_of(module)] == [torch.bfloat16]
+    torch.testing.assert_close(module(q, k, v, seen).double(), exact(q, k, v, bias(seen), 0.25), rtol=2**-8, atol=1e-3)
+
+
+def test_values_wider_than_keys_are_not_for_the_operator() -> None:
+    q, k, v = half(Q, K, V.repeat(1, 1, 1, 2))
+    mask = torch.zeros(2, 1, 1, 32).bfloat16()
+    assert passes.run(traced(by_cudnn, q, k, v, mask), [BY_OPERATOR]) == []
+    module = traced(by_cudnn, q, k, v, mask)
+    assert passes.run(module, [REPLACE])
+    torch.testing.assert_close(module(q, k, v, mask).double(), exact(q, k, v, mask, 0.25), rtol=2**-8, atol=1e-3)

@@ -103,3 +103,15 @@ def test_what_does_not_fit_is_left_as_it_is(step: Callable[..., Any], args: tupl
     before = str(module.graph)
     assert passes.run(module, [MERGE]) == []
     assert str(module.graph) == before
+
+
+def test_constants_that_are_named_late_are_read_in_time() -> None:
+    held, bias = W[1].clone(), torch.randn(16).bfloat16()
+
+    def step(x: Tensor, first: Tensor) -> Any:
+        return x @ first.t(), torch.addmm(bias, x, held.t())
+
+    module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(X[:, 0], W[0])
+    assert len(passes.run(module, [MERGE])) == 2 and sum("skinny_linear" in call for call in calls(module)) == 1
+    for made, expected in zip(module(X[:, 0], W[0]), step(X[:, 0], W[0]), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-2, atol=1e-2)

@@ -39,7 +39,11 @@ def attend_part_kernel(
     is_head, is_place = rows < SHARED, s < LENGTH
     both = is_head[:, None] & is_place[None, :]
     if mask is not None:
-        bias = tl.load(mask + batch * m_b + head[:, None] * m_h + s[None, :] * m_s, mask=both, other=float("-inf")).to(tl.float32)
+        place = mask + batch * m_b + head[:, None] * m_h + s[None, :] * m_s
+        if mask.dtype.element_ty == tl.int1:
+            bias = tl.where(tl.load(place, mask=both, other=0) != 0, 0.0, float("-inf"))
+        else:
+            bias = tl.load(place, mask=both, other=float("-inf")).to(tl.float32)
     else:
         bias = tl.where(both, 0.0, float("-inf"))
     total = tl.zeros((ROWS, WIDTH), tl.float32)

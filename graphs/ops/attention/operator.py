@@ -1,10 +1,11 @@
 """The operator ``graphs::one_query_attention``: attention of one query over keys that several heads may share.
 
 ``query [B, H, 1, D]``, ``key`` and ``value [B, G, S, D]`` of one 16-bit float dtype with any strides, G a divisor of H, D a power
-of two from 16 to 256; ``mask``, a bias of floating point that broadcasts to ``[B, H, 1, S]``, or None. The result ``[B, H, 1,
-D]`` is ``softmax(query @ key.T * scale + mask) @ value``: scores and sums in float32, weights as two numbers of 16 bits, the
-result rounded once; 0 where the mask is ``-inf`` everywhere. Keys and values of a part of the cache that the mask hides from all
-heads are not read. Nothing writes this operator by hand: `passes.one_query_attention` puts it into compiled steps.
+of two from 16 to 256. ``mask`` broadcasts to ``[B, H, 1, S]``: a bias of floating point, or boolean, 0 where it is True and
+``-inf`` elsewhere, or None. The result ``[B, H, 1, D]`` is ``softmax(query @ key.T * scale + mask) @ value``: scores and sums in
+float32, weights as two numbers of 16 bits, the result rounded once; 0 where the mask hides everything. Keys and values of a part
+of the cache that the mask hides from all heads are not read. Nothing writes this operator by hand: `passes.one_query_attention`
+puts it into compiled steps.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
     if mask is not None:
         wanted = (batch, heads, 1, key.shape[2])
         broadcasts = mask.dim() == 4 and all(one in (1, other) for one, other in zip(mask.shape, wanted, strict=True))
-        if not broadcasts or not mask.is_floating_point():
-            raise WeightError(f"one_query_attention: mask {tuple(mask.shape)} {mask.dtype}; legal is a bias that fits {wanted}")
+        if not broadcasts or not (mask.is_floating_point() or mask.dtype is torch.bool):
+            legal = f"legal is a bias or a boolean mask that fits {wanted}"
+            raise WeightError(f"one_query_attention: mask {tuple(mask.shape)} {mask.dtype}; {legal}")
     if any(tensor.dtype != query.dtype or tensor.device != query.device for tensor in (key, value)):
         raise WeightError(f"one_query_attention: key and value must be {query.dtype} on {query.device}, as query is")
 
@@ -58,6 +60,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     stacked = query.reshape(batch, groups, heads // groups, width).float()
     scores = torch.matmul(stacked, key.float().transpose(2, 3)) * scale
     if mask is not None:
+        if mask.dtype is torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf)
         scores = scores + mask.float().expand(batch, heads, 1, length).reshape(scores.shape)
     largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     shares = torch.exp(scores - largest)

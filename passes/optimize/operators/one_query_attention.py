@@ -1,6 +1,9 @@
 """Attention of one query becomes sums, which a compiler fuses with what is around them.
 
-Where an operator for it is given, that takes its place instead, with keys and values as they are before they are repeated.
+Where an operator for it is given, that takes its place instead, with keys and values as they are before they are repeated, and
+with the boolean mask of which the bias was made: ``where(mask, 0, -inf)``, or with -65504 for ``-inf``, which torch up to 2.11
+writes where it chose cuDNN (``convert_boolean_attn_mask_cudnn``). Else nothing of a cache would count as hidden there, and each
+layer would write a bias of its own.
 
 A library's attention kernel wants keys and values as they are stored in memory, so grouped heads are first written out,
 one copy per query head, and it works in tiles of 64 queries or more. A decode step has one query: there is nothing to tile.
@@ -50,7 +53,10 @@ _SAME_ELEMENTS = (
     aten.permute.default,
     aten.transpose.int,
 )
+_VIEWS = (aten.expand.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default)
 _DTYPES = (torch.bfloat16, torch.float16)
+_FILLED: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # -> which argument is the number
+_HIDDEN_FROM_CUDNN = -65504.0
 
 
 def one_query_attention(
@@ -66,7 +72,7 @@ def one_query_attention(
     Args:
         grouped: by sums only where keys are repeated for several query heads, which costs a library the most.
         operator: called as ``operator(query, key, value, mask, scale)`` with ``[B, H, 1, D]`` and twice ``[B, G, S, D]``, of any
-            number of keys.
+            number of keys, and a mask that broadcasts to ``[B, H, 1, S]``: a bias, boolean (True: seen), or None.
         fits: whether it takes these shapes of query and key.
     """
     changes = []
@@ -78,7 +84,9 @@ def one_query_attention(
             continue
         before, emit = node.format_node() or str(node), Emitter(module, given["query"].meta["val"])
         with module.graph.inserting_before(node):
-            result = _by_operator(emit, given, operator, fits) if operator is not None and fits is not None else None
+            result = None
+            if operator is not None and fits is not None and _takes(fits, given):
+                result = _by_operator(emit, given, operator, _hidden_by(node))
             if result is None:
                 if _length(given) > longest or (grouped and not _is_repeated(given["key"])):
                     continue
@@ -96,16 +104,67 @@ def _length(given: dict[str, Any]) -> int:
     return length
 
 
-def _by_operator(emit: Emitter, given: dict[str, Any], operator: Any, fits: Callable[..., bool]) -> Node | None:
-    """The operator's result; None where it does not take the shapes."""
-    shared = [repeated_source(given[name]) for name in ("key", "value")]
-    sources = [found[0] for found in shared if found is not None and not found[1]]
-    alike = len(sources) == 2 and sources[0].meta["val"].shape == sources[1].meta["val"].shape
-    held = [source.meta["val"].select(2, 0).shape for source in sources] if alike else [given["key"].meta["val"].shape]
-    if not fits(tuple(given["query"].meta["val"].shape), tuple(held[0])):
+def _shared(given: dict[str, Any]) -> list[Node] | None:
+    """Keys and values ``[B, G, 1, S, D]`` that were repeated alike; None where they were not."""
+    found = [repeated_source(given[name]) for name in ("key", "value")]
+    sources = [source[0] for source in found if source is not None and not source[1]]
+    return sources if len(sources) == 2 and sources[0].meta["val"].shape == sources[1].meta["val"].shape else None
+
+
+def _takes(fits: Callable[[tuple[int, ...], tuple[int, ...]], bool], given: dict[str, Any]) -> bool:
+    """Whether the operator takes the shapes; values are as wide as keys there."""
+    query, key, value = (given[name].meta["val"].shape for name in ("query", "key", "value"))
+    sources = _shared(given)
+    held = key if sources is None else sources[0].meta["val"].select(2, 0).shape
+    return bool(key == value and fits(tuple(query), tuple(held)))
+
+
+def _by_operator(emit: Emitter, given: dict[str, Any], operator: Any, hidden: tuple[float, ...]) -> Node:
+    sources = _shared(given)
+    key, value = (given["key"], given["value"]) if sources is None else (emit(aten.squeeze.dim, one, 2) for one in sources)
+    mask = given["mask"]
+    if mask is not None:
+        visible = _visible(emit, mask, hidden)
+        mask = mask if visible is None else visible
+        while mask.meta["val"].dim() < 4:
+            mask = emit(aten.unsqueeze.default, mask, 0)
+    return emit(operator, given["query"], key, value, mask, given["scale"])
+
+
+def _hidden_by(node: Node) -> tuple[float, ...]:
+    """The numbers that stand for False where a library's attention is given a bias for a boolean mask."""
+    chosen_cudnn = node.target is aten._scaled_dot_product_cudnn_attention.default
+    return (-torch.inf, _HIDDEN_FROM_CUDNN) if chosen_cudnn else (-torch.inf,)
+
+
+def _visible(emit: Emitter, mask: Node, hidden: tuple[float, ...]) -> Node | None:
+    """The boolean mask, True where something is seen, that a bias of 0 and a number of ``hidden`` was made of."""
+    views, made = [], mask
+    while made.op == "call_function" and made.target in _VIEWS:
+        views.append(made)
+        made = made.args[0]  # type: ignore[assignment]
+    if made.op != "call_function" or made.target is not aten.where.self:
         return None
-    key, value = (emit(aten.squeeze.dim, source, 2) for source in sources) if alike else (given["key"], given["value"])
-    return emit(operator, given["query"], key, value, given["mask"], given["scale"])
+    chosen, shape = made.args[0], made.meta["val"].shape
+    numbers = [_number(argument) for argument in made.args[1:]]
+    if numbers[1] == 0 and numbers[0] in hidden:
+        chosen = emit(aten.logical_not.default, chosen)
+    elif numbers[0] != 0 or numbers[1] not in hidden:
+        return None
+    made = chosen  # type: ignore[assignment]
+    if made.meta["val"].shape != shape:
+        made = emit(aten.expand.default, made, list(shape))
+    for view in reversed(views):
+        made = emit(view.target, made, *view.args[1:], **view.kwargs)
+    return made
+
+
+def _number(node: Any) -> float | None:
+    """What a tensor is filled with, if that is known."""
+    if not isinstance(node, Node) or node.target not in _FILLED:
+        return None
+    number = node.args[_FILLED[node.target]]
+    return number if isinstance(number, (int, float)) else None
 
 
 def _replaceable(node: Node) -> dict[str, Any] | None:
@@ -130,7 +189,7 @@ def _replaceable(node: Node) -> dict[str, Any] | None:
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         return None
     bias = mask.meta.get("val") if isinstance(mask, Node) else None
-    if mask is not None and (not isinstance(bias, torch.Tensor) or bias.dim() != 4 or not bias.is_floating_point()):
+    if mask is not None and (not isinstance(bias, torch.Tensor) or bias.dim() not in (2, 4) or not bias.is_floating_point()):
         return None
     scale = given.get("scale")
     return {"query": query, "key": key, "value": value, "mask": mask, "scale": q.shape[-1] ** -0.5 if scale is None else scale}

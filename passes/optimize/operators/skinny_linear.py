@@ -113,9 +113,18 @@ def _source(node: Any) -> Node:
     return node
 
 
+def _to_the_front(graph: torch.fx.Graph, held: list[Node | None]) -> None:
+    """Constants are read before anything is computed: a graph may name them as late as their first use."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in held:
+        if node is not None and node.op == "get_attr" and node is not first:
+            first.prepend(node)
+
+
 def _merged(module: GraphModule, products: list[_Product], operator: Any) -> list[tuple[str, str]]:
     graph, nodes, changes = module.graph, [product.node for product in products], []
     emit = Emitter(module, nodes[0].meta["val"])
+    _to_the_front(graph, [held for product in products for held in (product.weight, product.bias)])
     with graph.inserting_before(nodes[0]):
         weights = [emit(aten.permute.default, one.weight, [1, 0]) if one.turned else one.weight for one in products]
         given: list[Any] = [products[0].x, weights]
