@@ -253,6 +253,7 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
         "transformers": {
             "graphs.bench.decode.llama",
             "graphs.generation.caches.compressed_cache",
+            "graphs.generation.caches.end_cache",
             "graphs.generation.caches.linear_cache",
             "graphs.generation.caches.own_caches",
         },
