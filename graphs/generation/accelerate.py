@@ -34,7 +34,7 @@ from graphs.generation.decode_step import STATE, DecodeStep, with_arguments
 from graphs.generation.loop import Loop, Request
 from graphs.generation.module_states import ModuleStates
 from graphs.generation.prompts import Prompts
-from graphs.generation.running import Generation, held_by, own_method, sets_length
+from graphs.generation.running import Generation, depends_on_cache, has_other_loop, held_by, layout_of, own_method, sets_length
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
@@ -186,7 +186,7 @@ class Accelerated:
 
     def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's; caches that it lent come back unless they are handed out."""
-        running = Generation(self._stay_put, lends=not sets_length(args, kwargs))
+        running = Generation(self._stay_put, lends=not sets_length(args, kwargs) and kwargs.get("custom_generate") is None)
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
@@ -207,7 +207,7 @@ class Accelerated:
         """What ``generate()`` returns; its loop is ours where nothing in the call is for another."""
         if len(args) > _PLAIN or not _ELSEWHERE.isdisjoint(name for name, value in kwargs.items() if value is not None):
             return original(*args, **kwargs)
-        if self.step.mode == "eager" or forced_by():
+        if self.step.mode == "eager" or forced_by() or has_other_loop(self._model, kwargs):
             return original(*args, **kwargs)
         own = self._replaced() or own_method(type(self._model))
         if own is not None:
@@ -312,7 +312,7 @@ class Accelerated:
         own = named_cache(model_kwargs)[1] is not None
         chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
         assisted = generation_config.is_assistant or "assisted" in str(mode).lower()
-        return not (own or chosen or assisted or self._model.training)  # dropout would draw for positions that are not there
+        return not (own or chosen or assisted or depends_on_cache(self._model, generation_config, model_kwargs))
 
     def _key(self, generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, length: int) -> tuple[Any, ...]:
         """What a cache is kept by."""
@@ -321,7 +321,7 @@ class Accelerated:
         encoded_length = None if encoded is None else encoded[0].shape[1]
         inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
         cast = autocast_of(self._device)
-        return rows, capacity(length), encoded_length, self._model.dtype, self._device, inference, cast
+        return rows, capacity(length), encoded_length, self._model.dtype, self._device, inference, cast, layout_of(self._model)
 
     def _fixed_cache(
         self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int
@@ -344,9 +344,12 @@ class Accelerated:
 
     def _may_lend(self, kind: str, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
         """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
-        key = kind, size, typed(model_kwargs)
+        key = kind, size, typed(model_kwargs), layout_of(self._model)
         if key not in self._agrees:
-            self._agrees[key] = agrees(self._model, make, model_kwargs, self.states, proved=bool(kind))
+            found = agrees(self._model, make, model_kwargs, self.states, proved=bool(kind))
+            if found is None:
+                return False
+            self._agrees[key] = found
         return self._agrees[key]
 
     def __graphs_walk__(self) -> Any:
@@ -372,7 +375,9 @@ class _Replacement:
         self._state, self._name, self._original = state, name, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._state, _METHODS[self._name])(self._original, *args, **kwargs)
+        model = self._state._model
+        original = self._state.own.get(self._name) or types.MethodType(getattr(type(model), self._name), model)  # as it is by now
+        return getattr(self._state, _METHODS[self._name])(original, *args, **kwargs)
 
     def __graphs_walk__(self) -> Any:
         """The method that it stands for."""

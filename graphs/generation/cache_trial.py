@@ -7,10 +7,11 @@ and with a fixed one, whose unwritten positions hold large numbers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types as types_of_python
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from graphs.generation.caches.fixed_caches import layers_of
 from graphs.generation.decode_step import forwarded
 from graphs.generation.module_states import ModuleStates
+from graphs.observation.eager_trace import trace_eager
 from graphs.observation.operations import EagerTrace
 from graphs.rehearsal.rehearsal import Runs, States
 from graphs.state.python_state import PythonState
@@ -38,10 +40,11 @@ def agrees(
     states: ModuleStates,
     *,
     proved: bool = False,
-) -> bool:
+) -> bool | None:
     """Whether a fixed cache gives the logits of one that grows; also where a model cannot be asked with tokens alone.
 
-    What the runs change of Python's and of random generators is undone.
+    What the runs change of tensors, of Python's and of random generators is undone, and hooks of modules do not run. None where
+    the weights give numbers that say nothing.
 
     Args:
         make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
@@ -60,8 +63,10 @@ def agrees(
         logits: Tensor = forwarded(forward, (), {**given, **cache, "use_cache": True}).logits[:, -1]
         return logits.float()
 
-    def compared() -> bool:
+    def compared() -> bool | None:
         wanted = _logits(call, make(False), device)
+        if not all(bool(torch.isfinite(logits).any()) for logits in wanted):
+            return None
         fixed = make(True)
         _logits(call, fixed, device)  # makes its storage
         for cache in fixed.values():
@@ -71,11 +76,27 @@ def agrees(
         enough = len(_TOKENS) if proved else len(wanted)
         return len(wanted) >= enough <= len(got) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
 
-    start = States(RandomState(device), PythonState([("model", model)]))
-    same = Runs(start, EagerTrace(), is_there=True).run(compared)
+    trace = EagerTrace()
+    start = States(trace.written, RandomState(device), PythonState([("model", model)]))
+    with _without_hooks(model):
+        same = Runs(start, trace, is_there=True).run(lambda: trace_eager(compared, [], into=trace)[0])
     if not same:
         _logger.info("graphs: %s computes something else with a cache of fixed storage", type(model).__name__)
     return same
+
+
+@contextlib.contextmanager
+def _without_hooks(model: torch.nn.Module) -> Iterator[None]:
+    """Put hooks of modules aside: what they do besides can not be undone, and they are not what is tried."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    held = [(module, name, vars(module)[name]) for module in model.modules() for name in names if vars(module).get(name)]
+    for module, name, hooks in held:
+        vars(module)[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for module, name, hooks in held:
+            vars(module)[name] = hooks
 
 
 def typed(model_kwargs: dict[str, Any]) -> tuple[str, ...]:
@@ -114,9 +135,18 @@ def emptied(cache: Any) -> Any:
 
 
 def _use_again(layer: Any, *states: Any, **options: Any) -> None:
-    """In the place of ``lazy_initialization``: the storage is there."""
+    """In the place of ``lazy_initialization``: the storage is there, unless it is of another form than what comes now."""
     del layer.lazy_initialization
-    layer.is_initialized = True
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    if all(isinstance(one, Tensor) and _goes_in(new, one) for new, one in zip(states, held, strict=False)):
+        layer.is_initialized = True
+    else:
+        layer.lazy_initialization(*states, **options)
+
+
+def _goes_in(new: Tensor, held: Tensor) -> bool:
+    """Whether keys ``[rows, heads, tokens, width]`` may be written where others are held."""
+    return (new.dtype, new.device, new.shape[:-2], new.shape[-1]) == (held.dtype, held.device, held.shape[:-2], held.shape[-1])
 
 
 def _overwrite(cache: Any) -> None:

@@ -23,6 +23,7 @@ from graphs.generation.caches.fixed_caches import CACHES, autocast_of, capacity,
 from graphs.generation.late_stop import LateStop
 from graphs.generation.module_states import ModuleStates
 from graphs.generation.processors import Prepared, is_theirs, prepare, value_key
+from graphs.generation.running import is_written_by
 from graphs.generation.token_step import Begin, Choice, Names, Sequences, TokenStep
 from graphs.report import CaptureReport
 
@@ -162,6 +163,10 @@ class Loop:
             for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
                 if getattr(config, name):
                     return name
+        if request.arguments.get("inputs_embeds") is not None:
+            return "inputs_embeds"
+        if (replaced := _replaced_choice(request)) is not None:
+            return replaced
         kinds = [type(stop).__name__ for stop in criteria]
         foreign = [name for name, stop in zip(kinds, criteria, strict=True) if name not in _STOPS or not is_theirs(stop)]
         if foreign or len(set(kinds)) != len(kinds) or "MaxLengthCriteria" not in kinds:
@@ -301,6 +306,13 @@ class _Ended:
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return self._rows
+
+
+def _replaced_choice(request: Request) -> str | None:
+    """A function by which transformers chooses tokens that a program has put its own in the place of."""
+    functions = {"torch.multinomial": torch.multinomial, "torch.argmax": torch.argmax, "softmax": torch.nn.functional.softmax}
+    functions |= {type(part).__name__: type(part).__call__ for part in (request.processors, request.criteria)}
+    return next((name for name, found in functions.items() if not is_written_by(found, ("transformers", "torch"))), None)
 
 
 def _why_not(report: CaptureReport) -> str:

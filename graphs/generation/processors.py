@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from graphs.generation.running import is_written_by
+
 Tensor = torch.Tensor
 
 OF_SCORES = frozenset(
@@ -124,8 +126,9 @@ def prepare(processors: Sequence[Any]) -> Prepared | str:
 
 
 def is_theirs(part: Any) -> bool:
-    """Whether a processor or a stopping criterion is of a class of transformers itself."""
-    return type(part).__module__.partition(".")[0] == "transformers"
+    """Whether a processor or a stopping criterion is of a class of transformers itself, and does what that class does."""
+    kind = type(part)
+    return kind.__module__.partition(".")[0] == "transformers" and is_written_by(kind.__call__, ("transformers", "torch"))
 
 
 def value_key(value: Any) -> Any:

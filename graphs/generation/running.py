@@ -101,5 +101,60 @@ def own_method(kind: type[Any]) -> str | None:
     known = ("generate", "prepare_inputs_for_generation", "_sample", "_prefill")
     names = (*known, "_update_model_kwargs_for_generation", "_has_unfinished_sequences")
     own = [name for name in names if getattr(kind, name, None) is not getattr(base, name, None)]
+    own += [name for name in names if not is_written_by(getattr(base, name, None), ("transformers", "torch"))]
     own += ["__call__"] if kind.__call__ is not torch.nn.Module.__call__ else []
     return own[0] if own else None
+
+
+def is_written_by(function: Any, packages: tuple[str, ...]) -> bool:
+    """Whether the code of a function lies in one of these packages: a program may have put its own in place of a library's."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return True  # there is none, or it is one of C
+    roots = [getattr(sys.modules.get(package), "__file__", None) for package in packages]
+    return any(root is not None and code.co_filename.startswith(root.rpartition("/")[0] + "/") for root in roots)
+
+
+def depends_on_cache(model: torch.nn.Module, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether a call would show which cache there is.
+
+    Attentions are as wide as the cache, losses of routers are computed from its mask, and dropout draws for its positions.
+    """
+    asked = ("output_attentions", "output_router_logits")
+    settings = (getattr(model, "config", None), generation_config)
+    return (
+        any(getattr(one, name, None) for one in settings for name in asked)
+        or any(model_kwargs.get(name) for name in asked)
+        or any(module.training for module in model.modules())
+    )
+
+
+_LOOPS = ("prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+
+
+def has_other_loop(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for a loop that is given more than a custom one is, so that it is not begun twice."""
+    settings = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    return any(kwargs.get(name) or any(getattr(one, name, None) for one in settings) for name in _LOOPS)
+
+
+_FORM = (
+    "_attn_implementation",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "sliding_window",
+)
+
+
+def layout_of(model: Any) -> tuple[Any, ...]:
+    """What the form of a model's cache depends on: its configuration, its dtypes, and what stands in front of it."""
+    config = model.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kinds = getattr(text, "layer_types", None)
+    dtypes = frozenset(parameter.dtype for parameter in model.parameters())
+    forward = vars(model).get("forward")
+    front = type(model), type(model).forward, getattr(forward, "__func__", None)
+    return *(getattr(text, name, None) for name in _FORM), None if kinds is None else tuple(kinds), dtypes, front
