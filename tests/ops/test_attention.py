@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 import passes
 from graphs.errors import WeightError
 from graphs.ops.attention import operator
+from tests.ops.interpreted import interpreted
 
 SCRIPT = Path(__file__).with_name("interpret_attention.py")
 attention = torch.ops.graphs.one_query_attention
@@ -82,11 +79,7 @@ def test_what_the_kernel_takes() -> None:
 
 
 def test_the_kernels_in_the_interpreter_agree_with_float64() -> None:
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+    errors = interpreted(SCRIPT)
     assert len(errors) == 8 and max(errors.values()) < 1e-5, errors
 
 

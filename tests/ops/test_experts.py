@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 import passes
 from graphs.errors import WeightError
 from graphs.ops.experts import operator
+from tests.ops.interpreted import interpreted
 
 SCRIPT = Path(__file__).with_name("interpret_experts.py")
 linear = torch.ops.graphs.expert_linear
@@ -56,11 +53,7 @@ def test_an_expert_that_there_is_not_is_refused_on_the_host() -> None:
 
 
 def test_the_kernel_in_the_interpreter_agrees_with_float64() -> None:
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+    errors = interpreted(SCRIPT)
     assert len(errors) == 8 and max(errors.values()) < 1e-5, errors
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphs.errors import WeightError
 from graphs.ops.mhc import operator, tiles
+from tests.ops.interpreted import interpreted
 
 SCRIPT = Path(__file__).with_name("interpret_mhc.py")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -146,14 +143,10 @@ def test_they_are_used_on_the_devices_they_were_written_for_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, float]:
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def errors() -> dict[str, float]:
+    return interpreted(SCRIPT)
 
 
-def test_the_interpreted_kernels_agree_with_float64(interpreted: dict[str, float]) -> None:
-    assert interpreted.keys() == {"pre", "post", "post_pre", "head"}
-    assert max(interpreted.values()) < 1e-6, interpreted
+def test_the_interpreted_kernels_agree_with_float64(errors: dict[str, float]) -> None:
+    assert errors.keys() == {"pre", "post", "post_pre", "head"}
+    assert max(errors.values()) < 1e-6, errors

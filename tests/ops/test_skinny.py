@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ import passes
 from graphs.errors import WeightError
 from graphs.ops.skinny import operator
 from graphs.ops.wo_a import tiles
+from tests.ops.interpreted import interpreted
 
 SCRIPT = Path(__file__).with_name("interpret_skinny.py")
 linear = torch.ops.graphs.skinny_linear
@@ -92,17 +89,13 @@ def test_it_is_used_on_the_devices_it_was_measured_on_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, float]:
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be interpreted")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], check=False, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def errors() -> dict[str, float]:
+    return interpreted(SCRIPT)
 
 
-def test_the_interpreted_kernel_agrees_with_float64(interpreted: dict[str, float]) -> None:
-    assert len(interpreted) == 10
-    assert max(interpreted.values()) < 1e-5, interpreted
+def test_the_interpreted_kernel_agrees_with_float64(errors: dict[str, float]) -> None:
+    assert len(errors) == 10
+    assert max(errors.values()) < 1e-5, errors
 
 
 def test_it_lowers_to_mlir() -> None:
