@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.tracing.torch_symbols import TorchDispatchMode
 
 Tensor = torch.Tensor
 Place = int | str
