@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,7 @@ def call(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     state = vars(model).get(STATE)
     own = state.own.get("forward") if state is not None else None
-    forward = own if own is not None else types.MethodType(type(model).forward, model)
+    forward = own if own is not None else functools.partial(type(model).forward, model)  # no new method: Dynamo makes none
     if state is not None and not state.states.is_empty:
         with state.states.steady():
             return forwarded(forward, args, kwargs)
