@@ -141,9 +141,18 @@ def _warpgroup_cases() -> Iterator[Case]:
 
 
 def _skinny_cases(vendor: str) -> Iterator[Case]:
-    """The kernel of ``skinny_linear`` in every tile that is launched: for one weight, and for three."""
-    types = {name: "*bf16" for name in ("x", "w0", "w1", "w2", "b0", "b1", "b2", "y0", "y1", "y2")}
-    types |= {name: "i32" for name in ("M", "N0", "N1", "N2", "K")}
+    """The kernel of ``skinny_linear`` in every tile that is launched: for one weight, for three, and with what is around them."""
+    types = dict.fromkeys(("x", "w0", "w1", "w2", "b0", "b1", "b2", "y0", "y1", "y2", "gain", "shift", "residual"), "*bf16")
+    types |= {name: "i32" for name in ("M", "N0", "N1", "N2", "K")} | {"eps": "fp32"}
+    nothing = {
+        "gain": None,
+        "shift": None,
+        "residual": None,
+        "NORM": "none",
+        "ONE_PASS": False,
+        "ACTIVATION": "none",
+        "GATED": False,
+    }
     sizes = ((4, 3072, 512, False), (4, 2048, 2048, True), (4, 16384, 2048, False), (16, 16384, 2048, False))
     for (m, n, k, single), turned, even in (*((size, False, True) for size in sizes), ((1, 50257, 768, True), True, False)):
         found = tiles.skinny(m, n, k, vendor, turned=turned)
@@ -157,7 +166,31 @@ def _skinny_cases(vendor: str) -> Iterator[Case]:
             "EVEN": even,
         }
         none = {} if turned else {"b0": None, "b1": None, "b2": None}
-        yield Case("skinny_linear_kernel", m, types, constants | none, tile, f"n{n} k{k}")
+        yield Case("skinny_linear_kernel", m, types, constants | nothing | none, tile, f"n{n} k{k}")
+    yield from _around_cases(vendor, types, nothing)
+
+
+def _around_cases(vendor: str, types: dict[str, str], nothing: dict[str, Any]) -> Iterator[Case]:
+    """The same kernel with a norm before the product, and an activation or a sum behind it, as a Llama and GPT-2 have them."""
+    rms = {"NORM": "rms", "ONE_PASS": True, "gain": "*bf16"}
+    layer = {"NORM": "layer", "gain": "*bf16", "shift": "*bf16"}
+    ways: tuple[tuple[str, int, int, int, bool, dict[str, Any]], ...] = (
+        ("rms", 4, 3072, 2048, False, rms),
+        ("rms silu gated", 4, 8192, 2048, False, rms | {"ACTIVATION": "silu", "GATED": True}),
+        ("residual", 4, 2048, 8192, False, {"residual": "*bf16"}),
+        ("layer", 1, 2304, 768, True, layer),
+        ("layer gelu_tanh", 1, 3072, 768, True, layer | {"ACTIVATION": "gelu_tanh"}),
+        ("layer gelu", 8, 3072, 768, False, layer | {"ACTIVATION": "gelu"}),
+    )
+    for option, m, n, k, turned, around in ways:
+        gated = "GATED" in around
+        found = tiles.skinny(m, n, k, vendor, turned=turned, gated=gated)
+        assert found is not None, "these sizes have a tile"
+        tile, block_k = found
+        sizes = {"SPLIT": tile.num_warps, "BLOCK_K": block_k, "SINGLE": not gated and n != 3072, "TURNED": turned, "EVEN": True}
+        none = {name: None for name in ("b0", "b1", "b2") if not turned}
+        constants = _blocks(tile) | sizes | {name: value for name, value in (nothing | none | around).items() if value != "*bf16"}
+        yield Case("skinny_linear_kernel", m, types, constants, tile, f"n{n} k{k} {option}")
 
 
 def _attention_cases() -> Iterator[Case]:

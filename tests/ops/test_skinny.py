@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 import passes
 from graphs.errors import WeightError
@@ -69,6 +71,73 @@ def test_biases_that_do_not_fit_are_named(biases: list[torch.Tensor | None], mes
         linear(*operands(), biases)
 
 
+NORMS = {
+    "rms": lambda x, gain, shift: functional.rms_norm(x, x.shape[-1:], gain, 1e-5),
+    "layer": lambda x, gain, shift: functional.layer_norm(x, x.shape[-1:], gain, shift, 1e-5),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_norm_is_of_the_rows_and_rounded_once(norm: str, wide: bool) -> None:
+    x, weights = operands()
+    gain, shift = torch.randn(2, 32).to(torch.float32 if wide else x.dtype)
+    around = {"norm": norm, "gain": gain, "shift": shift if norm == "layer" else None, "eps": 1e-5}
+    rows = NORMS[norm](x.float(), gain.float(), shift.float()).to(x.dtype)
+    for made, weight in zip(linear(x, weights, **around), weights, strict=True):
+        torch.testing.assert_close(made, functional.linear(rows, weight), rtol=2**-7, atol=2**-7)
+    torch.library.opcheck(linear.default, (x, weights), around)
+
+
+@pytest.mark.parametrize("activation", operator.ACTIVATIONS)
+def test_an_activation_is_of_the_first_product(activation: str) -> None:
+    x, weights = operands(sizes=(16, 16))
+    first, second = linear(x, weights)
+    active = operator.ACTIVATIONS[activation](first.float()).bfloat16()
+    assert [len(linear(x, some, activation=activation)) for some in (weights[:1], weights)] == [1, 1]
+    assert torch.equal(linear(x, weights[:1], activation=activation)[0], active)
+    assert torch.equal(linear(x, weights, activation=activation)[0], active * second)
+    torch.library.opcheck(linear.default, (x, weights), {"activation": activation})
+
+
+def test_a_residual_is_added_to_the_rounded_product() -> None:
+    x, weights = operands(sizes=(16,))
+    residual = torch.randn(3, 16).bfloat16()
+    (made,) = linear(x, weights, residual=residual)
+    assert torch.equal(made, linear(x, weights)[0] + residual)
+    torch.library.opcheck(linear.default, (x, weights), {"residual": residual})
+
+
+GAIN, RESIDUAL = torch.ones(32).bfloat16(), torch.ones(3, 16).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "around", "message"),
+    [
+        ((16,), {"norm": "group"}, "norm is 'group'; legal are 'none', 'rms', 'layer'"),
+        ((16,), {"norm": "rms"}, "got norm 'rms' without a gain and without a shift"),
+        ((16,), {"norm": "rms", "gain": GAIN, "shift": GAIN}, "got norm 'rms' with a gain and with a shift"),
+        ((16,), {"gain": GAIN}, "got norm 'none' with a gain"),
+        (
+            (16,),
+            {"norm": "rms", "gain": GAIN[1:]},
+            r"the gain has shape \(31,\) .*legal is \(32,\), torch.bfloat16 or",
+        ),
+        ((16,), {"norm": "rms", "gain": GAIN.half()}, "the gain has shape .* is torch.float16"),
+        ((16,), {"activation": "tanh"}, "activation is 'tanh'; legal are 'none', 'silu'"),
+        ((16, 16, 16), {"activation": "silu"}, r"weights of \[16, 16, 16\] rows; with an activation"),
+        ((16, 8), {"activation": "silu"}, r"weights of \[16, 8\] rows"),
+        ((16,), {"activation": "silu", "residual": RESIDUAL}, "and a residual; with an activation"),
+        ((16, 16), {"residual": RESIDUAL}, "2 weights and a residual; legal is one"),
+        ((16,), {"residual": RESIDUAL[:1]}, r"the residual has shape \(1, 16\) .*legal is \(3, 16\)"),
+        ((16,), {"residual": RESIDUAL.float()}, "the residual has shape .* is torch.float32"),
+    ],
+)
+def test_what_is_around_the_products_has_to_fit(sizes: tuple[int, ...], around: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightError, match=message):
+        linear(*operands(sizes=sizes), **around)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 16, 256), (17, 16, 256), (4, 0, 256), (4, 16, 128), (4, 16, 300)])
 def test_a_library_multiplies_what_no_tile_fits(m: int, n: int, k: int) -> None:
     assert tiles.skinny(m, n, k) is None
@@ -94,8 +163,16 @@ def errors() -> dict[str, float]:
 
 
 def test_the_interpreted_kernel_agrees_with_float64(errors: dict[str, float]) -> None:
-    assert len(errors) == 10
-    assert max(errors.values()) < 1e-5, errors
+    plain = {case: error for case, error in errors.items() if not case.startswith("torch.")}
+    assert len(plain) == 10
+    assert max(plain.values()) < 1e-5, plain
+
+
+def test_the_interpreted_kernel_norms_its_rows_and_works_on_its_sums(errors: dict[str, float]) -> None:
+    around = {case: error for case, error in errors.items() if case.startswith("torch.")}
+    assert len(around) == 3 * 12 + 12
+    limits = {"torch.float16": 2e-3, "torch.bfloat16": 2e-2}  # twice what is rounded, truncated by the interpreter
+    assert all(error < limits[case.split()[0]] for case, error in around.items()), around
 
 
 def test_it_lowers_to_mlir() -> None:

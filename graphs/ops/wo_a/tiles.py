@@ -174,13 +174,15 @@ def quantise_rows(groups: int) -> int:
     return next(rows for rows in (16, 8, 4, 2, 1) if rows <= max(groups, 1))
 
 
-def skinny(m: int, n: int, k: int, vendor: str = "cuda", *, turned: bool = False) -> tuple[Tile, int] | None:
+def skinny(m: int, n: int, k: int, vendor: str = "cuda", *, turned: bool = False, gated: bool = False) -> tuple[Tile, int] | None:
     """Tile of ``skinny_linear`` for ``n`` columns in all, and features per warp and step; None where a library multiplies.
 
     Measured on an H100 at 4 rows, us, against cuBLAS with a launch per weight. K = 2048: N = 2048 + 512 + 512 7.1 (17.5), N =
     2048 5.1 (6.1), N = 2 * 8192 26.0 (28.2), N = 32000 45.8 (50.2). K = 8192, N = 2048: 13.9 (15.4). K = 512: N = 512 + 128 +
     128 2.8 (10.0), N = 2 * 2048 4.1 (7.6). With eight warps, or 64 columns per block, up to 1.6 times as long. AMD's matrix
     instructions take 16 rows or none.
+
+    With ``gated`` a block reads the same columns of two weights, so that half as many steps of it are in flight.
 
     A weight that lies as ``[K, N]`` is turned. On an H200 with one row, with a bias, against cuBLAS: K = 768: N = 2304 4.2 (4.2),
     N = 768 3.2 (3.7), N = 3072 4.6 (5.1); K = 3072, N = 768 6.5 (6.8). As it is, K = 768, N = 50257: 22.9 (30.0).
@@ -189,5 +191,5 @@ def skinny(m: int, n: int, k: int, vendor: str = "cuda", *, turned: bool = False
         return None
     narrow = k % 512 != 0 or k <= 1024
     deep = narrow or n <= 2048
-    stages = 2 if vendor == "hip" else 4 if deep else 3
+    stages = 2 if vendor == "hip" or gated else 4 if deep else 3
     return Tile(8 if m <= 8 and vendor != "hip" else 16, 32 if turned and n > 1024 else 16, 4, stages), 64 if narrow else 128
