@@ -24,7 +24,10 @@ from graphs.ops.mhc.family import FAMILY
 from graphs.ops.skinny import operator as skinny
 from graphs.ops.wo_a import tiles
 
-REWRITES = ("skinny_products", "one_query_attention", "expert_products", "repeated_heads", "hyper_connections")
+REWRITES = (
+    *("skinny_products", "one_query_attention", "expert_products", "repeated_heads"),
+    *("norm_prologues", "product_epilogues", "hyper_connections"),
+)
 LONGEST = 4096  # keys: 32 heads of 128 on 8 of keys, batch 4, on an H100: 30 us for 60 at 1024 keys, 112 for 215 at 4096
 _RECORDED_HERE = ("triton.cudagraphs", "triton.cudagraph_trees")
 
@@ -40,6 +43,10 @@ class CompilerOptions:
             None: where it was measured to pay.
         expert_products: read the weights of chosen experts where they are; None: where it was measured to pay.
         repeated_heads: read keys and values once that several query heads share; None: where it was measured to pay.
+        norm_prologues: norm the rows of such products as they are read, where nothing else reads the normed rows; None: where it
+            was measured to pay, which is nowhere yet.
+        product_epilogues: apply an activation, multiply by a gate or add a residual where such products are written, if nothing
+            else reads them; None: where it was measured to pay, which is nowhere yet.
         hyper_connections: run hyper-connections of up to 64 rows as one operator each, in steps that are recorded uncompiled as
             well; None: where its kernels were measured to pay, which is nowhere yet.
         inductor: settings of Inductor, as ``torch.compile(options=...)`` takes them.
@@ -49,6 +56,8 @@ class CompilerOptions:
     one_query_attention: bool | None = None
     expert_products: bool | None = None
     repeated_heads: bool | None = None
+    norm_prologues: bool | None = None
+    product_epilogues: bool | None = None
     hyper_connections: bool | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,9 +95,19 @@ class CompilerOptions:
                 )
             )
         if pays if self.skinny_products is None else self.skinny_products:
-            operator = torch.ops.graphs.skinny_linear.default
-            made.append(functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny))
+            made += self._products()
         return tuple(made)
+
+    def _products(self) -> list[passes.Pass]:
+        """Products of few rows, with what is around them."""
+        operator = torch.ops.graphs.skinny_linear.default
+        made: list[passes.Pass] = [functools.partial(passes.skinny_products, operator=operator, fits=tiles.skinny)]
+        if self.norm_prologues:
+            made.append(functools.partial(passes.norm_prologues, operator=operator))
+        if self.product_epilogues:
+            table = passes.inductor_decompositions
+            made.append(functools.partial(passes.product_epilogues, operator=operator, decompositions=table))
+        return made
 
     def operators(self, device: torch.device) -> tuple[passes.Pass, ...]:
         """Of those, the passes that put an operator of this project in the place of many, whatever runs the others."""

@@ -16,7 +16,9 @@ from passes.optimize.fuse_exact import fuse_exact
 from passes.optimize.hoist_constants import hoist_constants
 from passes.optimize.operators.expert_products import expert_products
 from passes.optimize.operators.hyper_connections import HyperConnections, hyper_connections, may_be_connection
+from passes.optimize.operators.norm_prologues import norm_prologues
 from passes.optimize.operators.one_query_attention import one_query_attention
+from passes.optimize.operators.product_epilogues import product_epilogues
 from passes.optimize.operators.repeated_heads import repeated_heads
 from passes.optimize.operators.skinny_linear import skinny_products
 from passes.optimize.single_kernel import fewer_launches
@@ -28,6 +30,7 @@ from passes.rewrite import rewrite
 from passes.rewritten_graph import Change, ForcedGraph, RewrittenGraph
 from passes.speculation.speculate import Undo, undo
 from passes.trace_step import trace_step
+from passes.tracing.torch_symbols import inductor_decompositions
 from passes.tracing.trace import Number
 
 __all__ = [
@@ -57,11 +60,14 @@ __all__ = [
     "fuse_exact",
     "hoist_constants",
     "hyper_connections",
+    "inductor_decompositions",
     "inside",
     "is_early",
     "lasting_writes",
     "may_be_connection",
+    "norm_prologues",
     "one_query_attention",
+    "product_epilogues",
     "refuse_host_results",
     "refuse_on_device",
     "register_decompositions",

@@ -243,7 +243,7 @@ def test_optional_packages_are_imported_where_they_are_needed_only(package: str)
             "graphs.ops.attention.kernel",
             "graphs.ops.experts.kernel",
             "graphs.ops.mhc.kernel",
-            "graphs.ops.skinny.around",
+            "graphs.ops.skinny.around_kernel",
             "graphs.ops.skinny.kernel",
             "graphs.ops.wo_a.kernels.split_k",
             "graphs.recording.copy_kernels",

@@ -50,6 +50,33 @@ def test_a_captured_step_is_rewritten_and_agrees_with_eager() -> None:
     assert "skinny_products 3x" in str(step.report())
 
 
+class Block(nn.Module):
+    """A feed-forward part with a norm before it and a residual around it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.gate, self.up = norm, nn.Linear(256, 512, bias=False), nn.Linear(256, 512, bias=False)
+        self.down = nn.Linear(512, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(rows)) * self.up(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [nn.RMSNorm(256), nn.LayerNorm(256)], ids=lambda norm: type(norm).__name__)
+def test_what_is_around_products_becomes_a_part_of_them(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    block = Block(norm).bfloat16()
+    options = {"skinny_products": True, "norm_prologues": True, "product_epilogues": True, "force_disable_caches": True}
+    step = graphs.capture(block, compiler="inductor", compiler_options=options)
+    for _ in range(2):
+        x = inputs()[0]
+        torch.testing.assert_close(step(x), block(x), rtol=2e-2, atol=2e-2)
+    (key,) = step.report().keys
+    assert key.rewrites == {"skinny_products": 3, "norm_prologues": 1, "product_epilogues": 2}
+
+
 @pytest.mark.slow
 def test_both_are_on_where_they_were_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "pays_on", lambda device: True)

@@ -13,7 +13,14 @@ import torch
 
 TRACING = Path(__file__).resolve().parents[1] / "passes" / "tracing"
 ADAPTER = TRACING / "torch_symbols.py"  # read as text: a name that is missing must not keep the others from being told
-PRIVATE = ("torch._dispatch", "torch._subclasses", "torch.fx.experimental", "torch.utils._sympy", "torch.utils._python_dispatch")
+PRIVATE = (
+    "torch._dispatch",
+    "torch._subclasses",
+    "torch.fx.experimental",
+    "torch.utils._sympy",
+    "torch.utils._python_dispatch",
+    "torch._inductor",
+)
 
 
 def imported(path: Path) -> list[str]:

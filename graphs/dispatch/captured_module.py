@@ -113,9 +113,10 @@ def capture(
             records both and keeps the faster; ``"none"`` (default) records the operators as the model calls them. A step
             that cannot be compiled is recorded uncompiled, with the reason. Default ``GRAPHS_COMPILER``, else ``"none"``.
         compiler_options: settings of Inductor, as ``torch.compile(options=...)`` takes them, and ``"skinny_products"``,
-            ``"one_query_attention"``, ``"expert_products"``, ``"repeated_heads"`` and ``"hyper_connections"``: rewrites of the
-            compiled step, each True, False or (default) on where it was measured to be faster, on devices of compute
-            capability 9.0; the last, one of the uncompiled step too, is on nowhere yet.
+            ``"one_query_attention"``, ``"expert_products"``, ``"repeated_heads"``, ``"norm_prologues"``,
+            ``"product_epilogues"`` and ``"hyper_connections"``: rewrites of the compiled step, each True, False or (default) on
+            where it was measured to be faster, on devices of compute capability 9.0; the last three, one of them a rewrite of
+            the uncompiled step too, are on nowhere yet.
         passes: what takes host values out of a step that reads them (``.item()``, ``nonzero``, branches on tensors):
             ``"auto"`` (default) all passes, ``"off"`` none, or their names, of ``constants``, ``addressing``,
             ``arithmetic``, ``bounded``, ``branches`` and ``fusion``. Default ``GRAPHS_PASSES``, else ``"auto"``.

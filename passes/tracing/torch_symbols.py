@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "TorchDispatchMode",
     "enable_python_dispatcher",
     "graph_of",
+    "inductor_decompositions",
     "newest_nodes",
     "node_of",
     "should_allow_numbers_as_tensors",
@@ -103,3 +104,11 @@ def node_of(tensor: Tensor) -> Node | None:
     tracing = get_proxy_mode()
     slot: Any = get_proxy_slot(tensor, tracing.tracer, None) if tracing is not None else None
     return slot.proxy.node if slot is not None else None
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """What Inductor takes operators apart by; imported when it is asked for, since that takes seconds."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table: Mapping[Any, Callable[..., Any]] = select_decomp_table()
+    return table

@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphs.ops.skinny.around import Around
 from graphs.ops.skinny.kernel import launch_skinny
-from graphs.ops.skinny.operator import ACTIVATIONS, Around, products
+from graphs.ops.skinny.operator import ACTIVATIONS, products
 from graphs.ops.wo_a import tiles
 
 CASES = ((1, (32,), 256), (5, (48, 16), 512), (8, (16, 32, 16), 1024), (13, (16, 16, 64), 2048), (2, (33, 7, 16), 768))

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphs.ops.skinny.around import activated, factor, moments
-from graphs.ops.skinny.operator import Around
+from graphs.ops.skinny.around import Around
+from graphs.ops.skinny.around_kernel import activated, factor, moments
 from graphs.ops.wo_a.kernels.portable import INTERPRETED
 from graphs.ops.wo_a.tiles import Tile
 

@@ -21,13 +21,14 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from graphs.errors import WeightError
+from graphs.ops.skinny.around import Around
 from graphs.ops.wo_a import tiles
 from graphs.ops.wo_a.operators import kernels, library
 
@@ -48,17 +49,6 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 Biases = Sequence[Tensor | None] | None
-
-
-class Around(NamedTuple):
-    """What there is beside the products: a norm of ``x``, and behind them an activation or a sum."""
-
-    norm: str = "none"
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    eps: float = 0.0
-    activation: str = "none"
-    residual: Tensor | None = None
 
 
 def check(x: Tensor, weights: Sequence[Tensor], biases: Biases = None, around: Around = Around()) -> None:  # noqa: B008

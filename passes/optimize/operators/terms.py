@@ -75,7 +75,8 @@ class Terms:
         self.nodes: defaultdict[Term, list[Node]] = defaultdict(list)
         self.users: defaultdict[Term, list[Term]] = defaultdict(list)
         self.final: Counter[Any] = Counter()
-        for node, term in self._read(module, {}).items():
+        self._of = self._read(module, {})
+        for node, term in self._of.items():
             self.nodes[term].append(node)
         for term in list(self.nodes):
             self._use(term)
@@ -97,6 +98,10 @@ class Terms:
         results = function.graph.output_node().args[0]
         listed = results if isinstance(results, (tuple, list)) else [results]
         return [terms[one] for one in listed if isinstance(one, Node)]
+
+    def term_of(self, node: Node) -> Term | None:
+        """What a node of the graph gives, where it stands; None for what is no tensor of a known size."""
+        return self._of.get(node)
 
     def is_settled(self, term: Term) -> bool:
         """Whether a value stays what it is until the graph ends: it is not memory that is written after it was read."""
@@ -241,9 +246,12 @@ def is_function(node: Node) -> bool:
 
 def _plain(terms: Terms, node: Node, args: list[Any], shape: Shape, dtype: torch.dtype) -> Term | None:
     """An operator of its arguments as they are."""
-    if node.kwargs or any(isinstance(one, (list, Node)) and not _is_plain(one) for one in args):
+    if any(isinstance(one, (list, Node)) and not _is_plain(one) for one in args):
         return None
-    return terms.make(node.target, tuple(tuple(one) if isinstance(one, list) else one for one in args), shape, dtype)
+    if not all(isinstance(one, (str, bool, int, float, type(None))) for one in node.kwargs.values()):
+        return None
+    named = sorted((name, one) for name, one in node.kwargs.items() if one is not None)
+    return terms.make(node.target, (*(tuple(one) if isinstance(one, list) else one for one in args), *named), shape, dtype)
 
 
 def _is_plain(value: Any) -> bool:
