@@ -1,5 +1,7 @@
 """Kernels of a decode step beside a library's: products of few rows, attention of one query, products with chosen experts.
 
+Products with a norm before them and something behind are beside the same product and what Inductor makes of the rest.
+
 ``PYTHONPATH=. python3 benchmarks/decode_kernels.py`` compares each result with float64 first. Then it tells microseconds of one
 call in a CUDA graph of 24, whose weights, keys and values are rotated so that they come from memory; medians of 9 replays. The
 floor is what has to be read at 4.2 TB/s.
@@ -10,10 +12,13 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import graphs.ops  # noqa: F401  (defines the operators)
+from graphs.ops.skinny import operator
+from graphs.ops.skinny.around import Around
 
 Tensor = torch.Tensor
 ops, linear, attend = torch.ops.graphs, torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
@@ -47,10 +52,10 @@ def microseconds(call: Callable[[int], object]) -> float:
     return statistics.median(times)
 
 
-def require(found: Tensor, exact: Tensor) -> None:
-    """Raise unless a result is float64's but for one rounding."""
+def require(found: Tensor, exact: Tensor, rounded: int = 1) -> None:
+    """Raise unless a result is float64's but for so many roundings."""
     error = float((found.double() - exact).abs().max() / exact.abs().max())
-    if not error <= 2**-8:
+    if not error <= rounded * 2**-8:
         raise AssertionError(f"relative error {error:.3g}")
 
 
@@ -72,6 +77,52 @@ def products() -> None:
         library = microseconds(lambda i: linear(x, weights[i % count], bias))  # noqa: B023
         ours = microseconds(lambda i: ops.skinny_linear(x, [weights[i % count]], [bias]))  # noqa: B023
         tell(f"product {rows} x {k} x {n}{', turned, bias' if turned else ''}", 2 * k * n, library, ours)
+
+
+AROUND = (  # rows, K, N, whether there is a gate, the norm, what is behind
+    (4, 2048, 3072, False, "rms", "none"),
+    (4, 2048, 8192, True, "rms", "silu"),
+    (4, 8192, 2048, False, "none", "residual"),
+    (1, 768, 2304, False, "layer", "none"),
+    (1, 768, 3072, False, "layer", "gelu_tanh"),
+    (1, 3072, 768, False, "none", "residual"),
+)
+
+
+def around() -> None:
+    """The product alone with a kernel before or behind it, as Inductor makes them, against one launch."""
+    for rows, k, n, gated, norm, behind in AROUND:
+        count = max(2, min(CALLS, int(AWAY / (2 * k * n * (1 + gated)))))
+        weights = [[made(n, k) / k**0.5 for _ in range(1 + gated)] for _ in range(count)]
+        x, gain, shift, residual = made(rows, k), made(k), made(k), made(rows, n)
+        activation = behind if behind in operator.ACTIVATIONS else "none"
+        parts: dict[str, Any] = {
+            "norm": norm,
+            "gain": None if norm == "none" else gain,
+            "shift": shift if norm == "layer" else None,
+            "eps": 1e-5,
+            "activation": activation,
+            "residual": residual if behind == "residual" else None,
+        }
+        exact = operator.products(
+            x.double(),
+            [one.double() for one in weights[0]],
+            None,
+            **{name: one.double() if isinstance(one, Tensor) else one for name, one in parts.items()},
+        )[0]
+        require(ops.skinny_linear(x, weights[0], **parts)[0], exact, rounded=3)
+
+        def apart(x: Tensor, weights: list[Tensor], parts: dict[str, Any] = parts, activation: str = activation) -> Tensor:
+            products = ops.skinny_linear(operator.normed(x, Around(**parts)), weights)
+            if parts["residual"] is not None:
+                return products[0] + parts["residual"]
+            active = products[0] if activation == "none" else operator.ACTIVATIONS[activation](products[0])
+            return active * products[1] if len(products) > 1 else active
+
+        compiled = torch.compile(apart)
+        library = microseconds(lambda i: compiled(x, weights[i % count]))  # noqa: B023
+        ours = microseconds(lambda i: ops.skinny_linear(x, weights[i % count], **parts))  # noqa: B023
+        tell(f"{rows} x {k} x {n}{' twice' if gated else ''}, {norm}, {behind}", 2 * k * n * (1 + gated), library, ours)
 
 
 def attention() -> None:
@@ -107,5 +158,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     with torch.no_grad():
         products()
+        around()
         attention()
         experts()

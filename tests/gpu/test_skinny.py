@@ -59,6 +59,30 @@ def test_biases_and_either_layout_agree_with_float64(
     assert count_launches(lambda: linear(x, [held], [bias]), device) == 1
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("behind", ["none", "residual", *operator.ACTIVATIONS])
+@pytest.mark.parametrize(("m", "n", "k", "turned"), [(1, 3072, 768, True), (4, 2048, 2048, False), (13, 33, 512, False)])
+def test_what_is_around_a_product_takes_no_launch_of_its_own(
+    m: int, n: int, k: int, turned: bool, behind: str, norm: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(m, k, device=device) * 3 + 1).to(dtype)
+    weights = [(torch.randn(n, k, device=device) / k**0.5).to(dtype) for _ in range(2 if behind in operator.ACTIVATIONS else 1)]
+    held = [weight.t().contiguous().t() for weight in weights] if turned else weights
+    gain, shift = torch.randn(2, k, device=device).to(dtype)
+    around = {"norm": norm, "gain": None if norm == "none" else gain, "shift": shift if norm == "layer" else None, "eps": 1e-5}
+    around |= {"activation": behind} if behind in operator.ACTIVATIONS else {}
+    around |= {"residual": torch.randn(m, n, device=device).to(dtype)} if behind == "residual" else {}
+    for some in [held[:1], held] if len(held) > 1 else [held]:
+        (made,) = linear(x, some, **around)
+        wide = {name: one.double() if isinstance(one, Tensor) else one for name, one in around.items()}
+        (exact,) = operator.products(x.double(), [one.double() for one in some], **wide)
+        assert (made.double() - exact).abs().max() <= 3 * TOLERANCE[dtype] * exact.abs().max()  # rounded up to three times
+        assert count_launches(lambda some=some: linear(x, some, **around), device) == 1
+        assert torch.equal(made, linear(x, some, **around)[0])
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "groups", "length", "width"),
     [(1, 12, 12, 192, 64), (4, 32, 8, 192, 64), (2, 16, 1, 1000, 128), (1, 4, 2, 9000, 256), (3, 2, 2, 5, 16)],

@@ -115,7 +115,7 @@ def products(x: Tensor, weights: list[Tensor], biases: Biases = None, *options: 
     around = Around(*options, **named)
     check(x, weights, biases, around)
     added = biases or [None] * len(weights)
-    rows = _normed(x, around)
+    rows = normed(x, around)
     made = [functional.linear(rows, weight, bias) for weight, bias in zip(weights, added, strict=True)]
     if around.residual is not None:
         return [made[0] + around.residual]
@@ -125,8 +125,8 @@ def products(x: Tensor, weights: list[Tensor], biases: Biases = None, *options: 
     return [active * made[1] if len(made) > 1 else active]
 
 
-def _normed(x: Tensor, around: Around) -> Tensor:
-    """The rows as they are multiplied: rounded once, whatever the norm."""
+def normed(x: Tensor, around: Around) -> Tensor:
+    """The rows of ``x`` as they are multiplied: rounded once, whatever the norm."""
     if around.gain is None:
         return x
     wide, gain = x.float(), around.gain.float()
