@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -16,25 +15,17 @@ from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
 from graphs.eager_mode import forced_by
 from graphs.errors import ChangingValue, ConfigError, HostSync
-from graphs.generation.cache_trial import agrees, typed
 from graphs.generation.caches.fixed_caches import (
     CACHES,
-    FixedCaches,
-    autocast_of,
-    can_grow_from,
-    capacity,
     grown_from,
     is_fixed,
-    made_fixed,
-    named_cache,
-    reorder_in_place,
 )
-from graphs.generation.caches.own_caches import cache_argument, ending_cache, own_cache
+from graphs.generation.caches.lending import Lending, Wanted
 from graphs.generation.decode_step import STATE, DecodeStep, with_arguments
 from graphs.generation.loop import Loop, Request
 from graphs.generation.module_states import ModuleStates
 from graphs.generation.prompts import Prompts
-from graphs.generation.running import Generation, depends_on_cache, has_other_loop, held_by, layout_of, own_method, sets_length
+from graphs.generation.running import Generation, has_other_loop, held_by, own_method, sets_length
 from graphs.report import CaptureReport, merged
 
 Tensor = torch.Tensor
@@ -123,10 +114,9 @@ class Accelerated:
 
     def __init__(self, model: torch.nn.Module, config: CaptureConfig, own: dict[str, Any]) -> None:
         self._model, self._config, self.own = model, config, own
-        self._caches = FixedCaches()
-        self._agrees: dict[Any, bool] = {}  # whether fixed caches of a length may take the place of the model's own
         self._stay_put: set[type[Any]] = set()  # classes of caches that steps were seen to leave where they are
         self.states = ModuleStates(model)
+        self._lending = Lending(model, self.states)
         self.loop = Loop(model, config, self.states)
         self.prompts = Prompts(model, config)
         self._running: ContextVar[Generation | None] = ContextVar("graphs_generation", default=None)
@@ -166,8 +156,7 @@ class Accelerated:
         if cache is None or tokens is None or running.begins_anew:
             return running.returned(original(*args, **kwargs))
         if not begun:
-            again = is_fixed(cache) and self.prompts.wanted(tokens, cache) and running.lent_again == id(cache)
-            return self.prompts.replayed(tokens, cache, args, kwargs) if again else running.returned(original(*args, **kwargs))
+            return self._prompt(original, running, cache, tokens, args, kwargs)
         if tokens.shape[1] > _MOST:
             return original(*args, **kwargs)
         if is_fixed(cache) or type(cache) in self._stay_put:
@@ -175,8 +164,28 @@ class Accelerated:
             return running.returned(with_arguments(self.step(*args, **kwargs), kwargs, running.handed_through(kwargs)))
         detail = f"a {type(cache).__name__} grows with each token, so that no step is like another"
         remedy = "nothing, where the model has no cache of fixed storage; else pass none, or cache_implementation='static'"
-        self._refuse(detail, remedy)
+        self._refuse(detail, running.remedy or remedy)
         return original(*args, **kwargs)
+
+    def _prompt(
+        self, original: Any, running: Generation, cache: Any, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call that fills a cache.
+
+        Raises:
+            _UnfitCache: it fails, of a kind that never ran on a cache that was lent.
+        """
+        if is_fixed(cache) and running.lent_again == id(cache) and self.prompts.wanted(tokens, cache):
+            return self.prompts.replayed(tokens, cache, args, kwargs)
+        try:
+            result = running.returned(original(*args, **kwargs))
+        except Exception as error:
+            if running.kind in self._lending.fitting or not running.has_lent(cache):
+                raise
+            raise _UnfitCache(error) from error
+        if running.has_lent(cache):
+            self._lending.fitting.add(running.kind)
+        return result
 
     def _refuse(self, detail: str, remedy: str) -> None:
         """Count a step that runs eagerly, and warn about it once."""
@@ -190,6 +199,14 @@ class Accelerated:
         token = self._running.set(running)
         try:
             result = self._generated(original, args, kwargs, running)
+        except _UnfitCache as unfit:
+            if kwargs.get("streamer") is not None:  # which has the prompt already
+                self._lending.unfit.add(running.kind)
+                raise unfit.error from unfit.error.__cause__
+            self._running.set(Generation(self._stay_put, lends=False))
+            result = original(*args, **kwargs)  # with a cache of its own, or the same error
+            self._lending.unfit.add(running.kind)
+            return result
         finally:
             self._running.reset(token)
             self.states.end()
@@ -200,7 +217,7 @@ class Accelerated:
         handed_out = held_by(result)
         for key, cache in running.lent:
             if id(cache) not in handed_out:
-                self._caches.give(key, cache)
+                self._lending.caches.give(key, cache)
         return result
 
     def _generated(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: Generation) -> Any:
@@ -240,8 +257,7 @@ class Accelerated:
         theirs = getattr(type(model), name)
         if name == "_sample":
             request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-            lent = any(cache is request.cache()[1] for _, cache in running.lent)
-            handed_out = not lent or bool(generation_config.return_dict_in_generate)
+            handed_out = not running.has_lent(request.cache()[1]) or bool(generation_config.return_dict_in_generate)
             result = self.loop.run(request, theirs, handed_out=handed_out)
             if not isinstance(result, str):
                 return result
@@ -277,80 +293,10 @@ class Accelerated:
     ) -> Any:
         """Make a cache of fixed storage, or lend one that is there, where the caller asks for none of his own."""
         running = self._running.get()
-        if running is None or not running.lends or not self._may_choose(generation_config, model_kwargs, mode):
+        wanted = Wanted(original, generation_config, model_kwargs, mode, batch_size, length)
+        if running is None or not running.lends or not self._lending.lend(running, wanted):
             return original(generation_config, model_kwargs, mode, batch_size, length)
-
-        def make(fixed: bool) -> dict[str, Any]:
-            """An empty cache by the name of its argument; nothing where the model has none such."""
-            kwargs = {name: value for name, value in model_kwargs.items() if name not in CACHES}
-            if not fixed:
-                original(generation_config, kwargs, mode, batch_size, length)
-            elif not made_fixed(lambda config: original(config, kwargs, mode, batch_size, length), generation_config, length):
-                return {}
-            return {name: kwargs[name] for name in CACHES if kwargs.get(name) is not None}
-
-        found = self._fixed_cache(make, model_kwargs, capacity(length))
-        if found is None:
-            return original(generation_config, model_kwargs, mode, batch_size, length)
-        name, cache = found
-        theirs = make(False).get(name) if generation_config.return_dict_in_generate else None
-        if generation_config.return_dict_in_generate and not can_grow_from(cache, theirs):
-            return original(generation_config, model_kwargs, mode, batch_size, length)
-        key = self._key(generation_config, model_kwargs, batch_size, length)
-        known = self._caches.take(key)
-        lent = cache if known is None else known
-        running.lent_again = id(lent) if known is not None and getattr(lent, "records_prompts", True) else 0
-        if theirs is not None:
-            running.theirs[id(lent)] = theirs
-        reorder_in_place(lent)
-        model_kwargs[name] = lent
-        running.lent.append((key, lent))
         return None
-
-    def _may_choose(self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any) -> bool:
-        """Whether the caller leaves it to the model which cache there is."""
-        own = named_cache(model_kwargs)[1] is not None
-        chosen = generation_config.cache_implementation not in (None, "static") or generation_config.use_cache is False
-        assisted = generation_config.is_assistant or "assisted" in str(mode).lower()
-        return not (own or chosen or assisted or depends_on_cache(self._model, generation_config, model_kwargs))
-
-    def _key(self, generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, length: int) -> tuple[Any, ...]:
-        """What a cache is kept by."""
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        encoded = model_kwargs.get("encoder_outputs")
-        encoded_length = None if encoded is None else encoded[0].shape[1]
-        inference = torch.is_inference_mode_enabled()  # whose tensors cannot be written outside of it
-        cast = autocast_of(self._device)
-        return rows, capacity(length), encoded_length, self._model.dtype, self._device, inference, cast, layout_of(self._model)
-
-    def _fixed_cache(
-        self, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int
-    ) -> tuple[str, Any] | None:
-        """An empty cache of fixed storage with the name of its argument: as transformers makes it, or one of this project."""
-        made = make(True)
-        if any(map(is_fixed, made.values())):
-            name, cache = made.popitem()
-            if self._may_lend("", make, model_kwargs, size):
-                return name, cache
-
-            def ending(fixed: bool) -> dict[str, Any]:
-                return {name: ending_cache(cache, size)} if fixed else make(False)
-
-            other = ending_cache(cache, size)
-            return (name, other) if other is not None and self._may_lend("end", ending, model_kwargs, size) else None
-        name, cache = next(iter(make(False).items()), (cache_argument(self._model), None))
-        cache = own_cache(self._model, cache, size, model_kwargs.get("attention_mask"))
-        return None if cache is None else (name, cache)
-
-    def _may_lend(self, kind: str, make: Callable[[bool], dict[str, Any]], model_kwargs: dict[str, Any], size: int) -> bool:
-        """Whether the model computes the same with a fixed cache of that many positions; tried once for each kind of mask."""
-        key = kind, size, typed(model_kwargs), layout_of(self._model)
-        if key not in self._agrees:
-            found = agrees(self._model, make, model_kwargs, self.states, proved=bool(kind))
-            if found is None:
-                return False
-            self._agrees[key] = found
-        return self._agrees[key]
 
     def __graphs_walk__(self) -> Any:
         """What belongs to the model's state: a first call must not put back what is noted here of caches and loops in use."""
@@ -392,3 +338,15 @@ class _Replacement:
 
 class _OtherLoop(Exception):
     """A loop of transformers that a custom one cannot stand for."""
+
+
+class _UnfitCache(Exception):
+    """A prompt fails with a cache that was lent.
+
+    Attributes:
+        error: what it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error

@@ -29,7 +29,6 @@ Tensor = torch.Tensor
 _TOKENS = (5, 1, 1)  # of the calls: a prompt, two steps
 _UNWRITTEN = 30.0  # far from what a model writes, and no overflow in float16
 _TOLERANCE = 3e-3  # of float32, relative; products in TF32 differ by 5e-4, a key too few by 1e-2
-_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 _logger = logging.getLogger("graphs")
 
 
@@ -38,10 +37,8 @@ def agrees(
     make: Callable[[bool], dict[str, Any]],
     model_kwargs: dict[str, Any],
     states: ModuleStates,
-    *,
-    proved: bool = False,
 ) -> bool | None:
-    """Whether a fixed cache gives the logits of one that grows; also where a model cannot be asked with tokens alone.
+    """Whether a fixed cache gives the logits of one that grows; no where a model cannot be asked with tokens alone.
 
     What the runs change of tensors, of Python's and of random generators is undone, and hooks of modules do not run. None where
     the weights give numbers that say nothing.
@@ -50,31 +47,24 @@ def agrees(
         make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
         model_kwargs: what ``generate`` passes on; of it, types of tokens and the first row of an encoder's output are used.
         states: told what the last step of the trial assigned to modules.
-        proved: not where a model cannot be asked.
     """
     device, dtype = model.device, model.dtype
-    encoded = model_kwargs.get("encoder_outputs")
-    types = {name: value[:1, -1:] for name, value in model_kwargs.items() if name in typed(model_kwargs)}
-
-    def call(tokens: Tensor, cache: dict[str, Any]) -> Tensor:
-        given = {"input_ids": tokens} if encoded is None else {"decoder_input_ids": tokens, "encoder_outputs": (encoded[0][:1],)}
-        given |= {name: kind.expand(tokens.shape) for name, kind in types.items()}
-        forward = types_of_python.MethodType(type(model).forward, model)
-        logits: Tensor = forwarded(forward, (), {**given, **cache, "use_cache": True}).logits[:, -1]
-        return logits.float()
+    asking = _Asking(model, model_kwargs)
 
     def compared() -> bool | None:
-        wanted = _logits(call, make(False), device)
+        wanted = asking.logits(make(False))
+        if not wanted:
+            asking.positions = True
+            wanted = asking.logits(make(False))
         if not all(bool(torch.isfinite(logits).any()) for logits in wanted):
             return None
         fixed = make(True)
-        _logits(call, fixed, device)  # makes its storage
+        asking.logits(fixed)  # makes its storage
         for cache in fixed.values():
             _overwrite(emptied(cache))
-        got = _logits(call, fixed, device, states)
+        got = asking.logits(fixed, states)
         tolerance = max(_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
-        enough = len(_TOKENS) if proved else len(wanted)
-        return len(wanted) >= enough <= len(got) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=False))
+        return len(wanted) == len(got) == len(_TOKENS) and all(_close(*pair, tolerance) for pair in zip(got, wanted, strict=True))
 
     trace = EagerTrace()
     start = States(trace.written, RandomState(device), PythonState([("model", model)]))
@@ -83,6 +73,46 @@ def agrees(
     if not same:
         _logger.info("graphs: %s computes something else with a cache of fixed storage", type(model).__name__)
     return same
+
+
+class _Asking:
+    """Asks a model for logits of a few tokens.
+
+    Attributes:
+        positions: whether it is told where they stand, which most models count by the cache.
+    """
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
+        self._model = model
+        self._types = {name: value[:1, -1:] for name, value in model_kwargs.items() if name in typed(model_kwargs)}
+        self._encoded = model_kwargs.get("encoder_outputs")
+        self.positions = False
+
+    def _call(self, tokens: Tensor, begin: int, cache: dict[str, Any]) -> Tensor:
+        given: dict[str, Any] = {"input_ids": tokens}
+        if self._encoded is not None:
+            given = {"decoder_input_ids": tokens, "encoder_outputs": _first_row(self._encoded)}
+        given |= {name: kind.expand(tokens.shape) for name, kind in self._types.items()}
+        if self.positions:
+            given["position_ids"] = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)[None]
+        forward = types_of_python.MethodType(type(self._model).forward, self._model)
+        logits: Tensor = forwarded(forward, (), {**given, **cache, "use_cache": True}).logits[:, -1]
+        return logits.float()
+
+    def logits(self, cache: dict[str, Any], states: ModuleStates | None = None) -> list[Tensor]:
+        """The logits of each call, up to the first one that fails."""
+        found: list[Tensor] = []
+        for turn, tokens in enumerate(_TOKENS):
+            before = states.held() if states is not None and found else {}
+            given = torch.arange(3, 3 + tokens, device=self._model.device)[None] + turn
+            try:
+                found.append(self._call(given, sum(_TOKENS[:turn]), cache))
+            except Exception as error:  # whatever a model says is a no
+                _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
+                break
+            if states is not None:
+                states.note(before)
+        return found
 
 
 @contextlib.contextmanager
@@ -99,29 +129,17 @@ def _without_hooks(model: torch.nn.Module) -> Iterator[None]:
             vars(module)[name] = hooks
 
 
+def _first_row(encoded: Any) -> Any:
+    """An encoder's output for the first row, of the same class."""
+    if isinstance(encoded, dict):
+        name, states = next(iter(encoded.items()))
+        return type(encoded)(**{name: states[:1]})
+    return (encoded[0][:1],)
+
+
 def typed(model_kwargs: dict[str, Any]) -> tuple[str, ...]:
     """Names of arguments that tell the type of each token, which masks may be made by."""
     return tuple(name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None)
-
-
-def _logits(
-    call: Callable[[Tensor, dict[str, Any]], Tensor],
-    cache: dict[str, Any],
-    device: torch.device,
-    states: ModuleStates | None = None,
-) -> list[Tensor]:
-    """The logits of each call, up to the first one that fails."""
-    found: list[Tensor] = []
-    for tokens in _TOKENS:
-        before = states.held() if states is not None and found else {}
-        try:
-            found.append(call(torch.arange(3, 3 + tokens, device=device)[None] + len(found), cache))
-        except _ERRORS as error:
-            _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
-            break
-        if states is not None:
-            states.note(before)
-    return found
 
 
 def emptied(cache: Any) -> Any:

@@ -159,6 +159,8 @@ class Loop:
         cache = request.cache()[1]
         if not is_fixed(cache):
             return "no cache" if not request.config.use_cache else _TOLD
+        if all(getattr(cache, "is_linear", ()) or [False]):
+            return "a cache of recurrent states alone"  # whose length does not tell transformers' loop what it has seen
         if config.return_dict_in_generate:
             for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
                 if getattr(config, name):

@@ -70,10 +70,11 @@ class ModuleStates:
 
     def _current(self) -> list[tuple[str, str, torch.nn.Module, Tensor]]:
         found = []
+        modules = dict(self._model.named_modules()) if self._names else {}
         for path, name in self._names:
-            module = self._model.get_submodule(path)
+            module = modules.get(path)  # a program may have taken it out since
             value = getattr(module, name, None)
-            if isinstance(value, Tensor):
+            if module is not None and isinstance(value, Tensor):
                 found.append((path, name, module, value))
         return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graphs.generation.caches.call_kinds import Kind
 from graphs.generation.caches.fixed_caches import is_filled, is_fixed, named_cache, places_of
 
 Tensor = torch.Tensor
@@ -21,6 +22,8 @@ class Generation:
         lent: caches of fixed storage that it was given, with what they are kept by.
         theirs: by the identity of a lent cache, the one that transformers would hand out in its place, empty.
         lent_again: the identity of one that an earlier call has used.
+        kind: of what the prompt is given.
+        remedy: what would let it be lent a cache; empty where it may be.
         begins_anew: whether the last call, though not the first one, found no cache that an earlier one filled.
     """
 
@@ -29,11 +32,17 @@ class Generation:
         self.lent: list[tuple[Any, Any]] = []
         self.theirs: dict[int, Any] = {}
         self.lent_again = 0
+        self.kind: Kind = frozenset()
+        self.remedy = ""
         self.begins_anew = False
         self._stay_put = stay_put
         self._begun: dict[int, tuple[Any, list[Any]]] = {}
         self._calls = 0
         self._returned: dict[str, Any] = {}
+
+    def has_lent(self, cache: Any) -> bool:
+        """Whether a cache was lent to the call."""
+        return any(cache is one for _, one in self.lent)
 
     def returned(self, output: Any) -> Any:
         """The output of a call; what of it the next call is handed by the same name is the model's state."""
@@ -115,18 +124,30 @@ def is_written_by(function: Any, packages: tuple[str, ...]) -> bool:
     return any(root is not None and code.co_filename.startswith(root.rpartition("/")[0] + "/") for root in roots)
 
 
-def depends_on_cache(model: torch.nn.Module, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether a call would show which cache there is.
+def depends_on_cache(model: torch.nn.Module, generation_config: Any, model_kwargs: dict[str, Any]) -> str:
+    """Why a call would show which cache there is, in words; empty if it would not.
 
     Attentions are as wide as the cache, losses of routers are computed from its mask, and dropout draws for its positions.
     """
-    asked = ("output_attentions", "output_router_logits")
     settings = (getattr(model, "config", None), generation_config)
+    for name in ("output_attentions", "output_router_logits"):
+        if model_kwargs.get(name) or any(getattr(one, name, None) for one in settings):
+            return f"leave {name} out: what it returns is as wide as the cache"
+    training = next((path for path, module in model.named_modules() if module.training and _may_draw(module)), None)
     return (
-        any(getattr(one, name, None) for one in settings for name in asked)
-        or any(model_kwargs.get(name) for name in asked)
-        or any(module.training for module in model.modules())
+        "" if training is None else f"call eval(): {training or type(model).__name__!r} is in training mode and may draw dropout"
     )
+
+
+_QUIET = tuple(f"torch.nn.modules.{name}" for name in ("container", "conv", "linear", "normalization", "sparse"))
+
+
+def _may_draw(module: torch.nn.Module) -> bool:
+    """Whether a module may do something else in training: all but what torch has without dropout."""
+    kind = type(module)
+    if kind.__module__ == "torch.nn.modules.dropout":
+        return bool(getattr(module, "p", 1.0))
+    return kind.__module__ not in _QUIET
 
 
 _LOOPS = ("prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")

@@ -21,6 +21,7 @@ Tensor = torch.Tensor
 CACHES = ("cache", "past_key_values")  # what the argument is called, from transformers 5.24 on and before
 STEP = 64
 """Positions by which lengths of caches differ, so that prompts of other lengths find one that is there."""
+_LONGEST = "_previous_max_cache_length"  # of the model's attributes
 _KEPT = 8  # caches that nobody uses
 _logger = logging.getLogger("graphs")
 
@@ -132,13 +133,21 @@ def _holders(layer: Any) -> list[dict[Any, Any]]:
     return [attributes, *(value for value in attributes.values() if isinstance(value, dict))]
 
 
-def made_fixed(make: Callable[[Any], None], config: Any, length: int) -> bool:
-    """Whether ``make``, given a generation config that asks for one, made a cache of fixed storage; a model may have none."""
+def made_fixed(make: Callable[[Any], None], config: Any, length: int, model: torch.nn.Module) -> bool:
+    """Whether ``make``, given a generation config that asks for one, made a cache of fixed storage; a model may have none.
+
+    A model notes how long such a cache was, and makes none that is shorter any more: the note is put aside, and left as it was.
+    """
     changed = copy.copy(config)
     changed.cache_implementation, changed.max_cache_len = "static", capacity(length)
+    noted = vars(model).pop(_LONGEST, None)
     try:
         make(changed)
     except (KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         _logger.info("graphs: no cache of fixed storage: %s: %s", type(error).__name__, error)
         return False
+    finally:
+        vars(model).pop(_LONGEST, None)
+        if noted is not None:
+            vars(model)[_LONGEST] = noted
     return True
