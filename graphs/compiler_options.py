@@ -72,6 +72,7 @@ class CompilerOptions:
             return given or cls()
         if not isinstance(given, Mapping):
             raise ConfigError("compiler_options", given, "a mapping from names of options to values")
+        given = {str(name).replace("-", "_"): value for name, value in given.items()}
         own = {name: given[name] for name in REWRITES if name in given}
         for name, value in own.items():
             if value is not None and not isinstance(value, bool):
@@ -121,13 +122,12 @@ def _settings(given: dict[Any, Any]) -> dict[str, Any]:
         return {}
     from torch._inductor import config
 
-    settings = {str(name).replace("-", "_"): value for name, value in given.items()}
-    for name, value in settings.items():
+    for name, value in given.items():
         if name in _RECORDED_HERE:
             raise ConfigError(name, value, "left out: the step is recorded here, not by Inductor")
-        if not hasattr(config, name):
+        if not hasattr(config, name) or callable(getattr(config, name)) or name.startswith("_"):
             known = config.get_config_copy()  # type: ignore[attr-defined]
             alike = difflib.get_close_matches(name, known, 3)
             meant = ", ".join([*map(repr, REWRITES), *map(repr, alike)])
             raise ConfigError("option of compiler_options", name, f"one of {meant}, or another setting of torch._inductor.config")
-    return settings
+    return given

@@ -235,7 +235,7 @@ def test_restore_leaves_nothing_behind() -> None:
     model, twin = twins()
     same(model, twin, 0)
     assert graphs.restore(model) is model
-    assert vars(model).keys() == vars(twin).keys() | {"_previous_max_cache_length"}
+    assert vars(model).keys() == vars(twin).keys()
     same(model, twin, 1)
     with pytest.raises(ConfigError, match=r"graphs\.accelerate was called for"):
         graphs.accelerated_report(model)

@@ -144,7 +144,14 @@ def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     ]
 
 
+def test_names_may_be_written_with_dashes() -> None:
+    made = CompilerOptions.resolve({"skinny-products": True, "max-autotune": True})
+    assert made.skinny_products is True and made.inductor == {"max_autotune": True}
+
+
 BAD = [
+    ({"patch": True}, "'patch' is not legal; it must be one of"),
+    ({"save_config": True}, "'save_config' is not legal"),
     ("fast", "compiler_options = 'fast' is not legal; it must be a mapping"),
     ({"skinny_products": "yes"}, "skinny_products = 'yes' is not legal; it must be True, False, or None"),
     (

@@ -95,7 +95,7 @@ class Aliases:
         self._writing_back = 0
         module = builder.module
         old = module.graph.nodes
-        self._old_parents = {n: n.args[0] for n in old if parent_of(n) is not None}
+        self._old_parents = {n: parent for n in old if (parent := parent_of(n)) is not None}
         self._written_roots = {self._root_of(w, self._old_parents) for node in old for w in written(node)}
 
     @classmethod
@@ -199,9 +199,11 @@ class Aliases:
 
 
 def parent_of(node: Node) -> Any:
-    """The node whose memory the result of ``node`` shares."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+    """The node whose memory the result of ``node`` shares; of several that it writes the first."""
+    if node.op != "call_function":
         return None
-    if node.target is operator.getitem or returns_view(node.target):
-        return node.args[0]
-    return node.args[0] if node.args[0] in written(node) else None
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if first is not None and (node.target is operator.getitem or returns_view(node.target)):
+        return first
+    targets = written(node)
+    return first if first in targets else next(iter(targets), None)

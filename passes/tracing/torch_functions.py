@@ -236,7 +236,19 @@ def _select(x: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]
 
 
 _EQUAL = (torch.equal, Tensor.equal)
+
+
+def _assigned(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """``y.data = x``, which no operator says: ``y`` lies where ``x`` does from then on."""
+    target, source = args
+    if (target.dtype, target.device, target.layout) != (source.dtype, source.device, source.layout):
+        raise Unremovable("a tensor becomes one of another dtype or device", "Tensor.data", user_site())
+    with torch.no_grad():
+        target.set_(source)
+
+
 _ENTRIES: dict[Any, Entry] = {
+    Tensor.data.__set__: _assigned,  # type: ignore[attr-defined]
     **dict.fromkeys(_TO_HOST, _needed_by_host),
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor), _from_list),
     **dict.fromkeys((torch.arange, torch.full, torch.zeros, torch.ones, torch.empty), _counted),

@@ -59,6 +59,21 @@ def test_biases_and_either_layout_agree_with_float64(
     assert count_launches(lambda: linear(x, [held], [bias]), device) == 1
 
 
+def test_biases_of_any_strides_and_infinite_values_are_read_as_they_are(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 256, device=device).half(), [torch.randn(64, 256, device=device).half() for _ in range(2)]
+    biases = [torch.randn(64, 2, device=device).half()[:, 0], torch.randn(1, device=device).half().expand(64)]
+    for made, weight, bias in zip(linear(x, weights, biases), weights, biases, strict=True):
+        torch.testing.assert_close(made, torch.nn.functional.linear(x, weight, bias), rtol=2**-8, atol=2**-6)
+    query, key, value = torch.randn(1, 2, 1, 16, device=device).half(), *torch.randn(2, 1, 2, 20, 16, device=device).half()
+    value[0, 0, 3, 5] = torch.inf
+    made = torch.ops.graphs.one_query_attention(query, key, value, None, 0.25)
+    assert made[0, 0, 0, 5] == torch.inf and made.isfinite().sum() == made.numel() - 1
+    bias = torch.full((1, 1, 1, 20), -torch.inf, device=device)
+    bias[..., 2] = torch.nan
+    assert torch.ops.graphs.one_query_attention(query, key, key, bias, 0.25).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 @pytest.mark.parametrize("behind", ["none", "residual", *operator.ACTIVATIONS])

@@ -60,6 +60,26 @@ def run(batch: int, heads: int, groups: int, length: int, width: int, kind: str)
     return float((held - exact).abs().max() / exact.abs().max().clamp(min=1e-9))
 
 
+def run_special(kind: str, length: int) -> float:
+    """The largest error where numbers are none or have no end; 1 where the results are not of the same kind."""
+    torch.manual_seed(length)
+    query, key, value = (torch.randn(1, 2, size, 16).bfloat16() for size in (1, length, length))
+    bias = torch.zeros(1, 1, 1, length)
+    if kind == "an infinite value":
+        value[0, 0, 3, 5], value[0, 1, 3, 5] = torch.inf, -torch.inf
+    else:
+        bias[..., :] = -torch.inf
+        bias[..., 2] = torch.nan
+    scores = query.double() @ key.double().transpose(2, 3) * 0.25 + bias.double()
+    exact = torch.softmax(scores, -1) @ value.double()
+    held = torch.zeros(1, 2, 1, 16)
+    launch_attention(query, key, value, bias, 0.25, held)
+    return float(torch.isclose(held.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True).logical_not().double().max())
+
+
+SPECIAL = [(kind, length) for kind in ("an infinite value", "a bias that is no number") for length in (20, 3000)]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 3),
@@ -81,4 +101,5 @@ def check(batch: int, groups: int, shared: int, length: int, width: int, kind: s
 
 if __name__ == "__main__":
     check()
-    json.dump({str(case): run(*case) for case in CASES}, sys.stdout)
+    found = {str(case): run(*case) for case in CASES}
+    json.dump(found | {str(case): run_special(*case) for case in SPECIAL}, sys.stdout)

@@ -33,7 +33,7 @@ def run(m: int, sizes: tuple[int, ...], k: int, *, turned: bool) -> float:
     assert fitting is not None
     biases = [torch.randn(n, generator=generator).bfloat16() for n in sizes] if turned else []
     stored = [weight.t().contiguous().t() for weight in weights] if turned else weights
-    launch_skinny(x, stored, [y[:m] for y in held], *fitting, biases)
+    launch_skinny(x, stored, [y[:m] for y in held], *fitting, biases, turned=turned)
     assert all(y[m].isnan().all() for y in held), "the kernel wrote beyond its rows"
     exact = [x.double() @ weight.double().t() for weight in weights]
     exact = [product + bias.double() for product, bias in zip(exact, biases, strict=True)] if turned else exact
@@ -56,7 +56,7 @@ def run_around(m: int, n: int, k: int, norm: str, behind: str, gated: bool, dtyp
     held = torch.full((m + 1, n), float("nan"))
     fitting = tiles.skinny(m, n, k, gated=gated)
     assert fitting is not None
-    launch_skinny(x, weights, [held[:m]], *fitting, biases, around)
+    launch_skinny(x, weights, [held[:m]], *fitting, biases, around, turned=False)
     assert held[m].isnan().all(), "the kernel wrote beyond its rows"
     wide = Around(*(one.double() if isinstance(one, torch.Tensor) else one for one in around))
     exact = products(x.double(), [one.double() for one in weights], [one.double() for one in biases], *wide)[0]

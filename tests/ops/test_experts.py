@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import passes
 from graphs.errors import WeightError
@@ -37,13 +38,42 @@ def test_it_passes_opcheck() -> None:
         (torch.ones(3, 32), torch.ones(2, 16, 31), torch.zeros(3).long(), r"\(2, 16, 31\), experts \(3,\); legal are"),
         (torch.ones(3, 32), torch.ones(2, 16, 32), torch.zeros(2).long(), r"legal are \[P, K\], \[E, N, K\] and \[P\]"),
         (torch.ones(3, 32), torch.ones(16, 32), torch.zeros(3).long(), r"weights \(16, 32\)"),
-        (torch.ones(3, 32), torch.ones(2, 16, 32), torch.zeros(3), "experts torch.float32; legal are torch.float32 and int64"),
+        (
+            torch.ones(3, 32),
+            torch.ones(2, 16, 32),
+            torch.zeros(3),
+            "experts torch.float32; legal are torch.float32 and int32 or int64",
+        ),
         (torch.ones(3, 32), torch.ones(2, 16, 32).bfloat16(), torch.zeros(3).long(), "weights are torch.bfloat16"),
     ],
 )
 def test_operands_that_do_not_fit_are_named(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, message: str) -> None:
     with pytest.raises(WeightError, match=message):
         linear(x, weights, experts)
+
+
+def test_no_features_give_zero_and_no_experts_are_refused() -> None:
+    assert torch.equal(linear(*operands(k=0)), torch.zeros(5, 16).bfloat16())
+    assert operator.expert_kernel().blocks(16, 0)[1] == 1
+    with pytest.raises(WeightError, match="legal is one expert or more"):
+        linear(torch.ones(5, 32), torch.ones(0, 16, 32), torch.zeros(5).long())
+
+
+def test_autocast_changes_nothing() -> None:
+    x, weights, experts = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        made = linear(x.half(), weights.half(), experts)
+    assert made.dtype is torch.float16 and torch.equal(made, linear(x.half(), weights.half(), experts))
+
+
+def test_a_number_of_rows_that_is_not_known_stays_so() -> None:
+    x, weights, experts = operands()
+    counted = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda x, experts: linear(x * 1, weights, experts), backend=counted, dynamic=True)
+    for rows in (5, 4, 2):
+        given = x[:rows].clone(), experts[:rows].clone()
+        assert torch.equal(step(*given), linear(given[0], weights, given[1]))
+    assert counted.frame_count == 1
 
 
 def test_an_expert_that_there_is_not_is_refused_on_the_host() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,41 @@ def test_a_tile_divides_the_problem(m: int, n: int, k: int) -> None:
 
 def test_it_is_used_on_the_devices_it_was_measured_on_only() -> None:
     assert not operator.pays_on(torch.device("cpu"))
+
+
+class Launches:
+    """In the place of the kernel's module: what it is given."""
+
+    WEIGHTS = 3
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Any]] = []
+
+    def launch_skinny(self, x: Any, weights: Any, ys: Any, tile: Any, k: Any, biases: Any, around: Any, *, turned: bool) -> None:
+        self.given.append({"weights": weights, "biases": biases, "turned": turned})
+
+
+def test_the_kernel_is_given_dense_biases_and_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias may be a column of something, and a transposed weight of one row is dense either way."""
+    launches = Launches()
+    monkeypatch.setattr(operator, "skinny_kernel", lambda: launches)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = torch.randn(2, 256).bfloat16()
+    weights = [torch.randn(256, n).bfloat16().t() for n in (16, 16, 16, 1, 16)]
+    biases = [torch.randn(16, 2).bfloat16()[:, 0], torch.ones(1).bfloat16().expand(16), None, None, torch.ones(16).bfloat16()]
+    operator._cuda(x, weights, biases)
+    assert [one["turned"] for one in launches.given] == [True, True]
+    dense = [bias for one in launches.given for bias in one["biases"] if bias is not None]
+    assert len(dense) == 3 and all(bias.is_contiguous() for bias in dense)
+
+
+def test_autocast_changes_nothing() -> None:
+    x, weights = operands()
+    given = x.half(), [weight.half() for weight in weights]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = linear(*given)
+    for one, other in zip(made, linear(*given), strict=True):
+        assert one.dtype is torch.float16 and torch.equal(one, other)
 
 
 @pytest.fixture(scope="module")

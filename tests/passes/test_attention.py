@@ -219,3 +219,18 @@ def test_values_wider_than_keys_are_not_for_the_operator() -> None:
     module = traced(by_cudnn, q, k, v, mask)
     assert passes.run(module, [REPLACE])
     torch.testing.assert_close(module(q, k, v, mask).double(), exact(q, k, v, mask, 0.25), rtol=2**-8, atol=1e-3)
+
+
+def test_an_expanded_boolean_mask_has_the_views_of_its_bias() -> None:
+    q, k, v = half(Q[:1], K[:1], V[:1])
+    seen = torch.rand(1, 8) < 0.5
+
+    def step(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Any:
+        bias = torch.where(seen.expand(4, 8), 0.0, -torch.inf).bfloat16()
+        mask = torch.where(seen.expand(4, 8), torch.zeros((), dtype=q.dtype), torch.full((), -torch.inf, dtype=q.dtype))
+        return attention(q, k, v, mask.view(1, 1, 1, 32)), bias
+
+    module = traced(step, q, k, v, seen)
+    operator = partial(REPLACE, operator=torch.ops.graphs.one_query_attention.default, fits=attention_operator.fits)
+    assert len(passes.run(module, [operator])) == 1
+    torch.testing.assert_close(module(q, k, v, seen)[0], step(q, k, v, seen)[0], rtol=2**-7, atol=2**-7)

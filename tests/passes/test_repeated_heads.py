@@ -86,3 +86,12 @@ def test_heads_that_lie_in_another_order_are_left(interleaved: bool) -> None:
     query, key, *_ = operands(2, 2, 3, 1, 5, 8)
     module = traced(step, query, key)
     assert passes.run(module, [passes.repeated_heads]) == []
+
+
+@pytest.mark.parametrize("empty", ["batch", "length"])
+def test_what_is_empty_is_left(empty: str) -> None:
+    sizes = {"batch": (0, 2, 2, 1, 5, 8), "length": (2, 2, 2, 1, 0, 8)}[empty]
+    given_ = operands(*sizes)
+    module = traced(attention, *given_)
+    assert passes.run(module, [passes.repeated_heads]) == []
+    assert torch.equal(module(*given_), attention(*given_))

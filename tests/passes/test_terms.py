@@ -137,7 +137,9 @@ def test_a_function_has_the_terms_of_a_graph_that_computes_it(steps: list[tuple[
 
 
 def term_of(terms: Terms, node: Node) -> Term:
-    return next(term for term, nodes in terms.nodes.items() if node in nodes)
+    term = terms.term_of(node)
+    assert term is not None
+    return term
 
 
 @pytest.mark.parametrize(

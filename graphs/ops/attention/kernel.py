@@ -31,7 +31,7 @@ def attend_part_kernel(
     WIDTH + 2]`` float32: the weighted sum of values, the sum of weights, and the largest score.
     """
     batch = (tl.program_id(0) // GROUPS).to(tl.int64)
-    group = tl.program_id(0) % GROUPS
+    group = (tl.program_id(0) % GROUPS).to(tl.int64)
     rows = tl.arange(0, ROWS)
     head = group * SHARED + rows
     d = tl.arange(0, WIDTH)
@@ -49,7 +49,7 @@ def attend_part_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     largest = tl.max(bias, 1)
-    if tl.max(largest) > float("-inf"):
+    if tl.max(tl.max((bias != float("-inf")).to(tl.int32), 1)) > 0:  # NaN is seen, too
         q = tl.load(query + batch * q_b + head[:, None] * q_h + d[None, :] * q_d, mask=is_head[:, None], other=0.0)
         places = s.to(tl.int64)
         k = tl.load(key + batch * k_b + group * k_g + d[:, None] * k_d + places[None, :] * k_s, mask=is_place[None, :], other=0.0)
@@ -66,7 +66,8 @@ def attend_part_kernel(
         weight = tl.sum(shares, 1)
         high = shares.to(dtype)
         low = (shares - high.to(tl.float32)).to(dtype)  # twice the digits, on any chip
-        total = tl.dot(low, v, tl.dot(high, v))
+        finite = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), v, 0.0)  # where nothing is left, 0 of an infinite value is 0
+        total = tl.dot(low, finite.to(dtype), tl.dot(high, v))
     if WHOLE:
         out = total / tl.where(weight > 0, weight, 1.0)[:, None]
         place = result + (batch * HEADS + head[:, None]) * WIDTH + d[None, :]

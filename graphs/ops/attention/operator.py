@@ -32,7 +32,8 @@ library.define(
 def fits(query: tuple[int, ...], key: tuple[int, ...]) -> bool:
     """Whether the kernel takes tensors of these shapes, ``[B, H, 1, D]`` and ``[B, G, S, D]``."""
     heads, groups = query[1], key[1]
-    return query[2] == 1 and key[2] > 0 and query[3] in WIDTHS and heads % groups == 0 and heads // groups <= HEADS
+    some = heads > 0 and groups > 0 and key[2] > 0
+    return some and query[2] == 1 and query[3] in WIDTHS and heads % groups == 0 and heads // groups <= HEADS
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -42,7 +43,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
         raise WeightError(f"one_query_attention: {shapes}; legal are [B, H, 1, D] and twice [B, G, S, D]")
     batch, heads, rows, width = query.shape
     if rows != 1 or key.shape[0] != batch or key.shape[3] != width or not key.shape[1] or heads % key.shape[1]:
-        raise WeightError(f"one_query_attention: {shapes}; legal are [B, H, 1, D] and twice [B, G, S, D]")
+        raise WeightError(f"one_query_attention: {shapes}; legal are [B, H, 1, D] and twice [B, G, S, D], G a divisor of H")
     if mask is not None:
         wanted = (batch, heads, 1, key.shape[2])
         broadcasts = mask.dim() == 4 and all(one in (1, other) for one, other in zip(mask.shape, wanted, strict=True))
@@ -56,7 +57,14 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """What the operator means; its implementation on a CPU."""
     check(query, key, value, mask)
+    with torch.autocast(query.device.type, enabled=False):
+        return _attended(query, key, value, mask, scale)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     (batch, heads, _, width), (groups, length) = query.shape, key.shape[1:3]
+    if not length:
+        return query.new_zeros(query.shape)
     stacked = query.reshape(batch, groups, heads // groups, width).float()
     scores = torch.matmul(stacked, key.float().transpose(2, 3)) * scale
     if mask is not None:
@@ -72,9 +80,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     check(query, key, value, mask)
-    result = query.new_empty(query.shape)
     if query.dtype not in DTYPES or not fits(tuple(query.shape), tuple(key.shape)):
         return attend(query, key, value, mask, scale)
+    result = query.new_empty(query.shape)
     if result.numel():
         with torch.cuda.device(query.device):
             attention_kernel().launch_attention(query, key, value, mask, scale, result)

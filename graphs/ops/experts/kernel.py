@@ -30,9 +30,10 @@ def expert_linear_kernel(
     expert = tl.where(known, expert, 0)
     here = weights + expert * stride_e + n.to(tl.int64)[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_k
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    apart = tl.cast(stride_k, tl.int64)
     for start in range(0, K, BLOCK_K):
         left = k < K - start
-        w = tl.load(here + start * stride_k, mask=(n < N)[:, None] & left[None, :], other=0.0)
+        w = tl.load(here + start * apart, mask=(n < N)[:, None] & left[None, :], other=0.0)
         v = tl.load(x + row.to(tl.int64) * K + start + k, mask=left, other=0.0)
         acc += w.to(tl.float32) * v.to(tl.float32)[None, :]
     result = tl.where(known, tl.sum(acc, 1), float("nan"))
@@ -41,7 +42,7 @@ def expert_linear_kernel(
 
 def blocks(n: int, k: int) -> tuple[int, int]:
     """Outputs and features of a block."""
-    features = min(LONGEST, triton.next_power_of_2(k))
+    features = min(LONGEST, triton.next_power_of_2(max(k, 1)))
     return min(max(ELEMENTS // features, 1), triton.next_power_of_2(n)), features
 
 

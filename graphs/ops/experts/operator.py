@@ -25,12 +25,20 @@ library.define("expert_linear(Tensor x, Tensor weights, Tensor experts) -> Tenso
 def check(x: Tensor, weights: Tensor, experts: Tensor) -> None:
     """Raise WeightError unless the operands fit together. Reads metadata only."""
     shapes = f"x has shape {tuple(x.shape)}, weights {tuple(weights.shape)}, experts {tuple(experts.shape)}"
-    if x.dim() != 2 or weights.dim() != 3 or experts.dim() != 1 or x.shape[1] != weights.shape[2] or len(experts) != len(x):
+    if (
+        x.dim() != 2
+        or weights.dim() != 3
+        or experts.dim() != 1
+        or x.shape[1] != weights.shape[2]
+        or experts.shape[0] != x.shape[0]
+    ):
         raise WeightError(f"expert_linear: {shapes}; legal are [P, K], [E, N, K] and [P]")
     if weights.dtype != x.dtype or experts.dtype not in (torch.int32, torch.int64):
         raise WeightError(
-            f"expert_linear: weights are {weights.dtype} and experts {experts.dtype}; legal are {x.dtype} and int64"
+            f"expert_linear: weights are {weights.dtype} and experts {experts.dtype}; legal are {x.dtype} and int32 or int64"
         )
+    if weights.shape[0] == 0:
+        raise WeightError(f"expert_linear: {shapes}; legal is one expert or more")
     if weights.device != x.device or experts.device != x.device:
         raise WeightError(f"expert_linear: all operands must be on {x.device}, as x is")
 
@@ -38,7 +46,8 @@ def check(x: Tensor, weights: Tensor, experts: Tensor) -> None:
 def products(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """What the operator means; its implementation on a CPU."""
     check(x, weights, experts)
-    return torch.bmm(weights[experts], x.unsqueeze(-1)).squeeze(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(weights[experts], x.unsqueeze(-1)).squeeze(-1)
 
 
 def _cuda(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

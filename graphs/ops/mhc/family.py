@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphs.ops.mhc import (
-    operator as _operator,  # noqa: F401  (defines the operators)
-)
-from graphs.ops.mhc import (
-    reference,
-    tiles,
-)
+from graphs.ops.mhc import operator, reference, tiles
 from passes import HyperConnections
 
 FAMILY = HyperConnections(
@@ -22,4 +16,5 @@ FAMILY = HyperConnections(
     post_pre_operator=torch.ops.graphs.mhc_post_pre.default,
     head_operator=torch.ops.graphs.mhc_head.default,
     fits=tiles.few,
+    dtypes=frozenset(operator.DTYPES),
 )

@@ -111,7 +111,7 @@ def behind(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """What ``mhc_post`` means; its implementation on a CPU."""
     check_behind("mhc_post", out, streams, post, comb)
     with _as_written(streams):
-        return reference.post(out, streams, post, comb)
+        return reference.post(out, streams, post, comb).contiguous()
 
 
 def post_pre(
@@ -122,7 +122,7 @@ def post_pre(
     check_behind("mhc_post_pre", out, streams, post, comb)
     check_pre("mhc_post_pre", streams, fn, base, scale, iterations)
     with _as_written(streams):
-        after = reference.post(out, streams, post, comb)
+        after = reference.post(out, streams, post, comb).contiguous()
         return after, *reference.pre(after, fn, base, scale, norm_eps, eps, iterations)
 
 

@@ -44,7 +44,7 @@ def _columns(
     features = part[:, None, None] * BLOCK_K + k[None, None, :]
     offsets = cols[None, :, None] + features.to(tl.int64) * N if TURNED else cols.to(tl.int64)[None, :, None] * K + features
     w_tile = weight + offsets
-    apart = N if TURNED else 1
+    apart = tl.cast(N, tl.int64) if TURNED else 1  # of features, which may be more than 2**31 elements away
     live = (rows < M)[None, None, :]
     inside = (cols < N)[None, :, None]
     x_place = part[:, None, None] * BLOCK_K + k[None, :, None]
@@ -153,8 +153,10 @@ def launch_skinny(
     block_k: int,
     biases: Sequence[Tensor | None] = (),
     around: Around = Around(),  # noqa: B008 (immutable)
+    *,
+    turned: bool,
 ) -> None:
-    """One launch for one to three weights ``[N, K]``, which lie all as ``[N, K]`` or all as ``[K, N]``.
+    """One launch for one to three weights ``[N, K]``, which lie all as ``[N, K]``, or if they are turned as ``[K, N]``.
 
     Two weights with one result are a product and what it is multiplied with. See `graphs.ops.wo_a.tiles.skinny` for what has to
     divide what.
@@ -169,7 +171,7 @@ def launch_skinny(
     one_pass = around.norm == "rms" and x.dtype is torch.bfloat16  # whose range holds what was not divided yet
     skinny_linear_kernel[(sum(triton.cdiv(size, tile.block_n) for size in columns),)](
         x, *ws, *added, *outs, around.gain, around.shift, around.residual, m, *sizes, k, around.eps,
-        len(weights) == 1, not weights[0].is_contiguous(), even, tile.block_m, tile.block_n, tile.num_warps, block_k,
+        len(weights) == 1, turned, even, tile.block_m, tile.block_n, tile.num_warps, block_k,
         around.norm, one_pass, around.activation, gated,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -115,14 +115,15 @@ def products(x: Tensor, weights: list[Tensor], biases: Biases = None, *options: 
     around = Around(*options, **named)
     check(x, weights, biases, around)
     added = biases or [None] * len(weights)
-    rows = normed(x, around)
-    made = [functional.linear(rows, weight, bias) for weight, bias in zip(weights, added, strict=True)]
-    if around.residual is not None:
-        return [made[0] + around.residual]
-    if around.activation == "none":
-        return made
-    active = ACTIVATIONS[around.activation](made[0].float()).to(x.dtype)
-    return [active * made[1] if len(made) > 1 else active]
+    with torch.autocast(x.device.type, enabled=False):
+        rows = normed(x, around)
+        made = [functional.linear(rows, weight, bias) for weight, bias in zip(weights, added, strict=True)]
+        if around.residual is not None:
+            return [made[0] + around.residual]
+        if around.activation == "none":
+            return made
+        active = ACTIVATIONS[around.activation](made[0].float()).to(x.dtype)
+        return [active * made[1] if len(made) > 1 else active]
 
 
 def normed(x: Tensor, around: Around) -> Tensor:
@@ -139,12 +140,12 @@ def normed(x: Tensor, around: Around) -> Tensor:
 def _cuda(x: Tensor, weights: list[Tensor], biases: Biases = None, *options: Any, **named: Any) -> list[Tensor]:
     around = Around(*options, **named)
     check(x, weights, biases, around)
-    turned = not weights[0].is_contiguous()
+    turned = not all(weight.is_contiguous() for weight in weights)
     found = [tiles.skinny(x.shape[0], weight.shape[0], x.shape[1], turned=turned) for weight in weights]
     alike = all((weight.t() if turned else weight).is_contiguous() for weight in weights)
     if x.dtype not in DTYPES or None in found or not alike:
         return products(x, weights, biases, *around)
-    added = list(biases or ()) or [None] * len(weights)
+    added = [_dense(bias) for bias in biases or [None] * len(weights)]
     vendor = "hip" if torch.version.hip else "cuda"
     around = around._replace(gain=_dense(around.gain), shift=_dense(around.shift), residual=_dense(around.residual))
     x, made, kernel = x.contiguous(), [], skinny_kernel()
@@ -156,7 +157,7 @@ def _cuda(x: Tensor, weights: list[Tensor], biases: Biases = None, *options: Any
         fitting = tiles.skinny(x.shape[0], columns, x.shape[1], vendor, turned=turned, gated=gated)
         assert fitting is not None, "what divides each N divides their sum"
         with torch.cuda.device(x.device):
-            kernel.launch_skinny(x, some, ys, *fitting, added[first : first + kernel.WEIGHTS], around)
+            kernel.launch_skinny(x, some, ys, *fitting, added[first : first + kernel.WEIGHTS], around, turned=turned)
         made += ys
     return made
 

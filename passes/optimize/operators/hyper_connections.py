@@ -52,6 +52,7 @@ class HyperConnections:
         pre_operator, post_operator, head_operator: compute these.
         post_pre_operator: `post`, then `pre` of its result: the streams, and the results of `pre`.
         fits: whether they are to be used for a number of rows, H and D.
+        dtypes: of streams and of linear layers that the operators take.
     """
 
     pre: Callable[..., Any]
@@ -62,6 +63,7 @@ class HyperConnections:
     post_pre_operator: Any
     head_operator: Any
     fits: Callable[[int, int, int], Any]
+    dtypes: frozenset[torch.dtype]
 
     def __str__(self) -> str:
         return f"{self.pre.__module__}: {self.pre_operator}, {self.fits.__module__}.{self.fits.__name__}"
@@ -167,12 +169,15 @@ class _Finder:
         norm_eps = [number for norm in norms for number in norm.terms[0].numbers]
         if not (norms and bases and added and norm_eps) or (head and len(bases) + len(scales) < 2):
             return
+        if weight.shape != (product.shape[1], features):
+            return  # a linear layer that lies otherwise
         iterations = () if head else (self._iterations(around),)
         for streams in self._streams(normed, hc, features // hc):
             for base in bases:
                 for scale in scales or bases:
                     layer = (weight, base, scale)
-                    yield Connection(streams, layer, (norm_eps[0], added[0], *iterations), [])
+                    if self._family.dtypes.issuperset(one.dtype for one in (streams, *layer)):
+                        yield Connection(streams, layer, (norm_eps[0], added[0], *iterations), [])
 
     def _streams(self, normed: Term, hc: int, width: int) -> list[Term]:
         """The streams that are normed together, as ``[..., H, D]``."""
@@ -229,12 +234,14 @@ class _Finder:
         out, streams = self.terms.reshape(out, (*shape[:-2], shape[-1])), self.terms.reshape(streams, shape)
         if not all(self._is_there(term) for term in (out, streams)) or post.shape != shape[:-1]:
             return None
+        if streams.dtype not in self._family.dtypes or out.dtype != streams.dtype:
+            return None
         made = self._results(self._family.post, (out, streams, post, comb), ())
         return Spread(out, streams, total) if made == [total] else None
 
     def _is_there(self, term: Term) -> bool:
-        """Whether a node computes a term, and no write makes that another one."""
-        return (term.op == "memory" or bool(self.terms.nodes.get(term))) and self.terms.is_settled(term)
+        """Whether a node computes a term, which nothing overwrites."""
+        return bool(self.terms.nodes.get(term))
 
     def _results(self, function: Callable[..., Any], given: Sequence[Term], numbers: tuple[float, ...]) -> list[Term]:
         """The terms of what a function returns."""
@@ -318,7 +325,7 @@ class _Writer:
     def _node(self, term: Term) -> Node:
         if term in self._made:
             return self._made[term]
-        return term.args[0] if term.op == "memory" else self._terms.nodes[term][0]
+        return self._terms.nodes[term][0]
 
     def _held(self, term: Term) -> Node:
         """A weight, read where it is needed."""

@@ -78,7 +78,7 @@ def _norm_of(call: Node, terms: Terms, calls: list[Node]) -> _Norm | None:
     if norm is None or norm.hidden.dtype != term.dtype or norm.hidden.shape != term.shape:
         return None
     there = [one for one in (norm.hidden, norm.gain, norm.shift) if one is not None]
-    return norm if all(terms.nodes.get(one) and terms.is_settled(one) for one in there) else None
+    return norm if all(terms.nodes.get(one) for one in there) else None
 
 
 def _feeds_only(node: Node, calls: list[Node]) -> bool:

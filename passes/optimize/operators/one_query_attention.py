@@ -155,7 +155,8 @@ def _visible(emit: Emitter, mask: Node, hidden: tuple[float, ...]) -> Node | Non
     if made.meta["val"].shape != shape:
         made = emit(aten.expand.default, made, list(shape))
     for view in reversed(views):
-        made = emit(view.target, made, *view.args[1:], **view.kwargs)
+        target = aten.reshape.default if view.target is aten.view.default else view.target  # of what is expanded there is no view
+        made = emit(target, made, *view.args[1:], **view.kwargs)
     return made
 
 
@@ -184,7 +185,7 @@ def _replaceable(node: Node) -> dict[str, Any] | None:
     if not all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.dtype in _DTYPES for tensor in (q, k, v)):
         return None
     sizes = (*q.shape, *k.shape)
-    if not all(isinstance(size, int) for size in sizes) or q.shape[2] != 1:
+    if not all(isinstance(size, int) for size in sizes) or q.shape[2] != 1 or 0 in sizes:
         return None
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         return None

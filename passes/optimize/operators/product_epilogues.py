@@ -164,7 +164,7 @@ class _Finder:
     def _node_before(self, term: Term, node: Node) -> Node | None:
         """What gives a term before a node, if nothing writes it."""
         there = [one for one in self._terms.nodes.get(term, ()) if self._order[one] < self._order[node]]
-        return there[0] if there and self._terms.is_settled(term) else None
+        return there[0] if there else None
 
     def _everything(self, call: Node, node: Node) -> list[Node]:
         """All that is done with a call's results, if nothing of it gets out but by a node that is no matter of strides."""

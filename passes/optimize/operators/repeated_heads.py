@@ -73,7 +73,7 @@ def repeated_source(heads: Any) -> tuple[Any, bool] | None:
     if shape is None or whole is None or shape != [whole[0], whole[1] * whole[2], *whole[3:]]:
         return None
     source = apart.args[0] if apart.target is aten.expand.default else None
-    if not isinstance(source, Node) or whole[2] == 1 or _size(source, 5) != [*whole[:2], 1, *whole[3:]]:
+    if not isinstance(source, Node) or whole[2] == 1 or 0 in whole or _size(source, 5) != [*whole[:2], 1, *whole[3:]]:
         return None
     return source, turned
 

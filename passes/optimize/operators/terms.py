@@ -64,9 +64,9 @@ class Terms:
     """The terms of one graph, and of functions that are looked for in it.
 
     Attributes:
-        nodes: the nodes of each term, in the order of the graph.
+        nodes: the nodes of each term, in the order of the graph, but for those whose memory the graph writes: they have it for a
+            time only.
         users: the terms of the graph that each is an argument of.
-        final: how often the graph writes each memory.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -74,11 +74,11 @@ class Terms:
         self._order: dict[Term, int] = {}
         self.nodes: defaultdict[Term, list[Node]] = defaultdict(list)
         self.users: defaultdict[Term, list[Term]] = defaultdict(list)
-        self.final: Counter[Any] = Counter()
-        self._of = self._read(module, {})
+        self._of, aliases = self._read(module, {}), Aliases.of(module)
         for node, term in self._of.items():
-            self.nodes[term].append(node)
-        for term in list(self.nodes):
+            if not aliases.is_written(node):
+                self.nodes[term].append(node)
+        for term in dict.fromkeys(self._of.values()):
             self._use(term)
 
     def _use(self, term: Term) -> None:
@@ -103,16 +103,8 @@ class Terms:
         """What a node of the graph gives, where it stands; None for what is no tensor of a known size."""
         return self._of.get(node)
 
-    def is_settled(self, term: Term) -> bool:
-        """Whether a value stays what it is until the graph ends: it is not memory that is written after it was read."""
-        return term.op != "memory" or term.args[1] == self.final[term.args[2]]
-
     def _read(self, module: GraphModule, given: dict[Node, Term]) -> dict[Node, Term]:
-        reader = _Reader(self, module, given)
-        terms = reader.terms()
-        if not given:
-            self.final = reader.writes
-        return terms
+        return _Reader(self, module, given).terms()
 
     def make(self, op: Any, args: tuple[Any, ...], shape: Shape, dtype: torch.dtype) -> Term:
         """The term of an operator as it is written."""
