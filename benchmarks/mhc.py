@@ -6,7 +6,7 @@ check: largest error of each operator over the largest value, against float64 on
 and streams: at most 2**-8 = 3.9e-3, one rounding, two for streams behind a block).
 kernels: median us of one call, 64 calls in a graph, each with weights of its own (100 MB: not in L2). "eager": in torch.
 tiles: us of post_pre for T = 1, 4, 8 by (columns, rows of a program, columns of the mixing one, warps), fastest first.
-model: 8 layers of recording_cost.deepseek, batch 4, ms per recorded step and kernels per layer, without and with the pass.
+model: 8 layers of `graphs.bench.deepseek_v4`, batch 4, ms per recorded step and kernels per layer, without and with the pass.
 compiled: the same under graphs.capture(compiler="inductor") on one call of model(ids, use_cache=False) of 1 token.
 """
 
@@ -188,9 +188,9 @@ def counted(call: Callable[[], object]) -> int:
 
 def model_step(option: bool) -> None:
     sys.path.insert(0, "benchmarks")
-    from recording_cost import deepseek
+    from graphs.bench.deepseek_v4.model import build_deepseek
 
-    model = deepseek(DEV)
+    model = build_deepseek(DEV)
     for module in model.modules():  # as a checkpoint is loaded: these stay float32
         if hasattr(module, "hc_fn") or (hasattr(module, "fn") and hasattr(module, "base")):
             module.float()
@@ -226,9 +226,9 @@ def model_step(option: bool) -> None:
 
 def compiled_step(option: bool) -> None:
     sys.path.insert(0, "benchmarks")
-    from recording_cost import deepseek
+    from graphs.bench.deepseek_v4.model import build_deepseek
 
-    model = deepseek(DEV)
+    model = build_deepseek(DEV)
     ids = torch.randint(3, 500, (4, 1), device=DEV)
     options = {"hyper_connections": option, "force_disable_caches": True}
     step = graphs.capture(model, compiler="inductor", compiler_options=options)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 import graphs
+from graphs.bench.deepseek_v4.model import build_deepseek
 
 Tensor = torch.Tensor
 SIZES = [1, 2, 4, *range(8, 129, 8)]
@@ -291,33 +292,12 @@ def measure_moved(device: torch.device) -> dict[str, Any]:
     }
 
 
-def deepseek(device: torch.device) -> Any:
-    """8 layers at the width of DeepSeek-V4-Flash with 32 narrow experts, in bfloat16; on a CPU all of it is narrow."""
-    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-
-    flash = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "q_lora_rank": 1024, "o_groups": 8}
-    narrow = {"hidden_size": 64, "num_attention_heads": 8, "head_dim": 32, "q_lora_rank": 32, "o_groups": 4, "vocab_size": 512}
-    wide = device.type == "cuda"
-    sizes = {**flash, "o_lora_rank": 1024} if wide else {**narrow, "o_lora_rank": 16, "index_n_heads": 8, "index_head_dim": 16}
-    experts = {"n_routed_experts": 32 if wide else 8, "moe_intermediate_size": 512 if wide else 32}
-    config = DeepseekV4Config(num_hidden_layers=8, max_position_embeddings=4096, **sizes, **experts)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = DeepseekV4ForCausalLM(config).to(torch.bfloat16).eval()
-    for name, table in model.named_buffers():
-        if name.endswith("tid2eid"):  # a checkpoint's; without one every token would go to the first expert
-            table.random_(0, config.n_routed_experts)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
-
-
 def measure_deepseek(device: torch.device) -> dict[str, Any]:
     """From a prompt of 128 tokens, batch 4: the first decode step that is recorded, and a step of ``generate()``.
 
     A step's time is that of a longer ``generate()`` less that of one token, over the tokens between them.
     """
-    model, tokens, repeats = deepseek(device), 16, 5
+    model, tokens, repeats = build_deepseek(device), 16, 5
     ids = torch.randint(3, 500, (4, 128), device=device, generator=torch.Generator(device).manual_seed(0))
 
     def seconds(new: int) -> float:

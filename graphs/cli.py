@@ -14,6 +14,7 @@ from graphs.bench.choices import (
     MIN_RUNS,
     MODELS,
     PATHS,
+    STEP_FORMS,
     Device,
     Experiment,
     Operator,
@@ -81,6 +82,14 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _require_forms(experiment: Experiment, text: str) -> None:
+    """Which forms there are depends on what is measured."""
+    try:
+        as_forms("--forms", text, experiment.value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="'--forms'") from error
+
+
 def _require_writable(directory: Path) -> None:
     """Make ``directory`` and a file in it, since permissions alone do not tell whether that works."""
     try:
@@ -99,6 +108,7 @@ _Runs = Annotated[int, typer.Option(min=MIN_RUNS, help="Measured repetitions of 
 _Device = Annotated[Device, typer.Option(help="Where to run.")]
 _Groups = Annotated[str, typer.Option(callback=_checked(as_sizes), help="wo_a: numbers of groups, separated by commas.")]
 _Tokens = Annotated[str, typer.Option(callback=_checked(as_sizes), help="wo_a: numbers of tokens, separated by commas.")]
+_FORMS_HELP = f"generate: some of {', '.join(FORMS)}; deepseek_v4: some of {', '.join(STEP_FORMS)}."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -123,7 +133,7 @@ def bench(
     tokens: _Tokens = "",
     paths: Annotated[str, typer.Option(callback=_checked(as_paths), help=f"wo_a: some of {', '.join(PATHS)}.")] = "",
     model: Annotated[str, typer.Option(callback=_checked(as_models), help=f"generate: some of {', '.join(MODELS)}.")] = "",
-    forms: Annotated[str, typer.Option(callback=_checked(as_forms), help=f"generate: some of {', '.join(FORMS)}.")] = "",
+    forms: Annotated[str, typer.Option(callback=_checked(as_forms), help=_FORMS_HELP)] = "",
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Measure nothing; compare two results.")
     ] = None,
@@ -133,6 +143,7 @@ def bench(
         from graphs.bench.harness.compare import print_comparison
 
         return print_comparison(*compare)
+    _require_forms(experiment, forms)
     _require_writable(out)
     from graphs.bench import BenchSettings, run_bench
 

@@ -19,6 +19,7 @@ class Experiment(str, Enum):
     COMPILE = "compile"
     SYNCS = "syncs"
     GENERATE = "generate"
+    DEEPSEEK_V4 = "deepseek_v4"
 
 
 class Device(str, Enum):
@@ -45,6 +46,9 @@ MODELS = ("gpt2", "llama")
 COMPILED_FORMS = ("auto-compile", "inductor")
 FORMS = ("dynamic", "static", "auto-compile", "graphs", "inductor")
 """Of ``generate()``: eager with either cache, compiled by transformers, and on recordings without and with Inductor."""
+COMPILED_STEP_FORMS = ("inductor", "+experts", "+products", "+mhc", "+around")
+STEP_FORMS = ("eager", "recorded", "recorded+mhc", *COMPILED_STEP_FORMS)
+"""Of a step of DeepSeek-V4: eager, recorded, with hyper-connections as operators, compiled, and with more and more rewrites."""
 
 
 def as_sizes(name: str, text: str) -> tuple[int, ...]:
@@ -73,9 +77,10 @@ def as_models(name: str, text: str) -> tuple[str, ...]:
     return _some_of(MODELS, name, text)
 
 
-def as_forms(name: str, text: str) -> tuple[str, ...]:
-    """Forms of ``generate()``, like `as_paths`: some of `FORMS`."""
-    return _some_of(FORMS, name, text)
+def as_forms(name: str, text: str, experiment: str = "") -> tuple[str, ...]:
+    """Forms of an experiment, like `as_paths`: some of `FORMS` or of `STEP_FORMS`; of both, if none is given."""
+    either = (*FORMS, *(form for form in STEP_FORMS if form not in FORMS))
+    return _some_of({"generate": FORMS, "deepseek_v4": STEP_FORMS}.get(experiment, either), name, text)
 
 
 def _some_of(legal: tuple[str, ...], name: str, text: str) -> tuple[str, ...]:

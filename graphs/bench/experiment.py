@@ -16,6 +16,8 @@ from graphs.bench.decode.amortise import Amortisation
 from graphs.bench.decode.llama import size_for
 from graphs.bench.decode.measure import measure_decode
 from graphs.bench.decode.plot import draw_amortisation
+from graphs.bench.deepseek_v4.measure import measure_deepseek_v4, workload_for
+from graphs.bench.deepseek_v4.table import kernels_table, steps_table
 from graphs.bench.generate.measure import chosen_workloads, measure_generate
 from graphs.bench.generate.table import generate_table
 from graphs.bench.harness.machine import describe_machine
@@ -70,6 +72,9 @@ def _print(results: Results, console: Any) -> None:
         console.print(projection_bars_table(results))
     if "generate" in workloads:
         console.print(generate_table(results))
+    if "deepseek_v4" in workloads:
+        console.print(steps_table(results))
+        console.print(kernels_table(results))
     if any(not bar.where for bar in results.bars):
         console.print(bars_table(results))
 
@@ -103,6 +108,9 @@ def _measure(experiment: str, settings: BenchSettings, progress: Progress, stem:
         results = _kept(results, stem, bars=tuple(measure_syncs(settings, progress)))
     if experiment == "generate":  # minutes too, for two models are compiled
         rows, bars = measure_generate(settings, progress)
+        results = _kept(results, stem, rows=tuple(rows), bars=tuple(bars))
+    if experiment == "deepseek_v4":
+        rows, bars = measure_deepseek_v4(settings, progress)
         results = _kept(results, stem, rows=tuple(rows), bars=tuple(bars))
     return _kept(results, stem, rows=tuple(_count(cases, settings, progress))) if cases else results
 
@@ -155,6 +163,8 @@ def _notes(experiment: str, settings: BenchSettings) -> tuple[str, ...]:
         notes += [f"{path} was not measured: {why}" for path in selection.paths if (why := absent(path, settings.device))]
     if experiment == "generate":
         notes += [workload.describe() for workload in chosen_workloads(settings)]
+    if experiment == "deepseek_v4":
+        notes.append(workload_for(settings.device).describe())
     if settings.device.type != "cuda" and notes:
         notes.append("No GPU was used: the model and the shapes are smaller than on a GPU, and graph mode is the operator tape.")
     return tuple(notes)

@@ -21,7 +21,7 @@ class BenchSettings:
         quick: fewer batch sizes and shorter sequences.
         search: ``compile``: measure ``mode="max-autotune"`` too, which compiles for a minute and more.
         groups, tokens, paths: G, M and paths of the grouped projection; empty: those of the table.
-        models, forms: ``generate``: which models, and in which forms; empty: all of them.
+        models, forms: ``generate``: which models, and in which forms; ``deepseek_v4``: which forms; empty: all of them.
     """
 
     device: torch.device

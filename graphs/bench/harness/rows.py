@@ -35,11 +35,11 @@ class BenchRow:
     """One workload in one mode.
 
     Attributes:
-        workload: ``decode``, ``wo_a`` or ``generate``.
+        workload: ``decode``, ``wo_a``, ``generate`` or ``deepseek_v4``.
         case: the model, or the path.
         rows: batch size of a decode step, or tokens of a projection.
-        mode: ``eager`` or ``graph``; ``generate``: the form.
-        operations: what a call is divided by: 1 decode step, or the projections in one call.
+        mode: ``eager`` or ``graph``; ``generate``, ``deepseek_v4``: the form.
+        operations: what a call is divided by: 1 decode step, or the projections in one call; ``deepseek_v4``: layers.
         host_us: host time per operation, microseconds.
         device_us: device time per operation with the host ahead, microseconds; None on a CPU.
         tokens_per_second: decode: of the whole greedy loop; ``wo_a``: rows over the longer of host and device time.
@@ -49,6 +49,7 @@ class BenchRow:
         groups, weight_bytes, first_call_seconds: ``wo_a``: G, the bytes of one weight with its scales, and the first call of this
             path and M, with compilation and tuning as far as no cache on disk had them.
         recordings, equal_tokens: ``generate``: recordings, and the share of tokens that are those of the dynamic cache.
+        kernels: ``deepseek_v4``: kernels of one step by kind; on a CPU, operators.
         break_even_calls: calls until the recording has paid for ``capture_seconds``, by the medians of this run; None in
             eager mode, or where it never does.
     """
@@ -71,6 +72,7 @@ class BenchRow:
     first_call_seconds: float = 0.0
     recordings: int = 0
     equal_tokens: float | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
 
     @property
     def call(self) -> Spread:
@@ -105,7 +107,7 @@ class BarRow:
     Attributes:
         name: what is compared.
         bar: the limit as text.
-        unit: ``us`` or ``x`` (a ratio).
+        unit: ``us``, ``ms``, ``x`` (a ratio), or what is counted.
         measured: median and quartiles over runs in which both sides took turns.
         limit: the limit in ``unit``.
         at_least: whether ``measured`` has to reach the limit, or stay under it.

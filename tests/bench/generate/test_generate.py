@@ -101,8 +101,10 @@ def test_models_and_forms_are_those_that_were_asked_for() -> None:
         chosen_forms(BenchSettings(CPU, forms=("inductor",)))
     with pytest.raises(ConfigError, match=r"--model = 'bert' .*'gpt2', 'llama'"):
         BenchSettings.resolve("cpu", models="gpt2,bert")
-    with pytest.raises(ConfigError, match=r"--forms = 'eager' .*'dynamic', 'static', 'auto-compile', 'graphs', 'inductor'"):
-        BenchSettings.resolve("cpu", forms="eager")
+    with pytest.raises(
+        ConfigError, match=r"--forms = 'fast' .*'dynamic', 'static', 'auto-compile', 'graphs', 'inductor', 'eager', 'recorded'"
+    ):
+        BenchSettings.resolve("cpu", forms="fast")
     resolved = BenchSettings.resolve("cpu", models="llama", forms="static, graphs")
     assert (resolved.models, resolved.forms) == (("llama",), ("static", "graphs"))
 
