@@ -4,7 +4,8 @@
 layers (16 for G > 2), each with its own weight, so that the weight comes from memory and not from L2. A variant is timed only
 after its result agreed with float64, in a buffer filled with NaN beforehand; after timing, its results must be the same bits.
 ``--cases 2:1,2:64`` takes these G:M, ``--suite`` one group of variants, ``--only NAME`` the variants whose name contains NAME,
-``--compile`` compiles all of them for sm_90 on a machine without a GPU and prints what they take.
+``--compile`` compiles all of them for sm_90 on a machine without a GPU and prints what they take. ``--powers`` has scales that
+are powers of two, as checkpoints have them, and the variants that put them into the widened weight.
 
 ``pdl`` in a name: programmatic launch, the weight is requested before the kernel in front has finished; ``early``: programmatic
 launch, but everything waits for that kernel. Without either, kernels follow each other as usual.
@@ -105,8 +106,8 @@ def registers(layer: Layer, overlap: bool) -> None:
     hopper.launch_registers(layer.o, layer.w, layer.scale, layer.y, overlap)
 
 
-def over_cluster(layer: Layer, shape: tiles.Cluster) -> None:
-    warpgroup.launch_warpgroup(layer.o, layer.w, layer.scale, layer.y, shape)
+def over_cluster(layer: Layer, shape: tiles.Cluster, powers: bool = False) -> None:
+    warpgroup.launch_warpgroup(layer.o, layer.w, layer.scale, layer.y, shape, powers=powers)
 
 
 FLOORS = ("read fp8", "read fp8 16 KiB")  # the better of the two is the floor
@@ -121,8 +122,12 @@ class Variant:
     exact: bool = True
 
 
-def variants(g: int, m: int) -> Iterator[Variant]:
-    """The candidates for ``m`` tokens of ``g`` groups, baselines first. The first word of a name is its suite."""
+def variants(g: int, m: int, powers: bool = False) -> Iterator[Variant]:
+    """The candidates for ``m`` tokens of ``g`` groups, baselines first. The first word of a name is its suite.
+
+    Args:
+        powers: with those for scales that are powers of two.
+    """
     yield Variant("einsum bf16", einsum)
     yield Variant("read fp8", read, False)
     yield Variant("read fp8 16 KiB", partial(read, size=16384), False)
@@ -134,9 +139,12 @@ def variants(g: int, m: int) -> Iterator[Variant]:
         tile = tiles.Tile(max(8, triton.next_power_of_2(m)), n, warps, stages)
         yield Variant(f"split n{n} w{warps} s{stages}", partial(split, tile=tile))
         yield Variant(f"split n{n} w{warps} s{stages} pdl", partial(split, tile=tile, pdl=True))
-    for tokens, columns, cluster, slots in WARPGROUP.get((g, m), ()):
-        name = f"warpgroup t{tokens} n{columns} c{cluster} s{slots}"
-        yield Variant(name, partial(over_cluster, shape=tiles.Cluster(tokens, columns, cluster, slots)))
+    for tokens, columns, cluster, slots in WARPGROUP.get((g, m), MANY_TOKENS if m >= 256 else ()):
+        name, shape = f"warpgroup t{tokens} n{columns} c{cluster} s{slots}", tiles.Cluster(tokens, columns, cluster, slots)
+        if tokens <= 128:  # the sums of 256 do not fit in registers twice
+            yield Variant(name, partial(over_cluster, shape=shape))
+        if powers:
+            yield Variant(f"{name} powers", partial(over_cluster, shape=shape, powers=True))
     yield Variant("generic", generic)
     yield Variant("generic pdl", partial(generic, pdl=True))
     for n, warps, stages in GENERIC[m <= 16]:
@@ -161,12 +169,16 @@ def quantised_variants(m: int) -> Iterator[Variant]:
 WARPGROUP = {  # G, M -> tokens and columns of a block, blocks of a cluster, steps of 128 features in shared memory
     (2, 16): ((16, 64, 4, 8), (16, 64, 4, 5), (16, 64, 8, 4)),
     (2, 64): ((64, 64, 4, 8), (64, 64, 4, 4), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3), (64, 128, 4, 6)),
-    (2, 256): ((64, 128, 2, 6), (64, 64, 2, 4), (64, 64, 1, 4)),
+    (1, 16): ((16, 64, 8, 4), (16, 64, 4, 5)),
+    (1, 64): ((64, 64, 8, 3), (64, 64, 4, 4)),
+    (1, 256): ((64, 64, 4, 4), (64, 64, 8, 3), (128, 64, 4, 4), (128, 64, 8, 4)),
+    (2, 256): ((64, 128, 2, 6), (64, 64, 2, 4), (64, 64, 1, 4), (128, 64, 2, 4), (128, 64, 4, 4), (256, 64, 4, 3)),
     (8, 16): ((16, 128, 2, 5), (16, 64, 1, 8), (16, 64, 2, 5)),
     (8, 64): ((64, 128, 2, 6), (64, 64, 1, 8), (64, 64, 2, 4)),
     (16, 16): ((16, 128, 1, 5), (16, 64, 1, 8), (16, 64, 1, 5)),
     (16, 64): ((64, 128, 1, 6), (64, 64, 1, 4)),
 }
+MANY_TOKENS = ((64, 64, 1, 4), (64, 128, 1, 4), (128, 64, 1, 4), (128, 128, 1, 4), (128, 128, 1, 3), (256, 64, 1, 3))
 SPLIT = ((16, 4, 3), (16, 4, 4), (32, 4, 2), (32, 4, 3), (64, 4, 3))
 SPLIT_64 = ((16, 4, 2), (32, 4, 2), (32, 4, 3))
 GENERIC = {
@@ -181,8 +193,8 @@ QUANTISED = {
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------------
-def make_layers(m: int, g: int, count: int) -> list[Layer]:
-    """Random operands: FP8 values of every magnitude, float32 scales that are no powers of two."""
+def make_layers(m: int, g: int, count: int, powers: bool = False) -> list[Layer]:
+    """Random operands: FP8 values of every magnitude, float32 scales that are no powers of two, or with ``powers`` are."""
     layers = []
     for seed in range(count):
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -190,6 +202,7 @@ def make_layers(m: int, g: int, count: int) -> list[Layer]:
         bits[(bits & 0x7F) >= 0x70] &= 0x8F  # no NaN, and the largest values do not drown the others
         w = bits.view(torch.float8_e4m3fn)
         scale = torch.rand(g, N // 128, K // 128, device="cuda", generator=generator) * 0.01 + 0.001
+        scale = torch.exp2(scale.log2().floor()) if powers else scale
         o = torch.randn(m, g, K, device="cuda", generator=generator).bfloat16()
         wide = (w.float() * reference.expand_blocks(scale)).bfloat16()
         layers.append(Layer(o, w, scale, wide, torch.empty(m, g, N, dtype=torch.bfloat16, device="cuda")))
@@ -237,13 +250,15 @@ def graph_time(layers: list[Layer], run: Run, exact: bool, replays: int) -> tupl
     return median, high - low
 
 
-def measure(cases: list[tuple[int, int]], suites: list[str], only: str, replays: int) -> dict[str, dict[tuple[int, int], str]]:
+def measure(
+    cases: list[tuple[int, int]], suites: list[str], only: str, replays: int, powers: bool
+) -> dict[str, dict[tuple[int, int], str]]:
     """The table: variant -> (G, M) -> text."""
     table: dict[str, dict[tuple[int, int], str]] = {}
     for g, m in cases:
-        layers = make_layers(m, g, 32 if g == 2 else 16)
+        layers = make_layers(m, g, 32 if g <= 2 else 16, powers)
         base = floor = float("inf")
-        for variant in variants(g, m):
+        for variant in variants(g, m, powers):
             wanted = only in variant.name and (not suites or variant.name.split()[0] in suites)
             if not wanted and variant.name not in ("einsum bf16", *FLOORS):
                 continue
@@ -301,6 +316,7 @@ def main() -> None:
     parser.add_argument("--cases", default="2:1,2:4,2:16,2:64,8:4,16:1,16:16", help="G:M, separated by commas")
     parser.add_argument("--suite", default="", help="first words of names, separated by commas")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--powers", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--replays", type=int, default=31)
     options = parser.parse_args()
@@ -310,7 +326,7 @@ def main() -> None:
         compile_all()
         return
     cases = [tuple(int(x) for x in case.split(":")) for case in options.cases.split(",")]
-    table = measure(cases, [s for s in options.suite.split(",") if s], options.only, options.replays)
+    table = measure(cases, [s for s in options.suite.split(",") if s], options.only, options.replays, options.powers)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; us ± quartile range, ")
     print("e: over einsum, f: over the FP8 read floor of the same run")
     print(f"{'':26}" + "".join(f"{f'G={g} M={m}':>26}" for g, m in cases))

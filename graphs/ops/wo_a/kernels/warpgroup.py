@@ -30,25 +30,35 @@ block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def _widen(w, A: gl.constexpr):
+def _widen(w, factor, A: gl.constexpr):
     """Pairs of e4m3 codes (uint16) to twice as many bfloat16, exact for every finite code: as in `hopper`.
 
     Pairs, because they are what a lane reads from shared memory at a time: as single bytes, taking them apart and putting them
-    together again took as many instructions as everything else.
+    together again took as many instructions as everything else. ``factor`` is 2**120 as a pair of bfloat16, or that times a
+    scale.
     """
     x = gl.inline_asm_elementwise(
         """{
-        .reg .b32 a, f;
-        mov.b32 f, 0x7B807B80;
+        .reg .b32 a;
         prmt.b32 a, $1, 0, 0x9180;
         mul.lo.u32 a, a, 16;
         and.b32 a, a, 0x87F087F0;
-        mul.bf16x2 $0, a, f;
-        }""", "=r,r", [w.to(gl.uint32)], gl.int32, is_pure=True, pack=1,
+        mul.bf16x2 $0, a, $2;
+        }""", "=r,r,r", [w.to(gl.uint32), gl.full(w.shape, factor, gl.int32, w.type.layout)], gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
     low = (x & 0xFFFF).to(gl.int16).to(gl.bfloat16, bitcast=True)
     high = (x >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape([w.shape[0], 64]), A)
+
+
+@gluon.jit
+def _factor(scale, step, steps, POWERS: gl.constexpr):
+    """What widened codes are multiplied with: 2**120, times the scale of a step if that is a power of two of at most 2**7."""
+    factor = 0x7B807B80
+    if POWERS:
+        bits = gl.load(scale + gl.minimum(step, steps - 1)).to(gl.int32, bitcast=True)
+        factor = ((bits >> 16) + 0x3C00) * 0x10001
+    return factor
 
 
 @gluon.jit
@@ -66,7 +76,7 @@ def wo_a_warpgroup_kernel(
     mma: gl.constexpr, A: gl.constexpr, PAIRS: gl.constexpr, W_SHARED: gl.constexpr, O_SHARED: gl.constexpr,
     S_SHARED: gl.constexpr, W_COPY: gl.constexpr, O_COPY: gl.constexpr,
     BEGIN: gl.constexpr, END: gl.constexpr, LEAVE: gl.constexpr, CONSTRAINTS: gl.constexpr,
-    INDEX: gl.constexpr, INDEX_CONSTRAINTS: gl.constexpr,
+    INDEX: gl.constexpr, INDEX_CONSTRAINTS: gl.constexpr, POWERS: gl.constexpr,
 ):  # fmt: skip
     """y^T = W o^T for COLUMNS, TOKENS and a part of K. Grid (C * N / COLUMNS, G, token tiles), clusters of C blocks.
 
@@ -103,24 +113,33 @@ def wo_a_warpgroup_kernel(
     zero = gl.zeros([COLUMNS, TOKENS], gl.float32, mma)
     async_copy.wait_group(EAGER - 1)
     block_barrier()
-    a = _widen(w_shared.index(0).slice(0, 32, dim=1).load(PAIRS), A)
+    scales = scale + (g * (N // 128) + n0 // 128) * (K // 128) + first
+    factor = _factor(scales, 0, steps, POWERS)
+    following = _factor(scales, 1, steps, POWERS)
+    a = _widen(w_shared.index(0).slice(0, 32, dim=1).load(PAIRS), factor, A)
     for step in range(steps):  # while one half of a step is multiplied, the next one is widened
         slot = step % SLOTS
         x = o_shared.index(slot)
-        part = warpgroup_mma(a, x.slice(0, 64, dim=1).permute([1, 0]), zero, use_acc=False, is_async=True)
-        b = _widen(w_shared.index(slot).slice(32, 32, dim=1).load(PAIRS), A)
+        begin = acc if POWERS else zero
+        part = warpgroup_mma(a, x.slice(0, 64, dim=1).permute([1, 0]), begin, use_acc=POWERS, is_async=True)
+        b = _widen(w_shared.index(slot).slice(32, 32, dim=1).load(PAIRS), factor, A)
         part = warpgroup_mma(b, x.slice(64, 64, dim=1).permute([1, 0]), part, is_async=True)
         s = s_shared.index(slot).load(mma)
+        factor = following
+        following = _factor(scales, step + 2, steps, POWERS)
         async_copy.wait_group(EAGER - 2)
         block_barrier()
         part = warpgroup_mma_wait(1, deps=[part])  # of the first half, whose registers are written next
-        a = _widen(w_shared.index((step + 1) % SLOTS).slice(0, 32, dim=1).load(PAIRS), A)
+        a = _widen(w_shared.index((step + 1) % SLOTS).slice(0, 32, dim=1).load(PAIRS), factor, A)
         if (step + EAGER < steps) | (M < 0):  # M is never: with a branch that stays, ptxas leaves the widening before the wait
             late = step + EAGER
             _request(w_shared, o_shared, s_shared, w_tile, o_tile, s_tile, live, late % SLOTS, late)
         async_copy.commit_group()
         part = warpgroup_mma_wait(0, deps=[part])
-        acc += part * s
+        if POWERS:
+            acc = part
+        else:
+            acc += part * s
     nn = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(1, mma)), 1)
     tt = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, mma)), 0)
     out = y + ((m0 + tt).to(gl.int64) * gl.num_programs(1) + g) * N + n0 + nn
@@ -200,8 +219,8 @@ mov.b32 $0, 0; }}"""
 
 
 @functools.cache
-def constants(k: int, shape: Cluster) -> dict[str, Any]:
-    """What :func:`wo_a_warpgroup_kernel` is compiled for, but for N and K.
+def constants(k: int, shape: Cluster, *, powers: bool = False) -> dict[str, Any]:
+    """What :func:`wo_a_warpgroup_kernel` is compiled for, but for N and K; ``powers``: for scales that are powers of two.
 
     Raises:
         ValueError: some block would have fewer than two steps of 128 features.
@@ -215,7 +234,7 @@ def constants(k: int, shape: Cluster) -> dict[str, Any]:
     nothing = dict.fromkeys(("BEGIN", "END", "LEAVE", "CONSTRAINTS", "INDEX", "INDEX_CONSTRAINTS"), "")
     return {
         "TOKENS": tokens, "COLUMNS": columns, "C": cluster, "RECEIVERS": receivers, "SLOTS": min(slots, steps),
-        "mma": mma, "A": gl.DotOperandLayout(0, mma, 2), "PAIRS": gl.DotOperandLayout(0, mma, 1),
+        "POWERS": powers, "mma": mma, "A": gl.DotOperandLayout(0, mma, 2), "PAIRS": gl.DotOperandLayout(0, mma, 1),
         "W_SHARED": gl.SwizzledSharedLayout(8, 1, 8, [1, 0]),
         "O_SHARED": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2),
         "S_SHARED": gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
@@ -231,17 +250,17 @@ TYPES = {  # of the arguments that are no constants
 
 
 @functools.cache
-def compiled(device: int, n: int, k: int, shape: Cluster) -> Any:
+def compiled(device: int, n: int, k: int, shape: Cluster, powers: bool) -> Any:
     """The kernel for these sizes, loaded on ``device``."""
     with torch.cuda.device(device):
-        kernel = compile_for(triton.runtime.driver.active.get_current_target(), n, k, shape)
+        kernel = compile_for(triton.runtime.driver.active.get_current_target(), n, k, shape, powers=powers)
         kernel._init_handles()
     return kernel
 
 
-def compile_for(target: Any, n: int, k: int, shape: Cluster) -> Any:
+def compile_for(target: Any, n: int, k: int, shape: Cluster, *, powers: bool = False) -> Any:
     """The kernel for these sizes and a chip, which need not be here."""
-    given = {"N": n, "K": k} | constants(k, shape)
+    given = {"N": n, "K": k} | constants(k, shape, powers=powers)
     names = wo_a_warpgroup_kernel.arg_names
     signature = {name: "constexpr" if name in given else TYPES[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
@@ -249,11 +268,14 @@ def compile_for(target: Any, n: int, k: int, shape: Cluster) -> Any:
     return triton.compile(source, target=target, options={"num_warps": shape.columns // 16, "enable_fp_fusion": True})
 
 
-def launch_warpgroup(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, shape: Cluster) -> None:
-    """One launch, operands as :func:`graphs.ops.wo_a.kernels.portable.launch_fused`; ``o`` as :func:`suits` says."""
+def launch_warpgroup(o: Tensor, weight: Tensor, scale: Tensor, y: Tensor, shape: Cluster, *, powers: bool = False) -> None:
+    """One launch, operands as :func:`graphs.ops.wo_a.kernels.portable.launch_fused`; ``o`` as :func:`suits` says.
+
+    With ``powers`` every scale has to be a power of two, of at most 2**7.
+    """
     m, g, k = o.shape
     n = weight.shape[1]
-    kernel = compiled(o.device.index, n, k, shape)
+    kernel = compiled(o.device.index, n, k, shape, powers)
     grid = (shape.blocks * n // shape.columns, g, -(-m // shape.tokens))
     clusters.launch(kernel, grid, shape.blocks, (o, weight, scale, y, m, o.stride(0) // 8, o.stride(1) // 8))
 
