@@ -43,9 +43,10 @@ OURS = ("einsum", "bmm", "gloop", "fused", "auto")
 PEERS = ("aiter bmm", "aiter gloop", "deepgemm")
 PATHS = (*OURS, *PEERS)
 MODELS = ("gpt2", "llama")
-COMPILED_FORMS = ("auto-compile", "inductor")
-FORMS = ("dynamic", "static", "auto-compile", "graphs", "inductor")
-"""Of ``generate()``: eager with either cache, compiled by transformers, and on recordings without and with Inductor."""
+COMPILED_FORMS = ("auto-compile", "inductor", "inductor+around")
+FORMS = ("dynamic", "static", "auto-compile", "graphs", "inductor", "inductor+around")
+"""Of ``generate()``: eager with either cache, compiled by transformers, on recordings without and with Inductor, and with more of
+its rewrites."""
 COMPILED_STEP_FORMS = ("inductor", "+experts", "+products", "+mhc", "+around")
 STEP_FORMS = ("eager", "recorded", "recorded+mhc", *COMPILED_STEP_FORMS)
 """Of a step of DeepSeek-V4: eager, recorded, with hyper-connections as operators, compiled, and with more and more rewrites."""

@@ -26,6 +26,12 @@ Tensor = torch.Tensor
 SETTLED = 4  # calls until everything is compiled and recorded: a prompt is at its third
 STATIC = {"cache_implementation": "static"}
 ARGUMENTS: dict[str, dict[str, Any]] = {"static": {**STATIC, "disable_compile": True}, "auto-compile": STATIC}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "inductor": {"compiler": "inductor"},
+    "inductor+around": {"compiler": "inductor", "compiler_options": {"norm_prologues": True, "product_epilogues": True}},
+}
+"""What `graphs.accelerate` is given, of the forms on recordings."""
 BARS = {"GPT-2": (("graphs", "inductor"), 2.5, 5.0), "Llama": (("inductor",), 2.2, 2.8)}
 """Of each model on a GPU: the forms, and how many times the tokens per second of ``auto-compile`` they have to reach."""
 
@@ -94,9 +100,9 @@ def make_form(name: str, model: Model, ids: Tensor, new: int) -> Form:
     if name not in ("dynamic", "static"):
         model = copy.deepcopy(model)
     call = functools.partial(model.generate, ids, max_new_tokens=new, do_sample=False, **ARGUMENTS.get(name, {}))
-    if name not in ("graphs", "inductor"):
+    if name not in OPTIONS:
         return Form(name, call)
-    graphs.accelerate(model, **({"compiler": "inductor"} if name == "inductor" else {}))
+    graphs.accelerate(model, **OPTIONS[name])
     call = functools.partial(model.generate, ids, max_new_tokens=new, do_sample=False)
     return Form(name, call, functools.partial(graphs.accelerated_report, model))
 
