@@ -257,6 +257,68 @@ def test_what_is_no_such_epilogue_is_computed_as_it_is(name: str) -> None:
     assert ("product_epilogues" in changes) == (name in kept)
 
 
+def narrow_product(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    return linear(x[:1], w) + r
+
+
+def wide_product(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    return linear(x, w)[:, None] + r.reshape(4, 1, 1, N).expand(4, 3, 1, N)
+
+
+@pytest.mark.parametrize("step", [narrow_product, wide_product])
+def test_a_product_that_is_broadcast_is_not_written_with_a_residual(step: Step) -> None:
+    module, changes, given = rewritten(step)
+    assert changes == {}
+    same(step, module, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gain_that_the_operator_does_not_take_stays(dtype: torch.dtype, late: bool) -> None:
+    def step(x: Tensor, gain: Tensor, w: Tensor) -> Tensor:
+        return linear(rms(x, gain, late=late).bfloat16(), w)
+
+    ARGUMENTS["gain"] = GAIN.clone().to(dtype)
+    try:
+        module, changes, given = rewritten(step)
+        assert "norm_prologues" not in changes
+        torch.testing.assert_close(module(*given), step(*given), rtol=2**-6, atol=2**-6)
+    finally:
+        ARGUMENTS["gain"] = GAIN
+
+
+def test_nothing_is_done_twice() -> None:
+    def step(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+        return (linear(x, w) + r) + r * 2
+
+    module, changes, given = rewritten(step)
+    assert changes == {"product_epilogues": 1}
+    assert passes.run(module, PASSES) == []
+    same(step, module, given)
+
+
+def rows_written_behind(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    rows = x * 1
+    y = linear(rows, w)
+    rows.add_(1)
+    return y + r + rows[..., :N]
+
+
+def wide_written_before(x: Tensor, gain: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+    wide = x.float() * 1
+    seen = wide.view(wide.shape)
+    wide.mul_(3)
+    variance, mean = torch.var_mean(seen, [2], correction=0, keepdim=True)
+    return linear(((x.float() - mean) * torch.rsqrt(variance + 1e-5) * gain + shift).bfloat16(), w)
+
+
+@pytest.mark.parametrize("step", [rows_written_behind, wide_written_before])
+def test_what_is_written_in_between_is_read_where_it_was(step: Step) -> None:
+    module, _, given = rewritten(step)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*given), step(*given), rtol=2**-6, atol=2**-6)
+
+
 def test_a_residual_that_the_product_goes_into_is_not_taken() -> None:
     def step(x: Tensor, w: Tensor) -> Tensor:
         y = linear(x, w)

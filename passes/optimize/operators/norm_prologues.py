@@ -78,6 +78,8 @@ def _norm_of(call: Node, terms: Terms, calls: list[Node]) -> _Norm | None:
     if norm is None or norm.hidden.dtype != term.dtype or norm.hidden.shape != term.shape:
         return None
     there = [one for one in (norm.hidden, norm.gain, norm.shift) if one is not None]
+    if any(one.dtype not in (norm.hidden.dtype, torch.float32) for one in there):
+        return None
     return norm if all(terms.nodes.get(one) for one in there) else None
 
 
@@ -168,7 +170,7 @@ def _is_moment(term: Term, part: int, wide: Term, terms: Terms) -> bool:
     if not isinstance(node, Node) or node.target is not python.getitem or node.args[1] != part:
         return False
     both: Any = node.args[0]
-    if both.target is not aten.var_mean.correction or terms.term_of(both.args[0]) is not wide:
+    if both.target is not aten.var_mean.correction or terms.is_written(both.args[0]) or terms.term_of(both.args[0]) is not wide:
         return False
     last = len(wide.shape) - 1
     dims = [dim % len(wide.shape) for dim in (both.args[1] if len(both.args) > 1 else both.kwargs.get("dim")) or []]

@@ -69,7 +69,7 @@ def product_epilogues(module: GraphModule, *, operator: Any, decompositions: Tab
         operator: takes ``activation=`` and ``residual=``, see `graphs.ops.skinny.operator`.
         decompositions: of the compiler that made the graph; operators that it leaves whole are known as well.
     """
-    calls = [node for node in module.graph.nodes if node.target is operator and "activation" not in node.kwargs]
+    calls = [node for node in module.graph.nodes if node.target is operator and not {"activation", "residual"} & set(node.kwargs)]
     calls = [call for call in calls if len(call.args) <= 3 and len(call.args[1]) <= 2]
     if not calls:
         return []
@@ -131,7 +131,7 @@ class _Finder:
             others = [one for one in total.terms if _source(one) is not products[0]]
             if total.op is not aten.add.Tensor or len(total.terms) != 2 or total.numbers or len(others) != 1:
                 continue
-            if (others[0].shape, others[0].dtype) != (total.shape, products[0].dtype):
+            if {one.shape for one in total.terms} != {total.shape} or others[0].dtype != products[0].dtype:
                 continue
             for node in self._terms.nodes.get(total, ()):
                 given, inside = self._node_before(others[0], node), self._everything(call, node)
@@ -140,7 +140,9 @@ class _Finder:
         return None
 
     def _products(self, call: Node) -> list[Term]:
-        """The terms of a call's results, each of which has one node."""
+        """The terms of a call's results, each of which has one node; none where what the call is given may change behind it."""
+        if any(self._terms.is_written(given) for given in call.all_input_nodes):
+            return []
         parts = {user.args[1]: user for user in call.users if user.target is python.getitem}
         terms = [self._terms.term_of(parts[index]) for index in sorted(parts)]  # type: ignore[type-var]
         complete = len(parts) == len(call.users) == len(call.args[1])  # type: ignore[arg-type]

@@ -74,9 +74,9 @@ class Terms:
         self._order: dict[Term, int] = {}
         self.nodes: defaultdict[Term, list[Node]] = defaultdict(list)
         self.users: defaultdict[Term, list[Term]] = defaultdict(list)
-        self._of, aliases = self._read(module, {}), Aliases.of(module)
+        self._of, self._aliases = self._read(module, {}), Aliases.of(module)
         for node, term in self._of.items():
-            if not aliases.is_written(node):
+            if not self.is_written(node):
                 self.nodes[term].append(node)
         for term in dict.fromkeys(self._of.values()):
             self._use(term)
@@ -98,6 +98,10 @@ class Terms:
         results = function.graph.output_node().args[0]
         listed = results if isinstance(results, (tuple, list)) else [results]
         return [terms[one] for one in listed if isinstance(one, Node)]
+
+    def is_written(self, node: Node) -> bool:
+        """Whether the graph writes memory of a node, before or behind it."""
+        return self._aliases.is_written(node)
 
     def term_of(self, node: Node) -> Term | None:
         """What a node of the graph gives, where it stands; None for what is no tensor of a known size."""
