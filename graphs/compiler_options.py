@@ -122,11 +122,11 @@ def _settings(given: dict[Any, Any]) -> dict[str, Any]:
         return {}
     from torch._inductor import config
 
+    known = config.get_config_copy()  # type: ignore[attr-defined]  # but for names that stand for another one
     for name, value in given.items():
         if name in _RECORDED_HERE:
             raise ConfigError(name, value, "left out: the step is recorded here, not by Inductor")
-        if not hasattr(config, name) or callable(getattr(config, name)) or name.startswith("_"):
-            known = config.get_config_copy()  # type: ignore[attr-defined]
+        if name not in known and (name.startswith("_") or type(getattr(config, name, None)) not in (bool, int, float, str)):
             alike = difflib.get_close_matches(name, known, 3)
             meant = ", ".join([*map(repr, REWRITES), *map(repr, alike)])
             raise ConfigError("option of compiler_options", name, f"one of {meant}, or another setting of torch._inductor.config")

@@ -149,9 +149,15 @@ def test_names_may_be_written_with_dashes() -> None:
     assert made.skinny_products is True and made.inductor == {"max_autotune": True}
 
 
+@pytest.mark.parametrize("name", ["force_disable_caches", "_post_fusion_custom_pass", "triton.unique_kernel_names"])
+def test_every_setting_of_inductors_is_one(name: str) -> None:
+    assert CompilerOptions.resolve({name: None}).inductor == {name: None}
+
+
 BAD = [
     ({"patch": True}, "'patch' is not legal; it must be one of"),
     ({"save_config": True}, "'save_config' is not legal"),
+    ({"__doc__": "text"}, "'__doc__' is not legal"),
     ("fast", "compiler_options = 'fast' is not legal; it must be a mapping"),
     ({"skinny_products": "yes"}, "skinny_products = 'yes' is not legal; it must be True, False, or None"),
     (
