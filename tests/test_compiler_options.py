@@ -144,6 +144,28 @@ def test_a_cache_of_compiled_graphs_tells_pipelines_apart() -> None:
     ]
 
 
+def failing(module: torch.fx.GraphModule) -> list[tuple[str, str]]:
+    """A pass that takes most of a graph apart before it fails."""
+    module.graph.output_node().args = ((),)
+    module.graph.eliminate_dead_code()
+    raise ZeroDivisionError("no heads")
+
+
+@pytest.mark.slow
+def test_a_rewrite_that_fails_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = CompilerOptions.pipeline
+    monkeypatch.setattr(CompilerOptions, "pipeline", lambda self, device: (failing, *pipeline(self, device)))
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.ReLU(), nn.Linear(256, 64)).bfloat16()
+    options = {"compiler_options": {"skinny_products": True, "force_disable_caches": True}}
+    step = torch.compile(model, backend=graphs_backend, options=options)
+    x = torch.randn(2, 256).bfloat16()
+    for _ in range(2):
+        torch.testing.assert_close(step(x), model(x), rtol=2e-2, atol=2e-2)
+    assert "compiled without failing, which failed: ZeroDivisionError: no heads" in caplog.text
+    piece = backend_report().pieces[-1]
+    assert [rewrite.partition(":")[0] for rewrite in piece.rewrites] == ["skinny_products"] * 2
+
+
 def test_names_may_be_written_with_dashes() -> None:
     made = CompilerOptions.resolve({"skinny-products": True, "max-autotune": True})
     assert made.skinny_products is True and made.inductor == {"max_autotune": True}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -33,6 +34,7 @@ from passes.core.schema import may_write
 from passes.core.traced_step import note_apart
 
 Tensor = torch.Tensor
+_logger = logging.getLogger("graphs")
 _handles = itertools.count()
 _library = torch.library.Library("graphs", "FRAGMENT")
 _library.define("compiled(int handle, Tensor(a!)[] written, Tensor[] read, int[] sizes) -> Tensor[]")
@@ -184,7 +186,12 @@ def compile_graph(
 def _run_passes(module: GraphModule, pipeline: Sequence[passes.Pass]) -> list[passes.Change]:
     note_apart(module)  # AOT has a graph that writes an input take what shares its memory as views of one input
     with private("unset_fake_temporarily")():  # compilers run in a mode where a constant that a pass computes would have no value
-        return passes.run(module, pipeline)
+        return passes.run(module, pipeline, failed=_tell)
+
+
+def _tell(name: str, error: Exception) -> None:
+    """A rewrite that fails is an error of this project, and none of the step's: it is compiled without."""
+    _logger.warning("graphs: the step is compiled without %s, which failed: %s: %s", name, type(error).__name__, error)
 
 
 def _as_inductor_pass(setting: str, pipeline: Sequence[passes.Pass], changes: list[passes.Change], given: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_layouts_are_not_mixed_in_one_launch() -> None:
 )
 def test_what_does_not_fit_is_left_as_it_is(step: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
     module = traced(step, *args)
-    before = str(module.graph)
+    before = [node.target for node in module.graph.nodes]
     assert passes.run(module, [MERGE]) == []
     assert str(module.graph) == before
 
@@ -115,3 +115,22 @@ def test_constants_that_are_named_late_are_read_in_time() -> None:
     assert len(passes.run(module, [MERGE])) == 2 and sum("skinny_linear" in call for call in calls(module)) == 1
     for made, expected in zip(module(X[:, 0], W[0]), step(X[:, 0], W[0]), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_a_pass_did_before_it_failed_is_undone() -> None:
+    def failing(module: GraphModule) -> list[tuple[str, str]]:
+        module.graph.output_node().args = ((),)
+        module.graph.eliminate_dead_code()
+        raise ZeroDivisionError("no rows")
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return torch.relu(x @ w.t())
+
+    module, told = traced(step, X[:, 0], W[0]), list[str]()
+    with pytest.raises(ZeroDivisionError):
+        passes.run(traced(step, X[:, 0], W[0]), [failing])
+    before = [node.target for node in module.graph.nodes]
+    assert passes.run(module, [failing], failed=lambda name, error: told.append(f"{name}: {error}")) == []
+    assert [node.target for node in module.graph.nodes] == before and told == ["failing: no rows"]
+    assert len(passes.run(module, [failing, MERGE], failed=lambda name, error: None)) == 1
+    assert torch.equal(module(X[:, 0], W[0]), step(X[:, 0], W[0]))
