@@ -15,6 +15,7 @@ from graphs.config import CaptureConfig
 from graphs.dispatch.captured_module import CapturedModule, CapturedStep, capture
 from graphs.eager_mode import forced_by
 from graphs.errors import ChangingValue, ConfigError, HostSync
+from graphs.generation.cache_trial import PASSING
 from graphs.generation.caches.fixed_caches import (
     CACHES,
     grown_from,
@@ -173,14 +174,14 @@ class Accelerated:
         """The call that fills a cache.
 
         Raises:
-            _UnfitCache: it fails, of a kind that never ran on a cache that was lent.
+            _UnfitCache: it fails, of a kind that never ran on a cache that was lent, and not for want of memory.
         """
         if is_fixed(cache) and running.lent_again == id(cache) and self.prompts.wanted(tokens, cache):
             return self.prompts.replayed(tokens, cache, args, kwargs)
         try:
             result = running.returned(original(*args, **kwargs))
         except Exception as error:
-            if running.kind in self._lending.fitting or not running.has_lent(cache):
+            if isinstance(error, PASSING) or running.kind in self._lending.fitting or not running.has_lent(cache):
                 raise
             raise _UnfitCache(error) from error
         if running.has_lent(cache):

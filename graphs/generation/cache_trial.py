@@ -29,6 +29,8 @@ Tensor = torch.Tensor
 _TOKENS = (5, 1, 1)  # of the calls: a prompt, two steps
 _UNWRITTEN = 30.0  # far from what a model writes, and no overflow in float16
 _TOLERANCE = 3e-3  # of float32, relative; products in TF32 differ by 5e-4, a key too few by 1e-2
+PASSING = (MemoryError, torch.OutOfMemoryError)
+"""What a model may raise once, and not the next time."""
 _logger = logging.getLogger("graphs")
 
 
@@ -41,7 +43,7 @@ def agrees(
     """Whether a fixed cache gives the logits of one that grows; no where a model cannot be asked with tokens alone.
 
     What the runs change of tensors, of Python's and of random generators is undone, and hooks of modules do not run. None where
-    the weights give numbers that say nothing.
+    the weights give numbers that say nothing, or there was no room.
 
     Args:
         make: makes an empty cache of the model, of fixed storage or not, by the name of its argument.
@@ -50,6 +52,13 @@ def agrees(
     """
     device, dtype = model.device, model.dtype
     asking = _Asking(model, model_kwargs)
+
+    def tried() -> bool | None:
+        try:
+            return compared()
+        except PASSING as error:
+            _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
+            return None
 
     def compared() -> bool | None:
         wanted = asking.logits(make(False))
@@ -69,7 +78,7 @@ def agrees(
     trace = EagerTrace()
     start = States(trace.written, RandomState(device), PythonState([("model", model)]))
     with _without_hooks(model):
-        same = Runs(start, trace, is_there=True).run(lambda: trace_eager(compared, [], into=trace)[0])
+        same = Runs(start, trace, is_there=True).run(lambda: trace_eager(tried, [], into=trace)[0])
     if not same:
         _logger.info("graphs: %s computes something else with a cache of fixed storage", type(model).__name__)
     return same
@@ -107,7 +116,9 @@ class _Asking:
             given = torch.arange(3, 3 + tokens, device=self._model.device)[None] + turn
             try:
                 found.append(self._call(given, sum(_TOKENS[:turn]), cache))
-            except Exception as error:  # whatever a model says is a no
+            except PASSING:
+                raise
+            except Exception as error:  # whatever else a model says is a no
                 _logger.info("graphs: trial of a cache: %s: %s", type(error).__name__, error)
                 break
             if states is not None:

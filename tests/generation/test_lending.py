@@ -190,24 +190,38 @@ class Stumbling(torch.nn.Module):
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
-        self.inner, self.fails, self.calls = inner, False, 0
+        self.inner, self.calls = inner, 0
+        self.fails: type[Exception] | None = None
 
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
-        if self.fails:
-            raise RuntimeError("stumbled")
+        if self.fails is not None:
+            raise self.fails("stumbled")
         return self.inner(x)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_want_of_memory_says_nothing_of_a_kind_of_prompt(error: type[Exception]) -> None:
+    model, twin = twins()
+    model.model.norm = Stumbling(model.model.norm).eval()
+    model.model.norm.fails = error
+    with pytest.raises(error, match="stumbled"):
+        model.generate(prompt(0), max_new_tokens=4)
+    assert model.model.norm.calls == 1
+    model.model.norm.fails = None
+    same(model, twin, 1)
+    assert not grown(model)
 
 
 def test_a_prompt_of_a_kind_that_ran_is_not_run_again_where_it_fails() -> None:
     model, twin = twins()
     model.model.norm = Stumbling(model.model.norm).eval()
     same(model, twin, 0)
-    model.model.norm.fails, model.model.norm.calls = True, 0
+    model.model.norm.fails, model.model.norm.calls = RuntimeError, 0
     with pytest.raises(RuntimeError, match="stumbled"):
         model.generate(prompt(1), max_new_tokens=4)
     assert model.model.norm.calls == 1
-    model.model.norm.fails = False
+    model.model.norm.fails = None
     same(model, twin, 2)
     assert not grown(model)
 
