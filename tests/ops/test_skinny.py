@@ -139,7 +139,7 @@ def test_what_is_around_the_products_has_to_fit(sizes: tuple[int, ...], around: 
         linear(*operands(sizes=sizes), **around)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 16, 256), (17, 16, 256), (4, 0, 256), (4, 16, 128), (4, 16, 300)])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 16, 256), (17, 16, 256), (4, 0, 256), (4, 16, 0), (4, 16, 128), (4, 16, 300)])
 def test_a_library_multiplies_what_no_tile_fits(m: int, n: int, k: int) -> None:
     assert tiles.skinny(m, n, k) is None
 

@@ -187,7 +187,7 @@ def skinny(m: int, n: int, k: int, vendor: str = "cuda", *, turned: bool = False
     A weight that lies as ``[K, N]`` is turned. On an H200 with one row, with a bias, against cuBLAS: K = 768: N = 2304 4.2 (4.2),
     N = 768 3.2 (3.7), N = 3072 4.6 (5.1); K = 3072, N = 768 6.5 (6.8). As it is, K = 768, N = 50257: 22.9 (30.0).
     """
-    if not (0 < m <= 16 and n > 0) or k % 256:
+    if not (0 < m <= 16 and n > 0 and k > 0) or k % 256:
         return None
     narrow = k % 512 != 0 or k <= 1024
     deep = narrow or n <= 2048
